@@ -1,0 +1,8 @@
+"""Callbacks: they watch and switch, and know no losses."""
+
+from callbacks.ema import EMA
+from callbacks.guard import NonFiniteGuard
+from callbacks.summary import RunSummary
+from callbacks.video_logger import VideoLogger
+
+__all__ = ["EMA", "NonFiniteGuard", "RunSummary", "VideoLogger"]

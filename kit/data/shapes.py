@@ -72,10 +72,12 @@ def parse_caption(caption: str) -> Attributes:
             raise ValueError(f"caption {caption!r} names {len(hits)} {kind}s; expected one of: {', '.join(options)}")
         return hits[0]
 
+    background = find("background", BACKGROUNDS)
+    text = text.replace(background, "")  # it may name a colour of its own: "over a green field"
     has_motion = any(motion in text for motion in MOTIONS)
     return Attributes(
         find("colour", COLOURS), find("shape", SHAPES),
-        find("motion", MOTIONS) if has_motion else "standing still", find("background", BACKGROUNDS),
+        find("motion", MOTIONS) if has_motion else "standing still", background,
     )  # fmt: skip
 
 
@@ -250,6 +252,7 @@ class Shapes(Dataset):
     seed: int = 0
 
     classes = SHAPES  # `label` is the shape, for class-conditional models
+    captioned = True
 
     def attributes(self, n: int) -> Attributes:
         """What clip n shows, without drawing it."""

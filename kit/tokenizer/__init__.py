@@ -1,0 +1,112 @@
+"""The causal 3D multi-scale tokenizer: pixels <-> bits (method.md section 2)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kit.scales import TAU, ScaleSchedule, latent_frames
+from kit.tokenizer.autoencoder import Decoder, Encoder
+from kit.tokenizer.causal import Stream
+from kit.tokenizer.quantizer import Step, bits_to_feature, clip_of, feature_to_bits, frames_of, pyramid
+
+__all__ = ["Tokenizer", "TokenizerConfig"]
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Architecture of a tokenizer.
+
+    Args:
+        bits: d, bits per token.
+        scales: shorter side of each scale's grid, coarse to fine, for a clip whose shorter side is compression * last.
+        patch: pixels per side folded into channels by the stem.
+        widths: channels of each level, fine to coarse; each further level halves height and width.
+        blocks: residual blocks per level.
+    """
+
+    bits: int = 32
+    scales: tuple[int, ...] = (1, 2, 3, 4)
+    patch: int = 4
+    widths: tuple[int, ...] = (128, 256, 256)
+    blocks: int = 2
+
+    def __post_init__(self):
+        for name in ("scales", "widths"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def compression(self) -> int:
+        """Pixels per latent cell, in height and in width."""
+        return self.patch * 2 ** (len(self.widths) - 1)
+
+    def as_dict(self) -> dict:
+        """Plain values, for a checkpoint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+class Tokenizer(nn.Module):
+    """Encoder, residual pyramid of bits, decoder."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+        shape = dict(bits=config.bits, patch=config.patch, widths=config.widths, blocks=config.blocks)
+        self.encoder, self.decoder = Encoder(**shape), Decoder(**shape)
+
+    def schedule(self, frames: int, height: int, width: int) -> ScaleSchedule:
+        """The blocks of a clip of T x H x W pixels.
+
+        Raises:
+            ValueError: if T is not 1 + 4n, or H or W is not a multiple of the compression or too small for the scales.
+        """
+        c, coarse = self.config.compression, self.config.scales[-1]
+        if height % c or width % c:
+            raise ValueError(f"height and width must be multiples of {c}, got {height} x {width}")
+        if min(height, width) != c * coarse:
+            raise ValueError(
+                f"this tokenizer's scales end at {coarse}, so the shorter side must be {c * coarse} pixels, "
+                f"got {height} x {width}; give other scales or another size"
+            )
+        return ScaleSchedule.square(latent_frames(frames), self.config.scales, (height // c, width // c))
+
+    def schedule_of(self, video: Tensor) -> ScaleSchedule:
+        """The blocks of a video (B, 3, T, H, W)."""
+        return self.schedule(*video.shape[2:])
+
+    def encode(self, video: Tensor, stream: Stream | None = None) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] -> feature (B, d, F, h, w) in float32. T = 1 + 4n, or 4n in a started stream."""
+        return self.encoder(video, stream).float()
+
+    def decode(self, feature: Tensor, stream: Stream | None = None) -> Tensor:
+        """Feature (B, d, F, h, w) -> video (B, 3, T, H, W) in float32, about [-1, 1]."""
+        return self.decoder(feature, stream).float()
+
+    def bits(self, video: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> (B, L, d) bool."""
+        return feature_to_bits(self.encode(video), self.schedule_of(video))
+
+    def decode_bits(self, bits: Tensor, schedule: ScaleSchedule, scales: int | None = None) -> Tensor:
+        """(B, L, d) -> (B, 3, T, H, W) in [-1, 1]; from the first `scales` of each frame only, if given."""
+        return self.decode(bits_to_feature(bits, schedule, scales)).clamp(-1, 1)
+
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, list[Step]]:
+        """The training path, with a straight-through gradient.
+
+        Returns:
+            output (B, 3, T, H, W), features (B * F, d, h, w) of the frames, and the steps of their pyramids.
+        """
+        features = frames_of(self.encode(video))
+        steps = list(pyramid(features, self.schedule_of(video).grids))
+        straight_through = features + (steps[-1].total - features).detach()
+        return self.decode(clip_of(straight_through, video.shape[0])), features, steps
+
+    @torch.no_grad()
+    def reconstruct(self, video: Tensor) -> Tensor:
+        """Through the bits and back: (B, 3, T, H, W) -> the same shape, in [-1, 1]."""
+        return self.decode_bits(self.bits(video), self.schedule_of(video))
+
+
+assert TAU == 4  # the stems of encoder and decoder fold 4 frames

@@ -1,0 +1,37 @@
+"""Says at the start what is about to be trained."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+
+def million(n: int) -> str:
+    return f"{n / 1e6:.2f} M"
+
+
+class RunSummary(L.Callback):
+    """Prints parameters, tokens per clip, steps, clips and the memory that training state needs."""
+
+    @rank_zero_only
+    def on_fit_start(self, trainer, module):
+        rank_zero_info("\n".join(f"  {name:<12}{value}" for name, value in self.lines(trainer, module).items()))
+
+    @staticmethod
+    def lines(trainer, module) -> dict[str, str]:
+        """Name -> value of each line."""
+        parts = {name: sum(p.numel() for p in part.parameters()) for name, part in module.model.named_children()}
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        data = trainer.datamodule
+        largest = sorted(parts.items(), key=lambda item: -item[1])[:4]
+        return {
+            "model": f"{module.kind}, {million(trained)} parameters "
+            f"({', '.join(f'{name} {million(n)}' for name, n in largest if n)})",
+            "clip": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",
+            "steps": f"{trainer.max_steps} of {data.batch_size} clips on {trainer.world_size} device(s), "
+            f"{trainer.max_steps * data.batch_size * trainer.world_size} clips in all",
+            "memory": f"{16 * trained / 1e9:.2f} GB for weights, gradients and AdamW, "
+            f"{4 * trained / 1e9:.2f} GB for EMA, and the activations",
+            "precision": f"{trainer.precision} on {trainer.strategy.root_device}",
+            "run": str(trainer.default_root_dir),
+        }

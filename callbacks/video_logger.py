@@ -1,0 +1,68 @@
+"""Shows what a model makes of real clips, as video and as picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import default_collate
+
+from kit.generator.sampler import Guidance
+from kit.media import contact_sheet, write_video
+from kit.sampling import sample_clips
+
+
+class VideoLogger(L.Callback):
+    """After each validation writes a picture and a video of the first validation clips to `folder`/media.
+
+    A tokenizer shows real and reconstruction; a generator real, reconstruction, teacher-forced (each block predicted
+    from the true earlier ones) and free sample. "The loss falls but samples are noise" shows here at a glance.
+
+    Args:
+        clips: how many. guidance: values of `Guidance`. temperature: of the free samples.
+    """
+
+    def __init__(self, folder: str, clips: int = 4, guidance: dict | None = None, temperature: float = 1.0):
+        self.folder, self.clips = Path(folder) / "media", clips
+        self.guidance, self.temperature = Guidance(**(guidance or {})), temperature
+
+    @rank_zero_only
+    @torch.no_grad()
+    def on_validation_end(self, trainer, module):
+        data = trainer.datamodule
+        if trainer.sanity_checking or not self.clips:
+            return
+        batch = default_collate([data.val[n] for n in range(self.clips)])
+        batch = {name: x.to(module.device) if torch.is_tensor(x) else x for name, x in batch.items()}
+        with trainer.precision_plugin.val_step_context():
+            rows = self.rows(module, batch)
+        step = trainer.global_step
+        groups = [{name: videos[i] for name, videos in rows.items()} for i in range(self.clips)]
+        titles = [str(c) for c in batch["caption"]]
+        picture = contact_sheet(groups, titles, self.folder / f"step{step:06d}.png")
+        side_by_side = torch.cat([torch.cat(list(group.values()), dim=-1) for group in groups], dim=-2)
+        video = write_video(side_by_side, self.folder / f"step{step:06d}.mp4", data.fps)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):  # W&B
+                logger.log_image("samples", [str(picture)], step=step)
+                logger.log_video("samples_video", [str(video)], step=step, format=["mp4"])
+
+    def rows(self, module, batch: dict) -> dict[str, torch.Tensor]:
+        """What is shown: name -> (clips, 3, T, H, W)."""
+        video = batch["video"]
+        if module.kind == "tokenizer":
+            return {"real": video, "reconstruction": module.model.reconstruct(video)}
+        tokenizer = module.tokenizer
+        logits, _ = module.teacher_forced(batch)
+        prompts = module.model.condition.prompts(batch)
+        free = sample_clips(
+            module.model, tokenizer, module.schedule, prompts, range(len(prompts)), self.guidance, self.temperature
+        )
+        return {
+            "real": video,
+            "reconstruction": tokenizer.reconstruct(video),
+            "teacher-forced": tokenizer.decode_bits(logits > 0, module.schedule),
+            "free sample": free,
+        }

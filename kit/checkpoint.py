@@ -1,0 +1,129 @@
+"""Checkpoints: written aside and renamed, loaded without executing code, rebuilt into models by path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch import nn
+
+from kit.generator.transformer import Generator, GeneratorConfig
+from kit.tokenizer import Tokenizer, TokenizerConfig
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, so that a kill or a full disk leaves the last checkpoint whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options=None):
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.part")
+        try:
+            with open(aside, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | os.PathLike, kind: str) -> dict:
+    """The contents of a checkpoint of kit, on the CPU; nothing in it is executed.
+
+    Args:
+        kind: `tokenizer` or `generator`, what it should hold.
+    Raises:
+        FileNotFoundError: if there is none. ValueError: if the file is broken, foreign, or of the other kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no {kind} checkpoint at {path}; train one with `python -m kit fit`, or give its path")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+    values = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
+    if kind not in values:
+        found = next((k for k in ("generator", "tokenizer") if k in values), "something else")
+        raise ValueError(f"{path} holds {found}, expected a {kind} checkpoint of kit")
+    return checkpoint
+
+
+def weights_of(checkpoint: dict, averaged: bool = True) -> dict[str, torch.Tensor]:
+    """The model's weights: the moving average where there is one, unless `averaged` is False."""
+    weights = dict(checkpoint["state_dict"])
+    if averaged:
+        weights.update(checkpoint.get("ema", {}))
+    return {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
+
+
+def model_hash(model: nn.Module) -> str:
+    """16 hex digits that change with any weight or with the architecture."""
+    digest = hashlib.sha256(json.dumps(model.config.as_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model from a checkpoint, in evaluation mode.
+
+    Args:
+        clip: `frames`, `height`, `width`, `fps` of the clips it was trained on.
+        steps: optimizer steps it was trained for.
+    """
+
+    model: nn.Module
+    clip: dict
+    path: Path
+    steps: int
+    hash: str
+
+
+def load_tokenizer(path: str | os.PathLike, averaged: bool = True) -> Loaded:
+    """A trained `Tokenizer`. Raises as `read_checkpoint`."""
+    checkpoint = read_checkpoint(path, "tokenizer")
+    values = checkpoint["hyper_parameters"]
+    model = Tokenizer(TokenizerConfig(**values["tokenizer"]))
+    return _loaded(model, checkpoint, path, averaged)
+
+
+def load_generator(path: str | os.PathLike, tokenizer: str | os.PathLike | None = None) -> tuple[Loaded, Loaded]:
+    """A trained `Generator` and its tokenizer.
+
+    Args:
+        tokenizer: path of the tokenizer's checkpoint; default is the one it was trained with.
+    Raises:
+        as `read_checkpoint`; ValueError also if the tokenizer is not the one the generator was trained on.
+    """
+    checkpoint = read_checkpoint(path, "generator")
+    values = checkpoint["hyper_parameters"]
+    try:
+        partner = load_tokenizer(tokenizer or values["tokenizer_path"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the generator {path} needs its tokenizer: {error}; if it was moved, give tokenizer=PATH"
+        ) from error
+    if partner.hash != values["tokenizer_hash"]:
+        raise ValueError(
+            f"wrong tokenizer: {partner.path} has hash {partner.hash}, but the generator {path} was trained on the "
+            f"tokenizer {values['tokenizer_hash']} ({values['tokenizer_path']}); give that one as tokenizer=PATH"
+        )
+    return _loaded(Generator(GeneratorConfig.from_dict(values["generator"])), checkpoint, path, True), partner
+
+
+def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike, averaged: bool) -> Loaded:
+    model.load_state_dict(weights_of(checkpoint, averaged))
+    model.eval().requires_grad_(False)
+    clip = checkpoint["hyper_parameters"]["clip"]
+    return Loaded(model, clip, Path(path), checkpoint["global_step"], model_hash(model))

@@ -1,0 +1,299 @@
+"""A folder of video files as a data set: clips with captions and class labels."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import glob
+import itertools
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kit.data.decode import UnreadableVideo, load_backend, open_video
+
+SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v")
+CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json")
+LABEL_SOURCES = ("auto", "folder", "filename", "none")
+LEADING_WORDS = r"^(?P<label>.+?)_+\d+$"  # jumping_jack_00000004 -> jumping_jack
+
+
+def list_videos(root: Path) -> list[str]:
+    """The video files in a folder and the folders below it, as sorted posix paths relative to it.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist or holds no video.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"root={str(root)!r} is not a folder; set `root` to a folder of video files")
+    names = glob.glob("**/*", root_dir=root, recursive=True)  # follows links to folders, passes over hidden files
+    videos = sorted(Path(name).as_posix() for name in names if name.lower().endswith(SUFFIXES))
+    if not videos:
+        raise FileNotFoundError(f"root={str(root)!r} holds no video; expected files ending in {', '.join(SUFFIXES)}")
+    return videos
+
+
+def split_files(names: Sequence[str], split: str, every: int) -> list[str]:
+    """Every `every`-th name for `val`, at least one; the others for `train`. A single name is in both."""
+    held_out = list(names[every - 1 :: every] or names[-1:])
+    if split == "val" or len(names) == 1:
+        return held_out
+    return [name for name in names if name not in set(held_out)]
+
+
+def label_files(names: Sequence[str], source: str, pattern: str) -> dict[str, str]:
+    """Name -> class name, or nothing at all if the files have no classes.
+
+    Args:
+        source: "folder" is the innermost folder, "filename" the group `label` of the regular expression `pattern` in
+            the file name without its suffix, "none" no classes; "auto" is the first of these that tells files apart.
+    Raises:
+        ValueError: if a file has no such label, or the pattern no such group.
+    """
+    folders = {name: PurePosixPath(name).parent.name for name in names}
+    words = {name: _filename_label(name, pattern) for name in names}
+    match source:
+        case "auto" if all(folders.values()) and len(set(folders.values())) > 1:
+            return folders
+        case "auto" if all(words.values()) and 1 < len(set(words.values())) < len(names):
+            return words
+        case "auto" | "none":
+            return {}
+    labels = folders if source == "folder" else words
+    for name, label in labels.items():
+        if not label:
+            expected = "a folder named after its class" if source == "folder" else f"a name that matches {pattern!r}"
+            raise ValueError(f"label_from={source!r}: {name} has no label, expected {expected}; or set `label_from`")
+    return labels
+
+
+def _filename_label(name: str, pattern: str) -> str:
+    try:
+        match = re.search(pattern, PurePosixPath(name).stem)
+        return match["label"] if match else ""
+    except (re.error, IndexError) as error:
+        raise ValueError(f"filename_pattern={pattern!r}: {error}; expected one such as {LEADING_WORDS!r}") from error
+
+
+def read_captions(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Name -> caption from a table with one row for each of `names`.
+
+    Args:
+        path: csv with the columns, or jsonl with the keys, `file` and `caption`; or json, a list of such rows or an
+            object of file: caption. `file` is the name, with or without its suffix.
+    Raises:
+        FileNotFoundError: if there is no such table.
+        ValueError: if it is malformed, names unknown files or the same file twice, or lacks a file.
+    """
+    captions: dict[str, str] = {}
+    for number, row in enumerate(_rows(path), start=1):
+        file, caption = (row.get(key) if isinstance(row, dict) else None for key in ("file", "caption"))
+        if not (isinstance(file, str) and isinstance(caption, str)):
+            raise ValueError(f"{path}, row {number}: expected texts named `file` and `caption`, found {row}; add them")
+        if file in captions:
+            raise ValueError(f"{path}, row {number}: a second caption for {file!r}; keep one for each file")
+        captions[file] = caption
+
+    keys = {name: name if name in captions else str(PurePosixPath(name).with_suffix("")) for name in names}
+    if unknown := sorted(captions.keys() - set(keys.values())):
+        example = f"such as {unknown[0]!r}; expected paths relative to the data folder, such as {names[0]!r}"
+        raise ValueError(f"{path} has captions for {len(unknown)} files that are not there, {example}")
+    if missing := [name for name, key in keys.items() if key not in captions]:
+        raise ValueError(f"{path} has no caption for {len(missing)} files, such as {missing[0]!r}; add their rows")
+    return {name: captions[key] for name, key in keys.items()}
+
+
+def _rows(path: Path) -> list:
+    """The rows of a caption table, not yet checked."""
+    if not path.is_file():
+        raise FileNotFoundError(f"captions={str(path)!r} is not a file; give a csv, jsonl or json, or leave it out")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            match path.suffix.lower():
+                case ".csv":
+                    return list(csv.DictReader(file))
+                case ".jsonl":
+                    return [json.loads(line) for line in file if line.strip()]
+                case ".json":
+                    table = json.load(file)
+                    named = isinstance(table, dict)
+                    return [{"file": k, "caption": v} for k, v in table.items()] if named else list(table)
+    except (csv.Error, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is not valid {path.suffix[1:]} in UTF-8: {error}") from error
+    raise ValueError(f"captions={str(path)!r}: expected a file ending in .csv, .jsonl or .json")
+
+
+def frame_numbers(count: int, rate: float, frames: int, fps: float | None, start: float) -> np.ndarray:
+    """Which frames of a file make a clip: int (T,). Numbers of `count` and more mean that the file is too short.
+
+    Args:
+        count, rate: number of frames and frames per second of the file.
+        fps: frames per second of the clip, the file's own if None or 0; the nearest frame is taken at each step.
+        start: from 0, the clip begins with the file, to 1, it ends with the file.
+    """
+    step = rate / fps if fps else 1.0
+    slack = max(count - 1 - step * (frames - 1), 0)
+    return np.floor(start * slack + step * np.arange(frames) + 0.5).astype(int)
+
+
+def fit(video: np.ndarray, height: int, width: int, top: float = 0.5, left: float = 0.5) -> Tensor:
+    """Resizes uint8 (T, H, W, 3) until it just covers (height, width), and crops it.
+
+    Args:
+        top, left: where the crop lies, 0 to 1; 0.5 is the centre.
+    Returns: float32 (3, T, height, width) in [-1, 1].
+    """
+    clip = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2)
+    scale = max(height / clip.shape[2], width / clip.shape[3])
+    size = [max(round(side * scale), least) for side, least in zip(clip.shape[2:], (height, width), strict=True)]
+    clip = F.interpolate(clip, size, mode="bilinear", antialias=True)
+    y, x = round(top * (size[0] - height)), round(left * (size[1] - width))
+    clip = clip[:, :, y : y + height, x : x + width].permute(1, 0, 2, 3).contiguous()
+    return clip.float() / 127.5 - 1
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of `count` files in an epoch: a permutation (count,)."""
+    return np.random.default_rng((seed, 0, epoch)).permutation(count)
+
+
+@dataclass(eq=False)
+class FolderClips(Dataset):
+    """The data set: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}.
+
+    Item n is a pure function of (seed, n), for any n >= 0. `train` is endless: it goes through its files in a new order
+    each epoch and takes a random clip of each. `val` takes the middle clip of file n modulo their number. The last
+    frame of a file that is too short is held. The label is an index into `classes`, -1 without classes; the caption is
+    the given one, else the name of the class, else empty. A file that cannot be read is reported once and recorded,
+    and the next file of the stream takes its place.
+
+    Args:
+        root: folder of videos. split: `train` or `val`, every `val_every`-th file of the sorted list.
+        frames: T, 1 gives images. height, width: pixels. fps: frames per second, each file's own if None or 0.
+        seed: another seed is another stream. backend: of `kit.data.decode`.
+        label_from, filename_pattern: see `label_files`. captions: see `read_captions`; by default the file
+            captions.csv, .jsonl or .json in the folder, if there is one.
+        flip: mirror half of the training clips; wrong where captions tell left from right.
+        random_crop: crop training clips anywhere instead of in the centre.
+        verify: read a clip of every file now, to learn of unreadable and short files at once.
+
+    Attributes: files (this split's, relative to root), classes (sorted names, the same in both splits), and of this
+        process: skipped (file -> why it was not readable), short (file -> how many frames it lacked).
+    Raises:
+        FileNotFoundError, ValueError, ImportError: for wrong arguments; ValueError from an item if no file can be read.
+    """
+
+    root: str | Path
+    split: str = "train"
+    frames: int = 17
+    height: int = 64
+    width: int = 64
+    fps: float | None = None
+    seed: int = 0
+    backend: str = "decord"
+    label_from: str = "auto"
+    filename_pattern: str = LEADING_WORDS
+    captions: str | Path | None = None
+    val_every: int = 5
+    flip: bool = False
+    random_crop: bool = False
+    verify: bool = False
+
+    files: list[str] = field(init=False, repr=False)
+    classes: tuple[str, ...] = field(init=False, repr=False)
+    skipped: dict[Path, str] = field(init=False, repr=False, default_factory=dict)
+    short: dict[Path, int] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self):
+        self._check_arguments()
+        self.root = Path(self.root)
+        names = list_videos(self.root)
+        self.files = split_files(names, self.split, self.val_every)
+        if self.split == "val" and len(names) == 1:
+            warnings.warn(f"{self.root} holds one video only: it is used for training and validation", stacklevel=3)
+        self._labels = label_files(names, self.label_from, self.filename_pattern)
+        self.classes = tuple(sorted(set(self._labels.values())))
+        table = self.captions or next(filter(Path.is_file, map(self.root.joinpath, CAPTION_FILES)), None)
+        self._captions = read_captions(Path(table), names) if table else {}
+        self._told_short = False
+        if self.verify:
+            readable = sum(self._read(name) is not None for name in self.files)
+            if not readable:
+                raise self._nothing_readable()
+            self._tell_short()
+
+    def _check_arguments(self) -> None:
+        for key, choices in (("split", ("train", "val")), ("label_from", LABEL_SOURCES)):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key}={getattr(self, key)!r}; expected one of: {', '.join(choices)}")
+        for key, least in (("frames", 1), ("height", 1), ("width", 1), ("fps", 0), ("seed", 0), ("val_every", 2)):
+            if (getattr(self, key) or 0) < least:
+                raise ValueError(f"{key}={getattr(self, key)}; expected {least} or more")
+        load_backend(self.backend)
+
+    def file(self, n: int) -> str:
+        """The file that item n is taken from, if it can be read."""
+        epoch, position = divmod(n, len(self.files))
+        return self.files[_order(self.seed, epoch, len(self.files))[position] if self.split == "train" else position]
+
+    def __getitem__(self, n: int) -> dict:
+        if n < 0:
+            raise IndexError(f"item {n}; expected a number of 0 or more")
+        draws = np.random.default_rng((self.seed, 1, n)).random(4) if self.split == "train" else np.full(4, 0.5)
+        for name in self._candidates(n):
+            video = self._read(name, *draws)
+            if video is not None:
+                self._tell_short()
+                label = self._labels.get(name, "")
+                caption = self._captions.get(name, " ".join(label.replace("_", " ").split()))
+                return {"video": video, "caption": caption, "label": self.classes.index(label) if label else -1}
+        raise self._nothing_readable()
+
+    def _candidates(self, n: int) -> Iterator[str]:
+        """The file of item n, then those of the items after it, until each file had its turn."""
+        seen = set()
+        for name in map(self.file, itertools.count(n)):
+            yield name
+            seen.add(name)
+            if len(seen) == len(self.files):
+                return
+
+    def _read(self, name: str, start=0.5, top=0.5, left=0.5, mirror=0.5) -> Tensor | None:
+        """A clip of a file, or None if it cannot be read; the four numbers in [0, 1) choose the clip."""
+        path = self.root / name
+        try:
+            video = open_video(path, self.backend)
+            numbers = frame_numbers(len(video), video.fps, self.frames, self.fps, start)
+            pixels = video.frames(np.minimum(numbers, len(video) - 1))
+        except UnreadableVideo as error:
+            if path not in self.skipped:  # only a record: were the file not tried again, items would depend on history
+                self.skipped[path] = error.reason
+                warnings.warn(f"{error} Until then the clip of another file is taken instead.", stacklevel=3)
+            return None
+        if lacking := int((numbers >= len(video)).sum()):
+            self.short[path] = lacking
+        clip = fit(pixels, self.height, self.width, *((top, left) if self.random_crop else ()))
+        return clip.flip(-1) if self.flip and mirror < 0.5 else clip
+
+    def _tell_short(self) -> None:
+        if self.short and not self._told_short:
+            self._told_short = True
+            path, lacking = next(iter(self.short.items()))
+            found = f"{len(self.short)} of {len(self.files)} files, such as {path} by {lacking} frames"
+            way_out = "their last frame is held. Ask for fewer frames or a higher fps."
+            warnings.warn(f"too short for a clip of {self.frames} frames so far: {found}; {way_out}", stacklevel=3)
+
+    def _nothing_readable(self) -> ValueError:
+        what = f"none of the {len(self.files)} {self.split} videos in {self.root} can be read"
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in itertools.islice(self.skipped.items(), 3))
+        return ValueError(f"{what} with backend={self.backend!r} ({reasons}); check them or try another backend")

@@ -1,0 +1,259 @@
+"""Decoding of video files behind one small interface, by decord (the default) or PyAV.
+
+A decoder is opened for one clip and then dropped: an open decord reader may crash when threads share it and hangs when
+a forked process inherits it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import av
+
+# Containers that store a time with every frame and seek exactly, as suffixes and as FFmpeg calls them. AVI has no such
+# times, a seek in MPEG lands anywhere near, and each frame of a GIF needs the ones before it.
+SEEKABLE_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
+SEEKABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+REORDERED = 16  # frames that a codec may store out of order, at most
+FAR = 32  # frames ahead from which on a seek pays
+
+
+class UnreadableVideo(RuntimeError):
+    """A file that cannot be opened or decoded, whatever the backend's own error was.
+
+    Attributes: path (the file), reason (what the backend said), backend (its name).
+    """
+
+    def __init__(self, path: str | Path, reason: str, backend: str):
+        super().__init__(path, reason, backend)  # as given, so that it can be pickled by a worker process
+        self.path, self.reason, self.backend = path, reason, backend
+
+    def __str__(self) -> str:
+        others = " or ".join(f"backend={name!r}" for name in BACKENDS if name != self.backend)
+        return (
+            f"cannot read the video {self.path} with backend={self.backend!r}: {self.reason}. "
+            f"Check, re-encode or remove the file, or try {others}."
+        )
+
+
+class Decoder(Protocol):
+    """An opened video file.
+
+    Attributes: path; fps, the average number of frames per second. `len` is the number of frames.
+    Class attributes: module, what is imported; package, what pip installs for it.
+    """
+
+    module: ClassVar[str]
+    package: ClassVar[str]
+    path: Path
+    fps: float
+
+    def __len__(self) -> int: ...
+
+    def frames(self, indices: Iterable[int]) -> np.ndarray:
+        """The frames with these numbers, in this order, upright: uint8 RGB (T, H, W, 3).
+
+        Raises:
+            UnreadableVideo: if one of them cannot be decoded.
+            IndexError: if there are no indices or one is not in [0, len).
+        """
+
+
+def open_video(path: str | Path, backend: str = "decord") -> Decoder:
+    """Opens a video file. AVI, MPEG and GIF go to PyAV in any case: decord gives wrong frames of them.
+
+    Raises:
+        UnreadableVideo: if the file is missing, damaged or holds no video.
+        ValueError, ImportError: as `load_backend`.
+    """
+    path, decoder = Path(path), load_backend(backend)
+    if decoder is DecordDecoder and path.suffix.lower() not in SEEKABLE_SUFFIXES:
+        decoder = load_backend("pyav")
+    return decoder(path)
+
+
+def load_backend(name: str) -> type[Decoder]:
+    """The decoder class of a backend, its package imported.
+
+    Raises:
+        ValueError: if there is no such backend.
+        ImportError: if its package is not installed.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown video backend {name!r}; expected one of: {', '.join(BACKENDS)}")
+    decoder = BACKENDS[name]
+    try:
+        importlib.import_module(decoder.module)
+    except ImportError as error:
+        raise ImportError(f"the video backend {name!r} needs a package: pip install {decoder.package}") from error
+    return decoder
+
+
+class DecordDecoder:
+    """Decodes with decord: fast, and it turns rotated files upright by itself."""
+
+    module, package = "decord", "decord2"
+
+    def __init__(self, path: Path):
+        import decord
+
+        self.path = path
+        with _reporting(path, "decord"):
+            _require_content(path)
+            self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+            self.fps = _valid_rate(self._reader.get_avg_fps())
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def frames(self, indices: Iterable[int]) -> np.ndarray:
+        indices = _valid_indices(indices, len(self))
+        with _reporting(self.path, "decord"):
+            found, position = {}, -FAR - 1
+            for index in sorted(set(indices)):
+                if index - position > FAR:
+                    position = self._start_before(index)
+                    self._reader.seek_accurate(position)
+                while position <= index:  # by single frames: get_batch fails on widths such as 16, 96 and 144
+                    frame = self._reader.next()
+                    position += 1
+                found[index] = unpad_rows(frame.asnumpy())
+            return np.stack([found[i] for i in indices])
+
+    def _start_before(self, index: int) -> int:
+        """A frame at or before `index` that decord seeks to exactly.
+
+        It misses those stored right after a keyframe but shown before it (open groups of pictures). Where every frame
+        is a keyframe, none is.
+        """
+        keys = [key for key in self._reader.get_key_indices() if key <= index]
+        while keys and len(keys) <= index and keys[-1] > max(0, index - REORDERED):
+            index = keys.pop() - 1
+        return index
+
+
+class PyAVDecoder:
+    """Decodes with PyAV (FFmpeg). Packets are counted, for the headers of GIF, WebM or MPEG do not tell the length."""
+
+    module, package = "av", "av"
+
+    def __init__(self, path: Path):
+        import av
+
+        self.path = path
+        with _reporting(path, "pyav"):
+            _require_content(path)
+            with av.open(str(path)) as container:
+                stream = _video_stream(container)
+                packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+                self.fps = _valid_rate(stream.average_rate or stream.guessed_rate)
+                seekable = container.format.name in SEEKABLE_FORMATS
+            if not packets:
+                raise ValueError("its video stream is empty")
+        self._count = len(packets)
+        times = {pts for pts, _ in packets}
+        self._seekable = seekable and None not in times and len(times) == len(packets)
+        if self._seekable:
+            self._number = {pts: number for number, pts in enumerate(sorted(times))}  # time -> number of the frame
+            self._keyframes = sorted(pts for pts, is_keyframe in packets if is_keyframe)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def frames(self, indices: Iterable[int]) -> np.ndarray:
+        indices = _valid_indices(indices, len(self))
+        with _reporting(self.path, "pyav"):
+            found = _pick(self._from_keyframe(min(indices)), indices) if self._seekable else {}
+            if len(found) < len(set(indices)):  # no seeking in this container, or the seek landed too late
+                found = _pick(self._from_start(), indices)
+            missing = set(indices) - set(found)
+            if missing:
+                raise ValueError(f"frame {min(missing)} of {len(self)} cannot be decoded")
+            return np.stack([found[i] for i in indices])
+
+    def _from_start(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        yield from enumerate(self._decode())
+
+    def _from_keyframe(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Numbered frames from the last keyframe shown at or before frame `first`."""
+        keyframe = max((pts for pts in self._keyframes if self._number[pts] <= first), default=None)
+        for frame in self._decode(keyframe):
+            yield self._number.get(frame.pts, -1), frame
+
+    def _decode(self, seek_to: int | None = None) -> Iterator[av.VideoFrame]:
+        import av
+
+        with av.open(str(self.path)) as container:
+            stream = _video_stream(container)
+            stream.codec_context.thread_count = 1  # parallelism belongs to the loader's workers
+            if seek_to is not None:
+                container.seek(seek_to, stream=stream)
+            yield from container.decode(stream)
+
+
+BACKENDS: dict[str, type[Decoder]] = {"decord": DecordDecoder, "pyav": PyAVDecoder}
+
+
+def upright(pixels: np.ndarray, rotation: float) -> np.ndarray:
+    """Turns an image (H, W, 3) by the file's rotation: degrees counterclockwise, rounded to quarter turns."""
+    return np.rot90(pixels, round(rotation / 90))
+
+
+def unpad_rows(frame: np.ndarray) -> np.ndarray:
+    """(H, W, 3) of decord's (H, W, C), C >= 3, where C > 3 means rows of W pixels followed by padding."""
+    height, width, _ = frame.shape
+    return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
+
+
+def _pick(numbered: Iterator[tuple[int, av.VideoFrame]], indices: Sequence[int]) -> dict[int, np.ndarray]:
+    """Number -> upright pixels of the wanted frames; goes no further than the last one wanted."""
+    wanted, last, found = set(indices), max(indices), {}
+    for number, frame in numbered:
+        if number in wanted:
+            found[number] = upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+        if number >= last:
+            break
+    return found
+
+
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The stream FFmpeg deems the main one, as decord does: not always the first."""
+    stream = container.streams.best("video")
+    if stream is None:
+        raise ValueError("the file holds no video stream")
+    return stream
+
+
+def _require_content(path: Path) -> None:
+    if path.stat().st_size == 0:
+        raise ValueError("the file is empty")
+
+
+def _valid_rate(fps: float | None) -> float:
+    if not fps or not 0 < fps < float("inf"):
+        raise ValueError(f"its frame rate is {fps}")
+    return float(fps)
+
+
+def _valid_indices(indices: Iterable[int], count: int) -> list[int]:
+    indices = [int(i) for i in indices]
+    if not indices or min(indices) < 0 or max(indices) >= count:
+        raise IndexError(f"frame numbers {indices} of a video of {count} frames; expected one or more in [0, {count})")
+    return indices
+
+
+@contextmanager
+def _reporting(path: Path, backend: str) -> Iterator[None]:
+    """Turns any error into `UnreadableVideo`: the types differ from backend to backend and from damage to damage."""
+    try:
+        yield
+    except Exception as error:
+        summary = next(iter(str(error).splitlines()), "no reason given").rstrip(".")
+        raise UnreadableVideo(path, f"{type(error).__name__}: {summary}", backend) from error

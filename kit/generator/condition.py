@@ -1,0 +1,130 @@
+"""What a clip is generated from: a class, or a text. Condition tokens are the prefix of the sequence."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ConditionConfig:
+    """Args:
+    kind: `text` or `class`.
+    classes: names, for kind `class`.
+    length: S, words read of a text.
+    buckets: size of the word table of the built-in text encoder.
+    """
+
+    kind: str = "text"
+    classes: tuple[str, ...] = ()
+    length: int = 16
+    buckets: int = 4096
+
+    def __post_init__(self):
+        object.__setattr__(self, "classes", tuple(self.classes))
+
+
+class TextEncoder(Protocol):
+    """What any text encoder has to offer; a pretrained one can stand here.
+
+    `forward` maps B texts to states (B, S, channels) and a mask (B, S), True where there is a word.
+    """
+
+    channels: int
+    length: int
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]: ...
+
+
+class WordEncoder(nn.Module):
+    """A learned vector for every word, found by the word's hash: nothing to download, no vocabulary to keep.
+
+    Args:
+        length: S; further words are not read.
+    """
+
+    def __init__(self, channels: int, length: int, buckets: int):
+        super().__init__()
+        self.channels, self.length = channels, length
+        self.table = nn.Embedding(buckets, channels)
+
+    def words(self, texts: list[str]) -> Tensor:
+        """(B, S) int64 on the CPU: bucket of each word, -1 where there is none."""
+        ids = torch.full((len(texts), self.length), -1)
+        for row, text in zip(ids, texts, strict=True):
+            words = text.lower().replace(",", " ").replace(".", " ").split()[: self.length]
+            row[: len(words)] = torch.tensor([zlib.crc32(w.encode()) % self.table.num_embeddings for w in words])
+        return ids
+
+    def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        ids = self.words(texts).to(self.table.weight.device)
+        return self.table(ids.clamp(min=0)), ids >= 0
+
+
+class TextCondition(nn.Module):
+    """Texts -> (B, S, D). Places without a word, and dropped conditions, hold learned vectors."""
+
+    def __init__(self, encoder: nn.Module, width: int):
+        super().__init__()
+        self.encoder, self.length = encoder, encoder.length
+        self.project = nn.Linear(encoder.channels, width, bias=False)
+        self.empty = nn.Parameter(torch.randn(self.length, width) * 0.02)
+        self.null = nn.Parameter(torch.randn(self.length, width) * 0.02)
+
+    def prompts(self, batch: dict) -> list[str]:
+        """What a batch of data is conditioned on."""
+        return batch["caption"]
+
+    def forward(self, texts: list[str], dropped: Tensor | None = None) -> Tensor:
+        """dropped: (B,) bool, whose condition is left out, for classifier-free guidance."""
+        states, mask = self.encoder(texts)
+        x = torch.where(mask[..., None], self.project(states), self.empty)
+        return x if dropped is None else torch.where(dropped.to(x.device)[:, None, None], self.null, x)
+
+
+class ClassCondition(nn.Module):
+    """Class numbers -> (B, 1, D); one more learned vector stands for no class."""
+
+    length = 1
+
+    def __init__(self, classes: tuple[str, ...], width: int):
+        super().__init__()
+        if not classes:
+            raise ValueError(
+                "condition kind 'class' needs classes, but the data has none: put the clips of each class into a folder "
+                "of its own or name files LABEL_NUMBER, or use condition.kind=text"
+            )
+        self.classes = classes
+        self.table = nn.Embedding(len(classes) + 1, width)
+
+    def prompts(self, batch: dict) -> list[str]:
+        return [self.classes[label] for label in batch["label"].tolist()]
+
+    def forward(self, labels: list[str], dropped: Tensor | None = None) -> Tensor:
+        """
+        Raises:
+            ValueError: for an unknown class.
+        """
+        unknown = sorted(set(labels) - set(self.classes))
+        if unknown:
+            raise ValueError(f"unknown class {unknown[0]!r}; this model knows: {', '.join(self.classes)}")
+        ids = torch.tensor([self.classes.index(label) for label in labels], device=self.table.weight.device)
+        if dropped is not None:
+            ids = torch.where(dropped.to(ids.device), len(self.classes), ids)
+        return self.table(ids)[:, None]
+
+
+def build_condition(config: ConditionConfig, width: int) -> TextCondition | ClassCondition:
+    """
+    Raises:
+        ValueError: for another kind than `text` and `class`.
+    """
+    if config.kind == "text":
+        return TextCondition(WordEncoder(width, config.length, config.buckets), width)
+    if config.kind == "class":
+        return ClassCondition(config.classes, width)
+    raise ValueError(f"condition.kind must be 'text' or 'class', got {config.kind!r}")

@@ -1,0 +1,73 @@
+"""Cross-Frame Error Correction: training on histories with errors (VideoAR eq. 8, method.md section 4).
+
+Bits are flipped before they become context, more in later frames, and the labels are re-quantised against the flipped
+sums, so that the model learns to correct what went wrong before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kit.scales import ScaleSchedule
+from kit.tokenizer.quantizer import frames_of, next_input, pyramid, sequence_of
+
+MOST = 0.5  # a bit flipped more often than not would carry information again
+
+
+@dataclass(frozen=True)
+class FlipLaw:
+    """Range of the flip probability of block (f, k): U(p_min + delta f, p_max + delta f), one draw per block and sample.
+
+    Args:
+        p_min, p_max: range in the first frame. delta: what each further latent frame adds to both.
+        inherit: the first block of a later frame draws from U(rate of the previous frame's last block, p_max + delta f).
+    """
+
+    p_min: float = 0.0
+    p_max: float = 0.25
+    delta: float = 0.01
+    inherit: bool = True
+
+    def draw(self, batch: int, schedule: ScaleSchedule, generator: torch.Generator) -> Tensor:
+        """(B, F, K) flip probabilities."""
+        F, K = schedule.frames, schedule.scales
+        step = self.delta * torch.arange(F, dtype=torch.float32)[None, :, None]
+        low, high = (self.p_min + step).clamp(max=MOST), (self.p_max + step).clamp(max=MOST)
+        low = low.expand(batch, F, K).clone()
+        u = torch.rand(batch, F, K, generator=generator)
+        rates = low + u * (high - low)
+        if self.inherit and F > 1:
+            first = rates[:, :-1, -1]  # nothing is inherited by the last block itself, unless it is also the first
+            for f in range(1, F):
+                before = rates[:, f - 1, -1] if K == 1 else first[:, f - 1]
+                rates[:, f, 0] = before + u[:, f, 0] * (high[:, f, 0] - before)
+        return rates
+
+
+def training_sequence(
+    feature: Tensor, schedule: ScaleSchedule, rates: Tensor | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """What every block reads and should predict.
+
+    Args:
+        feature: (B, d, F, h, w), continuous, from the tokenizer's encoder.
+        rates: (B, F, K) flip probabilities; None flips nothing.
+    Returns:
+        inputs (B, L, d) float32, zero for block (0, 0), and targets (B, L, d) bool.
+    """
+    B, _, F, _, _ = feature.shape
+
+    def flip(k: int, label: Tensor) -> Tensor:
+        p = rates[:, :, k].reshape(B * F, 1, 1).to(label.device)
+        u = torch.rand(label.shape, generator=generator).to(label.device)
+        return label ^ (u < p)
+
+    steps = list(pyramid(frames_of(feature), schedule.grids, None if rates is None else flip))
+    finished = steps[-1].total.unflatten(0, (B, F))
+    before = torch.cat([torch.zeros_like(finished[:, :1]), finished[:, :-1]], dim=1).flatten(0, 1)
+    totals = [before, *(step.total for step in steps[:-1])]
+    inputs = [next_input(total, grid) for total, grid in zip(totals, schedule.grids, strict=True)]
+    return sequence_of(inputs, B), sequence_of([step.label for step in steps], B)

@@ -1,0 +1,48 @@
+"""Who sees whom: block-causal attention, its window, and the Random Frame Mask (VideoAR eq. 9)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kit.scales import ScaleSchedule
+
+CONDITION = -1  # the frame number that stands for the condition
+
+
+def visible(query_f: Tensor, query_k: Tensor, key_f: Tensor, key_k: Tensor, window: int | None = None) -> Tensor:
+    """The rule. Arguments broadcast; returns bool.
+
+    A token sees the condition; its own frame's coarser blocks and its own block; all blocks of the `window` frames
+    before (None: of all frames before). The condition sees itself.
+    """
+    own = (key_f == query_f) & (key_k <= query_k)
+    past = (key_f < query_f) if window is None else (key_f < query_f) & (key_f >= query_f - window)
+    return (key_f == CONDITION) | own | past
+
+
+def draw_kept_frames(batch: int, frames: int, p_mask: float, generator: torch.Generator) -> Tensor:
+    """(B, F) bool: which frames may be seen by later ones; each is dropped with probability `p_mask`. Training only."""
+    return torch.rand(batch, frames, generator=generator) >= p_mask
+
+
+def attention_mask(
+    schedule: ScaleSchedule, condition_length: int, window: int | None = None, kept: Tensor | None = None
+) -> Tensor:
+    """True where attention is allowed.
+
+    Args:
+        kept: (B, F) bool from `draw_kept_frames`; a frame always sees itself, and all see the condition.
+    Returns:
+        (S + L, S + L), or (B, 1, S + L, S + L) with `kept`. Rows are queries.
+    """
+    f, k, _, _ = schedule.coordinates.unbind(1)
+    condition = torch.full((condition_length,), CONDITION)
+    f, k = torch.cat([condition, f]), torch.cat([torch.zeros_like(condition), k])
+    mask = visible(f[:, None], k[:, None], f[None], k[None], window)
+    if kept is None:
+        return mask
+    mask = mask.to(kept.device)
+    f = f.to(kept.device)
+    shown = torch.cat([kept.new_ones(len(kept), 1), kept], dim=1)[:, f + 1]  # (B, S + L), by the key's frame
+    return (mask & (shown[:, None, :] | (f[:, None] == f[None])))[:, None]

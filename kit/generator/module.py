@@ -1,0 +1,115 @@
+"""GeneratorModule: the bit loss and the optimizer of the generator, nothing else."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kit.generator.corruption import FlipLaw, training_sequence
+from kit.generator.mask import draw_kept_frames
+from kit.generator.transformer import Generator, GeneratorConfig
+from kit.optim import build_optimizer, warmup_cosine
+from kit.scales import ScaleSchedule
+from kit.tokenizer import Tokenizer
+
+
+def scale_weights(schedule: ScaleSchedule, kind: str) -> Tensor:
+    """(L,) weight of each token's loss, of mean 1.
+
+    `uniform` is the paper's plain average over bits; `early` weighs a token by the square root of how many tokens of the
+    finest scale it stands for (as Infinity does).
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if kind not in ("uniform", "early"):
+        raise ValueError(f"loss.scale_weights must be 'uniform' or 'early', got {kind!r}")
+    h, w = schedule.grid
+    power = 0.5 if kind == "early" else 0.0
+    weights = torch.tensor([(h * w / (b.h * b.w)) ** power for b in schedule.blocks for _ in range(b.h * b.w)])
+    return weights / weights.mean()
+
+
+def accuracy_by_scale(right: Tensor, schedule: ScaleSchedule) -> list[Tensor]:
+    """Share of right bits for each scale; right: (B, L, d) bool."""
+    scale = schedule.coordinates[:, 1].to(right.device)
+    return [right[:, scale == k].float().mean() for k in range(schedule.scales)]
+
+
+class GeneratorModule(L.LightningModule):
+    """Trains a generator on the bits of a frozen tokenizer.
+
+    Args:
+        generator: values of `GeneratorConfig` (with `bits` and `scales` of the tokenizer).
+        correction: values of `FlipLaw` (Cross-Frame Error Correction); p_max = 0 and delta = 0 turn it off.
+        frame_mask: p_mask of the Random Frame Mask, in [0, 1].
+        drop_condition: probability of training without the condition, for guidance.
+        loss: `scale_weights`, see `scale_weights`.
+        optimizer, clip, steps: as for `TokenizerModule`.
+        seed: of flips, masks and dropped conditions; they are a function of it and of the clips' numbers.
+        tokenizer_hash: of the tokenizer whose bits this generator speaks.
+        tokenizer_path: where that tokenizer was.
+        tokenizer: the tokenizer itself; it is not trained and not saved here.
+    """
+
+    kind = "generator"
+
+    def __init__(
+        self, generator: dict, correction: dict, frame_mask: float, drop_condition: float, loss: dict, optimizer: dict,
+        clip: dict, steps: int, seed: int, tokenizer_hash: str, tokenizer_path: str, tokenizer: Tokenizer | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.save_hyperparameters(ignore="tokenizer")
+        self.model = Generator(GeneratorConfig.from_dict(generator))
+        self.law = FlipLaw(**correction)
+        self.frame_mask, self.drop_condition, self.seed = frame_mask, drop_condition, seed
+        self.loss, self.optimizer, self.steps = loss, optimizer, steps
+        self.__dict__["tokenizer"] = tokenizer  # past nn.Module, which would register it as a part of this module
+        if tokenizer is not None:
+            tokenizer.eval().requires_grad_(False)
+            self.schedule = tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
+            self.register_buffer("weights", scale_weights(self.schedule, loss["scale_weights"]), persistent=False)
+
+    def setup(self, stage: str):
+        self.tokenizer.to(self.device)
+
+    def training_step(self, batch: dict, _) -> Tensor:
+        feature = self._encode(batch["video"])
+        B = len(feature)
+        rng = torch.Generator().manual_seed(hash((self.seed, int(batch["n"][0]))) % 2**63)
+        rates = self.law.draw(B, self.schedule, rng)
+        inputs, targets = training_sequence(feature, self.schedule, rates, rng)
+        kept = draw_kept_frames(B, self.schedule.frames, self.frame_mask, rng).to(feature.device)
+        dropped = torch.rand(B, generator=rng) < self.drop_condition
+        condition = self.model.condition(self.model.condition.prompts(batch), dropped)
+        logits = self.model(inputs, self.schedule, condition, kept)
+        loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=self.weights[:, None])
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/bit_accuracy", ((logits > 0) == targets).float().mean())
+        return loss
+
+    def validation_step(self, batch: dict, _):
+        logits, targets = self.teacher_forced(batch)
+        loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=self.weights[:, None])
+        accuracy = accuracy_by_scale((logits > 0) == targets, self.schedule)
+        metrics = {f"val/bit_accuracy_scale{k + 1}": a for k, a in enumerate(accuracy)}
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(targets), sync_dist=True)
+        self.log_dict(metrics, batch_size=len(targets), sync_dist=True)
+
+    def teacher_forced(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Logits and labels, (B, L, d) each, with the true bits as history."""
+        inputs, targets = training_sequence(self._encode(batch["video"]), self.schedule, None, None)
+        condition = self.model.condition(self.model.condition.prompts(batch))
+        return self.model(inputs, self.schedule, condition), targets
+
+    def configure_optimizers(self):
+        warmup = self.optimizer["warmup"]
+        optimizer = build_optimizer(self.model, **{k: v for k, v in self.optimizer.items() if k != "warmup"})
+        schedule = {"scheduler": warmup_cosine(optimizer, warmup, self.steps), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    @torch.no_grad()
+    def _encode(self, video: Tensor) -> Tensor:
+        return self.tokenizer.encode(video)

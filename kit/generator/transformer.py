@@ -1,0 +1,169 @@
+"""The generator: a decoder-only transformer over the condition and the blocks of a clip (method.md section 3).
+
+Shapes: B batch, S condition tokens, L tokens of the clip, D width, N heads, d bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kit.generator.condition import ConditionConfig, build_condition
+from kit.generator.mask import attention_mask
+from kit.generator.rope import positions, rotary_table, rotate
+from kit.scales import ScaleSchedule
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Architecture of a generator.
+
+    Args:
+        layers, width, heads: of the transformer.
+        bits: d, and `scales`: K, both those of the tokenizer.
+        window: how many frames back attention reaches; None: all.
+        align: where coarse grids sit, see `rope.positions`.
+        condition: what is generated from, see `ConditionConfig`.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    bits: int
+    scales: int
+    window: int | None = None
+    align: str = "grid"
+    condition: ConditionConfig = ConditionConfig()
+
+    def __post_init__(self):
+        if self.width % self.heads or (self.width // self.heads) % 8:
+            raise ValueError(
+                f"width / heads must be a multiple of 8 for the rotary axes, got {self.width} / {self.heads}"
+            )
+
+    def as_dict(self) -> dict:
+        """Plain values, for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> GeneratorConfig:
+        return cls(**{**values, "condition": ConditionConfig(**values["condition"])})
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normalised, rotated queries and keys."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.query_norm, self.key_norm = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, remember=None) -> Tensor:
+        """x: (B, tokens, D). `remember` maps new keys and values, each (B, N, tokens, D / N), to all that are visible."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(self.query_norm(q), rotary), rotate(self.key_norm(k), rotary)
+        k, v = k.to(v.dtype), v
+        if remember is not None:
+            k, v = remember(k, v)
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward, 16 D^2 parameters: the paper's 926 M at 24 layers of 1536."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.attention_norm, self.attention = nn.RMSNorm(width), Attention(width, heads)
+        self.mlp_norm, self.mlp = nn.RMSNorm(width), SwiGLU(width, 4 * width)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, remember=None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, mask, remember)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Generator(nn.Module):
+    """Logits of every bit of every block, given the condition and all earlier blocks."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        self.config = config
+        D = config.width
+        self.condition = build_condition(config.condition, D)
+        self.project = nn.Linear(config.bits, D, bias=False)
+        self.scale_embedding = nn.Embedding(config.scales, D)
+        self.start = nn.Parameter(torch.zeros(D))
+        self.layers = nn.ModuleList(Layer(D, config.heads) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(D)
+        self.head = nn.Linear(D, config.bits, bias=False)
+        self._initialise()
+
+    def _initialise(self):
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        for layer in self.layers:  # the residual stream keeps its size with depth
+            for linear in (layer.attention.out, layer.mlp.down):
+                nn.init.normal_(linear.weight, std=0.02 / (2 * len(self.layers)) ** 0.5)
+        nn.init.normal_(self.project.weight, std=self.config.bits**-0.5)
+        nn.init.normal_(self.start, std=0.02)
+        nn.init.zeros_(self.head.weight)
+
+    def embed(self, inputs: Tensor, scale: Tensor, first: int = 0) -> Tensor:
+        """Tokens of blocks.
+
+        Args:
+            inputs: (B, tokens, d), what the blocks read (`quantizer.next_input`).
+            scale: (tokens,) k of each token.
+            first: how many leading tokens belong to block (0, 0), which reads the learned start instead.
+        Returns:
+            (B, tokens, D)
+        """
+        x = self.project(inputs * self.config.bits**0.5) + self.scale_embedding(scale)
+        if first:
+            x = torch.cat([x[:, :first] + self.start, x[:, first:]], dim=1)
+        return x
+
+    def rotary(self, schedule: ScaleSchedule) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the condition and the whole schedule, (S + L, D / N / 2) each, on the model's device."""
+        where = positions(schedule, self.condition.length, self.config.align).to(self.start.device)
+        return rotary_table(where, self.config.width // self.config.heads)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Hidden states (B, tokens, D) -> logits (B, tokens, d) in float32."""
+        return self.head(self.norm(x)).float()
+
+    def forward(self, inputs: Tensor, schedule: ScaleSchedule, condition: Tensor, kept: Tensor | None = None) -> Tensor:
+        """The whole clip at once, as in training.
+
+        Args:
+            inputs: (B, L, d) from `corruption.training_sequence`.
+            condition: (B, S, D) from `self.condition`.
+            kept: (B, F) bool, the Random Frame Mask.
+        Returns:
+            logits (B, L, d); True bits are those with positive logits.
+        """
+        device = inputs.device
+        scale = schedule.coordinates[:, 1].to(device)
+        x = torch.cat([condition, self.embed(inputs, scale, first=schedule.blocks[0].stop)], dim=1)
+        rotary = self.rotary(schedule)
+        mask = attention_mask(schedule, condition.shape[1], self.config.window, kept).to(device)
+        for layer in self.layers:
+            x = layer(x, rotary, mask)
+        return self.read(x[:, condition.shape[1] :])

@@ -1,0 +1,44 @@
+"""What this machine offers, and the defaults that follow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def fast_bfloat16() -> bool:
+    """Whether training in bfloat16 is faster than in float32 here: CUDA from Ampere on, CPUs with AVX-512 BF16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_has_bf16()
+
+
+def _cpu_has_bf16() -> bool:
+    """mkldnn also accepts CPUs that only emulate bfloat16; the instruction set tells."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def machine_size() -> str:
+    """The size preset that suits this machine."""
+    return "small" if torch.cuda.is_available() else "tiny"
+
+
+def precision() -> str:
+    """Lightning's name of the training precision."""
+    return "bf16-mixed" if fast_bfloat16() else "32-true"
+
+
+def devices() -> int | str:
+    """GPUs to train on, or one CPU process, whose threads use all cores."""
+    return "auto" if torch.cuda.is_available() else 1
+
+
+def wandb_offline() -> bool:
+    """Whether W&B has no key to log in with."""
+    return not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists())

@@ -1,0 +1,77 @@
+"""Videos and pictures for people to look at. Videos are (3, T, H, W) in [-1, 1]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """(3, T, H, W) in [-1, 1] -> (T, H, W, 3) in 0..255, rounded."""
+    pixels = (video.detach().float().clamp(-1, 1) + 1) * 127.5
+    return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def write_video(video: Tensor, path: str | Path, fps: float) -> Path:
+    """Writes an H.264 mp4 that browsers play. Odd sizes are cut by a pixel, as the format asks for."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = to_uint8(video)
+    height, width = (n // 2 * 2 for n in frames.shape[1:3])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=round(fps * 1000) / 1000 if fps % 1 else int(fps))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "12"}
+        for frame in frames:
+            pixels = np.ascontiguousarray(frame[:height, :width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def contact_sheet(
+    groups: list[dict[str, Tensor]], titles: list[str], path: str | Path, columns: int = 8, height: int = 64
+) -> Path:
+    """One PNG: for each group its title, and below it a row of frames for each of its videos.
+
+    Args:
+        groups: row name -> video, each.
+        titles: of the groups, such as prompts.
+        columns: frames shown of each video, evenly spread. height: pixels of a frame in the picture, at least.
+    """
+    font = ImageFont.load_default(13)
+    margin, gap, line = 108, 2, 20
+    rows = []
+    for group, title in zip(groups, titles, strict=True):
+        rows.append(title)
+        rows.extend(group.items())
+
+    first = next(iter(groups[0].values()))
+    zoom = max(1, round(height / first.shape[-2]))
+    frame_h, frame_w = first.shape[-2] * zoom, first.shape[-1] * zoom
+    columns = min(columns, max(v.shape[1] for g in groups for v in g.values()))
+    total = sum(line if isinstance(row, str) else frame_h + gap for row in rows)
+    sheet = Image.new("RGB", (margin + columns * (frame_w + gap), total + 6), "white")
+    draw = ImageDraw.Draw(sheet)
+    y = 2
+    for row in rows:
+        if isinstance(row, str):
+            draw.text((4, y + 2), row, fill="black", font=font)
+            y += line
+            continue
+        name, video = row
+        draw.text((4, y + frame_h // 2 - 8), name, fill=(90, 90, 90), font=font)
+        shown = np.linspace(0, video.shape[1] - 1, columns).round().astype(int)
+        for column, pixels in enumerate(to_uint8(video[:, sorted(set(shown.tolist()))])):
+            picture = Image.fromarray(pixels).resize((frame_w, frame_h), Image.Resampling.NEAREST)
+            sheet.paste(picture, (margin + column * (frame_w + gap), y))
+        y += frame_h + gap
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path

@@ -1,0 +1,95 @@
+"""A training run from a config, top to bottom: data, module, callbacks, loggers, trainer, fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from kit.checkpoint import AtomicCheckpointIO, load_tokenizer
+from kit.data.datamodule import ClipDataModule
+from kit.generator.module import GeneratorModule
+from kit.tokenizer.module import TokenizerModule
+
+
+def plain(node: DictConfig) -> dict:
+    """Plain values of a config node, resolved; checkpoints hold nothing else."""
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def build_data(cfg: DictConfig) -> ClipDataModule:
+    return instantiate({k: v for k, v in plain(cfg.data).items() if k != "root"})
+
+
+def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerModule:
+    return TokenizerModule(plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), data.clip, cfg.trainer.max_steps)
+
+
+def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorModule:
+    tokenizer = load_tokenizer(cfg.tokenizer_ckpt)
+    values = tokenizer.model.config
+    generator = {
+        **plain(cfg.generator), "bits": values.bits, "scales": len(values.scales),
+        "window": cfg.window, "align": cfg.align, "condition": condition_of(plain(cfg.condition), data),
+    }  # fmt: skip
+    return GeneratorModule(
+        generator, plain(cfg.correction), cfg.frame_mask, cfg.drop_condition, plain(cfg.loss), plain(cfg.optimizer),
+        data.clip, cfg.trainer.max_steps, cfg.seed,
+        tokenizer_hash=tokenizer.hash, tokenizer_path=str(tokenizer.path.resolve()), tokenizer=tokenizer.model,
+    )  # fmt: skip
+
+
+def condition_of(condition: dict, data: ClipDataModule) -> dict:
+    """Values of `ConditionConfig`; `auto` takes classes where the data has nothing better to say."""
+    kind = condition["kind"]
+    if kind == "auto":
+        kind = "class" if data.classes and not data.train.captioned else "text"
+    return {**condition, "kind": kind, "classes": list(data.classes) if kind == "class" else []}
+
+
+BUILDERS = {"tokenizer": build_tokenizer_module, "generator": build_generator_module}
+
+
+def build_trainer(cfg: DictConfig) -> L.Trainer:
+    callbacks = [instantiate(c) for c in cfg.callbacks.values() if c]
+    loggers = [instantiate(c) for c in cfg.logger.values()] if cfg.logger else False
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
+
+
+def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
+    """Where to go on from, see `ckpt` in conf/fit.yaml.
+
+    Raises:
+        FileExistsError: if a new run would take the folder of an old one.
+        FileNotFoundError: if the checkpoint asked for does not exist.
+    """
+    last = Path(cfg.folder) / "checkpoints" / "last.ckpt"
+    if cfg.ckpt == "last":
+        return last if last.exists() else None
+    if cfg.ckpt is not None:
+        if not Path(cfg.ckpt).is_file():
+            raise FileNotFoundError(f"ckpt={cfg.ckpt}: no such checkpoint; ckpt=last continues the run in {cfg.folder}")
+        return Path(cfg.ckpt)
+    if last.exists() and not cfg.overwrite:
+        raise FileExistsError(
+            f"{cfg.folder} already holds a trained run; continue it with ckpt=last, keep it with another name=..., or "
+            f"replace it with overwrite=true"
+        )
+    return None
+
+
+def fit(cfg: DictConfig) -> L.Trainer:
+    """Trains what `cfg` says (conf/fit.yaml); returns the trainer, its model at `trainer.model`."""
+    resume = checkpoint_to_resume(cfg)
+    L.seed_everything(cfg.seed, verbose=False)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    data = build_data(cfg)
+    module = BUILDERS[cfg.module](cfg, data)
+    module.model.to(memory_format=torch.channels_last_3d) if cfg.module == "tokenizer" else None
+    trainer = build_trainer(cfg)
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    return trainer

@@ -1,0 +1,142 @@
+"""The scale schedule: which blocks a clip is written in. The only place that knows grids, lengths and offsets.
+
+A clip has T = 1 + TAU * n pixel frames and F = 1 + n latent frames; each latent frame is written as K residual maps of
+growing size (h_k, w_k). Block (f, k) is latent frame f at scale k, both counted from 0. The sequence holds all blocks
+of frame 0 from coarse to fine, then those of frame 1, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+TAU = 4  # pixel frames per latent frame, after the first frame, which is coded alone
+
+
+def latent_frames(frames: int) -> int:
+    """F of a clip of T pixel frames.
+
+    Raises:
+        ValueError: if T is not 1 + 4n.
+    """
+    if frames < 1 or (frames - 1) % TAU:
+        below = max(1, (frames - 1) // TAU * TAU + 1)
+        raise ValueError(f"a clip must have 1 + {TAU}n frames, got {frames}; use {below} or {below + TAU}")
+    return 1 + (frames - 1) // TAU
+
+
+def pixel_frames(latents: int) -> int:
+    """T of a clip of F latent frames."""
+    return 1 + TAU * (latents - 1)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Block (f, k): tokens [start, stop) of the sequence, an (h, w) grid in row-major order."""
+
+    f: int
+    k: int
+    h: int
+    w: int
+    start: int
+    stop: int
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class ScaleSchedule:
+    """F latent frames, each of K scales.
+
+    Args:
+        frames: F, number of latent frames.
+        grids: (h_k, w_k) from coarse to fine; the last one is the latent grid (h, w).
+    Raises:
+        ValueError: if there is no frame or no scale, or the grids shrink.
+    """
+
+    frames: int
+    grids: tuple[tuple[int, int], ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "grids", tuple((int(h), int(w)) for h, w in self.grids))
+        if self.frames < 1 or not self.grids:
+            raise ValueError(f"a schedule needs at least one frame and one scale, got {self.frames} and {self.grids}")
+        for (h, w), (next_h, next_w) in zip(self.grids, self.grids[1:]):
+            if next_h < h or next_w < w:
+                raise ValueError(f"scales must grow from coarse to fine, got {self.grids}")
+
+    @classmethod
+    def square(cls, frames: int, sides: list[int] | tuple[int, ...], grid: tuple[int, int] | None = None):
+        """Scales given by one side each; on a non-square latent `grid` the other side follows its aspect ratio.
+
+        Args:
+            sides: for a square grid the sides h_k = w_k; otherwise the shorter side of each scale.
+            grid: (h, w); default is square, the last side. Its shorter side must be the last of `sides`.
+        """
+        h, w = grid or (sides[-1], sides[-1])
+        short = min(h, w)
+        if short != sides[-1]:
+            raise ValueError(f"the last scale {sides[-1]} must be the shorter side of the latent grid {h} x {w}")
+        return cls(frames, tuple((max(1, round(s * h / short)), max(1, round(s * w / short))) for s in sides))
+
+    @property
+    def scales(self) -> int:
+        """K."""
+        return len(self.grids)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the latent."""
+        return self.grids[-1]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return sum(h * w for h, w in self.grids)
+
+    @property
+    def length(self) -> int:
+        """L, tokens of the whole clip, condition not counted."""
+        return self.frames * self.tokens_per_frame
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks in the order they are generated."""
+        return tuple(self._walk())
+
+    def _walk(self) -> Iterator[Block]:
+        start = 0
+        for f in range(self.frames):
+            for k, (h, w) in enumerate(self.grids):
+                yield Block(f, k, h, w, start, start + h * w)
+                start += h * w
+
+    def block(self, f: int, k: int) -> Block:
+        return self.blocks[f * self.scales + k]
+
+    def frame(self, f: int) -> slice:
+        """All tokens of frame f."""
+        return slice(f * self.tokens_per_frame, (f + 1) * self.tokens_per_frame)
+
+    def with_frames(self, frames: int) -> ScaleSchedule:
+        """The same scales for another number of latent frames."""
+        return ScaleSchedule(frames, self.grids)
+
+    @cached_property
+    def coordinates(self) -> torch.Tensor:
+        """(L, 4) int64: f, k, y, x of every token; y, x on the grid of its own scale."""
+        parts = []
+        for b in self.blocks:
+            y, x = torch.meshgrid(torch.arange(b.h), torch.arange(b.w), indexing="ij")
+            head = torch.tensor([b.f, b.k]).expand(b.h * b.w, 2)
+            parts.append(torch.cat([head, torch.stack([y.flatten(), x.flatten()], 1)], 1))
+        return torch.cat(parts)
+
+    def __str__(self) -> str:
+        scales = " ".join(f"{h}x{w}" if h != w else f"{h}" for h, w in self.grids)
+        return f"{self.frames} latent frames x scales {scales} = {self.length} tokens in {len(self.blocks)} steps"

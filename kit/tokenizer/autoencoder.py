@@ -1,0 +1,112 @@
+"""Causal 3D encoder and decoder.
+
+Time is folded once, in the stem; everything after it runs at the latent frame rate. Nothing normalises over time, so a
+latent frame depends on past pixels only, and a clip can be coded chunk by chunk (see `causal.Stream`).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kit.tokenizer.causal import CausalConv3d, Stream, fold, unfold
+
+
+class FrameNorm(nn.GroupNorm):
+    """Group normalisation of each latent frame on its own."""
+
+    def __init__(self, channels: int):
+        super().__init__(min(32, channels // 4), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, T, H, W)"""
+        frames = x.transpose(1, 2)
+        return super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
+
+
+class ResBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x)))))), starting as the identity."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm1, self.conv1 = FrameNorm(channels), CausalConv3d(channels, channels)
+        self.norm2, self.conv2 = FrameNorm(channels), CausalConv3d(channels, channels, (1, 3, 3))
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)), stream)
+        return x + self.conv2(F.silu(self.norm2(y)), stream)
+
+
+class Downsample(nn.Conv3d):
+    """Halves height and width of every frame."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, (1, 2, 2), stride=(1, 2, 2))
+
+
+class Upsample(nn.ConvTranspose3d):
+    """Doubles height and width of every frame."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, (1, 2, 2), stride=(1, 2, 2))
+
+
+class Encoder(nn.Module):
+    """Pixels -> feature, F = 1 + (T - 1) / 4 latent frames.
+
+    Args:
+        bits: d, channels of the feature.
+        patch: side of the pixel patch that the stem folds into channels.
+        widths: channels of each level, from fine to coarse; each level halves height and width.
+        blocks: residual blocks per level.
+    """
+
+    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int):
+        super().__init__()
+        self.patch = patch
+        self.stem = CausalConv3d(3 * 4 * patch**2, widths[0], (1, 1, 1))
+        self.levels = nn.ModuleList(nn.ModuleList(ResBlock(c) for _ in range(blocks)) for c in widths)
+        self.downs = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:]))
+        self.norm, self.head = FrameNorm(widths[-1]), CausalConv3d(widths[-1], bits)
+
+    def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
+        """video: (B, 3, T, H, W) in [-1, 1] -> (B, d, F, h, w)."""
+        x = self.stem(fold(video, self.patch, _started(self, stream)))
+        for i, level in enumerate(self.levels):
+            if i:
+                x = self.downs[i - 1](x)
+            for block in level:
+                x = block(x, stream)
+        return self.head(F.silu(self.norm(x)), stream)
+
+
+class Decoder(nn.Module):
+    """Feature -> pixels; the mirror image of `Encoder`, with the same arguments."""
+
+    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int):
+        super().__init__()
+        self.patch = patch
+        widths = widths[::-1]
+        self.stem = CausalConv3d(bits, widths[0])
+        self.levels = nn.ModuleList(nn.ModuleList(ResBlock(c) for _ in range(blocks)) for c in widths)
+        self.ups = nn.ModuleList(Upsample(a, b) for a, b in zip(widths, widths[1:]))
+        self.norm, self.head = FrameNorm(widths[-1]), CausalConv3d(widths[-1], 3 * 4 * patch**2, (1, 3, 3))
+
+    def forward(self, feature: Tensor, stream: Stream | None = None) -> Tensor:
+        """feature: (B, d, F, h, w) -> (B, 3, T, H, W), not clamped."""
+        x = self.stem(feature, stream)
+        for i, level in enumerate(self.levels):
+            if i:
+                x = self.ups[i - 1](x)
+            for block in level:
+                x = block(x, stream)
+        x = self.head(F.silu(self.norm(x)), stream)
+        return unfold(x, self.patch, _started(self, stream))
+
+
+def _started(module: nn.Module, stream: Stream | None) -> bool:
+    """Whether the stream has passed through `module` before; notes that it has now."""
+    if stream is None:
+        return False
+    return stream.setdefault(module, False) or bool(stream.update({module: True}))

@@ -1,0 +1,122 @@
+"""Binary spherical code and the residual pyramid: bits <-> feature, and the input of the next block.
+
+Each latent frame is coded on its own. For every scale, from coarse to fine: take the residual of the frame's feature
+against the running sum, resize it down to the scale's grid, put it on the unit sphere, keep the signs. A token is then
+d bits; its code is +-1/sqrt(d) (binary spherical quantization). The code is resized up and added to the running sum.
+(method.md section 2; VideoAR section 3, after Infinity.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kit.scales import ScaleSchedule
+
+Grid = tuple[int, int]
+
+
+def to_bits(x: Tensor) -> Tensor:
+    """Signs as bits: True where x > 0."""
+    return x > 0
+
+
+def to_code(bits: Tensor, dim: int = -1) -> Tensor:
+    """Bits -> points on the unit sphere, +-1/sqrt(d); d is the size of `dim`. float32."""
+    return (bits.float() * 2 - 1) * bits.shape[dim] ** -0.5
+
+
+def down(x: Tensor, grid: Grid) -> Tensor:
+    """Resizes (..., h, w) down to `grid` by area."""
+    return F.adaptive_avg_pool2d(x, grid) if x.shape[-2:] != grid else x
+
+
+def up(x: Tensor, grid: Grid) -> Tensor:
+    """Resizes (N, d, h, w) up to `grid`, bilinear."""
+    return F.interpolate(x, grid, mode="bilinear", align_corners=False) if x.shape[-2:] != grid else x
+
+
+def next_input(total: Tensor, grid: Grid) -> Tensor:
+    """What a block reads: the running sum, resized to the block's grid. Training and sampling both ask here.
+
+    Args:
+        total: (N, d, h, w), sum of the residual maps known so far (of the frame before, for a frame's first block).
+    Returns:
+        (N, h_k * w_k, d)
+    """
+    return down(total, grid).flatten(2).transpose(1, 2)
+
+
+def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
+    """(N, h * w, d) -> (N, d, h, w)"""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+class Step(NamedTuple):
+    """One scale of the pyramid."""
+
+    residual: Tensor  # (N, d, h_k, w_k), before taking signs
+    label: Tensor  # (N, h_k * w_k, d) bool, signs of the residual
+    bits: Tensor  # the same, as they entered the sum: labels, or labels with errors
+    total: Tensor  # (N, d, h, w), running sum after this scale
+
+
+def pyramid(feature: Tensor, grids: tuple[Grid, ...], disturb: Callable[[int, Tensor], Tensor] | None = None):
+    """Walks a frame's scales from coarse to fine.
+
+    Args:
+        feature: (N, d, h, w), N frames on their own.
+        disturb: (k, label) -> bits that enter the sum in place of the label; the residual of the next scale, and so its
+            label, is then taken against the disturbed sum.
+    Yields:
+        a `Step` for each scale.
+    """
+    feature = feature.float()
+    total = torch.zeros_like(feature)
+    for k, grid in enumerate(grids):
+        residual = down(feature - total, grid)
+        label = to_bits(residual.flatten(2).transpose(1, 2))
+        bits = label if disturb is None else disturb(k, label)
+        total = total + up(tokens_to_map(to_code(bits), grid), feature.shape[-2:])
+        yield Step(residual, label, bits, total)
+
+
+def frames_of(feature: Tensor) -> Tensor:
+    """(B, d, F, h, w) -> (B * F, d, h, w)"""
+    return feature.transpose(1, 2).flatten(0, 1)
+
+
+def clip_of(frames: Tensor, batch: int) -> Tensor:
+    """(B * F, d, h, w) -> (B, d, F, h, w)"""
+    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def sequence_of(blocks: list[Tensor], batch: int) -> Tensor:
+    """One (B * F, h_k * w_k, d) for each scale -> (B, L, d) in the schedule's order."""
+    return torch.cat(blocks, dim=1).unflatten(0, (batch, -1)).flatten(1, 2)
+
+
+def feature_to_bits(feature: Tensor, schedule: ScaleSchedule) -> Tensor:
+    """(B, d, F, h, w) -> (B, L, d) bool."""
+    steps = pyramid(frames_of(feature), schedule.grids)
+    return sequence_of([step.label for step in steps], feature.shape[0])
+
+
+def bits_to_feature(bits: Tensor, schedule: ScaleSchedule, scales: int | None = None) -> Tensor:
+    """(B, L, d) -> (B, d, F, h, w), the sum of the residual maps; of the first `scales` only, if given.
+
+    Raises:
+        ValueError: if there are not L tokens.
+    """
+    if bits.shape[1] != schedule.length:
+        raise ValueError(f"the schedule has {schedule.length} tokens ({schedule}), got bits of shape {tuple(bits.shape)}")
+    frames = bits.unflatten(1, (schedule.frames, -1)).flatten(0, 1)
+    total, start = 0.0, 0
+    for h, w in schedule.grids[:scales]:
+        total = total + up(tokens_to_map(to_code(frames[:, start : start + h * w]), (h, w)), schedule.grid)
+        start += h * w
+    return clip_of(total, bits.shape[0])

@@ -1,0 +1,416 @@
+"""The folder data set: which frames of which file an item shows, its caption and label, and what bad input does."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from kit.data.clips import FolderClips, fit, frame_numbers, label_files, list_videos, split_files
+from kit.data.decode import UnreadableVideo
+
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+COUNT = 60
+STEP = 4  # of brightness from frame to frame
+
+
+def write(path: Path, count: int = COUNT, rate: int = 24, height: int = 32, width: int = 40, tint: int = 0) -> Path:
+    """A video whose frame i has brightness STEP * i; `tint` adds to blue in its upper left corner."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt, stream.gop_size = height, width, "yuv420p", 12
+        for i in range(count):
+            image = np.full((height, width, 3), STEP * i, np.uint8)
+            image[: height // 2, : width // 2, 2] = np.clip(STEP * i + tint, 0, 255)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def write_bad(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("not a video")
+    return path
+
+
+def shown(item: dict) -> list[int]:
+    """Which frames of the file an item shows."""
+    return torch.round((item["video"][0].mean(dim=(1, 2)) + 1) * 127.5 / STEP).int().tolist()
+
+
+def same(a: dict, b: dict) -> bool:
+    return torch.equal(a["video"], b["video"]) and (a["caption"], a["label"]) == (b["caption"], b["label"])
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """Eight files of different length, so that their clips differ."""
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(8):
+        write(root / f"{'walk' if i % 2 else 'wave_hand'}_{i:03d}.mp4", count=30 + 4 * i)
+    (root / "notes.txt").write_text("ignored")
+    return root
+
+
+def test_item_format(videos):
+    item = FolderClips(videos, frames=5, height=16, width=24)[3]
+    assert item["video"].shape == (3, 5, 16, 24) and item["video"].dtype == torch.float32
+    assert item["video"].is_contiguous() and item["video"].abs().max() <= 1
+    assert isinstance(item["caption"], str) and isinstance(item["label"], int)
+
+
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_consecutive_frames_at_the_files_own_rate(videos, backend):
+    dataset = FolderClips(videos, frames=6, backend=backend)
+    starts = set()
+    for n in range(12):
+        numbers = shown(dataset[n])
+        assert numbers == list(range(numbers[0], numbers[0] + 6))
+        starts.add(numbers[0])
+    assert len(starts) > 4  # random
+
+
+@pytest.mark.parametrize(("fps", "step"), [(12, 2), (8, 3), (24, 1), (0, 1), (48, 0.5)])
+def test_fps_picks_the_nearest_frames(tmp_path, fps, step):
+    write(tmp_path / "a.mp4", count=41)
+    write(tmp_path / "b.mp4", count=41)
+    numbers = shown(FolderClips(tmp_path, "val", frames=5, fps=fps)[0])
+    exact = 20 + step * (np.arange(5) - 2)  # around the middle of the file
+    assert np.abs(np.array(numbers) - exact).max() <= 0.5
+    assert len(set(numbers)) == (3 if step == 0.5 else 5)
+
+
+def test_frame_numbers():
+    assert frame_numbers(100, 25, 4, None, 0).tolist() == [0, 1, 2, 3]
+    assert frame_numbers(100, 25, 4, None, 1).tolist() == [96, 97, 98, 99]
+    assert frame_numbers(100, 30, 4, 8, 0).tolist() == [0, 4, 8, 11]  # 0, 3.75, 7.5, 11.25
+    assert frame_numbers(3, 25, 5, 25, 0.7).tolist() == [0, 1, 2, 3, 4]  # too short: from the beginning, and beyond
+    assert frame_numbers(9, 25, 1, 25, 0.5).tolist() == [4]
+    for start in np.random.default_rng(0).random(200):
+        numbers = frame_numbers(50, 29.97, 17, 12, start)
+        assert numbers[0] >= 0 and numbers[-1] <= 49
+
+
+def test_val_takes_the_middle_and_repeats(videos):
+    dataset = FolderClips(videos, "val", frames=4, seed=0)
+    assert dataset.files == ["wave_hand_000.mp4"]  # of 30 frames
+    assert shown(dataset[0]) == [13, 14, 15, 16]
+    assert same(dataset[0], FolderClips(videos, "val", frames=4, seed=9)[1])
+
+
+def test_item_is_a_function_of_seed_and_number(videos):
+    dataset = FolderClips(videos, frames=3, height=16, width=16, seed=5)
+    order = [7, 0, 30, 7, 2, 100_000]
+    first = [dataset[n] for n in order]
+    other = FolderClips(videos, frames=3, height=16, width=16, seed=5)
+    assert all(same(item, other[n]) for n, item in reversed(list(zip(order, first, strict=True))))
+    assert same(first[0], first[3]) and not same(first[0], first[1])
+    changed = FolderClips(videos, frames=3, height=16, width=16, seed=6)
+    assert not all(same(item, changed[n]) for n, item in zip(order, first, strict=True))
+
+
+def test_every_epoch_shows_every_file_once_in_a_new_order(videos):
+    dataset = FolderClips(videos, seed=1)
+    count = len(dataset.files)
+    epochs = [[dataset.file(n) for n in range(e * count, (e + 1) * count)] for e in range(4)]
+    assert all(sorted(epoch) == dataset.files for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_workers_give_what_the_main_process_gives(videos, backend, context):
+    dataset = FolderClips(videos, frames=3, height=16, width=16, backend=backend)
+    alone = [dataset[n] for n in range(6)]  # decodes before the fork, too
+    workers = 2 if context == "fork" else 1
+    loader = DataLoader(
+        dataset, batch_size=2, sampler=range(6), num_workers=workers, multiprocessing_context=context, timeout=60
+    )
+    batches = list(loader)
+    assert torch.equal(torch.cat([b["video"] for b in batches]), torch.stack([item["video"] for item in alone]))
+    assert [c for b in batches for c in b["caption"]] == [item["caption"] for item in alone]
+    assert torch.cat([b["label"] for b in batches]).tolist() == [item["label"] for item in alone]
+
+
+def test_pickled_copy_is_the_same(videos):
+    dataset = FolderClips(videos, frames=2)
+    assert same(pickle.loads(pickle.dumps(dataset))[4], dataset[4])
+
+
+def test_split_is_by_file_disjoint_and_stable(videos):
+    train, val = FolderClips(videos, "train", val_every=3), FolderClips(videos, "val", val_every=3, seed=4)
+    names = list_videos(videos)
+    assert val.files == [names[2], names[5]]
+    assert sorted(train.files + val.files) == names and not set(train.files) & set(val.files)
+    assert {train.file(n) for n in range(50)} == set(train.files)
+
+
+def test_small_folders_still_have_a_val_split():
+    assert split_files(["a", "b"], "val", 5) == ["b"] and split_files(["a", "b"], "train", 5) == ["a"]
+    assert split_files(["a"], "val", 5) == split_files(["a"], "train", 5) == ["a"]
+
+
+def test_single_file_is_in_both_splits_with_a_warning(tmp_path):
+    write(tmp_path / "a.mp4")
+    with pytest.warns(UserWarning, match="one video only"):
+        val = FolderClips(tmp_path, "val")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert FolderClips(tmp_path, "train").files == val.files == ["a.mp4"]
+
+
+def test_classes_from_file_names(videos):
+    train, val = FolderClips(videos, frames=1), FolderClips(videos, "val", frames=1)
+    assert train.classes == val.classes == ("walk", "wave_hand")
+    for n in range(5):
+        item, label = train[n], train.file(n).rsplit("_", 1)[0]
+        assert train.classes[item["label"]] == label and item["caption"] == label.replace("_", " ")
+
+
+def test_classes_from_folders(tmp_path):
+    names = ["ride_bike/a_1.mp4", "ride_bike/b_2.mp4", "run/a_1.mp4", "run/deep/run/c_3.mp4"]
+    for name in names:
+        write(tmp_path / name, count=2)
+    dataset = FolderClips(tmp_path, "train", frames=1)
+    assert dataset.classes == ("ride_bike", "run")
+    items = {dataset.file(n): dataset[n] for n in range(len(dataset.files))}
+    assert (items["ride_bike/a_1.mp4"]["label"], items["ride_bike/a_1.mp4"]["caption"]) == (0, "ride bike")
+    assert items["run/a_1.mp4"]["label"] == 1
+    assert FolderClips(tmp_path, label_from="filename").classes == ("a", "b", "c")
+    none = FolderClips(tmp_path, frames=1, label_from="none")
+    assert none.classes == () and (none[0]["label"], none[0]["caption"]) == (-1, "")
+
+
+def test_which_labels_auto_chooses():
+    def auto(*names: str) -> list[str]:
+        return sorted(set(label_files(names, "auto", r"^(?P<label>.+?)_+\d+$").values()))
+
+    assert auto("x/a_1.mp4", "x/b_1.mp4", "x/b_2.mp4") == ["a", "b"]  # one folder tells nothing apart
+    assert auto("a_1.mp4", "b_1.mp4") == []  # as many classes as files
+    assert auto("a_1.mp4", "a_2.mp4") == []  # one class
+    assert auto("a_1.mp4", "b_1.mp4", "b_2.mp4", "other.mp4") == []
+    assert auto("my_long_word__0004.mp4", "b_1.mp4", "b_2.mp4") == ["b", "my_long_word"]
+    assert label_files(["map__run__3.mp4"], "filename", "__(?P<label>.+)__") == {"map__run__3.mp4": "run"}
+
+
+def write_captions(path: Path, captions: dict[str, str]) -> Path:
+    rows = [{"file": file, "caption": caption} for file, caption in captions.items()]
+    text = {
+        ".csv": "file,caption\n" + "".join(f'{row["file"]},"{row["caption"]}"\n' for row in rows),
+        ".jsonl": "\n".join(map(json.dumps, rows)) + "\n",
+        ".json": json.dumps(captions),
+    }
+    path.write_text(text[path.suffix], encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json"])
+@pytest.mark.parametrize("where", ["default", "given"])
+def test_captions_from_a_table(tmp_path, suffix, where):
+    names = ["a_1.mp4", "sub/a_2.mp4", "b_1.mp4"]
+    for name in names:
+        write(tmp_path / "videos" / name, count=2)
+    captions = {"a_1.mp4": "a cat, and a dog", "sub/a_2": "über", "b_1.mp4": ""}
+    path = tmp_path / "videos" / f"captions.{suffix}" if where == "default" else tmp_path / f"texts.{suffix}"
+    write_captions(path, captions)
+    dataset = FolderClips(tmp_path / "videos", frames=1, captions=None if where == "default" else path, val_every=3)
+    val = FolderClips(tmp_path / "videos", "val", frames=1, captions=dataset.captions, val_every=3)
+    found = {d.file(n): d[n] for d in (dataset, val) for n in range(len(d.files))}
+    assert found["a_1.mp4"]["caption"] == "a cat, and a dog" and found["sub/a_2.mp4"]["caption"] == "über"
+    assert found["b_1.mp4"]["caption"] == "" and found["b_1.mp4"]["label"] == dataset.classes.index("b")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.csv", "file,text\na.mp4,hello\n", r"c\.csv, row 1: expected texts named `file` and `caption`.*text"),
+        ("c.csv", "file,caption\na.mp4,x\nb.mp4\n", "row 2: expected texts"),
+        ("c.csv", "file,caption\na.mp4,x\nb.mp4,y\nzebra.mp4,z\n", "1 files that are not there, such as 'zebra.mp4'"),
+        ("c.csv", "file,caption\na.mp4,x\n", "no caption for 1 files, such as 'b.mp4'"),
+        ("c.csv", "file,caption\na.mp4,x\na.mp4,y\nb.mp4,z\n", "row 2: a second caption for 'a.mp4'"),
+        ("c.jsonl", '{"file": "a.mp4", "caption": "x"}\n{"file": \n', r"c\.jsonl is not valid jsonl"),
+        ("c.jsonl", '"a.mp4"\n', "row 1: expected texts"),
+        ("c.json", '{"a.mp4": 5, "b": "x"}', "row 1: expected texts"),
+        ("c.json", "5", r"c\.json is not valid json"),
+        ("c.txt", "a.mp4 x", r"expected a file ending in \.csv, \.jsonl or \.json"),
+    ],
+)
+def test_bad_captions_say_what_is_wrong(tmp_path, name, text, message):
+    for video in ("a.mp4", "b.mp4"):
+        write_bad(tmp_path / video)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        FolderClips(tmp_path, captions=tmp_path / name)
+
+
+def test_unreadable_file_is_reported_once_and_replaced_by_the_next(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"{i}.mp4", count=10 + i)
+    bad = write_bad(tmp_path / "1_bad.mp4")
+    dataset = FolderClips(tmp_path, frames=2, height=16, width=16, val_every=100)
+    assert "1_bad.mp4" in dataset.files
+    with pytest.warns(UserWarning, match="1_bad.mp4") as caught:
+        items = [dataset[n] for n in range(12)]
+    assert len(caught) == 1
+    assert list(dataset.skipped) == [bad] and dataset.skipped[bad]
+    n = next(n for n in range(12) if dataset.file(n) == "1_bad.mp4")
+    fresh = FolderClips(tmp_path, frames=2, height=16, width=16, val_every=100)
+    with pytest.warns(UserWarning):
+        assert same(fresh[n], items[n])  # whatever was read before
+    good = dataset._read(dataset.file(n + 1), *np.random.default_rng((0, 1, n)).random(4))
+    assert torch.equal(items[n]["video"], good)
+
+
+def test_failure_in_one_clip_of_a_file_does_not_change_its_others(videos, monkeypatch):
+    """What is skipped must not depend on the order in which items are asked for."""
+    from kit.data import clips
+
+    dataset = FolderClips(videos, frames=2, height=16, width=16)
+    expected = [dataset[n] for n in range(14)]
+    n = 3
+    later = next(m for m in range(7, 14) if dataset.file(m) == dataset.file(n))
+    original = clips.open_video
+
+    def fails(path, backend):
+        raise UnreadableVideo(path, "a bad sector", backend)
+
+    monkeypatch.setattr(clips, "open_video", lambda p, b: (fails if p.name == dataset.file(n) else original)(p, b))
+    with pytest.warns(UserWarning, match="a bad sector"):
+        assert not same(dataset[n], expected[n])
+    monkeypatch.setattr(clips, "open_video", original)
+    assert same(dataset[later], expected[later])
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_all_files_unreadable_is_an_error_with_reasons(tmp_path, verify):
+    for i in range(5):
+        write_bad(tmp_path / f"{i}.mp4")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"none of the 4 train videos.*mp4: .*backend"):
+        FolderClips(tmp_path, verify=verify)[0]
+
+
+def test_verify_finds_bad_and_short_files_at_once(tmp_path):
+    for i in range(3):
+        write(tmp_path / f"{i}.mp4", count=8 if i < 2 else 3 * COUNT // 4)
+    write_bad(tmp_path / "3.mp4")
+    write(tmp_path / "4.mp4")
+    with pytest.warns(UserWarning) as caught:
+        dataset = FolderClips(tmp_path, frames=10, verify=True)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 2 and "3.mp4" in messages[0] and "2 of 4 files" in messages[1]
+    assert list(dataset.skipped) == [tmp_path / "3.mp4"]
+    assert dataset.short == {tmp_path / "0.mp4": 2, tmp_path / "1.mp4": 2}
+
+
+def test_short_file_holds_its_last_frame_and_warns_once(tmp_path):
+    write(tmp_path / "a.mp4", count=4)
+    write(tmp_path / "b.mp4", count=4)
+    dataset = FolderClips(tmp_path, frames=7)
+    with pytest.warns(UserWarning, match=r"too short for a clip of 7 frames.*a\.mp4 by 3 frames") as caught:
+        items = [dataset[n] for n in range(4)]
+    assert len(caught) == 1
+    assert all(shown(item) == [0, 1, 2, 3, 3, 3, 3] for item in items)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (20, 64), (64, 20), (48, 48), (7, 9)])
+@pytest.mark.parametrize(("rows", "columns"), [(32, 40), (40, 32)])
+def test_fit_covers_and_crops_the_centre(height, width, rows, columns):
+    y, x = np.mgrid[:rows, :columns]
+    image = np.stack([255 * y / (rows - 1), 255 * x / (columns - 1), 0 * x], axis=-1).astype(np.uint8)
+    clip = fit(np.stack([image] * 2), height, width)
+    assert clip.shape == (3, 2, height, width) and clip.dtype == torch.float32
+    assert torch.all(clip[2] == -1)
+    down, across = (clip[0, 0].mean(1) + 1) / 2, (clip[1, 0].mean(0) + 1) / 2
+    assert abs(down.mean() - 0.5) < 0.02 and abs(across.mean() - 0.5) < 0.02  # the centre
+    scale = max(height / rows, width / columns)  # the same in both directions: no distortion
+    assert float(down[-1] - down[0]) == pytest.approx((height - 1) / scale / (rows - 1), abs=0.05)
+    assert float(across[-1] - across[0]) == pytest.approx((width - 1) / scale / (columns - 1), abs=0.05)
+
+
+def test_fit_averages_when_it_shrinks():
+    stripes = np.zeros((1, 64, 64, 3), np.uint8)
+    stripes[:, :, ::4] = 255
+    assert (fit(stripes, 16, 16) + 0.5).abs().max() < 0.2  # a quarter of white, nowhere a stripe
+    assert torch.equal(fit(stripes, 64, 64)[0, 0, 0, :2], torch.tensor([1.0, -1.0]))
+
+
+def test_fit_crops_where_it_is_told():
+    image = np.zeros((1, 10, 30, 3), np.uint8)
+    image[:, :, 20:] = 255
+    assert fit(image, 10, 10, left=0.0).max() == -1 and fit(image, 10, 10, left=1.0).min() == 1
+
+
+def test_flip_and_random_crop(tmp_path):
+    for i in range(2):
+        write(tmp_path / f"{i}.mp4", count=1, height=32, width=96, tint=200)
+    plain = FolderClips(tmp_path, frames=1, height=32, width=96)
+    flipped = FolderClips(tmp_path, frames=1, height=32, width=96, flip=True)
+    mirrored = 0
+    for n in range(12):
+        a, b = plain[n]["video"], flipped[n]["video"]
+        mirrored += torch.equal(a.flip(-1), b)
+        assert torch.equal(a, b) or torch.equal(a.flip(-1), b)
+    assert 0 < mirrored < 12
+    crops = FolderClips(tmp_path, frames=1, height=32, width=32, random_crop=True)
+    assert len({round(float(crops[n]["video"][2].mean()), 2) for n in range(8)}) > 2
+    centred = FolderClips(tmp_path, frames=1, height=32, width=32)
+    assert len({float(centred[n]["video"][2].mean()) for n in range(8)}) == 1
+    assert same(crops[2], FolderClips(tmp_path, frames=1, height=32, width=32, random_crop=True)[2])
+    val = {"split": "val", "frames": 1, "height": 32, "width": 32}
+    assert same(FolderClips(tmp_path, **val)[0], FolderClips(tmp_path, **val, random_crop=True, flip=True)[0])
+
+
+def test_no_folder_and_no_video(tmp_path):
+    with pytest.raises(FileNotFoundError, match="root=.*nowhere.*set `root`"):
+        FolderClips(tmp_path / "nowhere")
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"holds no video; expected files ending in \.mp4"):
+        FolderClips(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "test"}, "split='test'; expected one of: train, val"),
+        ({"label_from": "name"}, "label_from='name'; expected one of: auto, folder, filename, none"),
+        ({"label_from": "folder"}, "label_from='folder': .*mp4 has no label"),
+        ({"label_from": "filename", "filename_pattern": "^(?P<label>x)"}, "has no label, expected a name that matches"),
+        ({"filename_pattern": "("}, r"filename_pattern='\('"),
+        ({"filename_pattern": ".*"}, r"filename_pattern='\.\*'.*expected one such as"),
+        ({"frames": 0}, "frames=0; expected 1 or more"),
+        ({"width": -3}, "width=-3"),
+        ({"fps": -1}, "fps=-1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"val_every": 1}, "val_every=1; expected 2 or more"),
+        ({"backend": "opencv"}, "'opencv'.*decord, pyav"),
+    ],
+)
+def test_bad_arguments(videos, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FolderClips(videos, **arguments)
+
+
+def test_missing_captions_and_negative_item(videos):
+    with pytest.raises(FileNotFoundError, match="captions=.*nothing.csv"):
+        FolderClips(videos, captions=videos / "nothing.csv")
+    with pytest.raises(IndexError, match="-1"):
+        FolderClips(videos)[-1]
+
+
+@pytest.mark.skipif(not (DATA / "weizmann").is_dir(), reason=f"the data in {DATA} are not there")
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_real_folders(backend):
+    actions = FolderClips(DATA / "weizmann", frames=9, fps=12, backend=backend)
+    assert len(actions.classes) == 4 and actions[0]["video"].std() > 0.1
+    emoji = FolderClips(DATA / "fluent_emoji", frames=9, height=32, width=32, backend=backend)
+    assert emoji.classes == () and emoji[0]["caption"] and emoji[0]["label"] == -1
+    wild = FolderClips(DATA / "clips", "val", frames=5, height=48, width=64, backend=backend)
+    assert all(wild[n]["video"].shape == (3, 5, 48, 64) for n in range(3)) and not wild.skipped
