@@ -18,6 +18,9 @@ from kit.generator.transformer import Generator, GeneratorConfig
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
 
+KINDS = ("generator", "tokenizer")  # each is the name of the architecture's values in its checkpoint
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target and renames, so that a kill or a full disk leaves the last checkpoint whole."""
 
@@ -43,18 +46,30 @@ def read_checkpoint(path: str | os.PathLike, kind: str) -> dict:
     Raises:
         FileNotFoundError: if there is none. ValueError: if the file is broken, foreign, or of the other kind.
     """
+    checkpoint, found = _read(path)
+    if found != kind:
+        raise ValueError(f"{path} holds {found}, expected a {kind} checkpoint of kit")
+    return checkpoint
+
+
+def kind_of(path: str | os.PathLike) -> str:
+    """`tokenizer` or `generator`. Raises as `read_checkpoint`."""
+    kind = _read(path)[1]
+    if kind not in KINDS:
+        raise ValueError(f"{path} holds {kind}, expected a checkpoint of kit")
+    return kind
+
+
+def _read(path: str | os.PathLike) -> tuple[dict, str]:
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no {kind} checkpoint at {path}; train one with `python -m kit fit`, or give its path")
+        raise FileNotFoundError(f"no checkpoint at {path}; train one with `python -m kit fit`, or give its path")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
     values = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
-    if kind not in values:
-        found = next((k for k in ("generator", "tokenizer") if k in values), "something else")
-        raise ValueError(f"{path} holds {found}, expected a {kind} checkpoint of kit")
-    return checkpoint
+    return checkpoint, next((kind for kind in KINDS if kind in values), "something else")
 
 
 def weights_of(checkpoint: dict, averaged: bool = True) -> dict[str, torch.Tensor]:

@@ -85,12 +85,12 @@ def describe(verb: str, conf: str) -> str:
 
 
 def register_resolvers():
-    """Values that depend on the machine: ${kit_machine_size:}, ${kit_precision:}, ${kit_devices:}, ${kit_wandb_offline:}."""
+    """Values that depend on the machine, each a function of `kit.machine`: ${kit_precision:} and so on."""
     from omegaconf import OmegaConf
 
     from kit import machine
 
-    for name in ("machine_size", "precision", "devices", "wandb_offline"):
+    for name in ("machine_size", "precision", "devices", "wandb_offline", "sweep_run"):
         OmegaConf.register_new_resolver(f"kit_{name}", getattr(machine, name), replace=True)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 from pathlib import Path
 
 import torch
 
 
+@functools.cache
 def fast_bfloat16() -> bool:
     """Whether training in bfloat16 is faster than in float32 here: CUDA from Ampere on, CPUs with AVX-512 BF16 or AMX."""
     if torch.cuda.is_available():
@@ -42,3 +45,21 @@ def devices() -> int | str:
 def wandb_offline() -> bool:
     """Whether W&B has no key to log in with."""
     return not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists())
+
+
+def sweep_run() -> str:
+    """`/RUN_ID` for a run that an agent of a W&B sweep has started, else nothing."""
+    return f"/{os.environ['WANDB_RUN_ID']}" if os.environ.get("WANDB_SWEEP_ID") else ""
+
+
+def keep_freed_memory():
+    """Lets glibc keep freed blocks instead of returning them, which costs a page fault for every new activation.
+
+    Training on a CPU allocates the same blocks again at each step; does nothing where there is no glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)):  # mmap threshold, trim threshold, top pad
+        mallopt(parameter, value)

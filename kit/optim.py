@@ -7,16 +7,26 @@ import math
 import torch
 from torch import Tensor, nn
 
+def orthogonalise(x: Tensor, phases: tuple[int, ...] = (2, 3)) -> Tensor:
+    """The matrix with the singular vectors of x (m, n) and all singular values about 1, by Newton-Schulz iterations.
 
-def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrix with all singular values about 1, by Newton-Schulz iterations in bfloat16. x: (m, n)."""
-    tall = x.shape[0] > x.shape[1]
-    x = x.bfloat16().T if tall else x.bfloat16()
+    An iteration x <- (a + b A + c A^2) x with A = x x' multiplies x from the left by a polynomial in A. The factors of a
+    phase are gathered on the small side (m x m) before x is touched; more than three iterations a phase would let
+    rounding errors of A grow.
+    """
+    if x.shape[0] > x.shape[1]:
+        return orthogonalise(x.T, phases).T
     x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
+    for iterations in phases:
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
+        factor = None
+        for _ in range(iterations):
+            polynomial = -4.7750 * gram + 2.0315 * gram @ gram
+            polynomial.diagonal().add_(3.4445)
+            factor = polynomial if factor is None else polynomial @ factor
+            gram = polynomial @ gram @ polynomial
+        x = factor @ x
+    return x
 
 
 class Muon(torch.optim.AdamW):

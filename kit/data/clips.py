@@ -241,6 +241,11 @@ class FolderClips(Dataset):
                 raise ValueError(f"{key}={getattr(self, key)}; expected {least} or more")
         load_backend(self.backend)
 
+    @property
+    def captioned(self) -> bool:
+        """Whether captions were given, rather than made of class names."""
+        return bool(self._captions)
+
     def file(self, n: int) -> str:
         """The file that item n is taken from, if it can be read."""
         epoch, position = divmod(n, len(self.files))

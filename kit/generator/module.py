@@ -78,7 +78,7 @@ class GeneratorModule(L.LightningModule):
     def training_step(self, batch: dict, _) -> Tensor:
         feature = self._encode(batch["video"])
         B = len(feature)
-        rng = torch.Generator().manual_seed(hash((self.seed, int(batch["n"][0]))) % 2**63)
+        rng = torch.Generator().manual_seed(self.seed * 1_000_000_007 + int(batch["n"][0]))
         rates = self.law.draw(B, self.schedule, rng)
         inputs, targets = training_sequence(feature, self.schedule, rates, rng)
         kept = draw_kept_frames(B, self.schedule.frames, self.frame_mask, rng).to(feature.device)

@@ -53,6 +53,27 @@ class GeneratorConfig:
         return cls(**{**values, "condition": ConditionConfig(**values["condition"])})
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention over (B, N, tokens, head_dim); mask is True where a query may see a key.
+
+    torch's fused kernel, except for training on a CPU: its backward pass takes three times as long there as the plain
+    formula (32 clips of 121 tokens, 2 cores: 30 ms against 9 ms a layer), and memory is not short.
+    """
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm whose weight follows the type of its input, so that mixed precision takes the fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head attention with normalised, rotated queries and keys."""
 
@@ -60,29 +81,27 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.query_norm, self.key_norm = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
+        self.query_norm, self.key_norm = RMSNorm(width // heads), RMSNorm(width // heads)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, remember=None) -> Tensor:
         """x: (B, tokens, D). `remember` maps new keys and values, each (B, N, tokens, D / N), to all that are visible."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.query_norm(q), rotary), rotate(self.key_norm(k), rotary)
-        k, v = k.to(v.dtype), v
         if remember is not None:
             k, v = remember(k, v)
-        y = F.scaled_dot_product_attention(q.to(v.dtype), k, v, attn_mask=mask)
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Layer(nn.Module):
@@ -90,8 +109,8 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.attention_norm, self.attention = nn.RMSNorm(width), Attention(width, heads)
-        self.mlp_norm, self.mlp = nn.RMSNorm(width), SwiGLU(width, 4 * width)
+        self.attention_norm, self.attention = RMSNorm(width), Attention(width, heads)
+        self.mlp_norm, self.mlp = RMSNorm(width), SwiGLU(width, 4 * width)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, remember=None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, mask, remember)
@@ -110,7 +129,7 @@ class Generator(nn.Module):
         self.scale_embedding = nn.Embedding(config.scales, D)
         self.start = nn.Parameter(torch.zeros(D))
         self.layers = nn.ModuleList(Layer(D, config.heads) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(D)
+        self.norm = RMSNorm(D)
         self.head = nn.Linear(D, config.bits, bias=False)
         self._initialise()
 

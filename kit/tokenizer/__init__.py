@@ -55,6 +55,7 @@ class Tokenizer(nn.Module):
         self.config = config
         shape = dict(bits=config.bits, patch=config.patch, widths=config.widths, blocks=config.blocks)
         self.encoder, self.decoder = Encoder(**shape), Decoder(**shape)
+        self.to(memory_format=torch.channels_last_3d)  # convolutions run several times faster so
 
     def schedule(self, frames: int, height: int, width: int) -> ScaleSchedule:
         """The blocks of a clip of T x H x W pixels.

@@ -1,0 +1,30 @@
+# make demo   environment, training, videos: about a quarter of an hour on two cores
+# make test   environment, test suite
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.kit
+	$(RUN) -m kit demo
+
+test: $(VENV)/.kit-test
+	OMP_NUM_THREADS=1 $(RUN) -m pytest
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "kit needs Python 3.11 or newer, $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.kit: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(RUN) -m pip install $(PIP_ARGS) --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.kit-test: $(VENV)/.kit
+	$(RUN) -m pip install $(PIP_ARGS) --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,87 @@
+"""The main job in one go, on the embedded data: train the tokenizer, train the generator, sample, score.
+
+Each part is a command that can be run by itself; the demo prints it first. Interrupted and started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+PROMPT = "a red ball moving right over a green field"
+
+
+def command(verb: str, *overrides: str) -> list[str]:
+    return ["kit", verb, *overrides]
+
+
+def run(words: list[str]):
+    """Shows a command and runs it.
+
+    Raises:
+        ValueError: if it fails.
+    """
+    print(f"\n$ python -m {shlex.join(words)}", flush=True)
+    status = subprocess.run([sys.executable, "-m", *words]).returncode
+    if status:
+        raise ValueError(f"this part of the demo failed; the message is above. Start the demo again and it goes on from there")
+
+
+def train_seconds(checkpoint: Path) -> float:
+    """Seconds spent in training, over all interruptions; kept by Lightning's Timer in the checkpoint."""
+    callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
+    return next(state["time_elapsed"]["train"] for name, state in callbacks.items() if name.startswith("Timer"))
+
+
+def demo(cfg: DictConfig) -> dict:
+    """Runs the parts and leaves everything in the run's folder; returns the metrics."""
+    folder = Path(cfg.folder)
+    where = f"root={folder.as_posix()}"
+    tokenizer = folder / "tokenizer" / "checkpoints" / "last.ckpt"
+    generator = folder / "generator" / "checkpoints" / "last.ckpt"
+    extra = list(cfg.overrides)
+    seed = f"seed={cfg.seed}"
+    run(command("fit", "conf=stage1_tokenizer", where, "name=tokenizer", "ckpt=last", seed, *extra, *cfg.tokenizer_overrides))
+    run(command("fit", "conf=stage2_generator", where, "name=generator", f"tokenizer_ckpt={tokenizer}", "ckpt=last", seed,
+                *extra, *cfg.generator_overrides))  # fmt: skip
+    run(command("validate", f"ckpt={generator}", where, "name=scores", f"clips={cfg.clips}"))
+    run(command("generate", f"ckpt={generator}", where, "name=videos", f'prompt="{PROMPT}"', "n=4", "seed=0"))
+
+    scores = json.loads((folder / "scores" / "metrics.json").read_text())
+    seconds = {"tokenizer": train_seconds(tokenizer), "generator": train_seconds(generator)}
+    metrics = {**scores, "train_seconds": sum(seconds.values()), "train_seconds_by_part": seconds}
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    shutil.copy(folder / "scores" / "contact_sheet.png", folder / "contact_sheet.png")
+    for video in (folder / "scores" / "videos").glob("*.mp4"):
+        shutil.copy(video, folder / "videos" / video.name)
+    print(summary(folder, tokenizer, generator, metrics))
+    return metrics
+
+
+def summary(folder: Path, tokenizer: Path, generator: Path, metrics: dict) -> str:
+    accuracy = ", ".join(f"{name} {value:.0%}" for name, value in metrics["caption_accuracy"].items())
+    return f"""
+Done. Trained for {metrics["train_seconds"] / 60:.1f} minutes; one clip is sampled in {metrics["sample_seconds"]:.2f} s.
+  held-out reconstruction   {metrics["reconstruction_psnr_db"]:.2f} dB
+  caption accuracy          {accuracy}
+
+Look at
+  {folder / "contact_sheet.png"}   prompt, real, reconstruction, sample
+  {folder / "videos"}/*.mp4
+  {folder / "metrics.json"}
+  {tokenizer}
+  {generator}
+
+Next
+  python -m kit generate ckpt={generator} prompt="a blue star growing on a dark background" n=4
+  python -m kit inspect ckpt={generator}
+  python -m kit generate ckpt={generator} image=PICTURE.png prompt="a green ring circling in a blue sky"
+  python -m kit fit conf=stage1_tokenizer data=clips data.root=YOUR_VIDEOS name=mine
+  python -m kit --help"""

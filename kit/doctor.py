@@ -1,0 +1,111 @@
+"""What this machine can run: versions, devices, memory for each preset, a config's problems."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from kit import machine
+from kit.cli import CONF
+from kit.generator.transformer import Generator, GeneratorConfig
+from kit.tokenizer import Tokenizer, TokenizerConfig
+
+PACKAGES = {  # package -> what lacks without it
+    "torch": "", "lightning": "", "hydra-core": "", "torchmetrics": "", "av": "", "decord2": "data.source.backend=decord",
+    "wandb": "logger=wandb", "tensorboard": "logger=tensorboard", "torchvision": "", "xformers": "",
+}  # fmt: skip
+BYTES_TRAINED = 20  # per parameter: float32 weights, gradients, two AdamW moments, EMA
+
+
+def versions() -> dict[str, str]:
+    """Package -> version, or what is missed without it."""
+    found = {}
+    for name, lacking in PACKAGES.items():
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = f"not installed{f' (needed for {lacking})' if lacking else ' (optional)'}"
+    return found
+
+
+def hardware() -> dict[str, str]:
+    facts = {"python": platform.python_version(), "system": platform.platform(), "CPU cores": str(os.cpu_count())}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        facts["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    facts["free disk"] = f"{shutil.disk_usage('.').free / 1e9:.1f} GB"
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        facts[f"GPU {i}"] = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
+    if not torch.cuda.is_available():
+        facts["GPU"] = "none that torch sees"
+    facts["precision"] = f"{machine.precision()} (bfloat16 is {'' if machine.fast_bfloat16() else 'not '}fast here)"
+    facts["default size"] = machine.machine_size()
+    facts["attention"] = "scaled_dot_product_attention of torch"
+    return facts
+
+
+def parameters(size: Path) -> tuple[int, int]:
+    """Parameters of the tokenizer and the generator of a preset, without allocating them."""
+    cfg = OmegaConf.to_container(OmegaConf.load(size))
+    with torch.device("meta"):
+        values = TokenizerConfig(**cfg["tokenizer"])
+        generator = GeneratorConfig(**cfg["generator"], bits=values.bits, scales=len(values.scales))
+        return tuple(sum(p.numel() for p in m.parameters()) for m in (Tokenizer(values), Generator(generator)))
+
+
+def presets() -> list[str]:
+    """A table: parameters and memory of weights, gradients, AdamW and EMA in training, and of bfloat16 weights."""
+    rows = [f"{'size':<8}{'tokenizer':>12}{'generator':>12}{'train tok.':>12}{'train gen.':>12}{'generate':>12}"]
+    sizes = {path: parameters(path) for path in (CONF / "size").glob("*.yaml")}
+    for path, (tokenizer, generator) in sorted(sizes.items(), key=lambda item: item[1][1]):
+        gigabytes = [BYTES_TRAINED * tokenizer / 1e9, BYTES_TRAINED * generator / 1e9 + 4 * tokenizer / 1e9]
+        gigabytes.append(2 * (tokenizer + generator) / 1e9)
+        cells = [f"{n / 1e6:.1f} M" for n in (tokenizer, generator)] + [f"{g:.2f} GB" for g in gigabytes]
+        rows.append(f"{path.stem:<8}" + "".join(f"{cell:>12}" for cell in cells))
+    return rows + ["(weights, gradients, AdamW and EMA; activations come on top and grow with batch and tokens)"]
+
+
+def problems(name: str) -> list[str]:
+    """What is wrong with a conf on this machine, as far as can be seen without running it."""
+    import hydra
+
+    from kit.run import build_data, build_trainer
+
+    try:
+        cfg = hydra.compose(name)
+        OmegaConf.resolve(cfg)
+    except Exception as error:  # whatever hydra or omegaconf raise, it is the config's problem
+        return [f"does not compose: {error}"]
+    found = []
+    for what, build in (("data", build_data), ("trainer", build_trainer)):
+        try:
+            build(cfg)
+        except Exception as error:  # a problem of any part is what we are here to report
+            found.append(f"{what}: {error}")
+    values = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
+    try:
+        with torch.device("meta"):
+            schedule = Tokenizer(values).schedule(cfg.data.frames, cfg.data.height, cfg.data.width)
+        print(f"clips: {schedule}")
+    except ValueError as error:
+        found.append(f"clips: {error}")
+    if cfg.module == "generator" and not Path(cfg.tokenizer_ckpt).is_file():
+        found.append(f"tokenizer_ckpt: no checkpoint at {cfg.tokenizer_ckpt}; run conf=stage1_tokenizer first")
+    return found
+
+
+def doctor(cfg: DictConfig) -> None:
+    """Prints all of the above."""
+    for title, facts in (("this machine", hardware()), ("packages", versions())):
+        print(f"{title}\n" + "\n".join(f"  {name:<14}{value}" for name, value in facts.items()))
+    print("memory\n" + "\n".join(f"  {row}" for row in presets()))
+    if cfg.check is not None:
+        found = problems(cfg.check)
+        print(f"conf={cfg.check}: " + ("no problem found" if not found else ""))
+        print("\n".join(f"  - {problem}" for problem in found))

@@ -1,0 +1,48 @@
+"""How the bits of a tokenizer are used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from kit.scales import ScaleSchedule
+
+
+def bit_use(bits: Tensor, schedule: ScaleSchedule) -> dict[str, Tensor]:
+    """Share of ones and entropy of every bit at every scale.
+
+    Args:
+        bits: (B, L, d) bool.
+    Returns:
+        `ones` (K, d) in [0, 1], and `entropy` (K, d) in bits: 1 is balanced, 0 is a dead bit.
+    """
+    scale = schedule.coordinates[:, 1]
+    ones = torch.stack([bits[:, scale == k].float().mean((0, 1)) for k in range(schedule.scales)])
+    p = ones.clamp(1e-6, 1 - 1e-6)
+    return {"ones": ones, "entropy": -(p * p.log2() + (1 - p) * (1 - p).log2())}
+
+
+def bit_use_picture(use: dict[str, Tensor], path: str | Path, cell: int = 14) -> Path:
+    """A row for each scale, a cell for each bit: white is balanced, red always one, blue always zero."""
+    ones = use["ones"]
+    K, d = ones.shape
+    font, margin, line = ImageFont.load_default(12), 76, 22
+    picture = Image.new("RGB", (margin + d * cell + 4, line + K * cell + 4), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((4, 3), f"share of ones of {d} bits: white 0.5, red 1, blue 0", fill="black", font=font)
+    for k in range(K):
+        y = line + k * cell
+        draw.text((4, y), f"scale {k + 1}", fill="black", font=font)
+        for bit in range(d):
+            lean = 2 * ones[k, bit].item() - 1
+            fade = round(255 * (1 - abs(lean)))
+            colour = (255, fade, fade) if lean > 0 else (fade, fade, 255)
+            x = margin + bit * cell
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colour, outline=(200, 200, 200))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    return path

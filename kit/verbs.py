@@ -1,0 +1,275 @@
+"""What the command line does with trained models: validate, reconstruct, generate, inspect. Each is a Python API too."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.utils.data import default_collate
+from torchmetrics.functional.image import structural_similarity_index_measure
+from tqdm import tqdm
+
+from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
+from kit.data.datamodule import ClipDataModule
+from kit.data.read import read_clip_file
+from kit.evaluation.shapes_score import caption_accuracy
+from kit.generator.corruption import training_sequence
+from kit.generator.module import accuracy_by_scale
+from kit.generator.sampler import Guidance
+from kit.inspection import bit_use, bit_use_picture
+from kit.machine import fast_bfloat16
+from kit.media import contact_sheet, write_video
+from kit.run import build_data, plain
+from kit.sampling import stream_clips
+from kit.scales import latent_frames
+from kit.tokenizer.module import psnr
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def inference_precision():
+    """bfloat16 where the machine is fast at it."""
+    return torch.autocast(device().type, torch.bfloat16) if fast_bfloat16() else nullcontext()
+
+
+def data_for(cfg: DictConfig, clip: dict) -> ClipDataModule:
+    """The data of `cfg`, with clips of the shape that a checkpoint was trained on."""
+    cfg = cfg.copy()
+    cfg.data.update({**clip, "batch_size": cfg.batch_size, "val_clips": cfg.clips, "workers": 0})
+    return build_data(cfg)
+
+
+def held_out(data: ClipDataModule) -> dict:
+    """All held-out clips as one batch."""
+    return default_collate([data.val[n] for n in range(data.val_clips)])
+
+
+def generate_clips(
+    generator: Loaded, tokenizer: Loaded, prompts: list[str], seeds: list[int], guidance: Guidance, temperature: float,
+    frames: int | None = None, history: Tensor | None = None, batch_size: int = 16,
+) -> Tensor:  # fmt: skip
+    """Generates one clip for each prompt.
+
+    Args:
+        frames: T; default is that of the training.
+        history: (3, T0, H, W) in [-1, 1], an image or a beginning, the same for all.
+    Returns:
+        (n, 3, T, H, W) in [-1, 1] on the CPU. A clip depends on its prompt and seed, not on the batch.
+    """
+    clip = generator.clip
+    schedule = tokenizer.model.schedule(frames or clip["frames"], clip["height"], clip["width"])
+    model, codec, done = generator.model.to(device()), tokenizer.model.to(device()), []
+    with tqdm(total=len(prompts) * schedule.frames, desc="generate", unit="latent frame", disable=None) as bar:
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            given = None
+            if history is not None:
+                given = history.to(device()).expand(len(prompts[part]), -1, -1, -1, -1)
+            pixels = []
+            with inference_precision():
+                arguments = (schedule, prompts[part], seeds[part], guidance, temperature, given)
+                for frame in stream_clips(model, codec, *arguments):
+                    pixels.append(frame.cpu())
+                    bar.update(len(frame))
+            done.append(torch.cat(pixels, dim=2))
+    return torch.cat(done)
+
+
+def validate(cfg: DictConfig) -> dict:
+    """Scores a checkpoint on held-out clips; prints the metrics and leaves metrics.json and a contact sheet."""
+    metrics = validate_tokenizer(cfg) if kind_of(cfg.ckpt) == "tokenizer" else validate_generator(cfg)
+    folder = Path(cfg.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(json.dumps(metrics, indent=2))
+    print(f"in {folder}: metrics.json, contact_sheet.png")
+    return metrics
+
+
+def reconstruct_batches(tokenizer: Loaded, video: Tensor, batch_size: int) -> Tensor:
+    """(n, 3, T, H, W) through the tokenizer and back, on the CPU."""
+    model = tokenizer.model.to(device())
+    with inference_precision():
+        return torch.cat([model.reconstruct(part.to(device())).cpu() for part in video.split(batch_size)])
+
+
+def validate_tokenizer(cfg: DictConfig) -> dict:
+    tokenizer = load_tokenizer(cfg.ckpt)
+    batch = held_out(data_for(cfg, tokenizer.clip))
+    video = batch["video"]
+    output = reconstruct_batches(tokenizer, video, cfg.batch_size)
+    groups = [{"real": v, "reconstruction": o} for v, o in zip(video, output)][: cfg.shown]
+    contact_sheet(groups, batch["caption"][: cfg.shown], Path(cfg.folder) / "contact_sheet.png")
+    return {"clips": len(video), "reconstruction_psnr_db": psnr(output, video).item()}
+
+
+def validate_generator(cfg: DictConfig) -> dict:
+    generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
+    data = data_for(cfg, generator.clip)
+    batch = held_out(data)
+    video, prompts = batch["video"], generator.model.condition.prompts(batch)
+    output = reconstruct_batches(tokenizer, video, cfg.batch_size)
+    seeds = [cfg.seed + i for i in range(len(prompts))]
+    how = dict(guidance=Guidance(**plain(cfg.guidance)), temperature=cfg.temperature)
+    samples = generate_clips(generator, tokenizer, prompts, seeds, batch_size=cfg.batch_size, **how)
+
+    folder = Path(cfg.folder)
+    groups = [{"real": v, "reconstruction": o, "sample": s} for v, o, s in zip(video, output, samples)][: cfg.shown]
+    contact_sheet(groups, list(prompts)[: cfg.shown], folder / "contact_sheet.png")
+    for i, (prompt, sample) in enumerate(zip(prompts, samples[: cfg.shown])):
+        write_video(sample, folder / "videos" / f"{file_stem(prompt)}_seed{seeds[i]}.mp4", generator.clip["fps"] or 8)
+    begin = time.perf_counter()
+    generate_clips(generator, tokenizer, prompts[:1], seeds[:1], batch_size=1, **how)
+    metrics = {
+        "clips": len(video),
+        "reconstruction_psnr_db": psnr(output, video).item(),
+        **teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size),
+        "sample_seconds": time.perf_counter() - begin,  # one clip at batch 1, decoded
+    }
+    if plain(cfg.data)["source"]["_target_"].endswith(".Shapes"):  # the only data whose captions can be read from pixels
+        metrics["caption_accuracy"] = caption_accuracy(list(samples), batch["caption"], data.fps)
+    return metrics
+
+
+@torch.no_grad()
+def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, batch_size: int) -> dict:
+    """Share of right bits for each scale, true bits as history."""
+    model, codec = generator.model.to(device()), tokenizer.model.to(device())
+    schedule, right = codec.schedule_of(batch["video"]), []
+    prompts = model.condition.prompts(batch)
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        with inference_precision():
+            feature = codec.encode(batch["video"][part].to(device()))
+            inputs, targets = training_sequence(feature, schedule, None, None)
+            logits = model(inputs, schedule, model.condition(prompts[part]))
+        right.append(((logits > 0) == targets).cpu())
+    return {"bit_accuracy": [round(a.item(), 4) for a in accuracy_by_scale(torch.cat(right), schedule)]}
+
+
+def generate(cfg: DictConfig) -> list[Path]:
+    """Writes `n` mp4s and a contact sheet to the run's folder; returns the mp4s' paths."""
+    generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
+    prompt = prompt_of(cfg, generator.model.config.condition.kind)
+    history = history_of(cfg, generator.clip)
+    frames = cfg.frames or max(generator.clip["frames"], 0 if history is None else history.shape[1])
+    latent_frames(frames)
+    if history is not None and history.shape[1] >= frames:
+        raise ValueError(f"the given video has {history.shape[1]} frames; ask for more with frames=, found {frames}")
+    guidance, seeds = Guidance(**plain(cfg.guidance)), [cfg.seed + i for i in range(cfg.n)]
+    clips = generate_clips(
+        generator, tokenizer, [prompt] * cfg.n, seeds, guidance, cfg.temperature, frames, history, cfg.batch_size
+    )
+    folder, fps = Path(cfg.folder), cfg.fps or generator.clip["fps"] or 8
+    stem = file_stem(prompt)
+    paths = [write_video(clip, folder / f"{stem}_seed{seed}.mp4", fps) for clip, seed in zip(clips, seeds)]
+    titles = [f"{prompt} (seed {seed})" for seed in seeds]
+    sheet = contact_sheet([{"sample": clip} for clip in clips], titles, folder / f"{stem}.png")
+    print("\n".join(map(str, [*paths, sheet])))
+    return paths
+
+
+def file_stem(prompt: str) -> str:
+    """A prompt as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:80] or "video"
+
+
+def prompt_of(cfg: DictConfig, kind: str) -> str:
+    """What to generate, from prompt= or label=, whichever the model was trained on.
+
+    Raises:
+        ValueError: if it is the other one, or both.
+    """
+    if cfg.prompt is not None and cfg.label is not None:
+        raise ValueError("give prompt= or label=, not both")
+    wanted, other = ("prompt", "label") if kind == "text" else ("label", "prompt")
+    if cfg[other] is not None:
+        raise ValueError(f"this generator was trained on {'captions' if kind == 'text' else 'classes'}: use {wanted}=")
+    if cfg[wanted] is None and kind == "class":
+        raise ValueError("this generator was trained on classes: give label=")
+    return cfg[wanted] or ""
+
+
+def history_of(cfg: DictConfig, clip: dict) -> Tensor | None:
+    """(3, T0, H, W) from image= or video=, at the size of the training clips; None without them."""
+    if cfg.image is None and cfg.video is None:
+        return None
+    if cfg.image is not None and cfg.video is not None:
+        raise ValueError("give image= or video=, not both")
+    frames = 1 if cfg.image is not None else cfg.history_frames
+    latent_frames(frames)
+    return read_clip_file(cfg.image or cfg.video, frames, clip["height"], clip["width"], clip["fps"], at_end=True)
+
+
+def reconstruct(cfg: DictConfig) -> dict:
+    """Writes original and reconstruction side by side; prints PSNR and SSIM after each scale."""
+    tokenizer = load_tokenizer(cfg.ckpt)
+    clip = {**tokenizer.clip, "frames": cfg.frames or tokenizer.clip["frames"]}
+    if cfg.video is not None:
+        video = read_clip_file(cfg.video, clip["frames"], clip["height"], clip["width"], clip["fps"])[None]
+    else:
+        video = held_out(data_for(cfg, clip))["video"]
+    rows, by_scale = per_scale(tokenizer, video, cfg.batch_size)
+    folder = Path(cfg.folder)
+    groups = [{name: row[i] for name, row in rows.items()} for i in range(min(len(video), cfg.shown))]
+    contact_sheet(groups, [f"clip {i}" for i in range(len(groups))], folder / "reconstruction.png")
+    side = torch.cat([video, rows[f"scales 1-{len(by_scale)}"]], dim=-1)
+    for i, pair in enumerate(side[: cfg.shown]):
+        write_video(pair, folder / f"reconstruction_{i}.mp4", clip["fps"] or 8)
+    print(json.dumps(by_scale, indent=2))
+    print(f"in {folder}: reconstruction.png, reconstruction_*.mp4 (real | reconstruction)")
+    return {"by_scale": by_scale}
+
+
+@torch.no_grad()
+def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[str, Tensor], list[dict]]:
+    """What the first 1..K scales of each frame hold.
+
+    Returns:
+        rows: name -> (n, 3, T, H, W), the real clips first; and for each k psnr_db and ssim of the reconstruction.
+    """
+    model = tokenizer.model.to(device())
+    schedule = model.schedule_of(video)
+    rows, metrics = {"real": video}, []
+    for k in range(1, schedule.scales + 1):
+        with inference_precision():
+            parts = [model.decode_bits(model.bits(v.to(device())), schedule, k).cpu() for v in video.split(batch_size)]
+        output = rows[f"scales 1-{k}"] = torch.cat(parts)
+        pictures, real = (x.transpose(1, 2).flatten(0, 1) for x in (output, video))
+        ssim = structural_similarity_index_measure(pictures, real, data_range=(-1.0, 1.0))
+        metrics.append({"scales": k, "psnr_db": psnr(output, video).item(), "ssim": ssim.item()})
+    return rows, metrics
+
+
+def inspect(cfg: DictConfig) -> dict:
+    """Scale-by-scale pictures, bit use, and for a generator predicted against true bits."""
+    is_generator = kind_of(cfg.ckpt) == "generator"
+    generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer) if is_generator else (None, load_tokenizer(cfg.ckpt))
+    clip = (generator or tokenizer).clip
+    batch = held_out(data_for(cfg, clip))
+    video = batch["video"]
+    rows, by_scale = per_scale(tokenizer, video, cfg.batch_size)
+    schedule = tokenizer.model.schedule_of(video)
+    with torch.no_grad(), inference_precision():
+        parts = [tokenizer.model.bits(v.to(device())).cpu() for v in video.split(cfg.batch_size)]
+    use = bit_use(torch.cat(parts), schedule)
+    folder = Path(cfg.folder)
+    groups = [{name: row[i] for name, row in rows.items()} for i in range(min(len(video), cfg.shown))]
+    contact_sheet(groups, list(batch["caption"])[: cfg.shown], folder / "scales.png")
+    bit_use_picture(use, folder / "bit_use.png")
+    entropy = use["entropy"].mean(1)
+    report = {"schedule": str(schedule), "by_scale": by_scale, "bit_entropy": [round(e.item(), 4) for e in entropy]}
+    if generator is not None:
+        report |= teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size)
+    (folder / "inspect.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+    print(f"in {folder}: scales.png, bit_use.png, inspect.json")
+    return report

@@ -1,0 +1,61 @@
+"""Fixtures that several tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kit.generator.condition import ConditionConfig
+from kit.generator.transformer import Generator, GeneratorConfig
+from kit.tokenizer import Tokenizer, TokenizerConfig
+from tests.fixtures import pair  # noqa: F401  a fixture
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Small tensors are computed fastest, and always alike, on one thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of files shared between checkouts, beside this one."""
+    folder = Path(__file__).resolve().parents[1].parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"no shared files at {folder}")
+    return folder
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random values for every parameter: heads and residuals that start at zero would hide what a test looks for."""
+    rng = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        if p.ndim > 1:
+            p.normal_(std=(p.shape[1] * p[0, 0].numel()) ** -0.5, generator=rng)
+        else:
+            p.add_(torch.randn(p.shape, generator=rng), alpha=0.3)
+    return module.eval()
+
+
+@pytest.fixture
+def make_tokenizer():
+    """Builds a tiny tokenizer of random weights: 4 x 4 pixels per cell, 8 x 8 pixels for the default scales."""
+
+    def make(scales=(1, 2), bits=4, seed=0) -> Tokenizer:
+        return randomise(Tokenizer(TokenizerConfig(bits, scales, patch=2, widths=(8, 16), blocks=1)), seed)
+
+    return make
+
+
+@pytest.fixture
+def make_generator():
+    """Builds a tiny generator of random weights."""
+
+    def make(scales=3, bits=4, layers=2, seed=0, condition=ConditionConfig(length=3, buckets=64), **config) -> Generator:
+        return randomise(Generator(GeneratorConfig(layers, 32, 2, bits, scales, condition=condition, **config)), seed)
+
+    return make

@@ -1,0 +1,154 @@
+"""Cross-Frame Error Correction: the law of the flips, and what the generator then reads and should say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kit.generator.corruption import FlipLaw, training_sequence
+from kit.scales import ScaleSchedule
+from kit.tokenizer.quantizer import bits_to_feature, feature_to_bits
+
+SCHEDULE = ScaleSchedule(3, ((1, 1), (2, 2), (3, 4)))
+N = 4000  # samples of the statistics
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def feature_of(schedule: ScaleSchedule, batch: int = 2, d: int = 6) -> torch.Tensor:
+    return torch.randn(batch, d, schedule.frames, *schedule.grid, generator=rng(7)) * 0.6
+
+
+def assert_uniform(x: torch.Tensor, low: float, high: float):
+    """Range, mean and variance of U(low, high), within 5 standard errors."""
+    width = high - low
+    assert x.min() >= low - 1e-6 and x.max() <= high + 1e-6
+    assert abs(x.mean() - (low + high) / 2) < 5 * width / 12**0.5 / len(x) ** 0.5
+    assert abs(x.var() / (width**2 / 12) - 1) < 5 * 0.9 / len(x) ** 0.5
+
+
+@pytest.mark.parametrize("inherit", [False, True])
+@pytest.mark.parametrize("law", [dict(), dict(p_min=0.05, p_max=0.2, delta=0.04)], ids=["paper", "other"])
+def test_rates_follow_the_law_in_every_block(law, inherit):
+    """U(p_min + delta f, p_max + delta f), but for the first block of a later frame when rates are inherited."""
+    law = FlipLaw(**law, inherit=inherit)
+    rates = law.draw(N, SCHEDULE, rng())
+    assert rates.shape == (N, 3, 3)
+    for f in range(3):
+        for k in range(3):
+            if not (inherit and f and k == 0):
+                assert_uniform(rates[:, f, k], law.p_min + law.delta * f, law.p_max + law.delta * f)
+
+
+def test_paper_is_the_default():
+    assert FlipLaw() == FlipLaw(p_min=0.0, p_max=0.25, delta=0.01, inherit=True)
+
+
+@pytest.mark.parametrize("scales", [1, 3])
+def test_first_block_of_a_frame_inherits_from_the_last_one_before(scales):
+    """(f, 0) ~ U(rate of (f - 1, K - 1), p_max + delta f): its place in that range is uniform and owes nothing to it."""
+    schedule = ScaleSchedule(4, SCHEDULE.grids[:scales])
+    rates = FlipLaw().draw(N, schedule, rng())
+    for f in range(1, 4):
+        before, first, high = rates[:, f - 1, -1], rates[:, f, 0], 0.25 + 0.01 * f
+        assert (first >= before - 1e-6).all()
+        place = (first - before) / (high - before)
+        assert_uniform(place, 0.0, 1.0)
+        assert torch.corrcoef(torch.stack([place, before]))[0, 1].abs() < 5 / N**0.5
+
+
+def test_rates_are_drawn_for_each_block_and_sample():
+    rates = FlipLaw(inherit=False).draw(N, SCHEDULE, rng()).flatten(1)
+    assert (torch.corrcoef(rates.T) - torch.eye(9)).abs().max() < 5 / N**0.5
+    assert rates.unique().numel() > 0.99 * rates.numel()
+
+
+def test_rates_end_at_one_half():
+    """A bit flipped more often than not would tell the truth again."""
+    rates = FlipLaw(p_max=0.45, delta=0.2).draw(N, ScaleSchedule(5, SCHEDULE.grids), rng())
+    assert rates.max() <= 0.5
+    assert rates[:, 1].max() > 0.49
+    assert (rates[:, 3:, 1:] == 0.5).all() and (rates[:, 4] == 0.5).all()  # (3, 0) may inherit a lower rate
+
+
+def test_rates_come_from_the_generator():
+    draws = [FlipLaw().draw(2, SCHEDULE, rng(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert not FlipLaw(p_max=0.0, delta=0.0).draw(2, SCHEDULE, rng()).any()
+
+
+def expected_sequence(feature: torch.Tensor, schedule: ScaleSchedule, rates: torch.Tensor):
+    """Inputs and targets by a walk over (sample, frame, scale), for rates of 0 (keep) and 1 (flip)."""
+    d, inputs, targets = feature.shape[1], [], []
+    for b in range(len(feature)):
+        total = torch.zeros(1, d, *schedule.grid)
+        for f in range(schedule.frames):
+            here = feature[b : b + 1, :, f]
+            context, total = total, torch.zeros_like(total)  # block (f, 0) reads the flipped sum of frame f - 1
+            for k, grid in enumerate(schedule.grids):
+                inputs.append(F.interpolate(context, grid, mode="area").flatten(2)[0].T)
+                label = F.interpolate(here - total, grid, mode="area") > 0
+                targets.append(label.flatten(2)[0].T)
+                bits = ~label if rates[b, f, k] else label
+                code = torch.where(bits, 1.0, -1.0) * d**-0.5
+                total = total + F.interpolate(code, schedule.grid, mode="bilinear", align_corners=False)
+                context = total
+    return (torch.cat(x).unflatten(0, (len(feature), -1)) for x in (inputs, targets))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_inputs_and_targets_are_the_walk_with_flipped_bits(seed):
+    """Each block flipped wholly or not at all: targets are taken against flipped sums, and inputs are those sums."""
+    feature = feature_of(SCHEDULE)
+    rates = (torch.rand(2, 3, 3, generator=rng(seed)) < 0.5).float()
+    inputs, targets = training_sequence(feature, SCHEDULE, rates, rng())
+    expected_inputs, expected_targets = expected_sequence(feature, SCHEDULE, rates)
+    torch.testing.assert_close(inputs, expected_inputs)
+    assert torch.equal(targets, expected_targets)
+    assert not torch.equal(targets, feature_to_bits(feature, SCHEDULE))
+
+
+@pytest.mark.parametrize("rates", [None, torch.zeros(2, 3, 3)], ids=["None", "zero"])
+def test_without_flips_the_sequence_is_clean(rates):
+    feature = feature_of(SCHEDULE)
+    inputs, targets = training_sequence(feature, SCHEDULE, rates, rng())
+    bits = feature_to_bits(feature, SCHEDULE)
+    assert inputs.shape == targets.shape == (2, SCHEDULE.length, 6)
+    assert inputs.dtype == torch.float32 and targets.dtype == torch.bool
+    assert torch.equal(targets, bits)
+    expected_inputs, _ = expected_sequence(feature, SCHEDULE, torch.zeros(2, 3, 3))
+    torch.testing.assert_close(inputs, expected_inputs)
+    assert not inputs[:, SCHEDULE.block(0, 0).slice].any()
+    last = F.interpolate(bits_to_feature(bits, SCHEDULE)[:, :, 0], (1, 1), mode="area")
+    torch.testing.assert_close(inputs[:, SCHEDULE.block(1, 0).slice], last.flatten(2).transpose(1, 2))
+
+
+def assert_rate(flips: torch.Tensor, rate: torch.Tensor):
+    """Flips (..., n) measured against a rate for each row, within 5 standard errors."""
+    bound = 5 * (rate * (1 - rate) / flips.shape[-1]).sqrt() + 1e-6
+    assert ((flips.float().mean(-1) - rate).abs() <= bound).all()
+
+
+def test_measured_flips_match_their_rates_with_one_scale():
+    """With one scale, block (f + 1, 0) reads the very bits of frame f as they were flipped."""
+    schedule = ScaleSchedule(4, ((12, 12),))
+    feature = feature_of(schedule, batch=3, d=16)
+    rates = FlipLaw(p_max=0.4, delta=0.02).draw(3, schedule, rng())
+    inputs, targets = training_sequence(feature, schedule, rates, rng(1))
+    for f in range(3):
+        entered = inputs[:, schedule.frame(f + 1)] > 0
+        assert_rate((entered ^ targets[:, schedule.frame(f)]).flatten(1), rates[:, f, 0])
+
+
+def test_measured_flips_match_their_rates_at_the_first_scale():
+    """Block (f, 1) reads the bits of the 1 x 1 scale as they were flipped."""
+    schedule = ScaleSchedule(2, ((1, 1), (2, 2)))
+    feature = feature_of(schedule, batch=3, d=4000)
+    rates = FlipLaw().draw(3, schedule, rng())
+    inputs, targets = training_sequence(feature, schedule, rates, rng(1))
+    for f in range(2):
+        entered = inputs[:, schedule.block(f, 1).start] > 0
+        assert_rate(entered ^ targets[:, schedule.block(f, 0).start], rates[:, f, 0])

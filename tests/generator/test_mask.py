@@ -1,0 +1,95 @@
+"""Who sees whom: the rule against a table, and the Random Frame Mask against its probabilities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kit.generator.mask import CONDITION, attention_mask, draw_kept_frames, visible
+from kit.scales import ScaleSchedule
+
+SCHEDULE = ScaleSchedule(4, ((1, 1), (1, 2), (2, 2)))
+S = 2
+
+
+def tokens() -> list[tuple[int, int]]:
+    """(f, k) of every token, the condition first."""
+    return [(CONDITION, 0)] * S + [(b.f, b.k) for b in SCHEDULE.blocks for _ in range(b.h * b.w)]
+
+
+def may_see(query: tuple[int, int], key: tuple[int, int], window: int | None) -> bool:
+    """The rule in words, for one pair."""
+    if key[0] == CONDITION:
+        return True
+    if query[0] == CONDITION or key[0] > query[0]:
+        return False
+    if key[0] == query[0]:
+        return key[1] <= query[1]
+    return window is None or query[0] - key[0] <= window
+
+
+@pytest.mark.parametrize("window", [None, 0, 1, 2, 9])
+def test_mask_is_the_rule_for_every_pair(window):
+    expected = [[may_see(q, k, window) for k in tokens()] for q in tokens()]
+    mask = attention_mask(SCHEDULE, S, window)
+    assert mask.shape == (S + SCHEDULE.length,) * 2 and mask.dtype == torch.bool
+    assert mask.tolist() == expected
+
+
+def test_truth_table_written_out():
+    """Queries of block (2, 1) before keys of the condition and of all blocks of three frames of two scales."""
+    f = torch.tensor([CONDITION, 0, 0, 1, 1, 2, 2, 3, 3])
+    k = torch.tensor([0, 0, 1, 0, 1, 0, 1, 0, 1])
+    query = torch.tensor(2), torch.tensor(1)
+    assert visible(*query, f, k).tolist() == [True] * 7 + [False] * 2
+    assert visible(*query, f, k, window=1).tolist() == [True, False, False] + [True] * 4 + [False] * 2
+    assert visible(*query, f, k, window=0).tolist() == [True] + [False] * 4 + [True] * 2 + [False] * 2
+    assert visible(torch.tensor(2), torch.tensor(0), f, k).tolist() == [True] * 6 + [False] * 3
+
+
+def test_without_a_condition():
+    assert torch.equal(attention_mask(SCHEDULE, 0), attention_mask(SCHEDULE, S)[S:, S:])
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_frame_mask_hides_whole_frames_from_later_frames_alone(window):
+    """Every sample against the rule; the condition and a frame's own blocks stay whatever is dropped."""
+    kept = torch.tensor([[True] * 4, [False] * 4, [True, False, True, True], [False, True, False, False]])
+    mask = attention_mask(SCHEDULE, S, window, kept)
+    assert mask.shape == (4, 1, S + SCHEDULE.length, S + SCHEDULE.length)
+    for sample, row in enumerate(kept.tolist()):
+        expected = [
+            [may_see(q, k, window) and (k[0] == CONDITION or k[0] == q[0] or row[k[0]]) for k in tokens()] for q in tokens()
+        ]
+        assert mask[sample, 0].tolist() == expected
+    assert torch.equal(mask[0, 0], attention_mask(SCHEDULE, S, window))
+    assert mask.any(-1).all()  # no query is left with nothing to see
+
+
+@pytest.mark.parametrize("p_mask", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("window", [None, 1])
+def test_measured_visibility_of_past_frames(p_mask, window):
+    """Share of samples in which frame f sees frame g < f: 1 - p_mask inside the window, within 4 standard errors."""
+    n, schedule = 3000, ScaleSchedule(4, ((1, 1),))
+    kept = draw_kept_frames(n, 4, p_mask, torch.Generator().manual_seed(0))
+    share = attention_mask(schedule, 1, window, kept)[:, 0].float().mean(0)
+    bound = 4 * (p_mask * (1 - p_mask) / n) ** 0.5 + 1e-6
+    for f in range(4):
+        assert share[1 + f, 0] == 1 and share[1 + f, 1 + f] == 1
+        for g in range(4):
+            if g < f and (window is None or f - g <= window):
+                assert abs(share[1 + f, 1 + g] - (1 - p_mask)) <= bound
+            elif g != f:
+                assert share[1 + f, 1 + g] == 0
+
+
+def test_frames_are_dropped_independently():
+    """Over samples, the drops of two frames are uncorrelated (5 standard errors)."""
+    kept = draw_kept_frames(5000, 3, 0.3, torch.Generator().manual_seed(1)).float()
+    correlation = torch.corrcoef(kept.T)
+    assert (correlation - torch.eye(3)).abs().max() < 5 / 5000**0.5
+
+
+def test_frame_mask_is_reproducible():
+    draws = [draw_kept_frames(50, 5, 0.5, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])

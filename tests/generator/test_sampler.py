@@ -1,0 +1,317 @@
+"""Sampling: the cache against the full forward, guidance, temperature, seeds, and given history."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kit.generator.corruption import training_sequence
+from kit.generator.sampler import Cache, CachedGenerator, Frame, Guidance, draw_bits, sample_frames
+from kit.sampling import sample_clips, stream_clips
+from kit.scales import ScaleSchedule
+from kit.tokenizer.quantizer import bits_to_feature, next_input
+
+SCHEDULE = ScaleSchedule(5, ((1, 1), (2, 2), (2, 3)))
+PROMPTS = ["a red ball", "a blue star"]
+RISING = Guidance("rising", first=1.0, last=5.0, fine=10.0)
+FALLING = Guidance("falling", first=5.0, last=3.0)
+CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Everything that goes through the cached generator: list of (f, k, input, logits)."""
+    calls, block = [], CachedGenerator.block
+
+    def spy(self, f, k, total):
+        logits = block(self, f, k, total)
+        calls.append((f, k, next_input(total, self.schedule.grids[k]), logits))
+        return logits
+
+    monkeypatch.setattr(CachedGenerator, "block", spy)
+    return calls
+
+
+def sample(model, prompts=PROMPTS, seeds=(0, 1), schedule=SCHEDULE, **options) -> torch.Tensor:
+    """Bits (B, L, d) of whole clips."""
+    return torch.cat([frame.bits for frame in sample_frames(model, schedule, list(prompts), list(seeds), **options)], 1)
+
+
+def inputs_from(bits: torch.Tensor, schedule: ScaleSchedule = SCHEDULE) -> torch.Tensor:
+    """What every block reads, built from the finished bits: partial sums of its frame, or all of the frame before."""
+    partial = [bits_to_feature(bits, schedule, scales=k + 1) for k in range(schedule.scales)]
+    inputs = []
+    for b in schedule.blocks:
+        total = partial[b.k - 1][:, :, b.f] if b.k else partial[-1][:, :, b.f - 1] if b.f else 0 * partial[-1][:, :, 0]
+        inputs.append(F.interpolate(total, (b.h, b.w), mode="area").flatten(2).transpose(1, 2))
+    return torch.cat(inputs, 1)
+
+
+def full_logits(model, bits: torch.Tensor, dropped: bool = False, prompts=PROMPTS, schedule=SCHEDULE) -> torch.Tensor:
+    """Logits (B, L, d) of the masked forward over the whole clip."""
+    condition = model.condition(list(prompts), torch.full((len(prompts),), dropped))
+    return model(inputs_from(bits, schedule), schedule, condition)
+
+
+def random_bits(tokens: int, batch: int = 2, d: int = 4) -> torch.Tensor:
+    return torch.rand(batch, tokens, d, generator=torch.Generator().manual_seed(5)) < 0.5
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), RISING], ids=["free", "guided"])
+@pytest.mark.parametrize("window", [None, 0, 1, 2])
+@pytest.mark.parametrize("align", ["grid", "center"])
+def test_cached_logits_are_those_of_the_full_forward(make_generator, seen, window, guidance, align):
+    """At every (frame, scale), conditioned and unconditioned rows alike."""
+    model = make_generator(window=window, align=align)
+    bits = sample(model, guidance=guidance)
+    rows = [full_logits(model, bits)] + ([] if guidance.neutral else [full_logits(model, bits, dropped=True)])
+    expected, inputs = torch.cat(rows), inputs_from(bits)
+    assert [(f, k) for f, k, *_ in seen] == [(b.f, b.k) for b in SCHEDULE.blocks]
+    for b, (_, _, read, logits) in zip(SCHEDULE.blocks, seen):
+        torch.testing.assert_close(read, inputs[:, b.slice].repeat(len(rows), 1, 1), **CLOSE)
+        torch.testing.assert_close(logits, expected[:, b.slice], **CLOSE, msg=lambda m: f"block {b.f, b.k}: {m}")
+
+
+def test_window_matters(make_generator):
+    """The comparisons above are not of models that see nothing anyway."""
+    bits = random_bits(SCHEDULE.length)
+    logits = [full_logits(make_generator(window=window), bits)[:, SCHEDULE.frame(4)] for window in (None, 2, 1, 0)]
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(logits, logits[1:]))
+
+
+def test_training_and_sampling_read_the_same_inputs(make_generator, seen):
+    """The bits of a real feature as history: exactly what the trainer feeds for that feature."""
+    feature = torch.randn(2, 4, 5, 2, 3, generator=torch.Generator().manual_seed(3))
+    inputs, bits = training_sequence(feature, SCHEDULE, None, None)
+    assert torch.equal(sample(make_generator(), history=bits), bits)
+    assert torch.equal(torch.cat([read for *_, read, _ in seen], 1), inputs)
+
+
+def test_cache_does_not_grow_with_the_clip(make_generator, monkeypatch):
+    """With a window, its size and the keys a block attends to are those of window + 1 frames, however long the clip."""
+    made, attended, layer = [], [], Cache.layer
+
+    def spy(self, index):
+        remember = layer(self, index)
+
+        def counted(keys, values):
+            found = remember(keys, values)
+            attended.append(found[0].shape[2])
+            return found
+
+        made.append(self)
+        return counted
+
+    monkeypatch.setattr(Cache, "layer", spy)
+    model = make_generator(window=2)
+    for frames in (3, 7, 20):
+        made.clear(), attended.clear()
+        sample(model, schedule=SCHEDULE.with_frames(frames))
+        caches = {id(cache): cache for cache in made}
+        assert len(caches) == 1
+        assert made[0].keys.shape == made[0].values.shape == (2, 2, 2, 3 + 3 * SCHEDULE.tokens_per_frame, 16)
+        assert max(attended) == 3 + 3 * SCHEDULE.tokens_per_frame
+
+
+# --- guidance --------------------------------------------------------------------------------------------------------
+
+
+def test_rising_guidance_of_the_paper():
+    """The first scale goes from 1 to 5 over the frames; within each frame gamma goes on to 10."""
+    schedule = ScaleSchedule.square(5, (1, 2, 3, 4, 6, 8))
+    first = [RISING.gamma(f, 0, schedule) for f in range(5)]
+    assert first == pytest.approx([1, 2, 3, 4, 5])
+    for f in range(5):
+        steps = [RISING.gamma(f, k, schedule) for k in range(6)]
+        assert steps[0] == pytest.approx(1 + f) and steps[-1] == pytest.approx(10)
+        assert [b - a for a, b in zip(steps, steps[1:])] == pytest.approx([(10 - (1 + f)) / 5] * 5)
+
+
+def test_falling_guidance_of_the_paper():
+    """From 5 at the first block to 3 at the last one, in equal steps."""
+    gammas = [FALLING.gamma(b.f, b.k, SCHEDULE) for b in SCHEDULE.blocks]
+    assert gammas[0] == pytest.approx(5) and gammas[-1] == pytest.approx(3)
+    assert [b - a for a, b in zip(gammas, gammas[1:])] == pytest.approx([-2 / 14] * 14)
+
+
+def test_constant_guidance_and_what_is_neutral():
+    assert {Guidance("constant", first=2.5).gamma(b.f, b.k, SCHEDULE) for b in SCHEDULE.blocks} == {2.5}
+    assert Guidance().neutral and Guidance("constant", first=1.0).neutral
+    assert not any(g.neutral for g in (RISING, FALLING, Guidance("constant", first=2.0)))
+
+
+@pytest.mark.parametrize("guidance", [RISING, FALLING], ids=lambda g: g.kind)
+def test_guidance_of_one_block_is_defined(guidance):
+    assert guidance.gamma(0, 0, ScaleSchedule(1, ((1, 1),))) == guidance.first
+
+
+def test_unknown_guidance_is_refused():
+    with pytest.raises(ValueError, match="'rising', 'falling' or 'constant', got 'up'"):
+        Guidance("up")
+
+
+@pytest.mark.parametrize("guidance", [RISING, FALLING, Guidance("constant", first=3.0)], ids=lambda g: g.kind)
+def test_guidance_moves_logits_away_from_the_unconditioned_ones(make_generator, guidance):
+    """Greedy bits are the signs of free + gamma (conditioned - free), all three recomputed from the finished clip."""
+    model = make_generator()
+    bits = sample(model, guidance=guidance, temperature=0.0)
+    conditioned, free = full_logits(model, bits), full_logits(model, bits, dropped=True)
+    gamma = torch.cat([torch.full((b.h * b.w, 1), guidance.gamma(b.f, b.k, SCHEDULE)) for b in SCHEDULE.blocks])
+    guided = free + gamma * (conditioned - free)
+    sure = guided.abs() > 1e-4
+    assert torch.equal((guided > 0)[sure], bits[sure])
+    assert ((conditioned > 0) != bits).any()  # and without guidance they would not be
+
+
+def test_guidance_of_one_everywhere_is_no_guidance(make_generator):
+    model = make_generator()
+    everywhere = Guidance("rising", first=1.0, last=1.0, fine=1.0)
+    for temperature in (0.0, 1.0):
+        assert torch.equal(sample(model, guidance=everywhere, temperature=temperature), sample(model, temperature=temperature))
+
+
+# --- temperature and seeds -------------------------------------------------------------------------------------------
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("logit", [-2.0, 0.0, 1.0])
+def test_bits_are_drawn_at_the_temperature(temperature, logit):
+    """Share of ones: sigmoid(logit / temperature), within 5 standard errors."""
+    n = 20_000
+    share = draw_bits(torch.full((1, n, 1), logit), temperature, generators(0)).float().mean().item()
+    p = 1 / (1 + torch.tensor(-logit / temperature).exp().item())
+    assert abs(share - p) < 5 * (p * (1 - p) / n) ** 0.5 + 1e-9
+
+
+def test_temperature_ends_at_greedy_and_at_noise():
+    """Degenerate logits: sure bits stay sure at any usual temperature, and a huge one makes them a coin."""
+    logits = torch.where(random_bits(5000, batch=1), 30.0, -30.0)
+    for temperature in (0.0, 1e-3, 1.0):
+        assert torch.equal(draw_bits(logits, temperature, generators(0)), logits > 0)
+    wrong = (draw_bits(logits, 1e6, generators(0)) != (logits > 0)).float().mean()
+    assert abs(wrong - 0.5) < 5 * 0.5 / logits.numel() ** 0.5
+
+
+def test_negative_temperature_is_refused():
+    with pytest.raises(ValueError, match="temperature must be 0 or more, got -1"):
+        draw_bits(torch.zeros(1, 1, 1), -1, generators(0))
+
+
+def test_temperature_zero_is_greedy_and_needs_no_seed(make_generator):
+    model = make_generator()
+    bits = sample(model, temperature=0.0)
+    logits = full_logits(model, bits)
+    sure = logits.abs() > 1e-4
+    assert sure.float().mean() > 0.99 and torch.equal((logits > 0)[sure], bits[sure])
+    assert torch.equal(sample(model, seeds=(7, 8), temperature=0.0), bits)
+    assert not torch.equal(sample(model, temperature=1.0), bits)
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), RISING], ids=["free", "guided"])
+def test_a_clip_depends_on_its_own_seed_alone(make_generator, guidance):
+    """The same in any batch and at any place in it."""
+    model = make_generator()
+    both = sample(model, guidance=guidance)
+    for i in range(2):
+        assert torch.equal(sample(model, PROMPTS[i : i + 1], (i,), guidance=guidance), both[i : i + 1])
+    swapped = sample(model, PROMPTS[::-1], (1, 0), guidance=guidance)
+    assert torch.equal(swapped, both.flip(0))
+    assert torch.equal(sample(model, guidance=guidance), both)
+    assert not torch.equal(sample(model, seeds=(0, 2), guidance=guidance)[1], both[1])
+
+
+def test_prompts_matter(make_generator):
+    model = make_generator()
+    bits = sample(model, seeds=(0, 0))
+    assert not torch.equal(bits[0], bits[1])
+
+
+# --- frames and history ----------------------------------------------------------------------------------------------
+
+
+def test_a_frame_is_its_bits_and_their_sum(make_generator):
+    model = make_generator()
+    frames = list(sample_frames(model, SCHEDULE, PROMPTS, [0, 1]))
+    assert len(frames) == 5 and all(isinstance(frame, Frame) for frame in frames)
+    feature = bits_to_feature(torch.cat([frame.bits for frame in frames], 1), SCHEDULE)
+    torch.testing.assert_close(torch.stack([frame.feature for frame in frames], 2), feature)
+
+
+@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("guidance", [Guidance(), RISING], ids=["free", "guided"])
+@pytest.mark.parametrize("given", [1, 3, 5])
+def test_history_is_kept_and_continued(make_generator, window, guidance, given):
+    """Given bits come back; every later greedy bit is the sign of the full forward's guided logit over the whole clip."""
+    model = make_generator(window=window)
+    history = random_bits(given * SCHEDULE.tokens_per_frame)
+    bits = sample(model, guidance=guidance, temperature=0.0, history=history)
+    assert torch.equal(bits[:, : history.shape[1]], history)
+    logits = full_logits(model, bits)
+    if not guidance.neutral:
+        free = full_logits(model, bits, dropped=True)
+        gamma = torch.cat([torch.full((b.h * b.w, 1), guidance.gamma(b.f, b.k, SCHEDULE)) for b in SCHEDULE.blocks])
+        logits = free + gamma * (logits - free)
+    new = slice(history.shape[1], None)
+    sure = logits[:, new].abs() > 1e-4
+    assert torch.equal((logits > 0)[:, new][sure], bits[:, new][sure])
+
+
+def test_going_on_from_its_own_beginning_gives_the_same_clip(make_generator):
+    model = make_generator()
+    bits = sample(model, temperature=0.0)
+    for given in range(1, 5):
+        history = bits[:, : given * SCHEDULE.tokens_per_frame]
+        assert torch.equal(sample(model, temperature=0.0, history=history), bits)
+
+
+def test_what_follows_depends_on_the_history(make_generator):
+    model, n = make_generator(), SCHEDULE.tokens_per_frame
+    history = random_bits(n)
+    a, b = sample(model, history=history), sample(model, history=~history)
+    assert not torch.equal(a[:, n:], b[:, n:])
+
+
+# --- pixels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(make_generator, make_tokenizer):
+    """A generator and the tokenizer whose bits it speaks, with the schedule of 17 frames of 8 x 12 pixels."""
+    tokenizer = make_tokenizer(scales=(1, 2))
+    return make_generator(scales=2), tokenizer, tokenizer.schedule(17, 8, 12)
+
+
+def test_streamed_pixels_are_those_of_the_whole_feature(pair):
+    model, tokenizer, schedule = pair
+    chunks = list(stream_clips(model, tokenizer, schedule, PROMPTS, [0, 1], guidance=RISING))
+    assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4, 4, 4]
+    bits = sample(model, schedule=schedule, guidance=RISING)
+    video = torch.cat(chunks, 2)
+    torch.testing.assert_close(video, tokenizer.decode_bits(bits, schedule), **CLOSE)
+    assert video.shape == (2, 3, 17, 8, 12) and video.abs().max() <= 1
+    assert torch.equal(sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], guidance=RISING), video)
+
+
+@pytest.mark.parametrize("frames", [1, 9, 17])
+def test_given_pixels_come_back_as_the_tokenizer_sees_them(pair, frames):
+    """Image-to-video (one frame) and continuation."""
+    model, tokenizer, schedule = pair
+    start = torch.rand(2, 3, frames, 8, 12, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    video = sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], temperature=0.0, history=start)
+    torch.testing.assert_close(video[:, :, :frames], tokenizer.reconstruct(start), **CLOSE)
+    bits = sample(model, schedule=schedule, temperature=0.0, history=tokenizer.bits(start))
+    torch.testing.assert_close(video, tokenizer.decode_bits(bits, schedule), **CLOSE)

@@ -1,0 +1,241 @@
+"""The transformer: causality over blocks, conditions, sizes, and that it can be moved and reloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from kit.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
+from kit.generator.condition import ClassCondition, ConditionConfig, TextCondition, WordEncoder
+from kit.generator.transformer import Generator, GeneratorConfig
+from kit.scales import ScaleSchedule
+
+SIZES = Path(__file__).resolve().parents[2] / "conf" / "size"
+SCHEDULE = ScaleSchedule(3, ((1, 1), (2, 2), (2, 3)))
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+CLASSES = ConditionConfig(kind="class", classes=("run", "jump", "swim"))
+
+
+def inputs_of(schedule: ScaleSchedule = SCHEDULE, batch: int = 1, d: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, schedule.length, d, generator=torch.Generator().manual_seed(seed)) * d**-0.5
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def touched(a: torch.Tensor, b: torch.Tensor, schedule: ScaleSchedule) -> list[bool]:
+    """For each block, whether any of its tokens' logits differ by more than rounding."""
+    difference = (a - b).abs().amax((0, 2))
+    assert not ((difference > 1e-5) & (difference < 1e-4)).any()  # nothing between rounding and a real change
+    return [bool((difference[b.slice] > 1e-5).any()) for b in schedule.blocks]
+
+
+def test_a_block_moves_its_own_and_later_logits_and_no_earlier_ones(make_generator):
+    """Over all pairs of blocks."""
+    model, inputs = make_generator(), inputs_of()
+    condition = model.condition(["a red ball"])
+    clean = model(inputs, SCHEDULE, condition)
+    assert clean.shape == (1, SCHEDULE.length, 4) and clean.dtype == torch.float32
+    for i, b in enumerate(SCHEDULE.blocks):
+        other = inputs.clone()
+        other[:, b.slice] += inputs_of(seed=1)[:, b.slice] + 0.5
+        moved = touched(clean, model(other, SCHEDULE, condition), SCHEDULE)
+        assert moved == [j >= i for j in range(len(SCHEDULE.blocks))], (b.f, b.k)
+
+
+@pytest.mark.parametrize("align", ["grid", "center"])
+def test_tokens_of_a_block_see_each_other(make_generator, align):
+    model, inputs = make_generator(align=align), inputs_of()
+    condition = model.condition(["a red ball"])
+    b = SCHEDULE.block(1, 2)
+    other = inputs.clone()
+    other[:, b.stop - 1] += 1.0
+    difference = (model(inputs, SCHEDULE, condition) - model(other, SCHEDULE, condition)).abs().amax((0, 2))
+    assert (difference[b.slice] > 1e-4).all()
+
+
+@pytest.mark.parametrize("window", [0, 1, 2])
+def test_one_layer_reaches_window_frames_back(make_generator, window):
+    schedule = ScaleSchedule(4, SCHEDULE.grids)
+    model, inputs = make_generator(layers=1, window=window), inputs_of(schedule)
+    condition = model.condition(["a red ball"])
+    clean = model(inputs, schedule, condition)
+    other = inputs.clone()
+    other[:, schedule.frame(0)] += 1.0
+    moved = touched(clean, model(other, schedule, condition), schedule)
+    assert moved == [b.f <= window for b in schedule.blocks]
+
+
+def test_a_masked_frame_is_unseen_by_later_frames(make_generator):
+    model, inputs = make_generator(layers=1), inputs_of(batch=2)
+    condition = model.condition(["a red ball"] * 2)
+    kept = torch.tensor([[True, True, True], [True, False, True]])
+    clean = model(inputs, SCHEDULE, condition, kept)
+    other = inputs.clone()
+    other[:, SCHEDULE.frame(1)] += 1.0
+    after = model(other, SCHEDULE, condition, kept)
+    frames = [b.f for b in SCHEDULE.blocks]
+    assert touched(clean[:1], after[:1], SCHEDULE) == [f >= 1 for f in frames]
+    assert touched(clean[1:], after[1:], SCHEDULE) == [f == 1 for f in frames]
+    torch.testing.assert_close(clean[:1], model(inputs[:1], SCHEDULE, condition[:1]), **CLOSE)
+
+
+@pytest.mark.parametrize("condition", [ConditionConfig(length=3, buckets=64), CLASSES], ids=["text", "class"])
+def test_batch_is_samples_side_by_side(make_generator, condition):
+    model, inputs = make_generator(condition=condition), inputs_of(batch=3)
+    states = model.condition(["run", "swim", "jump"], torch.tensor([False, False, True]))
+    logits = model(inputs, SCHEDULE, states)
+    alone = [model(inputs[i : i + 1], SCHEDULE, states[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(logits, torch.cat(alone), **CLOSE)
+
+
+def test_scales_of_one_place_are_told_apart(make_generator):
+    """Blocks (f, 0) and the first token of (f, 1) sit at one position: the scale embedding must separate them."""
+    model = make_generator()
+    x = model.embed(torch.zeros(1, 2, 4), torch.tensor([0, 1]))
+    assert not torch.allclose(x[:, 0], x[:, 1])
+
+
+def test_first_block_reads_the_learned_start(make_generator):
+    model, inputs = make_generator(), inputs_of()
+    condition = model.condition(["a red ball"])
+    clean = model(inputs, SCHEDULE, condition)
+    model.start.add_(1.0)
+    assert all(touched(clean, model(inputs, SCHEDULE, condition), SCHEDULE))
+    scale = torch.zeros(2, dtype=torch.long)
+    x, plain = model.embed(inputs[:, :2], scale, first=1), model.embed(inputs[:, :2], scale)
+    torch.testing.assert_close(x - plain, torch.stack([model.start, torch.zeros_like(model.start)])[None], **CLOSE)
+
+
+def test_a_new_model_has_no_opinion():
+    """Zero logits: its first loss is one bit per bit."""
+    model = Generator(GeneratorConfig(2, 32, 2, 4, 3))
+    assert not model(inputs_of(), SCHEDULE, model.condition(["a red ball"])).any()
+
+
+# --- conditions ------------------------------------------------------------------------------------------------------
+
+
+def test_every_word_and_its_place_count(make_generator):
+    model = make_generator()
+    logits = [
+        model(inputs_of(), SCHEDULE, model.condition([text])) for text in ("a red ball", "a blue ball", "a ball red", "a red")
+    ]
+    for i in range(4):
+        for j in range(i):
+            assert all(touched(logits[i], logits[j], SCHEDULE)), (i, j)
+
+
+def test_text_is_read_without_case_and_punctuation_up_to_its_length():
+    encoder = WordEncoder(8, length=3, buckets=64)
+    ids = encoder.words(["A red, ball.", "a red ball", "a red ball again", "a", ""])
+    assert ids.shape == (5, 3)
+    assert torch.equal(ids[0], ids[1]) and torch.equal(ids[1], ids[2])
+    assert ids[3, 0] == ids[0, 0] and (ids[3, 1:] == -1).all() and (ids[4] == -1).all()
+    states, mask = encoder(["a red", ""])
+    assert states.shape == (2, 3, 8) and mask.tolist() == [[True, True, False], [False] * 3]
+
+
+def test_words_of_shapes_have_buckets_of_their_own():
+    config = ConditionConfig()
+    words = sorted({w for phrase in (*COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS, "a", "an") for w in phrase.split()})
+    encoder = WordEncoder(1, length=1, buckets=config.buckets)
+    assert len(set(encoder.words(words).flatten().tolist())) == len(words)
+    captions = (f"a {c} {s} {m} {b}" for c in COLOURS for s in SHAPES for m in MOTIONS for b in BACKGROUNDS)
+    longest = max(len(caption.split()) for caption in captions)
+    assert longest <= config.length
+
+
+@pytest.mark.parametrize("config", [ConditionConfig(length=3, buckets=64), CLASSES], ids=["text", "class"])
+def test_a_dropped_condition_is_the_same_for_all_and_unlike_any_other(make_generator, config):
+    condition = make_generator(condition=config).condition
+    texts = ["run", "jump", "swim"]
+    kept = condition(texts)
+    assert kept.shape == (3, condition.length, 32)
+    dropped = condition(texts, torch.tensor([True, False, True]))
+    assert torch.equal(dropped[1], kept[1])
+    assert torch.equal(dropped[0], dropped[2])
+    assert all(not torch.allclose(dropped[0], row) for row in kept)
+    assert torch.equal(condition(texts, torch.zeros(3, dtype=torch.bool)), kept)
+
+
+def test_dropped_text_is_not_the_empty_text(make_generator):
+    condition = make_generator().condition
+    assert not torch.allclose(condition([""]), condition(["a red ball"], torch.tensor([True])))
+
+
+def test_conditions_read_their_part_of_a_batch(make_generator):
+    batch = {"caption": ["a red ball", "a star"], "label": torch.tensor([2, 0])}
+    assert make_generator().condition.prompts(batch) == batch["caption"]
+    assert make_generator(condition=CLASSES).condition.prompts(batch) == ["swim", "run"]
+
+
+def test_condition_kinds_build_what_they_say(make_generator):
+    assert isinstance(make_generator().condition, TextCondition)
+    assert isinstance(make_generator(condition=CLASSES).condition, ClassCondition)
+
+
+def test_errors_name_what_is_known(make_generator):
+    with pytest.raises(ValueError, match="unknown class 'fly'; this model knows: run, jump, swim"):
+        make_generator(condition=CLASSES).condition(["run", "fly"])
+    with pytest.raises(ValueError, match="needs classes"):
+        make_generator(condition=ConditionConfig(kind="class"))
+    with pytest.raises(ValueError, match="'text' or 'class', got 'sound'"):
+        make_generator(condition=ConditionConfig(kind="sound"))
+
+
+@pytest.mark.parametrize("width, heads", [(30, 4), (36, 3), (8, 2)])
+def test_head_width_must_split_over_the_axes(width, heads):
+    with pytest.raises(ValueError, match="multiple of 8"):
+        GeneratorConfig(layers=1, width=width, heads=heads, bits=4, scales=3)
+
+
+# --- sizes, moving, reloading ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, parameters", [("L", 926e6), ("XL", 2.0e9), ("4B", 4e9)])
+def test_presets_of_the_paper_have_its_sizes(size, parameters):
+    values = yaml.safe_load((SIZES / f"{size}.yaml").read_text())
+    tokenizer = values["tokenizer"]
+    with torch.device("meta"):
+        config = GeneratorConfig(**values["generator"], bits=tokenizer["bits"], scales=len(tokenizer["scales"]))
+        model = Generator(config)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.1)
+
+
+@pytest.mark.parametrize("path", sorted(SIZES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_preset_runs_on_another_device(path):
+    """On the meta device: no table or mask is left behind where the model was built."""
+    values = yaml.safe_load(path.read_text())
+    sides, bits = values["tokenizer"]["scales"], values["tokenizer"]["bits"]
+    schedule = ScaleSchedule.square(2, sides)
+    with torch.device("meta"):
+        model = Generator(GeneratorConfig(**values["generator"], bits=bits, scales=len(sides)))
+        inputs = torch.zeros(1, schedule.length, bits)
+    logits = model(inputs, schedule, model.condition(["a red ball"]))
+    assert logits.device.type == "meta" and logits.shape == (1, schedule.length, bits)
+
+
+def test_double_precision_gives_the_same_logits(make_generator):
+    model, inputs = make_generator(), inputs_of()
+    before = model(inputs, SCHEDULE, model.condition(["a red ball"]))
+    model.to(dtype=torch.float64)
+    after = model(inputs.double(), SCHEDULE, model.condition(["a red ball"]))
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_and_plain_config_are_the_whole_model(make_generator):
+    model, inputs = make_generator(window=1, align="center", condition=CLASSES), inputs_of()
+    config = GeneratorConfig.from_dict(json.loads(json.dumps(model.config.as_dict())))
+    assert config == model.config
+    again = Generator(config)
+    again.load_state_dict(model.state_dict())
+    expected = model(inputs, SCHEDULE, model.condition(["jump"]))
+    assert torch.equal(again(inputs, SCHEDULE, again.condition(["jump"])), expected)

@@ -1,0 +1,157 @@
+"""The command line: help is enough, mistakes are told in the user's words, every config composes and instantiates."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_generator, fit_tokenizer
+
+from kit.cli import CONF, VERBS, confs, main, register_resolvers
+from kit.generator.transformer import Generator, GeneratorConfig
+from kit.run import build_data, build_trainer
+from kit.tokenizer import Tokenizer, TokenizerConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = sorted(path.stem for path in (CONF / "size").glob("*.yaml"))
+
+
+def composed(name: str, *overrides: str):
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def test_help_names_every_verb(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^  {verb} +\w", text, re.M) for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_shows_each_key_with_its_comment(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert VERBS[verb].help in text and "name:" in text and "seed: 0" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["paint"], "unknown verb 'paint'; choose from fit"),
+        (["fit"], "fit needs conf=NAME; choose from stage1_tokenizer, stage2_generator"),
+        (["fit", "conf=stage9"], "no conf named 'stage9'"),
+    ],
+)
+def test_mistakes_name_the_choices(words, expected, capsys):
+    assert main(words) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["generate", "ckpt=nowhere.ckpt", "prompt=x"], "no checkpoint at nowhere.ckpt"),
+        (["fit", "conf=stage2_generator", "root=/nonexistent"], "no checkpoint at /nonexistent/stage1_tokenizer"),
+        (["fit", "conf=stage1_tokenizer", "data=clips", "data.root=/nonexistent"], "/nonexistent"),
+        (["fit", "conf=stage1_tokenizer", "data.frames=16"], "a clip must have 1 + 4n frames, got 16; use 13 or 17"),
+        (["fit", "conf=stage1_tokenizer", "data.height=48"], "shorter side must be 64"),
+        (["fit", "conf=stage1_tokenizer", "optimizer.name=sgd"], "'adamw' or 'muon'"),
+    ],
+)
+def test_bad_input_is_told_without_a_traceback(words, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert expected in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", confs())
+def test_every_conf_composes_and_instantiates_at_every_size(name, size):
+    cfg = composed(name, f"size={size}")
+    OmegaConf.resolve(cfg)
+    data, trainer = build_data(cfg), build_trainer(cfg)
+    values = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
+    generator = GeneratorConfig(**OmegaConf.to_container(cfg.generator), bits=values.bits, scales=len(values.scales))
+    with torch.device("meta"):
+        tokenizer = Tokenizer(values)
+        assert Generator(generator).head.out_features == values.bits
+    assert tokenizer.schedule(data.frames, data.height, data.width).grid[0] == values.scales[-1]
+    assert trainer.max_steps == cfg.recipe[cfg.module].steps
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in CONF.glob("*.yaml") if p.stem not in ("fit", "sampling")))
+def test_every_conf_of_a_verb_composes(name):
+    assert "seed" in composed(name)
+
+
+def test_every_key_has_a_comment_with_its_meaning():
+    """Keys of the stage and data files, but for groups and names that say it all."""
+    for path in [CONF / "stage2_generator.yaml", CONF / "generate.yaml", CONF / "data" / "shapes.yaml"]:
+        for line in path.read_text().splitlines():
+            if re.match(r"\s*(height|width|fps|frames|p_max|frame_mask|seed|temperature|n|window): ", line):
+                bare = "#" not in line and not re.match(r"\s*(p_min|p_max|width|height)", line)
+                assert not bare, f"{path.name}: {line}"
+
+
+def test_cfg_job_prints_the_composed_config():
+    words = [sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", "seed=7", "--cfg", "job"]
+    text = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert yaml.safe_load(text)["seed"] == 7
+
+
+def test_multirun_runs_once_for_each_value(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "conf=stage1_tokenizer", "--multirun", "name=s${seed}", "seed=1,2", "debug=smoke", f"root={tmp_path}"]
+    assert main([*words, *CLIP, *TOKENIZER]) == 0
+    assert all((tmp_path / f"s{seed}" / "checkpoints" / "last.ckpt").is_file() for seed in (1, 2))
+
+
+def test_doctor_reports_and_finds_a_configs_problem(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "check=stage2_generator"]) == 0
+    text = capsys.readouterr().out
+    assert all(size in text for size in SIZES) and "torch" in text
+    assert "no checkpoint at runs/stage1_tokenizer/checkpoints/last.ckpt" in text
+
+
+def test_sweep_commands_run_as_an_agent_would_call_them(pair, tmp_path, monkeypatch):
+    """W&B puts key=value for ${args_no_hyphens}; here the first value of each parameter."""
+    sweep = yaml.safe_load((CONF / "sweep" / "generator.yaml").read_text())
+    words = [word for word in sweep["command"] if word not in ("${env}", "python", "-m", "kit")]
+    values = [f"{key}={parameter['values'][0]}" for key, parameter in sweep["parameters"].items()]
+    at = words.index("${args_no_hyphens}")
+    words[at : at + 1] = values
+    for key, value in {"WANDB_MODE": "offline", "WANDB_SWEEP_ID": "abc", "WANDB_RUN_ID": "run1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(tmp_path)
+    small = [*CLIP, *TOKENIZER, *GENERATOR, *QUICK, "recipe.generator.steps=2", "trainer.val_check_interval=2"]
+    assert main([*words, *small, f"tokenizer_ckpt={pair.tokenizer}"]) == 0
+    assert (tmp_path / "runs" / "sweep_generator" / "run1" / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
+def test_loggers(logger, tmp_path):
+    if logger == "tensorboard":
+        pytest.importorskip("tensorboard")
+    assert fit_tokenizer(tmp_path, f"logger={logger}", "recipe.tokenizer.steps=2") == 0
+    assert list((tmp_path / "tokenizer" / "logs").glob("events*" if logger == "tensorboard" else "metrics.csv"))
+
+
+def test_options_reach_the_model(pair, tmp_path):
+    """window, align, frame mask, loss weights and a class condition train and are kept in the checkpoint."""
+    words = ["window=1", "align=center", "loss.scale_weights=early", "condition.kind=class", "correction.p_max=0.1"]
+    words += ["recipe.generator.steps=2", "trainer.val_check_interval=2", "frame_mask=0.5"]
+    assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == 0
+    saved = torch.load(tmp_path / "generator" / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]
+    assert saved["generator"]["window"] == 1 and saved["generator"]["align"] == "center"
+    assert saved["generator"]["condition"]["kind"] == "class" and len(saved["generator"]["condition"]["classes"]) == 5
+    assert saved["correction"]["p_max"] == 0.1

@@ -1,0 +1,127 @@
+"""Runs that stop and go on, weights that are averaged, losses that are no numbers, checkpoints that survive."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import os
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from tests.fixtures import fit_generator, fit_tokenizer
+
+from callbacks import EMA, NonFiniteGuard
+from kit.checkpoint import AtomicCheckpointIO, read_checkpoint
+from kit.data.datamodule import ClipDataModule, StreamSampler
+from kit.data.shapes import Shapes
+from kit.tokenizer.module import TokenizerModule
+
+
+def losses(folder: Path) -> list[float]:
+    """The training loss of each step, as logged."""
+    rows = csv.DictReader((folder / "logs" / "metrics.csv").open())
+    return [float(row["train/loss"]) for row in rows if row["train/loss"]]
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "generator"])
+def test_resumed_run_gives_the_uninterrupted_loss_to_the_last_bit(part, pair, tmp_path):
+    def fit(root, *overrides):
+        steps = [
+            "trainer.precision=32-true", f"recipe.{part}.steps=8", "trainer.val_check_interval=4",
+            "callbacks.checkpoint.filename='{step}'", "callbacks.checkpoint.save_top_k=-1", *overrides,
+        ]  # fmt: skip
+        fit_part = fit_tokenizer if part == "tokenizer" else partial(fit_generator, tokenizer=pair.tokenizer)
+        assert fit_part(root, *steps, name="run") == 0
+        return root / "run"
+
+    whole = fit(tmp_path / "whole")
+    resumed = fit(tmp_path / "resumed", f"ckpt='{whole / 'checkpoints' / 'step=4.ckpt'}'")
+    assert len(losses(whole)) == 8
+    assert losses(resumed) == losses(whole)[4:]
+    a, b = (read_checkpoint(run / "checkpoints" / "last.ckpt", part) for run in (whole, resumed))
+    assert a["global_step"] == b["global_step"] == 8
+    for key in ("state_dict", "ema"):
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+
+
+def test_an_old_run_is_not_overwritten_unless_asked_for(pair, capsys):
+    before = pair.tokenizer.read_bytes()
+    assert fit_tokenizer(pair.root) == 1
+    assert "ckpt=last" in capsys.readouterr().err
+    assert pair.tokenizer.read_bytes() == before
+
+
+def test_finished_run_continued_is_left_as_it_is(pair):
+    assert fit_tokenizer(pair.root, "ckpt=last") == 0
+    assert read_checkpoint(pair.tokenizer, "tokenizer")["global_step"] == 150
+
+
+def test_ema_is_the_average_of_the_weights():
+    module, ema = torch.nn.Linear(2, 1), EMA(decay=0.5)
+    trainer = type("Trainer", (), {"global_step": 0})()
+    ema.on_fit_start(trainer, module)
+    expected = module.weight.detach().clone()
+    for step in range(1, 30):
+        with torch.no_grad():
+            module.weight.add_(1.0)
+        trainer.global_step = step
+        ema.on_train_batch_end(trainer, module, None, None, step)
+        ema.on_train_batch_end(trainer, module, None, None, step)  # accumulation: no new step, no change
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * module.weight.detach()
+    torch.testing.assert_close(ema.average["weight"], expected)
+    live = module.weight.detach().clone()
+    ema.on_validation_start(trainer, module)
+    torch.testing.assert_close(module.weight.detach(), expected)
+    ema.on_validation_end(trainer, module)
+    assert torch.equal(module.weight, live)
+
+
+def test_nan_loss_stops_before_the_weights_and_saves_the_batch(tmp_path):
+    clip = {"frames": 1, "height": 16, "width": 16, "fps": 8}
+    tokenizer = {"bits": 4, "scales": [1, 2], "patch": 8, "widths": [8], "blocks": 1}
+    loss = {"reconstruction": "l1", "commitment_weight": 1, "entropy_weight": 1, "entropy_inverse_temperature": 1}
+    optimizer = {"name": "adamw", "lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.0, "warmup": 1}
+    module = TokenizerModule(tokenizer, loss, optimizer, clip, steps=5)
+
+    class Poisoned(Shapes):
+        def __getitem__(self, n):
+            item = super().__getitem__(n)
+            return {**item, "video": item["video"] * (float("nan") if n == 5 else 1)}
+
+    data = ClipDataModule(Poisoned, 1, 16, 16, 8.0, batch_size=2, val_clips=1, workers=0)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=5, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[NonFiniteGuard(tmp_path)], limit_val_batches=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="loss is nan at step 2"):
+        trainer.fit(module, datamodule=data)
+    assert all(p.isfinite().all() for p in module.parameters())
+    batch = torch.load(tmp_path / "nonfinite_step2.pt", weights_only=True)
+    assert batch["n"].tolist() == [4, 5] and batch["video"].isnan().any()
+
+
+def test_failed_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"step": 1}, path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        io.save_checkpoint({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_ranks_share_the_stream_without_overlap():
+    def take(sampler, n):
+        return [i for i, _ in zip(sampler, range(n))]
+
+    both = [take(StreamSampler(2, 3, rank, 2), 4) for rank in (0, 1)]
+    assert sorted(sum(both, [])) == list(range(12, 20))
+    assert take(StreamSampler(4, 0, 0, 1), 12)[4:] == take(StreamSampler(4, 1, 0, 1), 8)

@@ -1,0 +1,200 @@
+"""validate, reconstruct, generate, inspect and demo, on a tiny trained pair."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
+
+from kit.checkpoint import load_generator, load_tokenizer, model_hash
+from kit.cli import main
+from kit.data.shapes import Shapes
+from kit.generator.sampler import Guidance
+from kit.media import write_video
+from kit.verbs import generate_clips, per_scale
+
+PROMPT = "a red ball moving right over a green field"
+
+
+def frames_of(path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def run(verb, pair, tmp_path, *overrides, model="generator") -> int:
+    return main([verb, f"ckpt={getattr(pair, model)}", f"root={tmp_path}", "name=out", *overrides])
+
+
+def test_generate_writes_videos_and_a_contact_sheet(pair, tmp_path):
+    assert run("generate", pair, tmp_path, f'prompt="{PROMPT}"', "n=3", "seed=4") == 0
+    videos = sorted((tmp_path / "out").glob("*.mp4"))
+    assert [v.stem[-5:] for v in videos] == ["seed4", "seed5", "seed6"]
+    assert all(frames_of(v) == 5 for v in videos)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1
+
+
+def test_generate_longer_than_in_training(pair, tmp_path):
+    assert run("generate", pair, tmp_path, f'prompt="{PROMPT}"', "frames=13") == 0
+    assert frames_of(next((tmp_path / "out").glob("*.mp4"))) == 13
+
+
+def test_generate_goes_on_from_an_image_and_from_a_video(pair, tmp_path):
+    clip = Shapes("val", frames=9, height=32, width=32)[0]["video"]
+    pixels = ((clip[:, 0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+    Image.fromarray(pixels).save(tmp_path / "first.png")
+    write_video(clip, tmp_path / "before.mp4", 8)
+    assert run("generate", pair, tmp_path, f"image={tmp_path / 'first.png'}", "prompt=x") == 0
+    video = ["history_frames=5", "frames=9", "name=more"]
+    assert run("generate", pair, tmp_path, f"video={tmp_path / 'before.mp4'}", "prompt=x", *video) == 0
+    assert frames_of(next((tmp_path / "more").glob("*.mp4"))) == 9
+
+
+def test_clip_begins_with_the_given_image(pair):
+    generator, tokenizer = load_generator(pair.generator)
+    image = Shapes("val", frames=1, height=32, width=32)[3]["video"]
+    clip = generate_clips(generator, tokenizer, ["x"], [0], Guidance(), 1.0, history=image)
+    first = tokenizer.model.reconstruct(image[None])
+    assert (clip[0, :, :1] - first[0]).abs().mean() < 0.02  # bfloat16
+
+
+def test_a_clip_is_the_same_in_any_batch(pair):
+    generator, tokenizer = load_generator(pair.generator)
+    how = (Guidance("constant", 2.0), 1.0)
+    together = generate_clips(generator, tokenizer, [PROMPT] * 3, [1, 2, 3], *how)
+    alone = generate_clips(generator, tokenizer, [PROMPT], [2], *how)
+    assert (together[1] - alone[0]).abs().mean() < 0.02  # bfloat16 may turn a bit that hangs in the balance
+    assert (together[1] - together[0]).abs().mean() > (together[1] - alone[0]).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["label=ball"], "trained on captions: use prompt="),
+        (["prompt=x", "label=ball"], "not both"),
+        (["prompt=x", "frames=6"], "1 + 4n"),
+        (["prompt=x", "image=nowhere.png"], "no such file: nowhere.png"),
+        (["prompt=x", "temperature=-1"], "temperature must be 0 or more"),
+        (["prompt=x", "guidance.kind=strong"], "'rising', 'falling' or 'constant'"),
+    ],
+)
+def test_generate_explains_bad_input(pair, tmp_path, capsys, words, expected):
+    assert run("generate", pair, tmp_path, *words) == 1
+    assert expected in capsys.readouterr().err
+
+
+def test_wrong_tokenizer_is_refused_with_both_hashes(pair, tmp_path, capsys):
+    assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=1", "trainer.val_check_interval=1", name="other") == 0
+    other = tmp_path / "other" / "checkpoints" / "last.ckpt"
+    assert run("generate", pair, tmp_path, "prompt=x", f"tokenizer={other}") == 1
+    error = capsys.readouterr().err
+    assert load_tokenizer(other).hash in error and load_tokenizer(pair.tokenizer).hash in error
+
+
+def test_generator_and_tokenizer_are_not_mixed_up(pair, tmp_path, capsys):
+    assert run("generate", pair, tmp_path, "prompt=x", model="tokenizer") == 1
+    assert "holds tokenizer, expected a generator checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["cut", "text"])
+def test_broken_checkpoint_is_named(pair, tmp_path, capsys, damage):
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(pair.tokenizer.read_bytes()[:5000] if damage == "cut" else b"not a checkpoint")
+    assert main(["reconstruct", f"ckpt={broken}", f"root={tmp_path}"]) == 1
+    assert "broken.ckpt is not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_moved_tokenizer_is_found_by_its_new_path(pair, tmp_path, capsys):
+    moved = shutil.copy(pair.tokenizer, tmp_path / "moved.ckpt")
+    checkpoint = torch.load(pair.generator, weights_only=True)
+    checkpoint["hyper_parameters"]["tokenizer_path"] = "/gone.ckpt"
+    torch.save(checkpoint, tmp_path / "generator.ckpt")
+    with pytest.raises(FileNotFoundError, match="tokenizer=PATH"):
+        load_generator(tmp_path / "generator.ckpt")
+    assert load_generator(tmp_path / "generator.ckpt", moved)[1].hash == load_tokenizer(pair.tokenizer).hash
+
+
+def test_hash_changes_with_any_weight(pair):
+    loaded = load_tokenizer(pair.tokenizer)
+    assert model_hash(load_tokenizer(pair.tokenizer).model) == loaded.hash
+    loaded.model.decoder.head.bias.data[0] += 1e-3
+    assert model_hash(loaded.model) != loaded.hash
+
+
+def test_checkpoint_gives_the_averaged_weights(pair):
+    checkpoint = torch.load(pair.tokenizer, weights_only=True)
+    name = "model.decoder.head.weight"
+    averaged, live = load_tokenizer(pair.tokenizer), load_tokenizer(pair.tokenizer, averaged=False)
+    assert torch.equal(averaged.model.decoder.head.weight, checkpoint["ema"][name])
+    assert torch.equal(live.model.decoder.head.weight, checkpoint["state_dict"][name])
+    assert not torch.equal(averaged.model.decoder.head.weight, live.model.decoder.head.weight)
+
+
+def test_reconstruct_reports_each_scale(pair, tmp_path):
+    assert run("reconstruct", pair, tmp_path, "clips=2", "data.source.seed=1", model="tokenizer") == 0
+    assert (tmp_path / "out" / "reconstruction.png").is_file()
+    write_video(Shapes("val", frames=9, height=40, width=60)[0]["video"], tmp_path / "mine.mp4", 8)
+    assert run("reconstruct", pair, tmp_path, f"video={tmp_path / 'mine.mp4'}", "name=mine", model="tokenizer") == 0
+    assert frames_of(tmp_path / "mine" / "reconstruction_0.mp4") == 5
+
+
+def test_each_scale_of_a_trained_tokenizer_lowers_the_error(pair):
+    loaded = load_tokenizer(pair.tokenizer)
+    video = torch.stack([Shapes("val", frames=5, height=32, width=32)[n]["video"] for n in range(8)])
+    _, _, steps = loaded.model(video)
+    feature = loaded.model.encode(video).transpose(1, 2).flatten(0, 1)
+    errors = [(feature - step.total).square().mean().item() for step in steps]
+    assert errors[0] > errors[1] > errors[2]
+    psnrs = [row["psnr_db"] for row in per_scale(loaded, video, 8)[1]]
+    assert psnrs == sorted(psnrs)
+
+
+def test_inspect_and_validate(pair, tmp_path):
+    assert run("inspect", pair, tmp_path, "clips=4") == 0
+    report = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert len(report["by_scale"]) == len(report["bit_entropy"]) == len(report["bit_accuracy"]) == 3
+    assert Image.open(tmp_path / "out" / "bit_use.png").size[0] > 8 * 14
+
+    assert run("validate", pair, tmp_path, "clips=4", "shown=2", "name=scores") == 0
+    metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert set(metrics["caption_accuracy"]) == {"colour", "shape", "motion", "background", "all"}
+    assert metrics["reconstruction_psnr_db"] > 10 and metrics["sample_seconds"] > 0
+    assert len(list((tmp_path / "scores" / "videos").glob("*.mp4"))) == 2
+
+    assert run("validate", pair, tmp_path, "clips=4", "name=tok", model="tokenizer") == 0
+    assert "reconstruction_psnr_db" in json.loads((tmp_path / "tok" / "metrics.json").read_text())
+
+
+def test_demo_leaves_what_it_promises_and_continues(tmp_path):
+    """In a reduced form; the second call has nothing left to train."""
+    words = ["demo", f"root={tmp_path}", "clips=2"]
+    lists = {"overrides": [*CLIP, *TOKENIZER, *QUICK], "generator_overrides": GENERATOR + ["recipe.generator.steps=4"],
+             "tokenizer_overrides": ["recipe.tokenizer.steps=4"]}  # fmt: skip
+    words += [f"{key}=[" + ",".join(f"'{value}'" for value in values) + "]" for key, values in lists.items()]
+    assert main(words) == 0
+    folder = tmp_path / "demo"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {"colour", "shape", "motion", "background"} <= set(metrics["caption_accuracy"])
+    assert {"reconstruction_psnr_db", "sample_seconds", "train_seconds"} <= set(metrics)
+    assert (folder / "contact_sheet.png").is_file() and len(list((folder / "videos").glob("*.mp4"))) >= 4
+    before = (folder / "tokenizer" / "checkpoints" / "last.ckpt").read_bytes()
+    assert main(words) == 0
+    assert (folder / "tokenizer" / "checkpoints" / "last.ckpt").read_bytes() == before
+    again = json.loads((folder / "metrics.json").read_text())
+    assert again["train_seconds"] == metrics["train_seconds"]
+
+
+def test_pixels_survive_the_video_file(tmp_path):
+    clip = Shapes("val")[0]["video"]
+    with av.open(str(write_video(clip, tmp_path / "x.mp4", 8))) as container:
+        stream = container.streams.video[0]
+        assert float(stream.average_rate) == 8
+        read = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    written = ((clip + 1) * 127.5).permute(1, 2, 3, 0).numpy()
+    assert read.shape == (17, 64, 64, 3)
+    assert np.abs(read - written).mean() < 3

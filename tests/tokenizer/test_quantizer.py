@@ -1,0 +1,258 @@
+"""Bits, codes and the residual pyramid, against loops written from the method."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kit.scales import ScaleSchedule
+from kit.tokenizer.losses import commitment_loss, entropy_loss, reconstruction_loss
+from kit.tokenizer.quantizer import (
+    Step,
+    bits_to_feature,
+    clip_of,
+    feature_to_bits,
+    frames_of,
+    next_input,
+    pyramid,
+    sequence_of,
+    to_bits,
+    to_code,
+    tokens_to_map,
+)
+
+SCHEDULES = [
+    ScaleSchedule.square(3, (1, 2, 3, 4, 6, 8)),
+    ScaleSchedule(2, ((1, 1), (2, 3), (3, 5))),
+    ScaleSchedule(2, ((3, 4),)),
+]
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def feature_for(schedule: ScaleSchedule, batch: int = 2, d: int = 5) -> torch.Tensor:
+    return noise(batch, d, schedule.frames, *schedule.grid)
+
+
+def area(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Area resize of (d, h, w), cell by cell: the mean of all that a cell touches."""
+    (h, w), (hk, wk) = x.shape[1:], grid
+    rows = [(i * h // hk, -(-(i + 1) * h // hk)) for i in range(hk)]
+    columns = [(j * w // wk, -(-(j + 1) * w // wk)) for j in range(wk)]
+    return torch.stack([torch.stack([x[:, a:b, c:e].mean((1, 2)) for c, e in columns], 1) for a, b in rows], 1)
+
+
+def walk_frame(feature: torch.Tensor, grids, disturb=lambda k, y, x, bits: bits):
+    """The pyramid of one frame (d, h, w) token by token: lists of labels, of bits that entered the sum, and of sums."""
+    d, h, w = feature.shape
+    total, labels, entered, totals = torch.zeros_like(feature), [], [], []
+    for k, grid in enumerate(grids):
+        residual = area(feature - total, grid)
+        label, bits, code = [], [], torch.empty(d, *grid)
+        for y in range(grid[0]):
+            for x in range(grid[1]):
+                unit = residual[:, y, x] / residual[:, y, x].norm()
+                label.append((unit > 0).tolist())
+                bits.append(disturb(k, y, x, label[-1]))
+                code[:, y, x] = torch.tensor([1.0 if bit else -1.0 for bit in bits[-1]]) / math.sqrt(d)
+        total = total + F.interpolate(code[None], (h, w), mode="bilinear", align_corners=False)[0]
+        labels.append(torch.tensor(label))
+        entered.append(torch.tensor(bits))
+        totals.append(total)
+    return labels, entered, totals
+
+
+@pytest.mark.parametrize("d", [1, 5, 48])
+def test_bits_survive_their_code(d):
+    """Random tokens, and the all-zero and all-one ones that token readers tend to refuse."""
+    bits = torch.cat([noise(20, d) > 0, torch.zeros(1, d, dtype=torch.bool), torch.ones(1, d, dtype=torch.bool)])
+    code = to_code(bits)
+    torch.testing.assert_close(code.norm(dim=1), torch.ones(22))
+    torch.testing.assert_close(code.abs(), torch.full((22, d), d**-0.5))
+    assert torch.equal(to_bits(code), bits)
+    assert torch.equal(to_code(bits.T, dim=0).T, code)
+
+
+@each_schedule
+@pytest.mark.parametrize("value", [False, True])
+def test_all_zero_and_all_one_clips_survive_the_feature(schedule, value):
+    bits = torch.full((2, schedule.length, 5), value)
+    assert torch.equal(feature_to_bits(bits_to_feature(bits, schedule), schedule), bits)
+
+
+def test_with_one_scale_every_clip_survives_the_feature():
+    schedule = ScaleSchedule(3, ((3, 4),))
+    bits = noise(2, schedule.length, 5) > 0
+    assert torch.equal(feature_to_bits(bits_to_feature(bits, schedule), schedule), bits)
+
+
+@each_schedule
+@pytest.mark.parametrize("flips", [False, True])
+def test_pyramid_is_the_walk_of_the_method(schedule, flips):
+    """Labels, entered bits and running sums, with and without disturbed bits in the sum."""
+    frames = frames_of(feature_for(schedule))
+    N, d = frames.shape[:2]
+    flip = [noise(N, h * w, d, seed=k) > 0.7 for k, (h, w) in enumerate(schedule.grids)]
+    steps = list(pyramid(frames, schedule.grids, (lambda k, label: label ^ flip[k]) if flips else None))
+    assert len(steps) == schedule.scales
+    for n in range(N):
+
+        def disturb(k, y, x, bits):
+            mine = flip[k][n, y * schedule.grids[k][1] + x].tolist()
+            return [a != b for a, b in zip(bits, mine)] if flips else bits
+
+        labels, entered, totals = walk_frame(frames[n], schedule.grids, disturb)
+        for k, step in enumerate(steps):
+            assert torch.equal(step.label[n], labels[k])
+            assert torch.equal(step.bits[n], entered[k])
+            torch.testing.assert_close(step.total[n], totals[k])
+
+
+def test_a_flip_changes_later_labels_and_no_earlier_ones():
+    schedule = SCHEDULES[0]
+    frames = frames_of(feature_for(schedule))
+    clean = list(pyramid(frames, schedule.grids))
+    flipped = list(pyramid(frames, schedule.grids, lambda k, label: ~label if k == 2 else label))
+    same = [torch.equal(a.label, b.label) for a, b in zip(clean, flipped)]
+    assert same == [True, True, True, False, False, False]
+
+
+@each_schedule
+def test_the_sum_of_the_bits_is_the_sum_of_the_walk(schedule):
+    """What the encoder's side adds up is what the decoder's side reads, after every scale."""
+    feature = feature_for(schedule)
+    steps = list(pyramid(frames_of(feature), schedule.grids))
+    bits = feature_to_bits(feature, schedule)
+    assert torch.equal(bits, sequence_of([step.label for step in steps], 2))
+    for k, step in enumerate(steps):
+        torch.testing.assert_close(bits_to_feature(bits, schedule, scales=k + 1), clip_of(step.total, 2))
+    torch.testing.assert_close(bits_to_feature(bits, schedule), clip_of(steps[-1].total, 2))
+
+
+@each_schedule
+def test_frames_and_clips_are_coded_on_their_own(schedule):
+    """Frame-major order: the tokens of (clip, frame) are those of that frame coded alone."""
+    feature = feature_for(schedule)
+    bits = feature_to_bits(feature, schedule)
+    assert bits.shape == (2, schedule.length, 5) and bits.dtype == torch.bool
+    back = bits_to_feature(bits, schedule)
+    assert back.shape == feature.shape and back.dtype == torch.float32
+    alone = schedule.with_frames(1)
+    for b in range(2):
+        for f in range(schedule.frames):
+            one = feature_to_bits(feature[b : b + 1, :, f : f + 1], alone)
+            assert torch.equal(bits[b : b + 1, schedule.frame(f)], one)
+            torch.testing.assert_close(back[b : b + 1, :, f : f + 1], bits_to_feature(one, alone))
+
+
+def test_tokens_are_rows_of_their_grid():
+    tokens = torch.arange(6).view(1, 6, 1)
+    assert tokens_to_map(tokens, (2, 3))[0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert torch.equal(next_input(tokens_to_map(tokens, (2, 3)), (2, 3)), tokens)
+
+
+def test_frames_of_and_clip_of_are_inverse():
+    feature = feature_for(SCHEDULES[0])
+    frames = frames_of(feature)
+    assert torch.equal(frames[3 + 1], feature[1, :, 1])
+    assert torch.equal(clip_of(frames, 2), feature)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (3, 3), (3, 5), (6, 8), (8, 8)])
+def test_next_input_is_an_area_resize(grid):
+    total = noise(2, 3, 8, 8)
+    expected = torch.stack([area(frame, grid) for frame in total])
+    torch.testing.assert_close(next_input(total, grid), expected.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("tokens", [SCHEDULES[0].length - 1, SCHEDULES[0].length + 1, SCHEDULES[0].tokens_per_frame])
+def test_wrong_number_of_tokens_is_refused(tokens):
+    with pytest.raises(ValueError, match="390 tokens"):
+        bits_to_feature(torch.zeros(1, tokens, 4, dtype=torch.bool), SCHEDULES[0])
+
+
+# --- the tokenizer's training path -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained_on(make_tokenizer):
+    """A tokenizer, a video, and what its training path returns."""
+    model = make_tokenizer()
+    video = noise(2, 3, 5, 8, 8).clamp(-1, 1)
+    return model, video, *model(video)
+
+
+def test_training_path_decodes_the_bits(trained_on):
+    model, video, output, features, steps = trained_on
+    assert torch.equal(sequence_of([step.label for step in steps], 2), model.bits(video))
+    torch.testing.assert_close(output.clamp(-1, 1), model.reconstruct(video))
+    torch.testing.assert_close(clip_of(features, 2), model.encode(video))
+
+
+def test_gradient_passes_straight_through_the_bits(trained_on):
+    """The feature gets the decoder's gradient at the quantised feature, unchanged."""
+    model, _, output, features, steps = trained_on
+    weight = noise(*output.shape)
+    quantised = clip_of(steps[-1].total.detach(), 2).requires_grad_()
+    (expected,) = torch.autograd.grad((model.decode(quantised) * weight).sum(), quantised)
+    (actual,) = torch.autograd.grad((output * weight).sum(), features)
+    torch.testing.assert_close(clip_of(actual, 2), expected)
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2", "commitment", "entropy"])
+def test_every_loss_is_positive_and_reaches_all_weights_of_the_encoder(trained_on, kind):
+    model, video, output, features, steps = trained_on
+    if kind == "commitment":
+        loss = commitment_loss(features, steps)
+    elif kind == "entropy":
+        loss = entropy_loss(steps, inverse_temperature=2.0)
+    else:
+        loss = reconstruction_loss(output, video, kind)
+    assert loss > 0
+    loss.backward()
+    for name, p in model.encoder.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 1e-7, name
+
+
+def step_of(residual: torch.Tensor, total: torch.Tensor) -> Step:
+    return Step(residual, None, None, total)
+
+
+def test_reconstruction_loss_by_hand():
+    output, video = torch.tensor([0.0, 0.5, -1.0]), torch.tensor([1.0, 0.5, 1.0])
+    assert reconstruction_loss(output, video, "l1").item() == pytest.approx(3 / 3)
+    assert reconstruction_loss(output, video, "l2").item() == pytest.approx(5 / 3)
+    with pytest.raises(ValueError, match="'l1' or 'l2'"):
+        reconstruction_loss(output, video, "l3")
+
+
+def test_commitment_loss_by_hand():
+    """d = 2; squared distances 1, 4 (mean 2.5) and 1, 0 (mean 0.5): 2 * (2.5 + 0.5) / 2."""
+    feature = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
+    totals = torch.zeros(1, 2, 1, 1), torch.tensor([0.0, 2.0]).view(1, 2, 1, 1)
+    assert commitment_loss(feature, [step_of(feature, t) for t in totals]).item() == pytest.approx(3.0)
+
+
+def test_entropy_loss_by_hand():
+    """Two tokens of d = 2 at (+-1, 1) / sqrt(2): one bit balanced over the batch, one the same for both tokens."""
+    residual = torch.tensor([[3.0, 3.0], [-0.2, 0.2]]).view(2, 2, 1, 1)
+
+    def entropy(p: float) -> float:
+        return -(p * math.log2(p) + (1 - p) * math.log2(1 - p))
+
+    token = entropy(1 / (1 + math.exp(-2.0)))  # inverse temperature 2, times u sqrt(d) = 1
+    expected = 1 - ((1 + token) / 2 - token)
+    loss = entropy_loss([step_of(residual, residual)], inverse_temperature=2.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens, expected", [([[1, 1], [-1, -1]], 0.0), ([[1, 1], [1, 1]], 1.0)])
+def test_entropy_loss_is_zero_for_sure_and_balanced_bits_and_one_for_unused_ones(tokens, expected):
+    residual = torch.tensor(tokens, dtype=torch.float32).view(2, 2, 1, 1)
+    assert entropy_loss([step_of(residual, residual)], inverse_temperature=50.0).item() == pytest.approx(expected, abs=1e-3)
