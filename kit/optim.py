@@ -29,22 +29,22 @@ def orthogonalise(x: Tensor, phases: tuple[int, ...] = (2, 3)) -> Tensor:
     return x
 
 
-class Muon(torch.optim.AdamW):
-    """Muon for parameters of two or more dimensions, AdamW for the others, in one optimizer.
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, Adam for the rest, in one optimizer.
 
     A matrix moves along its orthogonalised momentum (Jordan et al. 2024), scaled so that the root mean square of an
     update is that of AdamW (0.2, Moonlight, arXiv 2502.16982). Convolution kernels count as (outputs, rest) matrices,
     which `torch.optim.Muon` does not take; on matrices the two agree.
 
     Args:
-        matrices, others: parameters of either kind.
-        lr, weight_decay: of both. betas: of AdamW. momentum: of Muon.
+        matrices: parameters of two or more dimensions. others: any parameters; they are not decayed.
+        lr: of both. betas: of Adam. weight_decay: of the matrices. momentum: of Muon.
     """
 
     def __init__(self, matrices, others, lr, betas=(0.9, 0.95), weight_decay=0.0, momentum=0.95):
-        groups = [{"params": list(others), "muon": False}, {"params": list(matrices), "muon": True}]
-        super().__init__([g for g in groups if g["params"]], lr=lr, betas=betas, weight_decay=weight_decay)
-        self.momentum = momentum
+        groups = [{"params": list(matrices), "muon": True}, {"params": list(others), "muon": False}]
+        defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay, "momentum": momentum, "eps": 1e-8}
+        super().__init__([g for g in groups if g["params"]], defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -52,41 +52,47 @@ class Muon(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = self.param_groups
-        self.param_groups = [g for g in groups if not g["muon"]]
-        super().step()
-        self.param_groups = groups
-        for group in groups:
-            if group["muon"]:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self._move(p, group["lr"], group["weight_decay"])
+        for group in self.param_groups:
+            move = self._muon if group["muon"] else self._adam
+            for p in group["params"]:
+                if p.grad is not None:
+                    move(p, p.grad, self.state[p], group)
         return loss
 
-    def _move(self, p: Tensor, lr: float, weight_decay: float):
-        state = self.state[p]
+    @staticmethod
+    def _muon(p: Tensor, grad: Tensor, state: dict, group: dict):
         momentum = state.setdefault("momentum", torch.zeros_like(p))
-        momentum.lerp_(p.grad, 1 - self.momentum)
-        update = orthogonalise(p.grad.lerp(momentum, self.momentum).flatten(1))
+        momentum.lerp_(grad, 1 - group["momentum"])
+        update = orthogonalise(grad.lerp(momentum, group["momentum"]).flatten(1))
         scale = 0.2 * max(update.shape) ** 0.5
-        p.mul_(1 - lr * weight_decay).add_(update.view(p.shape), alpha=-lr * scale)
+        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view(p.shape), alpha=-group["lr"] * scale)
+
+    @staticmethod
+    def _adam(p: Tensor, grad: Tensor, state: dict, group: dict):
+        """Adam without decay (Kingma and Ba 2015, algorithm 1)."""
+        step = state["step"] = state.get("step", 0) + 1
+        for name, (value, beta) in enumerate(zip((grad, grad.square()), group["betas"])):
+            state.setdefault(f"moment{name + 1}", torch.zeros_like(p)).lerp_(value, 1 - beta)
+        first, second = (state[f"moment{i}"] / (1 - beta**step) for i, beta in enumerate(group["betas"], start=1))
+        p.addcdiv_(first, second.sqrt() + group["eps"], value=-group["lr"])
 
 
 def build_optimizer(
     module: nn.Module, name: str, lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.05
 ) -> torch.optim.Optimizer:
-    """`adamw` (the paper's) or `muon`; biases, norms, embeddings and single vectors are not decayed by AdamW.
+    """`adamw` (the paper's) or `muon`; only weights of linear and convolution layers are decayed (and are Muon's).
 
     Raises:
         ValueError: for another name.
     """
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    weights = {id(m.weight) for m in module.modules() if isinstance(m, layers)}
     parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim > 1 and id(p) not in embeddings]
-    others = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
+    matrices = [p for p in parameters if id(p) in weights]
+    others = [p for p in parameters if id(p) not in weights]
     if name == "adamw":
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas))
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas))
     if name == "muon":
         return Muon(matrices, others, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
     raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {name!r}")

@@ -26,7 +26,10 @@ def stream_clips(
     """
     bits = None
     if history is not None:
-        bits = feature_to_bits(tokenizer.encode(history), tokenizer.schedule_of(history))
+        given = tokenizer.schedule_of(history)
+        if given.grids != schedule.grids:
+            raise ValueError(f"history has the scales {given.grids}, the clip to make {schedule.grids}: resize it")
+        bits = feature_to_bits(tokenizer.encode(history), given)
     stream: dict = {}
     for frame in sample_frames(model, schedule, list(prompts), list(seeds), guidance, temperature, bits):
         yield tokenizer.decode(frame.feature[:, :, None], stream).clamp(-1, 1)

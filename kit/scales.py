@@ -117,6 +117,9 @@ class ScaleSchedule:
                 start += h * w
 
     def block(self, f: int, k: int) -> Block:
+        """Raises IndexError outside the schedule."""
+        if not (0 <= f < self.frames and 0 <= k < self.scales):
+            raise IndexError(f"no block ({f}, {k}) among {self.frames} frames of {self.scales} scales")
         return self.blocks[f * self.scales + k]
 
     def frame(self, f: int) -> slice:

@@ -20,6 +20,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Each test draws the same numbers, alone or among others."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of files shared between checkouts, beside this one."""
@@ -55,7 +61,9 @@ def make_tokenizer():
 def make_generator():
     """Builds a tiny generator of random weights."""
 
-    def make(scales=3, bits=4, layers=2, seed=0, condition=ConditionConfig(length=3, buckets=64), **config) -> Generator:
+    words = ConditionConfig(length=3, buckets=64)
+
+    def make(scales=3, bits=4, layers=2, seed=0, condition=words, **config) -> Generator:
         return randomise(Generator(GeneratorConfig(layers, 32, 2, bits, scales, condition=condition, **config)), seed)
 
     return make

@@ -31,6 +31,10 @@ class FlipLaw:
     delta: float = 0.01
     inherit: bool = True
 
+    def __post_init__(self):
+        if not (0 <= self.p_min <= self.p_max <= 1 and self.delta >= 0):
+            raise ValueError(f"flip probabilities need 0 <= p_min <= p_max <= 1 and delta >= 0, got {self}")
+
     def draw(self, batch: int, schedule: ScaleSchedule, generator: torch.Generator) -> Tensor:
         """(B, F, K) flip probabilities."""
         F, K = schedule.frames, schedule.scales

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kit.scales import ScaleSchedule
 
+ALIGN = ("grid", "center")
+
 
 def positions(schedule: ScaleSchedule, condition_length: int, align: str = "grid") -> Tensor:
     """(S + L, 3) float32: time, height, width of every condition token and every token of the schedule.
@@ -22,8 +24,8 @@ def positions(schedule: ScaleSchedule, condition_length: int, align: str = "grid
     Raises:
         ValueError: for another `align`.
     """
-    if align not in ("grid", "center"):
-        raise ValueError(f"align must be 'grid' (the paper) or 'center', got {align!r}")
+    if align not in ALIGN:
+        raise ValueError(f"align must be one of {', '.join(ALIGN)}, got {align!r}")
     condition = torch.arange(condition_length, dtype=torch.float32)[:, None].expand(-1, 3)
     f, k, y, x = schedule.coordinates.unbind(1)
     tokens = torch.stack([f, y, x], dim=1).float()

@@ -63,7 +63,8 @@ class Cache:
     def __init__(self, model: Generator, schedule: ScaleSchedule, rows: int, dtype: torch.dtype):
         config = model.config
         self.condition, self.per_frame = model.condition.length, schedule.tokens_per_frame
-        self.window = min(config.window if config.window is not None else schedule.frames, schedule.frames)
+        past = schedule.frames - 1  # frames that the last one can look back at
+        self.window = past if config.window is None else min(config.window, past)
         length = self.condition + (self.window + 1) * self.per_frame
         shape = (config.layers, rows, config.heads, length, config.width // config.heads)
         self.keys = torch.empty(shape, dtype=dtype, device=model.start.device)
@@ -137,7 +138,7 @@ def draw_bits(logits: Tensor, temperature: float, generators: list[torch.Generat
 
     Each clip draws from its own generator, so it comes out the same in any batch.
     """
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if temperature == 0:
         return logits > 0
@@ -169,8 +170,22 @@ def sample_frames(
         history: (B, tokens of the given frames, d) bool, bits of the first frames, for image-to-video and continuation.
     Yields:
         a `Frame` for each of the schedule's frames, the given ones first.
+    Raises:
+        ValueError: if numbers of prompts, seeds and given clips differ, the given frames are not whole or too many, or
+            the schedule has not the model's number of scales.
     """
     B, h, w = len(prompts), *schedule.grid
+    if len(seeds) != B:
+        raise ValueError(f"each of the {B} prompts needs a seed, got {len(seeds)}")
+    if schedule.scales != model.config.scales:
+        raise ValueError(f"this generator speaks {model.config.scales} scales, the schedule has {schedule.scales}")
+    if history is not None:
+        given, rest = divmod(history.shape[1], schedule.tokens_per_frame)
+        if len(history) != B or rest or given > schedule.frames:
+            raise ValueError(
+                f"history must be bits ({B}, tokens, d) of up to {schedule.frames} whole frames of "
+                f"{schedule.tokens_per_frame} tokens, got {tuple(history.shape)}"
+            )
     condition = model.condition(prompts)
     if not guidance.neutral:
         condition = torch.cat([condition, model.condition(prompts, torch.ones(B, dtype=torch.bool))])

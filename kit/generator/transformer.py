@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kit.generator.condition import ConditionConfig, build_condition
 from kit.generator.mask import attention_mask
-from kit.generator.rope import positions, rotary_table, rotate
+from kit.generator.rope import ALIGN, positions, rotary_table, rotate
 from kit.scales import ScaleSchedule
 
 
@@ -43,6 +43,10 @@ class GeneratorConfig:
             raise ValueError(
                 f"width / heads must be a multiple of 8 for the rotary axes, got {self.width} / {self.heads}"
             )
+        if self.align not in ALIGN:
+            raise ValueError(f"align must be one of {', '.join(ALIGN)}, got {self.align!r}")
+        if self.window is not None and self.window < 0:
+            raise ValueError(f"window must be null or a number of latent frames, 0 or more, got {self.window}")
 
     def as_dict(self) -> dict:
         """Plain values, for a checkpoint."""
@@ -154,7 +158,7 @@ class Generator(nn.Module):
         Returns:
             (B, tokens, D)
         """
-        x = self.project(inputs * self.config.bits**0.5) + self.scale_embedding(scale)
+        x = self.project(inputs.to(self.project.weight.dtype) * self.config.bits**0.5) + self.scale_embedding(scale)
         if first:
             x = torch.cat([x[:, :first] + self.start, x[:, first:]], dim=1)
         return x

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from kit.scales import TAU, ScaleSchedule, latent_frames
+from kit.scales import ScaleSchedule, latent_frames
 from kit.tokenizer.autoencoder import Decoder, Encoder
 from kit.tokenizer.causal import Stream
 from kit.tokenizer.quantizer import Step, bits_to_feature, clip_of, feature_to_bits, frames_of, pyramid
@@ -25,6 +25,9 @@ class TokenizerConfig:
         patch: pixels per side folded into channels by the stem.
         widths: channels of each level, fine to coarse; each further level halves height and width.
         blocks: residual blocks per level.
+        cells: side of the square of coarsest cells that make one token; 2 quarters the tokens at the same bits.
+    Raises:
+        ValueError: if the bits cannot be shared by the cells of a token.
     """
 
     bits: int = 32
@@ -32,15 +35,18 @@ class TokenizerConfig:
     patch: int = 4
     widths: tuple[int, ...] = (128, 256, 256)
     blocks: int = 2
+    cells: int = 1
 
     def __post_init__(self):
+        if self.bits % self.cells**2:
+            raise ValueError(f"bits must be a multiple of cells^2 = {self.cells**2}, got {self.bits}")
         for name in ("scales", "widths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def compression(self) -> int:
-        """Pixels per latent cell, in height and in width."""
-        return self.patch * 2 ** (len(self.widths) - 1)
+        """Pixels per token of the latent grid, in height and in width."""
+        return self.patch * 2 ** (len(self.widths) - 1) * self.cells
 
     def as_dict(self) -> dict:
         """Plain values, for a checkpoint."""
@@ -53,7 +59,7 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.config = config
-        shape = dict(bits=config.bits, patch=config.patch, widths=config.widths, blocks=config.blocks)
+        shape = {key: getattr(config, key) for key in ("bits", "patch", "widths", "blocks", "cells")}
         self.encoder, self.decoder = Encoder(**shape), Decoder(**shape)
         self.to(memory_format=torch.channels_last_3d)  # convolutions run several times faster so
 
@@ -108,6 +114,3 @@ class Tokenizer(nn.Module):
     def reconstruct(self, video: Tensor) -> Tensor:
         """Through the bits and back: (B, 3, T, H, W) -> the same shape, in [-1, 1]."""
         return self.decode_bits(self.bits(video), self.schedule_of(video))
-
-
-assert TAU == 4  # the stems of encoder and decoder fold 4 frames

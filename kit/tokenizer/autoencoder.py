@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kit.scales import TAU
 from kit.tokenizer.causal import CausalConv3d, Stream, fold, unfold
 
 
@@ -25,17 +26,39 @@ class FrameNorm(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))), starting as the identity."""
+    """x + conv(act(norm(conv(act(norm(x)))))), starting as the identity.
 
-    def __init__(self, channels: int):
+    Args:
+        temporal: whether the first convolution looks at the past, or at its own frame only.
+    """
+
+    def __init__(self, channels: int, temporal: bool):
         super().__init__()
-        self.norm1, self.conv1 = FrameNorm(channels), CausalConv3d(channels, channels)
+        self.norm1, self.conv1 = FrameNorm(channels), CausalConv3d(channels, channels, (3 if temporal else 1, 3, 3))
         self.norm2, self.conv2 = FrameNorm(channels), CausalConv3d(channels, channels, (1, 3, 3))
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)), stream)
         return x + self.conv2(F.silu(self.norm2(y)), stream)
+
+
+def residual_levels(widths: tuple[int, ...], blocks: int) -> nn.ModuleList:
+    """Residual blocks of each level, fine to coarse. Time is mixed where that is cheapest, at the coarsest level."""
+    coarsest = len(widths) - 1
+    return nn.ModuleList(
+        nn.ModuleList(ResBlock(c, temporal=i == coarsest) for _ in range(blocks)) for i, c in enumerate(widths)
+    )
+
+
+def cells_to_channels(x: Tensor, side: int) -> Tensor:
+    """(B, C, F, h * side, w * side) -> (B, C * side^2, F, h, w)"""
+    return F.pixel_unshuffle(x.transpose(1, 2), side).transpose(1, 2)
+
+
+def channels_to_cells(x: Tensor, side: int) -> Tensor:
+    """The inverse of `cells_to_channels`."""
+    return F.pixel_shuffle(x.transpose(1, 2), side).transpose(1, 2)
 
 
 class Downsample(nn.Conv3d):
@@ -60,15 +83,16 @@ class Encoder(nn.Module):
         patch: side of the pixel patch that the stem folds into channels.
         widths: channels of each level, from fine to coarse; each level halves height and width.
         blocks: residual blocks per level.
+        cells: side of the square of cells of the coarsest level that become one token, d / cells^2 channels each.
     """
 
-    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int):
+    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int, cells: int):
         super().__init__()
-        self.patch = patch
-        self.stem = CausalConv3d(3 * 4 * patch**2, widths[0], (1, 1, 1))
-        self.levels = nn.ModuleList(nn.ModuleList(ResBlock(c) for _ in range(blocks)) for c in widths)
+        self.patch, self.cells = patch, cells
+        self.stem = CausalConv3d(3 * TAU * patch**2, widths[0], (1, 1, 1))
+        self.levels = residual_levels(widths, blocks)
         self.downs = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:]))
-        self.norm, self.head = FrameNorm(widths[-1]), CausalConv3d(widths[-1], bits)
+        self.norm, self.head = FrameNorm(widths[-1]), CausalConv3d(widths[-1], bits // cells**2)
 
     def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """video: (B, 3, T, H, W) in [-1, 1] -> (B, d, F, h, w)."""
@@ -78,24 +102,24 @@ class Encoder(nn.Module):
                 x = self.downs[i - 1](x)
             for block in level:
                 x = block(x, stream)
-        return self.head(F.silu(self.norm(x)), stream)
+        return cells_to_channels(self.head(F.silu(self.norm(x)), stream), self.cells)
 
 
 class Decoder(nn.Module):
     """Feature -> pixels; the mirror image of `Encoder`, with the same arguments."""
 
-    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int):
+    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int, cells: int):
         super().__init__()
-        self.patch = patch
+        self.patch, self.cells = patch, cells
+        self.levels = residual_levels(widths, blocks)[::-1]
         widths = widths[::-1]
-        self.stem = CausalConv3d(bits, widths[0])
-        self.levels = nn.ModuleList(nn.ModuleList(ResBlock(c) for _ in range(blocks)) for c in widths)
+        self.stem = CausalConv3d(bits // cells**2, widths[0])
         self.ups = nn.ModuleList(Upsample(a, b) for a, b in zip(widths, widths[1:]))
-        self.norm, self.head = FrameNorm(widths[-1]), CausalConv3d(widths[-1], 3 * 4 * patch**2, (1, 3, 3))
+        self.norm, self.head = FrameNorm(widths[-1]), CausalConv3d(widths[-1], 3 * TAU * patch**2, (1, 3, 3))
 
     def forward(self, feature: Tensor, stream: Stream | None = None) -> Tensor:
         """feature: (B, d, F, h, w) -> (B, 3, T, H, W), not clamped."""
-        x = self.stem(feature, stream)
+        x = self.stem(channels_to_cells(feature, self.cells), stream)
         for i, level in enumerate(self.levels):
             if i:
                 x = self.ups[i - 1](x)

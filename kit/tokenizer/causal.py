@@ -31,7 +31,7 @@ class CausalConv3d(nn.Conv3d):
                 context = x[:, :, :1].expand(-1, -1, self.past, -1, -1)
             x = torch.cat([context, x], dim=2)
             if stream is not None:
-                stream[self] = x[:, :, -self.past :]
+                stream[self] = x[:, :, -self.past :].clone()  # a view would keep the whole chunk
         return super().forward(x)
 
 

@@ -49,7 +49,7 @@ def test_paper_is_the_default():
 
 @pytest.mark.parametrize("scales", [1, 3])
 def test_first_block_of_a_frame_inherits_from_the_last_one_before(scales):
-    """(f, 0) ~ U(rate of (f - 1, K - 1), p_max + delta f): its place in that range is uniform and owes nothing to it."""
+    """(f, 0) ~ U(rate of (f - 1, K - 1), p_max + delta f): its place in that range is uniform, whatever the rate."""
     schedule = ScaleSchedule(4, SCHEDULE.grids[:scales])
     rates = FlipLaw().draw(N, schedule, rng())
     for f in range(1, 4):

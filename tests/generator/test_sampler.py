@@ -82,6 +82,19 @@ def test_cached_logits_are_those_of_the_full_forward(make_generator, seen, windo
         torch.testing.assert_close(logits, expected[:, b.slice], **CLOSE, msg=lambda m: f"block {b.f, b.k}: {m}")
 
 
+@pytest.mark.parametrize("window", [None, 1])
+def test_cached_logits_in_mixed_precision(make_generator, seen, window):
+    model = make_generator(window=window)
+    with torch.autocast("cpu", torch.bfloat16):
+        bits = sample(model, guidance=RISING)
+        expected = torch.cat([full_logits(model, bits), full_logits(model, bits, dropped=True)])
+    logits = torch.cat([logits for *_, logits in seen], 1)
+    assert logits.dtype == torch.float32
+    assert (logits - expected).abs().mean() < 0.02 * expected.std()
+    exact = torch.cat([full_logits(model, bits), full_logits(model, bits, dropped=True)])
+    assert not torch.equal(expected, exact) and (expected - exact).abs().mean() < 0.05 * exact.std()
+
+
 def test_window_matters(make_generator):
     """The comparisons above are not of models that see nothing anyway."""
     bits = random_bits(SCHEDULE.length)
@@ -176,8 +189,8 @@ def test_guidance_moves_logits_away_from_the_unconditioned_ones(make_generator, 
 def test_guidance_of_one_everywhere_is_no_guidance(make_generator):
     model = make_generator()
     everywhere = Guidance("rising", first=1.0, last=1.0, fine=1.0)
-    for temperature in (0.0, 1.0):
-        assert torch.equal(sample(model, guidance=everywhere, temperature=temperature), sample(model, temperature=temperature))
+    for t in (0.0, 1.0):
+        assert torch.equal(sample(model, guidance=everywhere, temperature=t), sample(model, temperature=t))
 
 
 # --- temperature and seeds -------------------------------------------------------------------------------------------
@@ -255,7 +268,7 @@ def test_a_frame_is_its_bits_and_their_sum(make_generator):
 @pytest.mark.parametrize("guidance", [Guidance(), RISING], ids=["free", "guided"])
 @pytest.mark.parametrize("given", [1, 3, 5])
 def test_history_is_kept_and_continued(make_generator, window, guidance, given):
-    """Given bits come back; every later greedy bit is the sign of the full forward's guided logit over the whole clip."""
+    """Given bits come back; every later greedy bit is the sign of the full forward's (guided) logit for that clip."""
     model = make_generator(window=window)
     history = random_bits(given * SCHEDULE.tokens_per_frame)
     bits = sample(model, guidance=guidance, temperature=0.0, history=history)
@@ -289,14 +302,14 @@ def test_what_follows_depends_on_the_history(make_generator):
 
 
 @pytest.fixture
-def pair(make_generator, make_tokenizer):
+def tiny_pair(make_generator, make_tokenizer):
     """A generator and the tokenizer whose bits it speaks, with the schedule of 17 frames of 8 x 12 pixels."""
     tokenizer = make_tokenizer(scales=(1, 2))
     return make_generator(scales=2), tokenizer, tokenizer.schedule(17, 8, 12)
 
 
-def test_streamed_pixels_are_those_of_the_whole_feature(pair):
-    model, tokenizer, schedule = pair
+def test_streamed_pixels_are_those_of_the_whole_feature(tiny_pair):
+    model, tokenizer, schedule = tiny_pair
     chunks = list(stream_clips(model, tokenizer, schedule, PROMPTS, [0, 1], guidance=RISING))
     assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4, 4, 4]
     bits = sample(model, schedule=schedule, guidance=RISING)
@@ -307,9 +320,9 @@ def test_streamed_pixels_are_those_of_the_whole_feature(pair):
 
 
 @pytest.mark.parametrize("frames", [1, 9, 17])
-def test_given_pixels_come_back_as_the_tokenizer_sees_them(pair, frames):
+def test_given_pixels_come_back_as_the_tokenizer_sees_them(tiny_pair, frames):
     """Image-to-video (one frame) and continuation."""
-    model, tokenizer, schedule = pair
+    model, tokenizer, schedule = tiny_pair
     start = torch.rand(2, 3, frames, 8, 12, generator=torch.Generator().manual_seed(2)) * 2 - 1
     video = sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], temperature=0.0, history=start)
     torch.testing.assert_close(video[:, :, :frames], tokenizer.reconstruct(start), **CLOSE)

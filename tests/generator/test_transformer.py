@@ -120,14 +120,36 @@ def test_a_new_model_has_no_opinion():
     assert not model(inputs_of(), SCHEDULE, model.condition(["a red ball"])).any()
 
 
+@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("kept", [None, torch.tensor([[True] * 3, [False, True, False]])], ids=["all", "masked"])
+def test_training_and_inference_compute_the_same(make_generator, window, kept):
+    """With gradients the attention may take another route; logits stay."""
+    model, inputs = make_generator(window=window), inputs_of(batch=2)
+    condition = model.condition(["a red ball", "a star"])
+    expected = model(inputs, SCHEDULE, condition, kept)
+    with torch.enable_grad():
+        logits = model(inputs, SCHEDULE, condition, kept)
+    assert logits.requires_grad and not expected.requires_grad
+    torch.testing.assert_close(logits.detach(), expected, **CLOSE)
+
+
+def test_every_weight_learns(make_generator):
+    """The loss of one batch reaches all parameters."""
+    model, inputs = make_generator(), inputs_of(batch=2)
+    with torch.enable_grad():
+        condition = model.condition(["a red", "a star"], torch.tensor([False, True]))
+        model(inputs, SCHEDULE, condition).square().mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 1e-9, name
+
+
 # --- conditions ------------------------------------------------------------------------------------------------------
 
 
 def test_every_word_and_its_place_count(make_generator):
     model = make_generator()
-    logits = [
-        model(inputs_of(), SCHEDULE, model.condition([text])) for text in ("a red ball", "a blue ball", "a ball red", "a red")
-    ]
+    texts = ("a red ball", "a blue ball", "a ball red", "a red")
+    logits = [model(inputs_of(), SCHEDULE, model.condition([text])) for text in texts]
     for i in range(4):
         for j in range(i):
             assert all(touched(logits[i], logits[j], SCHEDULE)), (i, j)

@@ -1,0 +1,67 @@
+"""Every command of the README runs, in a reduced form, in the order of the page."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER
+
+from kit.cli import main
+from kit.data.shapes import Shapes
+from kit.media import write_video
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+CODE = "\n".join(re.findall(r"```\n(.*?)```", README, re.S))
+
+
+def commands() -> list[list[str]]:
+    """Words of each `python -m kit` line, comments cut off."""
+    lines = [line for line in CODE.splitlines() if line.startswith("python -m kit ")]
+    return [shlex.split(line, comments=True)[3:] for line in lines]
+
+
+def reduced(words: list[str], videos: Path) -> list[str]:
+    """The same command on small clips, with a few steps, on a folder that exists."""
+    words = [word.replace("data.root=DIR", f"data.root={videos}") for word in words]
+    words = [f'prompt="{word[7:]}"' if word.startswith("prompt=") else word for word in words]  # the shell's quotes
+    if words[0] == "fit" and "--help" not in words:
+        generator = "conf=stage2_generator" in words
+        small = [*CLIP, *TOKENIZER, *QUICK, *(GENERATOR if generator else [])]
+        words += [*small, "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    if words[0] in ("validate", "inspect", "reconstruct"):
+        words += ["clips=2"]
+    return words
+
+
+def test_readme_commands_run(tmp_path, monkeypatch, capfd):
+    videos = tmp_path / "videos"
+    for n in range(6):
+        write_video(Shapes(frames=9, height=32, width=32)[n]["video"], videos / f"{('jump', 'walk')[n % 2]}_{n}.mp4", 8)
+    monkeypatch.chdir(tmp_path)
+    found = commands()
+    assert {words[0] for words in found} >= {"fit", "generate", "validate", "reconstruct", "inspect", "doctor"}
+    for words in found:
+        assert main(reduced(words, videos)) == 0, f"python -m kit {shlex.join(words)}\n{capfd.readouterr().err[-2000:]}"
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = re.findall(r"^make (\w+)", CODE, re.M)
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets == ["demo", "test"]
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/paper_map.md"])
+def test_files_named_in_the_docs_exist(page):
+    for name in re.findall(r"`((?:kit|conf|callbacks|notebooks|tests|docs)/[\w./]*)", (ROOT / page).read_text()):
+        assert (ROOT / name.split(":")[0]).exists(), f"{page} names {name}"
+
+
+def test_functions_named_in_the_paper_map_exist():
+    for file, name in re.findall(r"`(kit/[\w/]+\.py):([\w.]+)`", (ROOT / "docs" / "paper_map.md").read_text()):
+        assert re.search(rf"(def|class) {name.split('.')[-1]}\b|^{name} ", (ROOT / file).read_text(), re.M), (file, name)
