@@ -17,7 +17,6 @@ from torch import nn
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
-
 KINDS = ("generator", "tokenizer")  # each is the name of the architecture's values in its checkpoint
 
 
@@ -66,7 +65,7 @@ def _read(path: str | os.PathLike) -> tuple[dict, str]:
         raise FileNotFoundError(f"no checkpoint at {path}; train one with `python -m kit fit`, or give its path")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
     values = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
     return checkpoint, next((kind for kind in KINDS if kind in values), "something else")

@@ -12,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from kit.data.decode import UnreadableVideo
+
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
@@ -31,6 +33,10 @@ VERBS = {
     "doctor": Verb("kit.doctor:doctor", "doctor", "what this machine can run"),
     "demo": Verb("kit.demo:demo", "demo", "train, generate and score on the embedded data, about 13 minutes on 2 cores"),
 }  # fmt: skip
+
+
+# What a user can mend; told without a traceback.
+MENDABLE = (ValueError, FileNotFoundError, FileExistsError, ImportError, MemoryError, UnreadableVideo)
 
 
 def usage() -> str:
@@ -135,21 +141,23 @@ def main(argv: list[str] | None = None) -> int:
 def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
     """Composes the config and calls the verb; what a user can mend is told without a traceback."""
     import hydra
+    from hydra.errors import InstantiationException
 
     register_resolvers()
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
 
     def task(cfg):
         try:
             resolve(VERBS[verb].function)(cfg)
-        except (ValueError, FileNotFoundError, FileExistsError, ImportError, MemoryError) as error:
-            if os.environ.get("KIT_TRACEBACK"):
+        except (*MENDABLE, InstantiationException) as error:
+            cause = error.__cause__ if isinstance(error, InstantiationException) else error
+            if os.environ.get("KIT_TRACEBACK") or not isinstance(cause, MENDABLE):
                 raise
-            print(f"kit {verb}: {error}\n(KIT_TRACEBACK=1 shows where)", file=sys.stderr)
+            print(f"kit {verb}: {cause}\n(KIT_TRACEBACK=1 shows where)", file=sys.stderr)
             failures.append(error)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print(f"\nkit {verb}: interrupted", file=sys.stderr)
-            failures.append(KeyboardInterrupt())
+            failures.append(stop)
 
     sys.argv = [sys.argv[0], f"--config-name={conf}", *overrides]  # read by hydra, and by Lightning's launcher of ranks
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=conf)(task)()

@@ -31,7 +31,7 @@ def run(words: list[str]):
     print(f"\n$ python -m {shlex.join(words)}", flush=True)
     status = subprocess.run([sys.executable, "-m", *words]).returncode
     if status:
-        raise ValueError(f"this part of the demo failed; the message is above. Start the demo again and it goes on from there")
+        raise ValueError("this part of the demo failed; the message is above. Start the demo again and it goes on from there")
 
 
 def train_seconds(checkpoint: Path) -> float:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+
 def orthogonalise(x: Tensor, phases: tuple[int, ...] = (2, 3)) -> Tensor:
     """The matrix with the singular vectors of x (m, n) and all singular values about 1, by Newton-Schulz iterations.
 

@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER
 
 from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.media import write_video
+from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -11,18 +11,19 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from tests.fixtures import fit_generator, fit_tokenizer
 
 from callbacks import EMA, NonFiniteGuard
 from kit.checkpoint import AtomicCheckpointIO, read_checkpoint
 from kit.data.datamodule import ClipDataModule, StreamSampler
 from kit.data.shapes import Shapes
 from kit.tokenizer.module import TokenizerModule
+from tests.fixtures import fit_generator, fit_tokenizer
 
 
 def losses(folder: Path) -> list[float]:
-    """The training loss of each step, as logged."""
-    rows = csv.DictReader((folder / "logs" / "metrics.csv").open())
+    """The training loss of each step, as logged by the run's only start."""
+    (log,) = (folder / "logs").glob("version_*/metrics.csv")
+    rows = csv.DictReader(log.open())
     return [float(row["train/loss"]) for row in rows if row["train/loss"]]
 
 
@@ -57,6 +58,7 @@ def test_an_old_run_is_not_overwritten_unless_asked_for(pair, capsys):
 def test_finished_run_continued_is_left_as_it_is(pair):
     assert fit_tokenizer(pair.root, "ckpt=last") == 0
     assert read_checkpoint(pair.tokenizer, "tokenizer")["global_step"] == 150
+    assert len(list((pair.tokenizer.parents[1] / "logs").glob("version_0/metrics.csv"))) == 1, "the old log is kept"
 
 
 def test_ema_is_the_average_of_the_weights():

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
 
 from kit.checkpoint import load_generator, load_tokenizer, model_hash
 from kit.cli import main
@@ -18,6 +17,7 @@ from kit.data.shapes import Shapes
 from kit.generator.sampler import Guidance
 from kit.media import write_video
 from kit.verbs import generate_clips, per_scale
+from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
 
 PROMPT = "a red ball moving right over a green field"
 

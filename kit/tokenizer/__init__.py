@@ -26,6 +26,8 @@ class TokenizerConfig:
         widths: channels of each level, fine to coarse; each further level halves height and width.
         blocks: residual blocks per level.
         cells: side of the square of coarsest cells that make one token; 2 quarters the tokens at the same bits.
+        amplitude: root mean square of a frame's feature, in units of a code's amplitude 1/sqrt(d); null leaves it to
+            training. A handful of scales can only represent a limited amplitude, best about 2.
     Raises:
         ValueError: if the bits cannot be shared by the cells of a token.
     """
@@ -36,6 +38,7 @@ class TokenizerConfig:
     widths: tuple[int, ...] = (128, 256, 256)
     blocks: int = 2
     cells: int = 1
+    amplitude: float | None = 2.0
 
     def __post_init__(self):
         if self.bits % self.cells**2:
@@ -85,7 +88,11 @@ class Tokenizer(nn.Module):
 
     def encode(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> feature (B, d, F, h, w) in float32. T = 1 + 4n, or 4n in a started stream."""
-        return self.encoder(video, stream).float()
+        feature = self.encoder(video, stream).float()
+        if self.config.amplitude is None:
+            return feature
+        square = feature.square().mean((1, 3, 4), keepdim=True)  # of each frame on its own
+        return feature * torch.rsqrt(square + 1e-8) * (self.config.amplitude * self.config.bits**-0.5)
 
     def decode(self, feature: Tensor, stream: Stream | None = None) -> Tensor:
         """Feature (B, d, F, h, w) -> video (B, 3, T, H, W) in float32, about [-1, 1]."""

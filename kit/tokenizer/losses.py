@@ -21,15 +21,11 @@ def reconstruction_loss(output: Tensor, video: Tensor, kind: str) -> Tensor:
 
 
 def commitment_loss(feature: Tensor, steps: list[Step]) -> Tensor:
-    """Squared distance of the feature to its running sum, times d, averaged over scales (beta term of VQ-VAE).
+    """Squared distance of the feature (N, d, h, w) to its quantised sum, times d (beta term of VQ-VAE).
 
     The factor d makes it relative to the squared amplitude 1/d of a code, the same for any number of bits.
-
-    Args:
-        feature: (N, d, h, w).
     """
-    losses = [(feature.float() - step.total.detach()).square().mean() for step in steps]
-    return torch.stack(losses).mean() * feature.shape[1]
+    return (feature.float() - steps[-1].total.detach()).square().mean() * feature.shape[1]
 
 
 def entropy_loss(steps: list[Step], inverse_temperature: float) -> Tensor:

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from kit.data.shapes import (
-    BACKGROUNDS, COLOURS, HELD_OUT, MOTIONS, SHAPES, TRAIN, Attributes, Shapes, parse_caption, trajectory,
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT,
+    MOTIONS,
+    SHAPES,
+    TRAIN,
+    Attributes,
+    Shapes,
+    parse_caption,
+    trajectory,
 )  # fmt: skip
 
 

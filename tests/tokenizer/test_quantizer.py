@@ -233,10 +233,10 @@ def test_reconstruction_loss_by_hand():
 
 
 def test_commitment_loss_by_hand():
-    """d = 2; squared distances 1, 4 (mean 2.5) and 1, 0 (mean 0.5): 2 * (2.5 + 0.5) / 2."""
+    """d = 2; to the final sum (0, 2) the squared distances are 1 and 0: 2 * 0.5."""
     feature = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
     totals = torch.zeros(1, 2, 1, 1), torch.tensor([0.0, 2.0]).view(1, 2, 1, 1)
-    assert commitment_loss(feature, [step_of(feature, t) for t in totals]).item() == pytest.approx(3.0)
+    assert commitment_loss(feature, [step_of(feature, t) for t in totals]).item() == pytest.approx(1.0)
 
 
 def test_entropy_loss_by_hand():
