@@ -2,7 +2,8 @@
 
 from callbacks.ema import EMA
 from callbacks.guard import NonFiniteGuard
+from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.summary import RunSummary
 from callbacks.video_logger import VideoLogger
 
-__all__ = ["EMA", "NonFiniteGuard", "RunSummary", "VideoLogger"]
+__all__ = ["EMA", "LastCheckpoint", "NonFiniteGuard", "RunSummary", "VideoLogger"]

@@ -116,6 +116,14 @@ def split(args: list[str]) -> tuple[str | None, list[str]]:
     return (names[-1] if names else None), [a for a in args if not a.startswith("conf=")]
 
 
+def quoted(word: str) -> str:
+    """Quotes a prompt for hydra, whose grammar would stumble over commas and brackets."""
+    key, _, text = word.partition("=")
+    if key != "prompt" or text[:1] in ('"', "'") or text == "null":
+        return word
+    return f"{key}='" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns its exit status: 0 done, 1 failed, 2 not understood."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -159,6 +167,7 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
             print(f"\nkit {verb}: interrupted", file=sys.stderr)
             failures.append(stop)
 
+    overrides = [quoted(word) for word in overrides]
     sys.argv = [sys.argv[0], f"--config-name={conf}", *overrides]  # read by hydra, and by Lightning's launcher of ranks
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=conf)(task)()
     return 1 if failures else 0

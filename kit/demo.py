@@ -52,7 +52,7 @@ def demo(cfg: DictConfig) -> dict:
     run(command("fit", "conf=stage2_generator", where, "name=generator", f"tokenizer_ckpt={tokenizer}", "ckpt=last", seed,
                 *extra, *cfg.generator_overrides))  # fmt: skip
     run(command("validate", f"ckpt={generator}", where, "name=scores", f"clips={cfg.clips}"))
-    run(command("generate", f"ckpt={generator}", where, "name=videos", f'prompt="{PROMPT}"', "n=4", "seed=0"))
+    run(command("generate", f"ckpt={generator}", where, "name=videos", f"prompt={PROMPT}", "n=4", "seed=0"))
 
     scores = json.loads((folder / "scores" / "metrics.json").read_text())
     seconds = {"tokenizer": train_seconds(tokenizer), "generator": train_seconds(generator)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -24,7 +25,7 @@ def write_video(video: Tensor, path: str | Path, fps: float) -> Path:
     frames = to_uint8(video)
     height, width = (n // 2 * 2 for n in frames.shape[1:3])
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=round(fps * 1000) / 1000 if fps % 1 else int(fps))
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "12"}
         for frame in frames:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.datamodule import ClipDataModule
 from kit.data.read import read_clip_file
+from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_accuracy
 from kit.generator.corruption import training_sequence
 from kit.generator.module import accuracy_by_scale
@@ -134,7 +135,7 @@ def validate_generator(cfg: DictConfig) -> dict:
         **teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size),
         "sample_seconds": time.perf_counter() - begin,  # one clip at batch 1, decoded
     }
-    if plain(cfg.data)["source"]["_target_"].endswith(".Shapes"):  # the only data whose captions can be read from pixels
+    if isinstance(data.val, Shapes):  # the only data whose captions can be read from pixels
         metrics["caption_accuracy"] = caption_accuracy(list(samples), batch["caption"], data.fps)
     return metrics
 

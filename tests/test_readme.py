@@ -27,7 +27,6 @@ def commands() -> list[list[str]]:
 def reduced(words: list[str], videos: Path) -> list[str]:
     """The same command on small clips, with a few steps, on a folder that exists."""
     words = [word.replace("data.root=DIR", f"data.root={videos}") for word in words]
-    words = [f'prompt="{word[7:]}"' if word.startswith("prompt=") else word for word in words]  # the shell's quotes
     if words[0] == "fit" and "--help" not in words:
         generator = "conf=stage2_generator" in words
         small = [*CLIP, *TOKENIZER, *QUICK, *(GENERATOR if generator else [])]

@@ -20,32 +20,52 @@ from kit.tokenizer.module import TokenizerModule
 from tests.fixtures import fit_generator, fit_tokenizer
 
 
-def losses(folder: Path) -> list[float]:
-    """The training loss of each step, as logged by the run's only start."""
-    (log,) = (folder / "logs").glob("version_*/metrics.csv")
-    rows = csv.DictReader(log.open())
+def losses(folder: Path, start: int = 0) -> list[float]:
+    """The training loss of each step, as logged by the n-th start of a run."""
+    rows = csv.DictReader((folder / "logs" / f"version_{start}" / "metrics.csv").open())
     return [float(row["train/loss"]) for row in rows if row["train/loss"]]
 
 
+def interrupt_after(step: int, monkeypatch):
+    """As Ctrl-C would, once that many steps are done and logged."""
+
+    def stop(self, trainer, *_):
+        if trainer.global_step == step:
+            for logger in trainer.loggers:
+                logger.save()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(NonFiniteGuard, "on_train_batch_end", stop)
+
+
 @pytest.mark.parametrize("part", ["tokenizer", "generator"])
-def test_resumed_run_gives_the_uninterrupted_loss_to_the_last_bit(part, pair, tmp_path):
-    def fit(root, *overrides):
+def test_resumed_run_gives_the_uninterrupted_loss_to_the_last_bit(part, pair, tmp_path, monkeypatch):
+    def fit(root, *overrides, status=0):
         steps = [
             "trainer.precision=32-true", f"recipe.{part}.steps=8", "trainer.val_check_interval=4",
-            "callbacks.checkpoint.filename='{step}'", "callbacks.checkpoint.save_top_k=-1", *overrides,
+            "callbacks.last.every=3", *overrides,
         ]  # fmt: skip
         fit_part = fit_tokenizer if part == "tokenizer" else partial(fit_generator, tokenizer=pair.tokenizer)
-        assert fit_part(root, *steps, name="run") == 0
+        assert fit_part(root, *steps, name="run") == status
         return root / "run"
 
     whole = fit(tmp_path / "whole")
-    resumed = fit(tmp_path / "resumed", f"ckpt='{whole / 'checkpoints' / 'step=4.ckpt'}'")
+    interrupt_after(5, monkeypatch)
+    fit(tmp_path / "resumed", status=1)  # its last checkpoint is that of step 3
+    monkeypatch.undo()
+    resumed = fit(tmp_path / "resumed", "ckpt=last")
     assert len(losses(whole)) == 8
-    assert losses(resumed) == losses(whole)[4:]
+    assert losses(resumed, start=0) == losses(whole)[:5]
+    assert losses(resumed, start=1) == losses(whole)[3:]
     a, b = (read_checkpoint(run / "checkpoints" / "last.ckpt", part) for run in (whole, resumed))
     assert a["global_step"] == b["global_step"] == 8
     for key in ("state_dict", "ema"):
         assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+
+
+def test_the_last_checkpoint_is_that_of_the_last_step(tmp_path):
+    assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=5", "trainer.val_check_interval=3") == 0
+    assert read_checkpoint(tmp_path / "tokenizer" / "checkpoints" / "last.ckpt", "tokenizer")["global_step"] == 5
 
 
 def test_an_old_run_is_not_overwritten_unless_asked_for(pair, capsys):

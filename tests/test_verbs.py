@@ -32,7 +32,7 @@ def run(verb, pair, tmp_path, *overrides, model="generator") -> int:
 
 
 def test_generate_writes_videos_and_a_contact_sheet(pair, tmp_path):
-    assert run("generate", pair, tmp_path, f'prompt="{PROMPT}"', "n=3", "seed=4") == 0
+    assert run("generate", pair, tmp_path, "prompt=it's a red, shiny [ball] = fun", "n=3", "seed=4") == 0
     videos = sorted((tmp_path / "out").glob("*.mp4"))
     assert [v.stem[-5:] for v in videos] == ["seed4", "seed5", "seed6"]
     assert all(frames_of(v) == 5 for v in videos)
@@ -40,7 +40,7 @@ def test_generate_writes_videos_and_a_contact_sheet(pair, tmp_path):
 
 
 def test_generate_longer_than_in_training(pair, tmp_path):
-    assert run("generate", pair, tmp_path, f'prompt="{PROMPT}"', "frames=13") == 0
+    assert run("generate", pair, tmp_path, f"prompt={PROMPT}", "frames=13") == 0
     assert frames_of(next((tmp_path / "out").glob("*.mp4"))) == 13
 
 

@@ -72,7 +72,7 @@ class GeneratorModule(L.LightningModule):
             self.schedule = tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
             self.register_buffer("weights", scale_weights(self.schedule, loss["scale_weights"]), persistent=False)
 
-    def setup(self, stage: str):
+    def on_fit_start(self):
         self.tokenizer.to(self.device)
 
     def training_step(self, batch: dict, _) -> Tensor:

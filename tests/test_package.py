@@ -1,0 +1,30 @@
+"""Importing kit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# As the CUDA wheel does beside a CPU torch: it counts on operators that nothing declares.
+TORCHVISION = """
+import torch
+try:
+    torch._C._dispatch_find_schema_or_throw("torchvision::nms", "")
+except RuntimeError:
+    raise RuntimeError("operator torchvision::nms does not exist") from None
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA here, torchvision needs no help")
+def test_torchvision_built_for_cuda_does_not_break_the_import(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(TORCHVISION)
+    words = [sys.executable, "-c", "import kit, torchvision; print('imported')"]
+    run = subprocess.run(words, capture_output=True, text=True, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert run.stdout.strip() == "imported", run.stderr
