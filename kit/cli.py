@@ -169,5 +169,8 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
 
     overrides = [quoted(word) for word in overrides]
     sys.argv = [sys.argv[0], f"--config-name={conf}", *overrides]  # read by hydra, and by Lightning's launcher of ranks
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=conf)(task)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=conf)(task)()
+    except SystemExit as stop:  # of hydra, which has said why, or of Lightning after an interrupt
+        return stop.code if isinstance(stop.code, int) else 1
     return 1 if failures else 0
