@@ -32,4 +32,4 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer):
         if trainer.global_step != self.saved:
             self.saved = trainer.global_step
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)  # with optimizer and callbacks
