@@ -20,7 +20,7 @@ class LastCheckpoint(Checkpoint):
         self.path, self.every, self.saved = Path(folder) / "last.ckpt", every, None
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step % self.every == 0:
+        if trainer.global_step and trainer.global_step % self.every == 0:
             self._save(trainer)
 
     def on_train_end(self, trainer, module):

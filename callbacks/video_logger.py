@@ -30,7 +30,7 @@ class VideoLogger(L.Callback):
 
     @rank_zero_only
     @torch.no_grad()
-    def on_validation_end(self, trainer, module):
+    def on_validation_epoch_end(self, trainer, module):
         data = trainer.datamodule
         if trainer.sanity_checking or not self.clips:
             return

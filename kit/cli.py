@@ -27,7 +27,7 @@ class Verb(NamedTuple):
 VERBS = {
     "fit": Verb("kit.run:fit", None, "train a stage; ckpt=last continues it"),
     "validate": Verb("kit.verbs:validate", "validate", "score a checkpoint on held-out clips"),
-    "reconstruct": Verb("kit.verbs:reconstruct", "reconstruct", "a clip through the tokenizer and back, PSNR and SSIM per scale"),
+    "reconstruct": Verb("kit.verbs:reconstruct", "reconstruct", "clips through the tokenizer and back, PSNR and SSIM"),
     "generate": Verb("kit.verbs:generate", "generate", "videos from prompt=, label=, image= or video="),
     "inspect": Verb("kit.verbs:inspect", "inspect", "what each scale's bits hold, and how well they are predicted"),
     "doctor": Verb("kit.doctor:doctor", "doctor", "what this machine can run"),
@@ -155,6 +155,7 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
     failures: list[BaseException] = []
 
     def task(cfg):
+        sys.argv = [sys.argv[0], verb, f"conf={conf}", *overrides]  # Lightning starts further ranks with these words
         try:
             resolve(VERBS[verb].function)(cfg)
         except (*MENDABLE, InstantiationException) as error:
@@ -168,7 +169,7 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
             failures.append(stop)
 
     overrides = [quoted(word) for word in overrides]
-    sys.argv = [sys.argv[0], f"--config-name={conf}", *overrides]  # read by hydra, and by Lightning's launcher of ranks
+    sys.argv = [sys.argv[0], f"--config-name={conf}", *overrides]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=conf)(task)()
     except SystemExit as stop:  # of hydra, which has said why, or of Lightning after an interrupt

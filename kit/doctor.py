@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from kit import machine
-from kit.cli import CONF
+from kit.cli import CONF, confs
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
@@ -77,6 +77,8 @@ def problems(name: str) -> list[str]:
 
     from kit.run import build_data, build_trainer
 
+    if name not in confs():
+        return [f"not a training conf; choose from {', '.join(confs())}"]
     try:
         cfg = hydra.compose(name)
         OmegaConf.resolve(cfg)

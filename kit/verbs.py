@@ -49,6 +49,19 @@ def data_for(cfg: DictConfig, clip: dict) -> ClipDataModule:
     return build_data(cfg)
 
 
+def check_classes(generator: Loaded, data: ClipDataModule):
+    """
+    Raises:
+        ValueError: if a class-conditional generator meets data with other classes than those it was trained on.
+    """
+    condition = generator.model.config.condition
+    if condition.kind == "class" and condition.classes != data.classes:
+        raise ValueError(
+            f"this generator knows the classes {', '.join(condition.classes)}, the data has "
+            f"{', '.join(data.classes) or 'none'}; give the data it was trained on, such as data=clips data.root=DIR"
+        )
+
+
 def held_out(data: ClipDataModule) -> dict:
     """All held-out clips as one batch."""
     return default_collate([data.val[n] for n in range(data.val_clips)])
@@ -117,6 +130,7 @@ def validate_generator(cfg: DictConfig) -> dict:
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
     data = data_for(cfg, generator.clip)
     batch = held_out(data)
+    check_classes(generator, data)
     video, prompts = batch["video"], generator.model.condition.prompts(batch)
     output = reconstruct_batches(tokenizer, video, cfg.batch_size)
     seeds = [cfg.seed + i for i in range(len(prompts))]
@@ -127,7 +141,7 @@ def validate_generator(cfg: DictConfig) -> dict:
     groups = [{"real": v, "reconstruction": o, "sample": s} for v, o, s in zip(video, output, samples)][: cfg.shown]
     contact_sheet(groups, list(prompts)[: cfg.shown], folder / "contact_sheet.png")
     for i, (prompt, sample) in enumerate(zip(prompts, samples[: cfg.shown])):
-        write_video(sample, folder / "videos" / f"{file_stem(prompt)}_seed{seeds[i]}.mp4", generator.clip["fps"] or 8)
+        write_video(sample, folder / "videos" / f"{file_stem(prompt)}_seed{seeds[i]}.mp4", generator.clip["fps"])
     metrics = {
         "clips": len(video),
         "reconstruction_psnr_db": psnr(output, video).item(),
@@ -178,7 +192,7 @@ def generate(cfg: DictConfig) -> list[Path]:
     clips = generate_clips(
         generator, tokenizer, [prompt] * cfg.n, seeds, guidance, cfg.temperature, frames, history, cfg.batch_size
     )
-    folder, fps = Path(cfg.folder), cfg.fps or generator.clip["fps"] or 8
+    folder, fps = Path(cfg.folder), cfg.fps or generator.clip["fps"]
     stem = file_stem(prompt)
     paths = [write_video(clip, folder / f"{stem}_seed{seed}.mp4", fps) for clip, seed in zip(clips, seeds)]
     titles = [f"{prompt} (seed {seed})" for seed in seeds]
@@ -233,7 +247,7 @@ def reconstruct(cfg: DictConfig) -> dict:
     contact_sheet(groups, [f"clip {i}" for i in range(len(groups))], folder / "reconstruction.png")
     side = torch.cat([video, rows[f"scales 1-{len(by_scale)}"]], dim=-1)
     for i, pair in enumerate(side[: cfg.shown]):
-        write_video(pair, folder / f"reconstruction_{i}.mp4", clip["fps"] or 8)
+        write_video(pair, folder / f"reconstruction_{i}.mp4", clip["fps"])
     print(json.dumps(by_scale, indent=2))
     print(f"in {folder}: reconstruction.png, reconstruction_*.mp4 (real | reconstruction)")
     return {"by_scale": by_scale}
@@ -249,9 +263,11 @@ def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[s
     model = tokenizer.model.to(device())
     schedule = model.schedule_of(video)
     rows, metrics = {"real": video}, []
+    with inference_precision():
+        bits = [model.bits(v.to(device())) for v in video.split(batch_size)]
     for k in range(1, schedule.scales + 1):
         with inference_precision():
-            parts = [model.decode_bits(model.bits(v.to(device())), schedule, k).cpu() for v in video.split(batch_size)]
+            parts = [model.decode_bits(b, schedule, k).cpu() for b in bits]
         output = rows[f"scales 1-{k}"] = torch.cat(parts)
         pictures, real = (x.transpose(1, 2).flatten(0, 1) for x in (output, video))
         ssim = structural_similarity_index_measure(pictures, real, data_range=(-1.0, 1.0))
@@ -263,8 +279,10 @@ def inspect(cfg: DictConfig) -> dict:
     """Scale-by-scale pictures, bit use, and for a generator predicted against true bits."""
     is_generator = kind_of(cfg.ckpt) == "generator"
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer) if is_generator else (None, load_tokenizer(cfg.ckpt))
-    clip = (generator or tokenizer).clip
-    batch = held_out(data_for(cfg, clip))
+    data = data_for(cfg, (generator or tokenizer).clip)
+    if generator is not None:
+        check_classes(generator, data)
+    batch = held_out(data)
     video = batch["video"]
     rows, by_scale = per_scale(tokenizer, video, cfg.batch_size)
     schedule = tokenizer.model.schedule_of(video)

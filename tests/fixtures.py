@@ -9,7 +9,7 @@ import pytest
 
 from kit.cli import main
 
-CLIP = ["data.frames=5", "data.height=32", "data.width=32", "data.workers=0"]
+CLIP = ["trainer.accelerator=cpu", "trainer.devices=1", "data.frames=5", "data.height=32", "data.width=32", "data.workers=0"]
 TOKENIZER = [
     "tokenizer.bits=8", "tokenizer.scales=[1,2,4]", "tokenizer.patch=4", "tokenizer.widths=[32,32]", "tokenizer.cells=1",
 ]  # fmt: skip

@@ -246,6 +246,23 @@ class FolderClips(Dataset):
         """Whether captions were given, rather than made of class names."""
         return bool(self._captions)
 
+    @property
+    def native_fps(self) -> float:
+        """Frames per second of the first readable files: their median.
+
+        Raises:
+            ValueError: if none of the first ten can be read.
+        """
+        rates = []
+        for name in self.files[:10]:
+            try:
+                rates.append(open_video(self.root / name, self.backend).fps)
+            except UnreadableVideo as error:
+                self.skipped.setdefault(self.root / name, error.reason)
+        if not rates:
+            raise self._nothing_readable()
+        return float(np.median(rates))
+
     def file(self, n: int) -> str:
         """The file that item n is taken from, if it can be read."""
         epoch, position = divmod(n, len(self.files))

@@ -42,7 +42,7 @@ class ClipDataModule(L.LightningDataModule):
     Args:
         source: makes the data set of a split: source(split=, frames=, height=, width=, fps=) -> items numbered from 0
             without end, each {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}.
-        frames: T = 1 + 4n. height, width: pixels. fps: frames per second.
+        frames: T = 1 + 4n. height, width: pixels. fps: frames per second; 0: the files' own.
         batch_size: clips per rank and step. val_clips: clips of the validation split to use.
         workers: processes that make clips.
     """
@@ -53,10 +53,11 @@ class ClipDataModule(L.LightningDataModule):
     ):  # fmt: skip
         super().__init__()
         latent_frames(frames)  # complains about a wrong length before anything starts
-        self.frames, self.height, self.width, self.fps = frames, height, width, fps
+        self.frames, self.height, self.width = frames, height, width
         self.batch_size, self.val_clips, self.workers = batch_size, val_clips, workers
         shape = dict(frames=frames, height=height, width=width, fps=fps)
         self.train, self.val = source(split="train", **shape), source(split="val", **shape)
+        self.fps = fps or self.train.native_fps
         self.batches_done = 0
 
     @property
@@ -75,6 +76,8 @@ class ClipDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if self.val_clips < ranks:
+            raise ValueError(f"data.val_clips={self.val_clips} leaves some of the {ranks} devices without a clip; raise it")
         return self._loader(self.val, range(rank, self.val_clips, ranks))
 
     def _loader(self, dataset: Dataset, sampler) -> DataLoader:

@@ -32,7 +32,7 @@ def read_clip_file(
         if frames > 1:
             raise ValueError(f"{path} is a picture; {frames} frames were asked for: give a video, or use image=")
         try:
-            pixels = np.asarray(Image.open(path).convert("RGB"))[None]
+            pixels = np.array(Image.open(path).convert("RGB"))[None]
         except UnidentifiedImageError as error:
             raise ValueError(f"{path} is not a readable picture") from error
         return fit(pixels, height, width)

@@ -43,10 +43,9 @@ class FlipLaw:
         low = low.expand(batch, F, K).clone()
         u = torch.rand(batch, F, K, generator=generator)
         rates = low + u * (high - low)
-        if self.inherit and F > 1:
-            first = rates[:, :-1, -1]  # nothing is inherited by the last block itself, unless it is also the first
-            for f in range(1, F):
-                before = rates[:, f - 1, -1] if K == 1 else first[:, f - 1]
+        if self.inherit:
+            for f in range(1, F):  # in order: with a single scale a frame's first block is also its last
+                before = rates[:, f - 1, -1]
                 rates[:, f, 0] = before + u[:, f, 0] * (high[:, f, 0] - before)
         return rates
 

@@ -75,6 +75,9 @@ class GeneratorModule(L.LightningModule):
     def on_fit_start(self):
         self.tokenizer.to(self.device)
 
+    def on_validation_start(self):
+        self.tokenizer.to(self.device)
+
     def training_step(self, batch: dict, _) -> Tensor:
         feature = self._encode(batch["video"])
         B = len(feature)
