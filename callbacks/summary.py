@@ -23,14 +23,15 @@ class RunSummary(L.Callback):
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in module.model.named_children()}
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         data = trainer.datamodule
+        batch = data.batch_size * trainer.accumulate_grad_batches  # clips of an optimizer step, on one device
         largest = sorted(parts.items(), key=lambda item: -item[1])[:4]
         return {
             "model": f"{module.kind}, {million(trained)} parameters "
             f"({', '.join(f'{name} {million(n)}' for name, n in largest if n)})",
             "clip": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",
-            "steps": f"{trainer.max_steps} of {data.batch_size} clips on {trainer.world_size} device(s), "
-            f"{trainer.max_steps * data.batch_size * trainer.world_size} clips in all",
-            "memory": f"{16 * trained / 1e9:.2f} GB for weights, gradients and AdamW, "
+            "steps": f"{trainer.max_steps} of {batch} clips on {trainer.world_size} device(s), "
+            f"{trainer.max_steps * batch * trainer.world_size} clips in all",
+            "memory": f"up to {16 * trained / 1e9:.2f} GB for weights, gradients and optimizer, "
             f"{4 * trained / 1e9:.2f} GB for EMA, and the activations",
             "precision": f"{trainer.precision} on {trainer.strategy.root_device}",
             "run": str(trainer.default_root_dir),

@@ -156,6 +156,10 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
 
     def task(cfg):
         sys.argv = [sys.argv[0], verb, f"conf={conf}", *overrides]  # Lightning starts further ranks with these words
+        if cfg.threads:
+            import torch
+
+            torch.set_num_threads(cfg.threads)
         try:
             resolve(VERBS[verb].function)(cfg)
         except (*MENDABLE, InstantiationException) as error:

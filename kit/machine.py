@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -50,6 +51,17 @@ def wandb_offline() -> bool:
 def sweep_run() -> str:
     """`/RUN_ID` for a run that an agent of a W&B sweep has started, else nothing."""
     return f"/{os.environ['WANDB_RUN_ID']}" if os.environ.get("WANDB_SWEEP_ID") else ""
+
+
+@contextmanager
+def fast_float32_products():
+    """Lets torch compute float32 matrix products from bfloat16 or TF32 parts meanwhile; training does not mind."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def keep_freed_memory():

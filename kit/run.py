@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from kit.checkpoint import AtomicCheckpointIO, load_tokenizer
 from kit.data.datamodule import ClipDataModule
 from kit.generator.module import GeneratorModule
-from kit.machine import keep_freed_memory
+from kit.machine import fast_float32_products, keep_freed_memory
 from kit.tokenizer.module import TokenizerModule
 
 
@@ -86,12 +86,10 @@ def fit(cfg: DictConfig) -> L.Trainer:
     """Trains what `cfg` says (conf/fit.yaml); returns the trainer, its model at `trainer.model`."""
     resume = checkpoint_to_resume(cfg)
     L.seed_everything(cfg.seed, verbose=False)
-    torch.set_float32_matmul_precision("medium")
     keep_freed_memory()
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
     data = build_data(cfg)
     module = BUILDERS[cfg.module](cfg, data)
     trainer = build_trainer(cfg)
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    with fast_float32_products():
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return trainer

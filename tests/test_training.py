@@ -63,6 +63,10 @@ def test_resumed_run_gives_the_uninterrupted_loss_to_the_last_bit(part, pair, tm
         assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
 
 
+def test_training_leaves_the_precision_of_float32_products_as_it_was(pair):
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_the_last_checkpoint_is_that_of_the_last_step(tmp_path):
     assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=5", "trainer.val_check_interval=3") == 0
     assert read_checkpoint(tmp_path / "tokenizer" / "checkpoints" / "last.ckpt", "tokenizer")["global_step"] == 5
