@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 
-from tests.fixtures import GENERATOR, QUICK, TOKENIZER
-
 from kit.cli import main
+from tests.fixtures import GENERATOR, QUICK, TOKENIZER
 
 
 def test_people_of_weizmann_in_a_reduced_form(shared, tmp_path):
