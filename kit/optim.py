@@ -72,8 +72,8 @@ class Muon(torch.optim.Optimizer):
     def _adam(p: Tensor, grad: Tensor, state: dict, group: dict):
         """Adam without decay (Kingma and Ba 2015, algorithm 1)."""
         step = state["step"] = state.get("step", 0) + 1
-        for name, (value, beta) in enumerate(zip((grad, grad.square()), group["betas"])):
-            state.setdefault(f"moment{name + 1}", torch.zeros_like(p)).lerp_(value, 1 - beta)
+        for i, (value, beta) in enumerate(zip((grad, grad.square()), group["betas"]), start=1):
+            state.setdefault(f"moment{i}", torch.zeros_like(p)).lerp_(value, 1 - beta)
         first, second = (state[f"moment{i}"] / (1 - beta**step) for i, beta in enumerate(group["betas"], start=1))
         p.addcdiv_(first, second.sqrt() + group["eps"], value=-group["lr"])
 

@@ -64,7 +64,7 @@ class Tokenizer(nn.Module):
         self.config = config
         shape = {key: getattr(config, key) for key in ("bits", "patch", "widths", "blocks", "cells")}
         self.encoder, self.decoder = Encoder(**shape), Decoder(**shape)
-        self.to(memory_format=torch.channels_last_3d)  # convolutions run several times faster so
+        self.to(memory_format=torch.channels_last_3d)  # the layout that bfloat16 convolutions are fast in
 
     def schedule(self, frames: int, height: int, width: int) -> ScaleSchedule:
         """The blocks of a clip of T x H x W pixels.
