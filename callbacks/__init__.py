@@ -1,9 +1,10 @@
 """Callbacks: they watch and switch, and know no losses."""
 
+from callbacks.compile import CompileLayers
 from callbacks.ema import EMA
 from callbacks.guard import NonFiniteGuard
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.summary import RunSummary
 from callbacks.video_logger import VideoLogger
 
-__all__ = ["EMA", "LastCheckpoint", "NonFiniteGuard", "RunSummary", "VideoLogger"]
+__all__ = ["CompileLayers", "EMA", "LastCheckpoint", "NonFiniteGuard", "RunSummary", "VideoLogger"]

@@ -50,7 +50,7 @@ def demo(cfg: DictConfig) -> dict:
     seed = f"seed={cfg.seed}"
     run(command("fit", "conf=stage1_tokenizer", where, "name=tokenizer", "ckpt=last", seed, *extra, *cfg.tokenizer_overrides))
     run(command("fit", "conf=stage2_generator", where, "name=generator", f"tokenizer_ckpt={tokenizer}", "ckpt=last", seed,
-                *extra, *cfg.generator_overrides))  # fmt: skip
+                "trainer.val_check_interval=600", *extra, *cfg.generator_overrides))  # fmt: skip
     run(command("validate", f"ckpt={generator}", where, "name=scores", f"clips={cfg.clips}"))
     run(command("generate", f"ckpt={generator}", where, "name=videos", f"prompt={PROMPT}", "n=4", "seed=0"))
 

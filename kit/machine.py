@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,6 +26,26 @@ def _cpu_has_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether torch.compile works here: it needs a C++ compiler, or Triton on a GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.compile(torch.sin)(torch.zeros(2, device=device)).sum().item() == 0
+    except Exception:  # of many kinds: a missing compiler, header or driver
+        return False
+
+
+def device() -> torch.device:
+    """Where trained models run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def inference_precision():
+    """A context of bfloat16 where the machine is fast at it."""
+    return torch.autocast(device().type, torch.bfloat16) if fast_bfloat16() else nullcontext()
 
 
 def machine_size() -> str:

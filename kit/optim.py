@@ -9,25 +9,38 @@ from torch import Tensor, nn
 
 
 def orthogonalise(x: Tensor, phases: tuple[int, ...] = (2, 3)) -> Tensor:
-    """The matrix with the singular vectors of x (m, n) and all singular values about 1, by Newton-Schulz iterations.
+    """The matrices with the singular vectors of x (..., m, n) and all singular values about 1, by Newton-Schulz iterations.
 
     An iteration x <- (a + b A + c A^2) x with A = x x' multiplies x from the left by a polynomial in A. The factors of a
     phase are gathered on the small side (m x m) before x is touched; more than three iterations a phase would let
     rounding errors of A grow.
     """
-    if x.shape[0] > x.shape[1]:
-        return orthogonalise(x.T, phases).T
-    x = x / (x.norm() + 1e-7)
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalise(x.mT, phases).mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for iterations in phases:
-        gram = x @ x.T
+        gram = x @ x.mT
         factor = None
         for _ in range(iterations):
             polynomial = -4.7750 * gram + 2.0315 * gram @ gram
-            polynomial.diagonal().add_(3.4445)
+            polynomial.diagonal(dim1=-2, dim2=-1).add_(3.4445)
             factor = polynomial if factor is None else polynomial @ factor
             gram = polynomial @ gram @ polynomial
         x = factor @ x
     return x
+
+
+def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonalise` of each (m, n); those of one shape, or its transpose, go together, which is several times faster."""
+    done: list[Tensor] = [torch.empty(0)] * len(matrices)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for i, x in enumerate(matrices):
+        alike.setdefault((min(x.shape), max(x.shape)), []).append(i)
+    for (rows, _), places in alike.items():
+        wide = [matrices[i] if matrices[i].shape[0] == rows else matrices[i].mT for i in places]
+        for i, x in zip(places, orthogonalise(torch.stack(wide))):
+            done[i] = x if matrices[i].shape[0] == rows else x.mT
+    return done
 
 
 class Muon(torch.optim.Optimizer):
@@ -54,28 +67,28 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            move = self._muon if group["muon"] else self._adam
-            for p in group["params"]:
-                if p.grad is not None:
-                    move(p, p.grad, self.state[p], group)
+            (self._muon if group["muon"] else self._adam)([p for p in group["params"] if p.grad is not None], group)
         return loss
 
-    @staticmethod
-    def _muon(p: Tensor, grad: Tensor, state: dict, group: dict):
-        momentum = state.setdefault("momentum", torch.zeros_like(p))
-        momentum.lerp_(grad, 1 - group["momentum"])
-        update = orthogonalise(grad.lerp(momentum, group["momentum"]).flatten(1))
-        scale = 0.2 * max(update.shape) ** 0.5
-        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view(p.shape), alpha=-group["lr"] * scale)
+    def _muon(self, parameters: list[Tensor], group: dict):
+        updates = []
+        for p in parameters:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            updates.append(p.grad.lerp(momentum, group["momentum"]).flatten(1))
+        for p, update in zip(parameters, orthogonalise_all(updates)):
+            scale = 0.2 * max(update.shape) ** 0.5
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
-    @staticmethod
-    def _adam(p: Tensor, grad: Tensor, state: dict, group: dict):
+    def _adam(self, parameters: list[Tensor], group: dict):
         """Adam without decay (Kingma and Ba 2015, algorithm 1)."""
-        step = state["step"] = state.get("step", 0) + 1
-        for i, (value, beta) in enumerate(zip((grad, grad.square()), group["betas"]), start=1):
-            state.setdefault(f"moment{i}", torch.zeros_like(p)).lerp_(value, 1 - beta)
-        first, second = (state[f"moment{i}"] / (1 - beta**step) for i, beta in enumerate(group["betas"], start=1))
-        p.addcdiv_(first, second.sqrt() + group["eps"], value=-group["lr"])
+        for p in parameters:
+            state = self.state[p]
+            step = state["step"] = state.get("step", 0) + 1
+            for i, (value, beta) in enumerate(zip((p.grad, p.grad.square()), group["betas"]), start=1):
+                state.setdefault(f"moment{i}", torch.zeros_like(p)).lerp_(value, 1 - beta)
+            first, second = (state[f"moment{i}"] / (1 - beta**step) for i, beta in enumerate(group["betas"], start=1))
+            p.addcdiv_(first, second.sqrt() + group["eps"], value=-group["lr"])
 
 
 def build_optimizer(

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kit.checkpoint import AtomicCheckpointIO, load_tokenizer
 from kit.data.datamodule import ClipDataModule
+from kit.data.features import encode_clips
 from kit.generator.module import GeneratorModule
 from kit.machine import fast_float32_products, keep_freed_memory
 from kit.tokenizer.module import TokenizerModule
@@ -30,6 +31,10 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
 
 def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorModule:
     tokenizer = load_tokenizer(cfg.tokenizer_ckpt)
+    if cfg.encoded_clips:
+        about = {**data.clip, "source": {k: v for k, v in plain(cfg.data.source).items() if k != "_partial_"}}
+        path = Path(cfg.folder) / "encoded_clips.pt"
+        data.train = encode_clips(data.train, tokenizer, cfg.encoded_clips, data.workers, path, about)
     values = tokenizer.model.config
     generator = {
         **plain(cfg.generator), "bits": values.bits, "scales": len(values.scales),
@@ -46,7 +51,7 @@ def condition_of(condition: dict, data: ClipDataModule) -> dict:
     """Values of `ConditionConfig`; `auto` takes classes where the data has nothing better to say."""
     kind = condition["kind"]
     if kind == "auto":
-        kind = "class" if data.classes and not data.train.captioned else "text"
+        kind = "class" if data.classes and not data.captioned else "text"
     return {**condition, "kind": kind, "classes": list(data.classes) if kind == "class" else []}
 
 

@@ -6,7 +6,6 @@ import json
 import re
 import statistics
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,21 +24,12 @@ from kit.generator.corruption import training_sequence
 from kit.generator.module import accuracy_by_scale
 from kit.generator.sampler import Guidance
 from kit.inspection import bit_use, bit_use_picture
-from kit.machine import fast_bfloat16
+from kit.machine import device, inference_precision
 from kit.media import contact_sheet, write_video
 from kit.run import build_data, plain
 from kit.sampling import stream_clips
 from kit.scales import latent_frames
 from kit.tokenizer.module import psnr
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def inference_precision():
-    """bfloat16 where the machine is fast at it."""
-    return torch.autocast(device().type, torch.bfloat16) if fast_bfloat16() else nullcontext()
 
 
 def data_for(cfg: DictConfig, clip: dict) -> ClipDataModule:
@@ -173,7 +163,7 @@ def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, ba
         part = slice(start, start + batch_size)
         with inference_precision():
             feature = codec.encode(batch["video"][part].to(device()))
-            inputs, targets = training_sequence(feature, schedule, None, None)
+            inputs, targets = training_sequence(feature, schedule, None, None, model.config.inherit)
             logits = model(inputs, schedule, model.condition(prompts[part]))
         right.append(((logits > 0) == targets).cpu())
     return {"bit_accuracy": [round(a.item(), 4) for a in accuracy_by_scale(torch.cat(right), schedule)]}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import lightning as L
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from kit.data.features import EncodedClips
 from kit.scales import latent_frames
 
 
@@ -58,11 +59,8 @@ class ClipDataModule(L.LightningDataModule):
         shape = dict(frames=frames, height=height, width=width, fps=fps)
         self.train, self.val = source(split="train", **shape), source(split="val", **shape)
         self.fps = fps or self.train.native_fps
+        self.classes, self.captioned = tuple(self.train.classes), self.train.captioned
         self.batches_done = 0
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return tuple(self.train.classes)
 
     @property
     def clip(self) -> dict:
@@ -72,18 +70,18 @@ class ClipDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         sampler = StreamSampler(self.batch_size, self.batches_done, trainer.global_rank, trainer.world_size)
-        return self._loader(self.train, sampler)
+        return self._loader(self.train, sampler, 0 if isinstance(self.train, EncodedClips) else self.workers)
 
     def val_dataloader(self) -> DataLoader:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if self.val_clips < ranks:
             raise ValueError(f"data.val_clips={self.val_clips} leaves some of the {ranks} devices without a clip; raise it")
-        return self._loader(self.val, range(rank, self.val_clips, ranks))
+        return self._loader(self.val, range(rank, self.val_clips, ranks), self.workers)
 
-    def _loader(self, dataset: Dataset, sampler) -> DataLoader:
+    def _loader(self, dataset: Dataset, sampler, workers: int) -> DataLoader:
         return DataLoader(
-            Numbered(dataset), self.batch_size, sampler=sampler, num_workers=self.workers,
-            persistent_workers=False, prefetch_factor=4 if self.workers else None,
+            Numbered(dataset), self.batch_size, sampler=sampler, num_workers=workers,
+            persistent_workers=False, prefetch_factor=4 if workers else None,
         )  # fmt: skip
 
     def state_dict(self) -> dict:

@@ -16,13 +16,14 @@ class ConditionConfig:
     kind: `text` or `class`.
     classes: names, for kind `class`.
     length: S, words read of a text.
-    buckets: size of the word table of the built-in text encoder.
+    buckets, channels: words and size of their vectors in the table of the built-in text encoder.
     """
 
     kind: str = "text"
     classes: tuple[str, ...] = ()
     length: int = 16
     buckets: int = 4096
+    channels: int = 64
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(self.classes))
@@ -124,7 +125,7 @@ def build_condition(config: ConditionConfig, width: int) -> TextCondition | Clas
         ValueError: for another kind than `text` and `class`.
     """
     if config.kind == "text":
-        return TextCondition(WordEncoder(width, config.length, config.buckets), width)
+        return TextCondition(WordEncoder(config.channels, config.length, config.buckets), width)
     if config.kind == "class":
         return ClassCondition(config.classes, width)
     raise ValueError(f"condition.kind must be 'text' or 'class', got {config.kind!r}")

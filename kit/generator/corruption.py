@@ -51,15 +51,17 @@ class FlipLaw:
 
 
 def training_sequence(
-    feature: Tensor, schedule: ScaleSchedule, rates: Tensor | None, generator: torch.Generator | None
+    feature: Tensor, schedule: ScaleSchedule, rates: Tensor | None, generator: torch.Generator | None,
+    inherit: str = "first",
 ) -> tuple[Tensor, Tensor]:
     """What every block reads and should predict.
 
     Args:
         feature: (B, d, F, h, w), continuous, from the tokenizer's encoder.
         rates: (B, F, K) flip probabilities; None flips nothing.
+        inherit: `first` or `all` blocks read the frame before, see `GeneratorConfig`.
     Returns:
-        inputs (B, L, d) float32, zero for block (0, 0), and targets (B, L, d) bool.
+        inputs (B, L, d) or with `all` (B, L, 2 d) float32, zero for block (0, 0), and targets (B, L, d) bool.
     """
     B, _, F, _, _ = feature.shape
 
@@ -72,5 +74,6 @@ def training_sequence(
     finished = steps[-1].total.unflatten(0, (B, F))
     before = torch.cat([torch.zeros_like(finished[:, :1]), finished[:, :-1]], dim=1).flatten(0, 1)
     totals = [before, *(step.total for step in steps[:-1])]
-    inputs = [next_input(total, grid) for total, grid in zip(totals, schedule.grids, strict=True)]
+    beside = before if inherit == "all" else None
+    inputs = [next_input(total, grid, beside) for total, grid in zip(totals, schedule.grids, strict=True)]
     return sequence_of(inputs, B), sequence_of([step.label for step in steps], B)

@@ -79,11 +79,11 @@ class GeneratorModule(L.LightningModule):
         self.tokenizer.to(self.device)
 
     def training_step(self, batch: dict, _) -> Tensor:
-        feature = self._encode(batch["video"])
+        feature = batch["feature"].float() if "feature" in batch else self._encode(batch["video"])
         B = len(feature)
         rng = torch.Generator().manual_seed(self.seed * 1_000_000_007 + int(batch["n"][0]))
         rates = self.law.draw(B, self.schedule, rng)
-        inputs, targets = training_sequence(feature, self.schedule, rates, rng)
+        inputs, targets = training_sequence(feature, self.schedule, rates, rng, self.model.config.inherit)
         kept = draw_kept_frames(B, self.schedule.frames, self.frame_mask, rng).to(feature.device)
         dropped = torch.rand(B, generator=rng) < self.drop_condition
         condition = self.model.condition(self.model.condition.prompts(batch), dropped)
@@ -103,7 +103,8 @@ class GeneratorModule(L.LightningModule):
 
     def teacher_forced(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Logits and labels, (B, L, d) each, with the true bits as history."""
-        inputs, targets = training_sequence(self._encode(batch["video"]), self.schedule, None, None)
+        feature = self._encode(batch["video"])
+        inputs, targets = training_sequence(feature, self.schedule, None, None, self.model.config.inherit)
         condition = self.model.condition(self.model.condition.prompts(batch))
         return self.model(inputs, self.schedule, condition), targets
 

@@ -107,15 +107,16 @@ class CachedGenerator:
         self.rows = condition.shape[0]
         self._run(condition, 0)
 
-    def block(self, f: int, k: int, total: Tensor) -> Tensor:
+    def block(self, f: int, k: int, total: Tensor, before: Tensor) -> Tensor:
         """Logits (R, h_k * w_k, d) of block (f, k); blocks must come in order.
 
         Args:
             total: (R, d, h, w), sum of the frame's residual maps so far; for k = 0 that of the frame before.
+            before: (R, d, h, w), the finished sum of the frame before.
         """
         b = self.schedule.block(f, k)
         scale = torch.full((b.h * b.w,), k, device=total.device)
-        inputs = next_input(total, (b.h, b.w))
+        inputs = next_input(total, (b.h, b.w), before if self.model.config.inherit == "all" else None)
         if k == 0:
             self.cache.start_frame(f)
         x = self.model.embed(inputs, scale, first=b.stop if b.start == 0 else 0)
@@ -195,9 +196,9 @@ def sample_frames(
     total = condition.new_zeros(B, model.config.bits, h, w, dtype=torch.float32)
 
     for f in range(schedule.frames):
-        bits = []
+        bits, before = [], total
         for k, grid in enumerate(schedule.grids):
-            logits = cached.block(f, k, total.repeat(rows, 1, 1, 1))
+            logits = cached.block(f, k, total.repeat(rows, 1, 1, 1), before.repeat(rows, 1, 1, 1))
             b = schedule.block(f, k)
             if history is not None and b.stop <= history.shape[1]:
                 bits.append(history[:, b.slice])

@@ -25,6 +25,8 @@ class GeneratorConfig:
         layers, width, heads: of the transformer.
         bits: d, and `scales`: K, both those of the tokenizer.
         window: how many frames back attention reaches; None: all.
+        inherit: who reads the finished frame before: the `first` block of a frame in place of a sum of its own (the paper),
+            or `all` blocks, beside the sum of their frame.
         align: where coarse grids sit, see `rope.positions`.
         condition: what is generated from, see `ConditionConfig`.
     """
@@ -36,6 +38,7 @@ class GeneratorConfig:
     scales: int
     window: int | None = None
     align: str = "grid"
+    inherit: str = "first"
     condition: ConditionConfig = ConditionConfig()
 
     def __post_init__(self):
@@ -45,8 +48,15 @@ class GeneratorConfig:
             )
         if self.align not in ALIGN:
             raise ValueError(f"align must be one of {', '.join(ALIGN)}, got {self.align!r}")
+        if self.inherit not in ("first", "all"):
+            raise ValueError(f"inherit must be first or all, got {self.inherit!r}")
         if self.window is not None and self.window < 0:
             raise ValueError(f"window must be null or a number of latent frames, 0 or more, got {self.window}")
+
+    @property
+    def inputs(self) -> int:
+        """Channels that a token reads."""
+        return self.bits * (2 if self.inherit == "all" else 1)
 
     def as_dict(self) -> dict:
         """Plain values, for a checkpoint."""
@@ -65,10 +75,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1).to(v.dtype) @ v
+        scores = scores + scores.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    with torch.autocast("cpu", enabled=False):  # which would turn the scores, the largest tensor here, into float32
+        return scores.softmax(dim=-1) @ v
 
 
 class RMSNorm(nn.RMSNorm):
@@ -129,7 +140,7 @@ class Generator(nn.Module):
         self.config = config
         D = config.width
         self.condition = build_condition(config.condition, D)
-        self.project = nn.Linear(config.bits, D, bias=False)
+        self.project = nn.Linear(config.inputs, D, bias=False)
         self.scale_embedding = nn.Embedding(config.scales, D)
         self.start = nn.Parameter(torch.zeros(D))
         self.layers = nn.ModuleList(Layer(D, config.heads) for _ in range(config.layers))
@@ -144,7 +155,7 @@ class Generator(nn.Module):
         for layer in self.layers:  # the residual stream keeps its size with depth
             for linear in (layer.attention.out, layer.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * len(self.layers)) ** 0.5)
-        nn.init.normal_(self.project.weight, std=self.config.bits**-0.5)
+        nn.init.normal_(self.project.weight, std=self.config.inputs**-0.5)
         nn.init.normal_(self.start, std=0.02)
         nn.init.zeros_(self.head.weight)
 
@@ -152,7 +163,7 @@ class Generator(nn.Module):
         """Tokens of blocks.
 
         Args:
-            inputs: (B, tokens, d), what the blocks read (`quantizer.next_input`).
+            inputs: (B, tokens, d, or 2 d where all blocks inherit), what the blocks read (`quantizer.next_input`).
             scale: (tokens,) k of each token.
             first: how many leading tokens belong to block (0, 0), which reads the learned start instead.
         Returns:
@@ -176,7 +187,7 @@ class Generator(nn.Module):
         """The whole clip at once, as in training.
 
         Args:
-            inputs: (B, L, d) from `corruption.training_sequence`.
+            inputs: (B, L, d or 2 d) from `corruption.training_sequence`.
             condition: (B, S, D) from `self.condition`.
             kept: (B, F) bool, the Random Frame Mask.
         Returns:

@@ -40,15 +40,19 @@ def up(x: Tensor, grid: Grid) -> Tensor:
     return F.interpolate(x, grid, mode="bilinear", align_corners=False) if x.shape[-2:] != grid else x
 
 
-def next_input(total: Tensor, grid: Grid) -> Tensor:
+def next_input(total: Tensor, grid: Grid, before: Tensor | None = None) -> Tensor:
     """What a block reads: the running sum, resized to the block's grid. Training and sampling both ask here.
 
     Args:
         total: (N, d, h, w), sum of the residual maps known so far (of the frame before, for a frame's first block).
+        before: (N, d, h, w), the finished sum of the frame before, for a generator whose every block reads it too.
     Returns:
-        (N, h_k * w_k, d)
+        (N, h_k * w_k, d), or 2 d with `before`
     """
-    return down(total, grid).flatten(2).transpose(1, 2)
+    x = down(total, grid)
+    if before is not None:
+        x = torch.cat([x, down(before, grid)], dim=1)
+    return x.flatten(2).transpose(1, 2)
 
 
 def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:

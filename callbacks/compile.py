@@ -1,0 +1,38 @@
+"""torch.compile for the layers of a generator."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from kit.machine import can_compile
+
+
+class CompileLayers(L.Callback):
+    """Compiles a transformer's layers for training; validation and sampling, whose shapes vary, stay as they are.
+
+    Args:
+        least_steps: shorter runs are left alone, since compiling takes some ten seconds. So are machines that cannot
+            compile: no C++ compiler, no Triton.
+    """
+
+    def __init__(self, least_steps: int = 300):
+        self.least_steps, self.compiled = least_steps, False
+
+    def on_fit_start(self, trainer, module):
+        layers = getattr(module.model, "layers", None)
+        if layers is None or not 0 <= self.least_steps <= trainer.max_steps or not can_compile():
+            return
+        rank_zero_info("  compiling the layers: the first step takes some ten seconds")
+        for layer in layers:
+            layer.compile(dynamic=False)
+        self.compiled = True
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if self.compiled:  # what has been compiled is all that shall be
+            torch.compiler.set_stance("eager_on_recompile")
+
+    def teardown(self, trainer, module, stage):
+        if self.compiled:
+            torch.compiler.set_stance("default")

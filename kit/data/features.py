@@ -1,0 +1,56 @@
+"""Clips encoded once, ahead of the generator's training, so that its steps neither draw, decode nor encode."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from kit.checkpoint import AtomicCheckpointIO, Loaded
+from kit.machine import device, inference_precision
+
+
+class EncodedClips(Dataset):
+    """Items {"feature": (d, F, h, w) float16, "caption": str, "label": int}, numbered from 0 without end: they repeat.
+
+    Args:
+        features: (N, d, F, h, w) of `Tokenizer.encode`. captions, labels: N each.
+    """
+
+    def __init__(self, features: Tensor, captions: list[str], labels: list[int]):
+        self.features, self.captions, self.labels = features, captions, labels
+
+    def __getitem__(self, n: int) -> dict:
+        n %= len(self.captions)
+        return {"feature": self.features[n], "caption": self.captions[n], "label": self.labels[n]}
+
+
+def encode_clips(source: Dataset, tokenizer: Loaded, clips: int, workers: int, path: Path, about: dict) -> EncodedClips:
+    """Features of clips 0 to `clips` - 1 of a source, kept in a file and taken from it the next time.
+
+    Args:
+        about: plain values that say what the clips are; a file about other clips, or of another tokenizer, is replaced.
+    """
+    about = json.loads(json.dumps({**about, "clips": clips, "tokenizer": tokenizer.hash}))
+    if path.exists():
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        if kept.pop("about") == about:
+            return EncodedClips(**kept)
+    model = tokenizer.model.to(device()).eval()
+    features, captions, labels = [], [], []
+    loader = DataLoader(Subset(source, range(clips)), batch_size=16, num_workers=workers)
+    with torch.no_grad(), tqdm(total=clips, desc="encode", unit="clip", disable=None) as bar:
+        for batch in loader:
+            with inference_precision():
+                feature = model.encode(batch["video"].to(device()))
+            features.append(feature.half().cpu())
+            captions += batch["caption"]
+            labels += batch["label"].tolist()
+            bar.update(len(features[-1]))
+    kept = {"features": torch.cat(features), "captions": captions, "labels": labels}
+    AtomicCheckpointIO().save_checkpoint({**kept, "about": about}, path)
+    return EncodedClips(**kept)
