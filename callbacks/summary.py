@@ -11,11 +11,17 @@ def million(n: int) -> str:
 
 
 class RunSummary(L.Callback):
-    """Prints parameters, tokens per clip, steps, clips and the memory that training state needs."""
+    """Prints parameters, tokens per clip, steps, clips and the memory that training state needs; at the end what was lost."""
 
     @rank_zero_only
     def on_fit_start(self, trainer, module):
         rank_zero_info("\n".join(f"  {name:<12}{value}" for name, value in self.lines(trainer, module).items()))
+
+    @rank_zero_only
+    def on_fit_end(self, trainer, module):
+        if lost := trainer.datamodule.unreadable:
+            names = ", ".join(str(path) for path in lost[:5]) + (", ..." if len(lost) > 5 else "")
+            rank_zero_info(f"  {len(lost)} unreadable files were passed over: {names}")
 
     @staticmethod
     def lines(trainer, module) -> dict[str, str]:

@@ -117,9 +117,9 @@ def split(args: list[str]) -> tuple[str | None, list[str]]:
 
 
 def quoted(word: str) -> str:
-    """Quotes a prompt for hydra, whose grammar would stumble over commas and brackets."""
+    """Quotes what is free text or a file's name for hydra, whose grammar would stumble over commas and brackets."""
     key, _, text = word.partition("=")
-    if key != "prompt" or text[:1] in ('"', "'") or text == "null":
+    if key not in ("prompt", "label", "image", "video", "data.root") or text[:1] in ('"', "'") or text == "null":
         return word
     return f"{key}='" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 

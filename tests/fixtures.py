@@ -13,7 +13,7 @@ CLIP = ["trainer.accelerator=cpu", "trainer.devices=1", "data.frames=5", "data.h
 TOKENIZER = [
     "tokenizer.bits=8", "tokenizer.scales=[1,2,4]", "tokenizer.patch=4", "tokenizer.widths=[32,32]", "tokenizer.cells=1",
 ]  # fmt: skip
-GENERATOR = ["generator.layers=2", "generator.width=32", "generator.heads=2"]
+GENERATOR = ["generator.layers=2", "generator.width=32", "generator.heads=2", "recipe.generator.encoded_clips=24"]
 QUICK = [
     "trainer.val_check_interval=50", "trainer.log_every_n_steps=1", "callbacks.video_logger.clips=1",
     "data.val_clips=4", "data.batch_size=4",

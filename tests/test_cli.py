@@ -59,6 +59,7 @@ def test_mistakes_name_the_choices(words, expected, capsys):
     ("words", "expected"),
     [
         (["generate", "ckpt=nowhere.ckpt", "prompt=x"], "no checkpoint at nowhere.ckpt"),
+        (["generate", "ckpt=nowhere.ckpt", "label=one, two (three)", "image=a, b [1].png"], "no checkpoint at nowhere.ckpt"),
         (["fit", "conf=stage2_generator", "root=/nonexistent"], "no checkpoint at /nonexistent/stage1_tokenizer"),
         (["fit", "conf=stage1_tokenizer", "data=clips", "data.root=/nonexistent"], "/nonexistent"),
         (["fit", "conf=stage1_tokenizer", "data.frames=16"], "a clip must have 1 + 4n frames, got 16; use 13 or 17"),

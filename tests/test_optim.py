@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kit.optim import Muon, build_optimizer, orthogonalise, warmup_cosine
+from kit.optim import Muon, build_optimizer, orthogonalise, orthogonalise_all, warmup_cosine
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -58,6 +58,13 @@ def test_low_rank_matrices_stay_finite_and_bounded(x, scale):
     y = orthogonalise(x * scale)
     assert y.isfinite().all()
     assert torch.linalg.matrix_norm(y, 2) < 1.35
+
+
+def test_matrices_together_are_those_one_by_one():
+    """Of several shapes, some the transpose of others."""
+    matrices = [matrix(m, n, seed) for seed, (m, n) in enumerate([(8, 20), (20, 8), (6, 6), (8, 20), (30, 4), (6, 6)])]
+    for together, alone in zip(orthogonalise_all(matrices), map(orthogonalise, matrices), strict=True):
+        torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
 
 
 # --- Muon ------------------------------------------------------------------------------------------------------------

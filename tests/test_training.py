@@ -7,6 +7,7 @@ import errno
 import os
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -16,8 +17,11 @@ from callbacks import EMA, NonFiniteGuard
 from kit.checkpoint import AtomicCheckpointIO, read_checkpoint
 from kit.data.datamodule import ClipDataModule, StreamSampler
 from kit.data.shapes import Shapes
+from kit.machine import can_compile
 from kit.tokenizer.module import TokenizerModule
 from tests.fixtures import fit_generator, fit_tokenizer
+
+compile_layer = torch.nn.Module.compile
 
 
 def losses(folder: Path, start: int = 0) -> list[float]:
@@ -61,6 +65,22 @@ def test_resumed_run_gives_the_uninterrupted_loss_to_the_last_bit(part, pair, tm
     assert a["global_step"] == b["global_step"] == 8
     for key in ("state_dict", "ema"):
         assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+
+
+@pytest.mark.skipif(not can_compile(), reason="torch.compile has no C++ compiler here")
+def test_compiled_layers_train_alike(pair, tmp_path):
+    """Up to rounding, over steps and validations; afterwards nothing stays compiled."""
+    def fit(name, least_steps):
+        words = ["trainer.precision=32-true", "recipe.generator.steps=6", "trainer.val_check_interval=3", f"name={name}"]
+        assert fit_generator(tmp_path, *words, f"callbacks.compile.least_steps={least_steps}", tokenizer=pair.tokenizer) == 0
+        return torch.tensor(losses(tmp_path / name))
+
+    compiled = []
+    with patch.object(torch.nn.Module, "compile", lambda self, **how: compiled.append(self) or compile_layer(self, **how)):
+        plain, fast = fit("plain", -1), fit("fast", 0)
+    assert len(compiled) == 2, "the layers of the second run only"
+    torch.testing.assert_close(fast, plain, atol=1e-3, rtol=1e-3)
+    assert torch.compile(torch.neg)(torch.ones(1)) == -1, "compiling works as before"
 
 
 def test_training_leaves_the_precision_of_float32_products_as_it_was(pair):

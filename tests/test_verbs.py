@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import av
 import numpy as np
@@ -11,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kit.checkpoint import load_generator, load_tokenizer, model_hash
+from kit.checkpoint import load_generator, load_tokenizer, model_hash, read_checkpoint
 from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.generator.sampler import Guidance
@@ -170,12 +176,38 @@ def test_inspect_and_validate(pair, tmp_path):
     assert "reconstruction_psnr_db" in json.loads((tmp_path / "tok" / "metrics.json").read_text())
 
 
+def demo_words(root: Path, *generator: str) -> list[str]:
+    """The demo in a reduced form."""
+    lists = {"overrides": [*CLIP, *TOKENIZER, *QUICK], "generator_overrides": [*GENERATOR, *generator],
+             "tokenizer_overrides": ["recipe.tokenizer.steps=4"]}  # fmt: skip
+    lists = [f"{key}=[" + ",".join(f"'{value}'" for value in values) + "]" for key, values in lists.items()]
+    return ["demo", f"root={root}", "clips=2", *lists]
+
+
+def test_demo_killed_while_it_trains_goes_on(tmp_path):
+    """Killed with all its processes once the generator has saved a step, and started again with the same words."""
+    words = demo_words(tmp_path, "recipe.generator.steps=60", "callbacks.last.every=5")
+    last = tmp_path / "demo" / "generator" / "checkpoints" / "last.ckpt"
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "kit", *words], stdout=log, stderr=log, start_new_session=True)
+    try:
+        while not last.exists():
+            assert process.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    begun = read_checkpoint(last, "generator")["global_step"]
+    assert 0 < begun < 60 and not (tmp_path / "demo" / "metrics.json").exists()
+    assert main(words) == 0
+    assert read_checkpoint(last, "generator")["global_step"] == 60
+    assert (tmp_path / "demo" / "metrics.json").exists()
+    assert len(list((tmp_path / "demo" / "generator" / "logs").glob("version_*"))) == 2
+
+
 def test_demo_leaves_what_it_promises_and_continues(tmp_path):
     """In a reduced form; the second call has nothing left to train."""
-    words = ["demo", f"root={tmp_path}", "clips=2"]
-    lists = {"overrides": [*CLIP, *TOKENIZER, *QUICK], "generator_overrides": GENERATOR + ["recipe.generator.steps=4"],
-             "tokenizer_overrides": ["recipe.tokenizer.steps=4"]}  # fmt: skip
-    words += [f"{key}=[" + ",".join(f"'{value}'" for value in values) + "]" for key, values in lists.items()]
+    words = demo_words(tmp_path, "recipe.generator.steps=4")
     assert main(words) == 0
     folder = tmp_path / "demo"
     metrics = json.loads((folder / "metrics.json").read_text())

@@ -187,8 +187,9 @@ class FolderClips(Dataset):
         random_crop: crop training clips anywhere instead of in the centre.
         verify: read a clip of every file now, to learn of unreadable and short files at once.
 
-    Attributes: files (this split's, relative to root), classes (sorted names, the same in both splits), and of this
-        process: skipped (file -> why it was not readable), short (file -> how many frames it lacked).
+    Attributes: files (this split's, relative to root), classes (sorted names, the same in both splits), unreadable (files
+        that this process or a loader's worker could not read), and of this process: skipped (file -> why it was not
+        readable), short (file -> how many frames it lacked).
     Raises:
         FileNotFoundError, ValueError, ImportError: for wrong arguments; ValueError from an item if no file can be read.
     """
@@ -226,6 +227,7 @@ class FolderClips(Dataset):
         table = self.captions or next(filter(Path.is_file, map(self.root.joinpath, CAPTION_FILES)), None)
         self._captions = read_captions(Path(table), names) if table else {}
         self._told_short = False
+        self._unreadable = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # one for all workers
         if self.verify:
             readable = sum(self._read(name) is not None for name in self.files)
             if not readable:
@@ -258,7 +260,7 @@ class FolderClips(Dataset):
             try:
                 rates.append(open_video(self.root / name, self.backend).fps)
             except UnreadableVideo as error:
-                self.skipped.setdefault(self.root / name, error.reason)
+                self._skip(name, error)
         if not rates:
             raise self._nothing_readable()
         return float(np.median(rates))
@@ -298,14 +300,24 @@ class FolderClips(Dataset):
             numbers = frame_numbers(len(video), video.fps, self.frames, self.fps, start)
             pixels = video.frames(np.minimum(numbers, len(video) - 1))
         except UnreadableVideo as error:
-            if path not in self.skipped:  # only a record: were the file not tried again, items would depend on history
-                self.skipped[path] = error.reason
-                warnings.warn(f"{error} Until then the clip of another file is taken instead.", stacklevel=3)
+            self._skip(name, error)
             return None
         if lacking := int((numbers >= len(video)).sum()):
             self.short[path] = lacking
         clip = fit(pixels, self.height, self.width, *((top, left) if self.random_crop else ()))
         return clip.flip(-1) if self.flip and mirror < 0.5 else clip
+
+    def _skip(self, name: str, error: UnreadableVideo) -> None:
+        """Only keeps a record: were the file not tried again, items would depend on history."""
+        self.skipped[self.root / name] = error.reason
+        place = self.files.index(name)
+        if not self._unreadable[place]:
+            self._unreadable[place] = True
+            warnings.warn(f"{error} Until then the clip of another file is taken instead.", stacklevel=4)
+
+    @property
+    def unreadable(self) -> list[Path]:
+        return [self.root / self.files[place] for place in self._unreadable.nonzero().flatten().tolist()]
 
     def _tell_short(self) -> None:
         if self.short and not self._told_short:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -59,8 +60,14 @@ class ClipDataModule(L.LightningDataModule):
         shape = dict(frames=frames, height=height, width=width, fps=fps)
         self.train, self.val = source(split="train", **shape), source(split="val", **shape)
         self.fps = fps or self.train.native_fps
+        self.sources = (self.train, self.val)
         self.classes, self.captioned = tuple(self.train.classes), self.train.captioned
         self.batches_done = 0
+
+    @property
+    def unreadable(self) -> list[Path]:
+        """Files that could not be read so far, in this process or a worker."""
+        return [path for source in self.sources for path in getattr(source, "unreadable", [])]
 
     @property
     def clip(self) -> dict:

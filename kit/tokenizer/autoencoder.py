@@ -13,16 +13,13 @@ from kit.scales import TAU
 from kit.tokenizer.causal import CausalConv3d, Stream, fold, unfold
 
 
-class FrameNorm(nn.GroupNorm):
-    """Group normalisation of each latent frame on its own."""
-
-    def __init__(self, channels: int):
-        super().__init__(min(32, channels // 4), channels)
+class ChannelNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of each place of each latent frame on its own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C, T, H, W)"""
-        frames = x.transpose(1, 2)
-        return super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
+        """x: (B, C, T, H, W); in channels-last layout nothing is moved."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x.movedim(1, -1), self.normalized_shape, weight, bias, self.eps).movedim(-1, 1)
 
 
 class ResBlock(nn.Module):
@@ -34,8 +31,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, temporal: bool):
         super().__init__()
-        self.norm1, self.conv1 = FrameNorm(channels), CausalConv3d(channels, channels, (3 if temporal else 1, 3, 3))
-        self.norm2, self.conv2 = FrameNorm(channels), CausalConv3d(channels, channels, (1, 3, 3))
+        self.norm1, self.conv1 = ChannelNorm(channels), CausalConv3d(channels, channels, (3 if temporal else 1, 3, 3))
+        self.norm2, self.conv2 = ChannelNorm(channels), CausalConv3d(channels, channels, (1, 3, 3))
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
@@ -92,7 +89,7 @@ class Encoder(nn.Module):
         self.stem = CausalConv3d(3 * TAU * patch**2, widths[0], (1, 1, 1))
         self.levels = residual_levels(widths, blocks)
         self.downs = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:]))
-        self.norm, self.head = FrameNorm(widths[-1]), CausalConv3d(widths[-1], bits // cells**2)
+        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], bits // cells**2)
 
     def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """video: (B, 3, T, H, W) in [-1, 1] -> (B, d, F, h, w)."""
@@ -115,7 +112,7 @@ class Decoder(nn.Module):
         widths = widths[::-1]
         self.stem = CausalConv3d(bits // cells**2, widths[0])
         self.ups = nn.ModuleList(Upsample(a, b) for a, b in zip(widths, widths[1:]))
-        self.norm, self.head = FrameNorm(widths[-1]), CausalConv3d(widths[-1], 3 * TAU * patch**2, (1, 3, 3))
+        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], 3 * TAU * patch**2, (1, 3, 3))
 
     def forward(self, feature: Tensor, stream: Stream | None = None) -> Tensor:
         """feature: (B, d, F, h, w) -> (B, 3, T, H, W), not clamped."""

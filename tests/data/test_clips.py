@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from kit.data.clips import FolderClips, fit, frame_numbers, label_files, list_videos, split_files
 from kit.data.decode import UnreadableVideo
@@ -267,6 +267,27 @@ def test_unreadable_file_is_reported_once_and_replaced_by_the_next(tmp_path):
         assert same(fresh[n], items[n])  # whatever was read before
     good = dataset._read(dataset.file(n + 1), *np.random.default_rng((0, 1, n)).random(4))
     assert torch.equal(items[n]["video"], good)
+
+
+def test_what_workers_could_not_read_is_counted_once(tmp_path):
+    """Two workers meet the file; the process that trains knows of it."""
+    for i in range(3):
+        write(tmp_path / f"{i}.mp4", count=10 + i)
+    bad = write_bad(tmp_path / "1_bad.mp4")
+    dataset = FolderClips(tmp_path, frames=2, height=16, width=16, val_every=100)
+    assert dataset.unreadable == []
+    assert len(list(DataLoader(Subset(dataset, range(12)), batch_size=3, num_workers=2))) == 4
+    assert dataset.unreadable == [bad]
+
+
+def test_native_rate_tells_of_an_unreadable_file(tmp_path):
+    write(tmp_path / "1.mp4")
+    write(tmp_path / "2.mp4")
+    bad = write_bad(tmp_path / "0.mp4")
+    dataset = FolderClips(tmp_path, frames=2, height=16, width=16, val_every=100)
+    with pytest.warns(UserWarning, match="0.mp4"):
+        assert dataset.native_fps > 0
+    assert dataset.unreadable == [bad]
 
 
 def test_failure_in_one_clip_of_a_file_does_not_change_its_others(videos, monkeypatch):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kit.generator import corruption
 from kit.generator.corruption import FlipLaw, training_sequence
 from kit.scales import ScaleSchedule
-from kit.tokenizer.quantizer import bits_to_feature, feature_to_bits
+from kit.tokenizer.quantizer import bits_to_feature, feature_to_bits, pyramid
 
 SCHEDULE = ScaleSchedule(3, ((1, 1), (2, 2), (3, 4)))
 N = 4000  # samples of the statistics
@@ -80,16 +81,18 @@ def test_rates_come_from_the_generator():
     assert not FlipLaw(p_max=0.0, delta=0.0).draw(2, SCHEDULE, rng()).any()
 
 
-def expected_sequence(feature: torch.Tensor, schedule: ScaleSchedule, rates: torch.Tensor):
+def expected_sequence(feature: torch.Tensor, schedule: ScaleSchedule, rates: torch.Tensor, inherit: str = "first"):
     """Inputs and targets by a walk over (sample, frame, scale), for rates of 0 (keep) and 1 (flip)."""
     d, inputs, targets = feature.shape[1], [], []
     for b in range(len(feature)):
         total = torch.zeros(1, d, *schedule.grid)
         for f in range(schedule.frames):
             here = feature[b : b + 1, :, f]
-            context, total = total, torch.zeros_like(total)  # block (f, 0) reads the flipped sum of frame f - 1
+            context = before = total  # block (f, 0) reads the flipped sum of frame f - 1
+            total = torch.zeros_like(total)
             for k, grid in enumerate(schedule.grids):
-                inputs.append(F.interpolate(context, grid, mode="area").flatten(2)[0].T)
+                read = torch.cat([context, before], 1) if inherit == "all" else context
+                inputs.append(F.interpolate(read, grid, mode="area").flatten(2)[0].T)
                 label = F.interpolate(here - total, grid, mode="area") > 0
                 targets.append(label.flatten(2)[0].T)
                 bits = ~label if rates[b, f, k] else label
@@ -99,13 +102,14 @@ def expected_sequence(feature: torch.Tensor, schedule: ScaleSchedule, rates: tor
     return (torch.cat(x).unflatten(0, (len(feature), -1)) for x in (inputs, targets))
 
 
+@pytest.mark.parametrize("inherit", ["first", "all"])
 @pytest.mark.parametrize("seed", range(4))
-def test_inputs_and_targets_are_the_walk_with_flipped_bits(seed):
+def test_inputs_and_targets_are_the_walk_with_flipped_bits(seed, inherit):
     """Each block flipped wholly or not at all: targets are taken against flipped sums, and inputs are those sums."""
     feature = feature_of(SCHEDULE)
     rates = (torch.rand(2, 3, 3, generator=rng(seed)) < 0.5).float()
-    inputs, targets = training_sequence(feature, SCHEDULE, rates, rng())
-    expected_inputs, expected_targets = expected_sequence(feature, SCHEDULE, rates)
+    inputs, targets = training_sequence(feature, SCHEDULE, rates, rng(), inherit)
+    expected_inputs, expected_targets = expected_sequence(feature, SCHEDULE, rates, inherit)
     torch.testing.assert_close(inputs, expected_inputs)
     assert torch.equal(targets, expected_targets)
     assert not torch.equal(targets, feature_to_bits(feature, SCHEDULE))
@@ -132,7 +136,24 @@ def assert_rate(flips: torch.Tensor, rate: torch.Tensor):
     assert ((flips.float().mean(-1) - rate).abs() <= bound).all()
 
 
-def test_measured_flips_match_their_rates_with_one_scale():
+def test_measured_flips_match_their_rates_in_every_block(monkeypatch):
+    """In each frame and scale, counted where the bits enter the sum."""
+    seen = []
+
+    def spy(*args):
+        for step in pyramid(*args):
+            seen.append(step.bits ^ step.label)
+            yield step
+
+    monkeypatch.setattr(corruption, "pyramid", spy)
+    feature = feature_of(SCHEDULE, batch=3, d=2000)
+    rates = FlipLaw(p_max=0.4, delta=0.02).draw(3, SCHEDULE, rng())
+    training_sequence(feature, SCHEDULE, rates, rng(1))
+    for k, flips in enumerate(seen):
+        assert_rate(flips.unflatten(0, (3, 3)).flatten(2), rates[:, :, k])
+
+
+def test_flipped_bits_are_what_the_next_frame_reads():
     """With one scale, block (f + 1, 0) reads the very bits of frame f as they were flipped."""
     schedule = ScaleSchedule(4, ((12, 12),))
     feature = feature_of(schedule, batch=3, d=16)
@@ -141,14 +162,3 @@ def test_measured_flips_match_their_rates_with_one_scale():
     for f in range(3):
         entered = inputs[:, schedule.frame(f + 1)] > 0
         assert_rate((entered ^ targets[:, schedule.frame(f)]).flatten(1), rates[:, f, 0])
-
-
-def test_measured_flips_match_their_rates_at_the_first_scale():
-    """Block (f, 1) reads the bits of the 1 x 1 scale as they were flipped."""
-    schedule = ScaleSchedule(2, ((1, 1), (2, 2)))
-    feature = feature_of(schedule, batch=3, d=4000)
-    rates = FlipLaw().draw(3, schedule, rng())
-    inputs, targets = training_sequence(feature, schedule, rates, rng(1))
-    for f in range(2):
-        entered = inputs[:, schedule.block(f, 1).start] > 0
-        assert_rate(entered ^ targets[:, schedule.block(f, 0).start], rates[:, f, 0])

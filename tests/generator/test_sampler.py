@@ -30,9 +30,10 @@ def seen(monkeypatch):
     """Everything that goes through the cached generator: list of (f, k, input, logits)."""
     calls, block = [], CachedGenerator.block
 
-    def spy(self, f, k, total):
-        logits = block(self, f, k, total)
-        calls.append((f, k, next_input(total, self.schedule.grids[k]), logits))
+    def spy(self, f, k, total, before):
+        logits = block(self, f, k, total, before)
+        beside = before if self.model.config.inherit == "all" else None
+        calls.append((f, k, next_input(total, self.schedule.grids[k], beside), logits))
         return logits
 
     monkeypatch.setattr(CachedGenerator, "block", spy)
@@ -44,12 +45,18 @@ def sample(model, prompts=PROMPTS, seeds=(0, 1), schedule=SCHEDULE, **options) -
     return torch.cat([frame.bits for frame in sample_frames(model, schedule, list(prompts), list(seeds), **options)], 1)
 
 
-def inputs_from(bits: torch.Tensor, schedule: ScaleSchedule = SCHEDULE) -> torch.Tensor:
-    """What every block reads, built from the finished bits: partial sums of its frame, or all of the frame before."""
+def inputs_from(bits: torch.Tensor, schedule: ScaleSchedule = SCHEDULE, inherit: str = "first") -> torch.Tensor:
+    """What every block reads, built from the finished bits: partial sums of its frame, or all of the frame before.
+
+    With `all` the frame before stands beside every block's sum, zero for the first frame.
+    """
     partial = [bits_to_feature(bits, schedule, scales=k + 1) for k in range(schedule.scales)]
     inputs = []
     for b in schedule.blocks:
-        total = partial[b.k - 1][:, :, b.f] if b.k else partial[-1][:, :, b.f - 1] if b.f else 0 * partial[-1][:, :, 0]
+        before = partial[-1][:, :, b.f - 1] if b.f else 0 * partial[-1][:, :, 0]
+        total = partial[b.k - 1][:, :, b.f] if b.k else before
+        if inherit == "all":
+            total = torch.cat([total, before], 1)
         inputs.append(F.interpolate(total, (b.h, b.w), mode="area").flatten(2).transpose(1, 2))
     return torch.cat(inputs, 1)
 
@@ -57,7 +64,7 @@ def inputs_from(bits: torch.Tensor, schedule: ScaleSchedule = SCHEDULE) -> torch
 def full_logits(model, bits: torch.Tensor, dropped: bool = False, prompts=PROMPTS, schedule=SCHEDULE) -> torch.Tensor:
     """Logits (B, L, d) of the masked forward over the whole clip."""
     condition = model.condition(list(prompts), torch.full((len(prompts),), dropped))
-    return model(inputs_from(bits, schedule), schedule, condition)
+    return model(inputs_from(bits, schedule, model.config.inherit), schedule, condition)
 
 
 def random_bits(tokens: int, batch: int = 2, d: int = 4) -> torch.Tensor:
@@ -69,13 +76,13 @@ def random_bits(tokens: int, batch: int = 2, d: int = 4) -> torch.Tensor:
 
 @pytest.mark.parametrize("guidance", [Guidance(), RISING], ids=["free", "guided"])
 @pytest.mark.parametrize("window", [None, 0, 1, 2])
-@pytest.mark.parametrize("align", ["grid", "center"])
-def test_cached_logits_are_those_of_the_full_forward(make_generator, seen, window, guidance, align):
+@pytest.mark.parametrize("align, inherit", [("grid", "first"), ("center", "first"), ("grid", "all")])
+def test_cached_logits_are_those_of_the_full_forward(make_generator, seen, window, guidance, align, inherit):
     """At every (frame, scale), conditioned and unconditioned rows alike."""
-    model = make_generator(window=window, align=align)
+    model = make_generator(window=window, align=align, inherit=inherit)
     bits = sample(model, guidance=guidance)
     rows = [full_logits(model, bits)] + ([] if guidance.neutral else [full_logits(model, bits, dropped=True)])
-    expected, inputs = torch.cat(rows), inputs_from(bits)
+    expected, inputs = torch.cat(rows), inputs_from(bits, inherit=inherit)
     assert [(f, k) for f, k, *_ in seen] == [(b.f, b.k) for b in SCHEDULE.blocks]
     for b, (_, _, read, logits) in zip(SCHEDULE.blocks, seen):
         torch.testing.assert_close(read, inputs[:, b.slice].repeat(len(rows), 1, 1), **CLOSE)
@@ -102,12 +109,26 @@ def test_window_matters(make_generator):
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(logits, logits[1:]))
 
 
-def test_training_and_sampling_read_the_same_inputs(make_generator, seen):
+@pytest.mark.parametrize("inherit", ["first", "all"])
+def test_training_and_sampling_read_the_same_inputs(make_generator, seen, inherit):
     """The bits of a real feature as history: exactly what the trainer feeds for that feature."""
     feature = torch.randn(2, 4, 5, 2, 3, generator=torch.Generator().manual_seed(3))
-    inputs, bits = training_sequence(feature, SCHEDULE, None, None)
-    assert torch.equal(sample(make_generator(), history=bits), bits)
+    inputs, bits = training_sequence(feature, SCHEDULE, None, None, inherit)
+    assert torch.equal(sample(make_generator(inherit=inherit), history=bits), bits)
     assert torch.equal(torch.cat([read for *_, read, _ in seen], 1), inputs)
+
+
+@pytest.mark.parametrize("inherit", ["first", "all"])
+def test_bits_of_a_block_move_later_logits_only(make_generator, inherit):
+    """From the bits through what the blocks read to the logits, for every block."""
+    model, bits = make_generator(inherit=inherit), random_bits(SCHEDULE.length)
+    clean = full_logits(model, bits)
+    for b in SCHEDULE.blocks:
+        other = bits.clone()
+        other[:, b.slice] ^= True
+        moved = (full_logits(model, other) - clean).abs().amax((0, 2)) > 1e-5
+        assert not moved[: b.stop].any(), (b.f, b.k)
+        assert moved[b.stop :].any() or b.stop == SCHEDULE.length, (b.f, b.k)
 
 
 def test_cache_does_not_grow_with_the_clip(make_generator, monkeypatch):

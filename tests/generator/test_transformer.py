@@ -213,6 +213,11 @@ def test_errors_name_what_is_known(make_generator):
         make_generator(condition=ConditionConfig(kind="sound"))
 
 
+def test_who_inherits_is_one_of_two():
+    with pytest.raises(ValueError, match="inherit must be first or all, got 'none'"):
+        GeneratorConfig(layers=1, width=32, heads=2, bits=4, scales=3, inherit="none")
+
+
 @pytest.mark.parametrize("width, heads", [(30, 4), (36, 3), (8, 2)])
 def test_head_width_must_split_over_the_axes(width, heads):
     with pytest.raises(ValueError, match="multiple of 8"):
@@ -240,7 +245,7 @@ def test_every_preset_runs_on_another_device(path):
     schedule = ScaleSchedule.square(2, sides)
     with torch.device("meta"):
         model = Generator(GeneratorConfig(**values["generator"], bits=bits, scales=len(sides)))
-        inputs = torch.zeros(1, schedule.length, bits)
+        inputs = torch.zeros(1, schedule.length, model.config.inputs)
     logits = model(inputs, schedule, model.condition(["a red ball"]))
     assert logits.device.type == "meta" and logits.shape == (1, schedule.length, bits)
 
