@@ -46,7 +46,10 @@ def hardware() -> dict[str, str]:
         facts["GPU"] = "none that torch sees"
     facts["precision"] = f"{machine.precision()} (bfloat16 is {'' if machine.fast_bfloat16() else 'not '}fast here)"
     facts["default size"] = machine.machine_size()
-    facts["attention"] = "scaled_dot_product_attention of torch"
+    kernels = [k for k in ("flash", "mem_efficient", "cudnn", "math") if getattr(torch.backends.cuda, f"{k}_sdp_enabled")()]
+    chosen_from = f"of {', '.join(kernels)}" if torch.cuda.is_available() else "for sampling, the plain formula for training"
+    facts["attention"] = f"scaled_dot_product_attention of torch, {chosen_from}"
+    facts["torch.compile"] = "works" if machine.can_compile() else "does not work here (on CPUs it needs a C++ compiler)"
     return facts
 
 

@@ -11,7 +11,7 @@ from kit.cli import main
 
 CLIP = ["trainer.accelerator=cpu", "trainer.devices=1", "data.frames=5", "data.height=32", "data.width=32", "data.workers=0"]
 TOKENIZER = [
-    "tokenizer.bits=8", "tokenizer.scales=[1,2,4]", "tokenizer.patch=4", "tokenizer.widths=[32,32]", "tokenizer.cells=1",
+    "tokenizer.bits=8", "tokenizer.scales=[1,2,4]", "tokenizer.patch=4", "tokenizer.widths=[32,32]",
 ]  # fmt: skip
 GENERATOR = ["generator.layers=2", "generator.width=32", "generator.heads=2", "recipe.generator.encoded_clips=24"]
 QUICK = [

@@ -70,8 +70,8 @@ class GeneratorConfig:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention over (B, N, tokens, head_dim); mask is True where a query may see a key.
 
-    torch's fused kernel, except for training on a CPU, where its backward pass is slower than the plain formula for
-    short clips (twice as slow at the `tiny` generator's shapes: benchmarks/attention.py) and memory is not short.
+    torch's fused kernel, except for training on a CPU, where with its backward pass it is slower than the plain formula
+    for short clips (benchmarks/attention.py measures it at the `tiny` generator's shapes) and memory is not short.
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

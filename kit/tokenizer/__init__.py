@@ -25,11 +25,8 @@ class TokenizerConfig:
         patch: pixels per side folded into channels by the stem.
         widths: channels of each level, fine to coarse; each further level halves height and width.
         blocks: residual blocks per level.
-        cells: side of the square of coarsest cells that make one token; 2 quarters the tokens at the same bits.
         amplitude: root mean square of a frame's feature, in units of a code's amplitude 1/sqrt(d); null leaves it to
             training. A handful of scales can only represent a limited amplitude, best about 2.
-    Raises:
-        ValueError: if the bits cannot be shared by the cells of a token.
     """
 
     bits: int = 32
@@ -37,19 +34,16 @@ class TokenizerConfig:
     patch: int = 4
     widths: tuple[int, ...] = (128, 256, 256)
     blocks: int = 2
-    cells: int = 1
     amplitude: float | None = 2.0
 
     def __post_init__(self):
-        if self.bits % self.cells**2:
-            raise ValueError(f"bits must be a multiple of cells^2 = {self.cells**2}, got {self.bits}")
         for name in ("scales", "widths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def compression(self) -> int:
         """Pixels per token of the latent grid, in height and in width."""
-        return self.patch * 2 ** (len(self.widths) - 1) * self.cells
+        return self.patch * 2 ** (len(self.widths) - 1)
 
     def as_dict(self) -> dict:
         """Plain values, for a checkpoint."""
@@ -62,7 +56,7 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.config = config
-        shape = {key: getattr(config, key) for key in ("bits", "patch", "widths", "blocks", "cells")}
+        shape = {key: getattr(config, key) for key in ("bits", "patch", "widths", "blocks")}
         self.encoder, self.decoder = Encoder(**shape), Decoder(**shape)
         self.to(memory_format=torch.channels_last_3d)  # the layout that bfloat16 convolutions are fast in
 

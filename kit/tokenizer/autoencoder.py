@@ -48,16 +48,6 @@ def residual_levels(widths: tuple[int, ...], blocks: int) -> nn.ModuleList:
     )
 
 
-def cells_to_channels(x: Tensor, side: int) -> Tensor:
-    """(B, C, F, h * side, w * side) -> (B, C * side^2, F, h, w)"""
-    return F.pixel_unshuffle(x.transpose(1, 2), side).transpose(1, 2)
-
-
-def channels_to_cells(x: Tensor, side: int) -> Tensor:
-    """The inverse of `cells_to_channels`."""
-    return F.pixel_shuffle(x.transpose(1, 2), side).transpose(1, 2)
-
-
 class Downsample(nn.Conv3d):
     """Halves height and width of every frame."""
 
@@ -80,16 +70,15 @@ class Encoder(nn.Module):
         patch: side of the pixel patch that the stem folds into channels.
         widths: channels of each level, from fine to coarse; each level halves height and width.
         blocks: residual blocks per level.
-        cells: side of the square of cells of the coarsest level that become one token, d / cells^2 channels each.
     """
 
-    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int, cells: int):
+    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int):
         super().__init__()
-        self.patch, self.cells = patch, cells
+        self.patch = patch
         self.stem = CausalConv3d(3 * TAU * patch**2, widths[0], (1, 1, 1))
         self.levels = residual_levels(widths, blocks)
         self.downs = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:]))
-        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], bits // cells**2)
+        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], bits)
 
     def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """video: (B, 3, T, H, W) in [-1, 1] -> (B, d, F, h, w)."""
@@ -99,24 +88,24 @@ class Encoder(nn.Module):
                 x = self.downs[i - 1](x)
             for block in level:
                 x = block(x, stream)
-        return cells_to_channels(self.head(F.silu(self.norm(x)), stream), self.cells)
+        return self.head(F.silu(self.norm(x)), stream)
 
 
 class Decoder(nn.Module):
     """Feature -> pixels; the mirror image of `Encoder`, with the same arguments."""
 
-    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int, cells: int):
+    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int):
         super().__init__()
-        self.patch, self.cells = patch, cells
+        self.patch = patch
         self.levels = residual_levels(widths, blocks)[::-1]
         widths = widths[::-1]
-        self.stem = CausalConv3d(bits // cells**2, widths[0])
+        self.stem = CausalConv3d(bits, widths[0])
         self.ups = nn.ModuleList(Upsample(a, b) for a, b in zip(widths, widths[1:]))
         self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], 3 * TAU * patch**2, (1, 3, 3))
 
     def forward(self, feature: Tensor, stream: Stream | None = None) -> Tensor:
         """feature: (B, d, F, h, w) -> (B, 3, T, H, W), not clamped."""
-        x = self.stem(channels_to_cells(feature, self.cells), stream)
+        x = self.stem(feature, stream)
         for i, level in enumerate(self.levels):
             if i:
                 x = self.ups[i - 1](x)
