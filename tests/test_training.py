@@ -42,12 +42,15 @@ def interrupt_after(step: int, monkeypatch):
     monkeypatch.setattr(NonFiniteGuard, "on_train_batch_end", stop)
 
 
-@pytest.mark.parametrize("part", ["tokenizer", "generator"])
-def test_resumed_run_gives_the_uninterrupted_loss_to_the_last_bit(part, pair, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part, compiled", [("tokenizer", False), ("generator", False), ("generator", True)])
+def test_resumed_run_gives_the_uninterrupted_loss_to_the_last_bit(part, compiled, pair, tmp_path, monkeypatch):
+    if compiled and not can_compile():
+        pytest.skip("torch.compile does not work here")
+
     def fit(root, *overrides, status=0):
         steps = [
             "trainer.precision=32-true", f"recipe.{part}.steps=8", "trainer.val_check_interval=4",
-            "callbacks.last.every=3", *overrides,
+            "callbacks.last.every=3", f"callbacks.compile.least_steps={0 if compiled else -1}", *overrides,
         ]  # fmt: skip
         fit_part = fit_tokenizer if part == "tokenizer" else partial(fit_generator, tokenizer=pair.tokenizer)
         assert fit_part(root, *steps, name="run") == status

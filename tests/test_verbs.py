@@ -173,7 +173,9 @@ def test_inspect_and_validate(pair, tmp_path):
     assert len(list((tmp_path / "scores" / "videos").glob("*.mp4"))) == 2
 
     assert run("validate", pair, tmp_path, "clips=4", "name=tok", model="tokenizer") == 0
-    assert "reconstruction_psnr_db" in json.loads((tmp_path / "tok" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "tok" / "metrics.json").read_text())
+    assert metrics["reconstruction_psnr_db"] > 10
+    assert set(metrics["reconstruction_caption_accuracy"]) == {"colour", "shape", "motion", "background", "all"}
 
 
 def demo_words(root: Path, *generator: str) -> list[str]:
