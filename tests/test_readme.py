@@ -27,10 +27,11 @@ def commands() -> list[list[str]]:
 def reduced(words: list[str], videos: Path) -> list[str]:
     """The same command on small clips, with a few steps, on a folder that exists."""
     words = [word.replace("data.root=DIR", f"data.root={videos}") for word in words]
+    small = [*CLIP, *TOKENIZER, *QUICK, *GENERATOR, "trainer.max_steps=2", "trainer.val_check_interval=2"]
     if words[0] == "fit" and "--help" not in words:
-        generator = "conf=stage2_generator" in words
-        small = [*CLIP, *TOKENIZER, *QUICK, *(GENERATOR if generator else [])]
-        words += [*small, "trainer.max_steps=2", "trainer.val_check_interval=2"]
+        words += small
+    if words[0] == "demo":
+        words += ["clips=2", "overrides=[" + ",".join(f"'{word}'" for word in small) + "]"]
     if words[0] in ("validate", "inspect", "reconstruct"):
         words += ["clips=2"]
     return words
