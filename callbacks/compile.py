@@ -33,6 +33,9 @@ class CompileLayers(L.Callback):
         if self.compiled:  # what has been compiled is all that shall be
             torch.compiler.set_stance("eager_on_recompile")
 
-    def teardown(self, trainer, module, stage):
+    def on_fit_end(self, trainer, module):
         if self.compiled:
             torch.compiler.set_stance("default")
+
+    def on_exception(self, trainer, module, exception):
+        self.on_fit_end(trainer, module)

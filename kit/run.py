@@ -29,12 +29,16 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
     return TokenizerModule(plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), data.clip, cfg.trainer.max_steps)
 
 
+def encoded_clips_of(cfg: DictConfig) -> Path:
+    """Where a run keeps its encoded clips."""
+    return Path(cfg.folder) / "encoded_clips.pt"
+
+
 def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorModule:
     tokenizer = load_tokenizer(cfg.tokenizer_ckpt)
     if cfg.encoded_clips:
         about = {**data.clip, "source": {k: v for k, v in plain(cfg.data.source).items() if k != "_partial_"}}
-        path = Path(cfg.folder) / "encoded_clips.pt"
-        data.train = encode_clips(data.train, tokenizer, cfg.encoded_clips, data.workers, path, about)
+        data.train = encode_clips(data.train, tokenizer, cfg.encoded_clips, data.workers, encoded_clips_of(cfg), about)
     values = tokenizer.model.config
     generator = {
         **plain(cfg.generator), "bits": values.bits, "scales": len(values.scales),
@@ -91,6 +95,8 @@ def fit(cfg: DictConfig) -> L.Trainer:
     resume = checkpoint_to_resume(cfg)
     L.seed_everything(cfg.seed, verbose=False)
     keep_freed_memory()
+    if resume is None:  # the files behind the clips may have changed since
+        encoded_clips_of(cfg).unlink(missing_ok=True)
     data = build_data(cfg)
     module = BUILDERS[cfg.module](cfg, data)
     trainer = build_trainer(cfg)

@@ -34,7 +34,7 @@ from kit.tokenizer.module import psnr
 
 def data_for(cfg: DictConfig, clip: dict) -> ClipDataModule:
     """The data of `cfg`, with clips of the shape that a checkpoint was trained on; says so."""
-    print("clips of {frames} x {height} x {width} at {fps:g} fps, the shape of the checkpoint's".format(**clip))
+    print("clips of {frames} x {height} x {width} at {fps:g} fps, the checkpoint's shape".format(**clip))
     cfg = cfg.copy()
     cfg.data.update({**clip, "batch_size": cfg.batch_size, "val_clips": cfg.clips, "workers": 0})
     return build_data(cfg)

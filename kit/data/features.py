@@ -34,7 +34,11 @@ def encode_clips(source: Dataset, tokenizer: Loaded, clips: int, workers: int, p
 
     Args:
         about: plain values that say what the clips are; a file about other clips, or of another tokenizer, is replaced.
+    Raises:
+        ValueError: if there are fewer clips than one.
     """
+    if clips < 1:
+        raise ValueError(f"encoded_clips={clips}; expected a number of clips, or 0 for fresh ones")
     about = json.loads(json.dumps({**about, "clips": clips, "tokenizer": tokenizer.hash}))
     if path.exists():
         kept = torch.load(path, map_location="cpu", weights_only=True)

@@ -55,3 +55,22 @@ def test_training_on_encoded_clips_is_training_on_clips(pair, tmp_path):
         return torch.tensor(losses(tmp_path / name))
 
     torch.testing.assert_close(fit("encoded", 20), fit("fresh", 0), atol=2e-3, rtol=2e-3)
+
+
+def test_a_new_run_encodes_anew_and_a_continued_one_does_not(pair, tmp_path):
+    kept = tmp_path / "run" / "encoded_clips.pt"
+
+    def fit(*words):
+        assert fit_generator(tmp_path, "name=run", *words, tokenizer=pair.tokenizer) == 0
+        return kept.stat().st_ino
+
+    first = fit("recipe.generator.steps=2")
+    assert fit("recipe.generator.steps=3", "ckpt=last") == first
+    kept.write_bytes(b"of clips that are no more")
+    fit("recipe.generator.steps=2", "overwrite=true")
+    assert len(torch.load(kept, weights_only=True)["captions"]) == 24
+
+
+def test_a_negative_number_is_named(pair, tmp_path, capsys):
+    assert fit_generator(tmp_path, "recipe.generator.encoded_clips=-1", tokenizer=pair.tokenizer) == 1
+    assert "encoded_clips=-1" in capsys.readouterr().err
