@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 
+from kit.files import written_aside
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
@@ -24,17 +25,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target and renames, so that a kill or a full disk leaves the last checkpoint whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options=None):
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.part")
-        try:
-            with open(aside, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with written_aside(Path(path)) as aside, open(aside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_checkpoint(path: str | os.PathLike, kind: str) -> dict:

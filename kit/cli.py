@@ -29,11 +29,16 @@ VERBS = {
     "validate": Verb("kit.verbs:validate", "validate", "score a checkpoint on held-out clips"),
     "reconstruct": Verb("kit.verbs:reconstruct", "reconstruct", "clips through the tokenizer and back, PSNR and SSIM"),
     "generate": Verb("kit.verbs:generate", "generate", "videos from prompt=, label=, image= or video="),
+    "evaluate": Verb("kit.evaluation.run:evaluate", "evaluate", "FVD, PSNR, SSIM, LPIPS and more, by a named protocol"),
+    "table": Verb("kit.evaluation.report:show_table", "table", "results of one protocol side by side"),
     "inspect": Verb("kit.verbs:inspect", "inspect", "what each scale's bits hold, and how well they are predicted"),
+    "prepare": Verb("kit.prepare:prepare", "prepare", "fetch what kit cannot ship: prepare i3d"),
     "doctor": Verb("kit.doctor:doctor", "doctor", "what this machine can run"),
     "demo": Verb("kit.demo:demo", "demo", "train, generate and score on the embedded data, about 13 minutes on 2 cores"),
 }  # fmt: skip
 
+
+FREE_TEXT = ("prompt", "label", "image", "video", "videos", "real", "prompts", "data.root")
 
 # What a user can mend; told without a traceback.
 MENDABLE = (ValueError, FileNotFoundError, FileExistsError, ImportError, MemoryError, UnreadableVideo)
@@ -119,7 +124,7 @@ def split(args: list[str]) -> tuple[str | None, list[str]]:
 def quoted(word: str) -> str:
     """Quotes what is free text or a file's name for hydra, whose grammar would stumble over commas and brackets."""
     key, _, text = word.partition("=")
-    if key not in ("prompt", "label", "image", "video", "data.root") or text[:1] in ('"', "'") or text == "null":
+    if key not in FREE_TEXT or text[:1] in ('"', "'") or text == "null":
         return word
     return f"{key}='" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
@@ -134,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         return complain(f"unknown verb {verb!r}; choose from {', '.join(VERBS)}")
     conf, rest = split(args)
+    if verb == "prepare" and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+        rest[0] = f"what={rest[0]}"
     conf = conf or VERBS[verb].conf
     if conf is None and not {"-h", "--help"} & set(rest):
         return complain(f"{verb} needs conf=NAME; choose from {', '.join(confs())}")

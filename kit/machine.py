@@ -63,6 +63,11 @@ def devices() -> int | str:
     return "auto" if torch.cuda.is_available() else 1
 
 
+def cache_folder() -> Path:
+    """Where kit keeps what it fetched or computed for later runs: the folder KIT_CACHE, else ~/.cache/kit."""
+    return Path(os.environ.get("KIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kit")
+
+
 def wandb_offline() -> bool:
     """Whether W&B has no key to log in with."""
     return not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists())

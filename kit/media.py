@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from kit.files import written_aside
+
 
 def to_uint8(video: Tensor) -> np.ndarray:
     """(3, T, H, W) in [-1, 1] -> (T, H, W, 3) in 0..255, rounded."""
@@ -19,15 +21,15 @@ def to_uint8(video: Tensor) -> np.ndarray:
 
 
 def write_video(video: Tensor, path: str | Path, fps: float) -> Path:
-    """Writes an H.264 mp4 that browsers play. Odd sizes are cut by a pixel, as the format asks for."""
+    """Writes an H.264 mp4 that browsers play, whole or not at all. Odd sizes are cut by a pixel, as the format asks for."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     frames = to_uint8(video)
     height, width = (n // 2 * 2 for n in frames.shape[1:3])
-    with av.open(str(path), "w") as container:
+    with written_aside(path) as aside, av.open(str(aside), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": "12"}
+        # With its macroblock tree x264 writes the same small frames differently from run to run.
+        stream.options = {"crf": "12", "mbtree": "0"}
         for frame in frames:
             pixels = np.ascontiguousarray(frame[:height, :width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))

@@ -33,6 +33,11 @@ def pixel_frames(latents: int) -> int:
     return 1 + TAU * (latents - 1)
 
 
+def whole_groups(frames: int) -> int:
+    """The least T = 1 + 4n of at least so many pixel frames."""
+    return pixel_frames(1 + -(-(frames - 1) // TAU))
+
+
 @dataclass(frozen=True)
 class Block:
     """Block (f, k): tokens [start, stop) of the sequence, an (h, w) grid in row-major order."""

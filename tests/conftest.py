@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,25 @@ def one_thread():
 def seed():
     """Each test draws the same numbers, alone or among others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What evaluations keep for later ones stays out of the user's folder."""
+    os.environ["KIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def videomae(tmp_path_factory) -> Path:
+    """A folder with a VideoMAE of random weights for clips of 4 frames: a detector that costs nothing."""
+    from transformers import VideoMAEConfig, VideoMAEModel
+
+    torch.manual_seed(0)
+    size = dict(image_size=32, patch_size=16, num_frames=4, tubelet_size=2)
+    layers = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    folder = tmp_path_factory.mktemp("videomae")
+    VideoMAEModel(VideoMAEConfig(**size, **layers)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

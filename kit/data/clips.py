@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +44,9 @@ def list_videos(root: Path) -> list[str]:
 
 
 def split_files(names: Sequence[str], split: str, every: int) -> list[str]:
-    """Every `every`-th name for `val`, at least one; the others for `train`. A single name is in both."""
+    """Every `every`-th name for `val`, at least one; the others for `train`; `all`. A single name is in each."""
+    if split == "all":
+        return list(names)
     held_out = list(names[every - 1 :: every] or names[-1:])
     if split == "val" or len(names) == 1:
         return held_out
@@ -167,18 +170,30 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(count)
 
 
+class Clip(NamedTuple):
+    """A clip of a file.
+
+    Fields: video, (3, T, H, W) in [-1, 1]; lacking, how many of its last frames are the file's last one, held; size,
+        (H, W) of the file's own frames.
+    """
+
+    video: Tensor
+    lacking: int
+    size: tuple[int, int]
+
+
 @dataclass(eq=False)
 class FolderClips(Dataset):
     """The data set: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}.
 
     Item n is a pure function of (seed, n), for any n >= 0. `train` is endless: it goes through its files in a new order
-    each epoch and takes a random clip of each. `val` takes the middle clip of file n modulo their number. The last
+    each epoch and takes a random clip of each. `val` and `all` take the middle clip of file n modulo their number. The last
     frame of a file that is too short is held. The label is an index into `classes`, -1 without classes; the caption is
     the given one, else the name of the class, else empty. A file that cannot be read is reported once and recorded,
     and the next file of the stream takes its place.
 
     Args:
-        root: folder of videos. split: `train` or `val`, every `val_every`-th file of the sorted list.
+        root: folder of videos. split: `val`, every `val_every`-th file of the sorted list, `train`, the others, or `all`.
         frames: T, 1 gives images. height, width: pixels. fps: frames per second, each file's own if None or 0.
         seed: another seed is another stream. backend: of `kit.data.decode`.
         label_from, filename_pattern: see `label_files`. captions: see `read_captions`; by default the file
@@ -219,7 +234,7 @@ class FolderClips(Dataset):
         self._check_arguments()
         self.root = Path(self.root)
         names = list_videos(self.root)
-        self.files = split_files(names, self.split, self.val_every)
+        self.files = self._files_of_split(names)
         if self.split == "val" and len(names) == 1:
             warnings.warn(f"{self.root} holds one video only: it is used for training and validation", stacklevel=3)
         self._labels = label_files(names, self.label_from, self.filename_pattern)
@@ -234,8 +249,11 @@ class FolderClips(Dataset):
                 raise self._nothing_readable()
             self._tell_short()
 
+    def _files_of_split(self, names: list[str]) -> list[str]:
+        return split_files(names, self.split, self.val_every)
+
     def _check_arguments(self) -> None:
-        for key, choices in (("split", ("train", "val")), ("label_from", LABEL_SOURCES)):
+        for key, choices in (("split", ("train", "val", "all")), ("label_from", LABEL_SOURCES)):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)!r}; expected one of: {', '.join(choices)}")
         for key, least in (("frames", 1), ("height", 1), ("width", 1), ("fps", 0), ("seed", 0), ("val_every", 2)):
@@ -278,10 +296,14 @@ class FolderClips(Dataset):
             video = self._read(name, *draws)
             if video is not None:
                 self._tell_short()
-                label = self._labels.get(name, "")
-                caption = self._captions.get(name, " ".join(label.replace("_", " ").split()))
-                return {"video": video, "caption": caption, "label": self.classes.index(label) if label else -1}
+                return {"video": video, **self.words(name)}
         raise self._nothing_readable()
+
+    def words(self, name: str) -> dict:
+        """`caption` and `label` of a file."""
+        label = self._labels.get(name, "")
+        caption = self._captions.get(name, " ".join(label.replace("_", " ").split()))
+        return {"caption": caption, "label": self.classes.index(label) if label else -1}
 
     def _candidates(self, n: int) -> Iterator[str]:
         """The file of item n, then those of the items after it, until each file had its turn."""
@@ -294,18 +316,26 @@ class FolderClips(Dataset):
 
     def _read(self, name: str, start=0.5, top=0.5, left=0.5, mirror=0.5) -> Tensor | None:
         """A clip of a file, or None if it cannot be read; the four numbers in [0, 1) choose the clip."""
-        path = self.root / name
         try:
-            video = open_video(path, self.backend)
-            numbers = frame_numbers(len(video), video.fps, self.frames, self.fps, start)
-            pixels = video.frames(np.minimum(numbers, len(video) - 1))
+            clip = self.clip(name, start, *((top, left) if self.random_crop else ()))
         except UnreadableVideo as error:
             self._skip(name, error)
             return None
-        if lacking := int((numbers >= len(video)).sum()):
-            self.short[path] = lacking
-        clip = fit(pixels, self.height, self.width, *((top, left) if self.random_crop else ()))
-        return clip.flip(-1) if self.flip and mirror < 0.5 else clip
+        if clip.lacking:
+            self.short[self.root / name] = clip.lacking
+        return clip.video.flip(-1) if self.flip and mirror < 0.5 else clip.video
+
+    def clip(self, name: str, start: float = 0.5, top: float = 0.5, left: float = 0.5) -> Clip:
+        """A clip of a file; `start` as in `frame_numbers`, `top` and `left` as in `fit`.
+
+        Raises:
+            UnreadableVideo: if the file cannot be read.
+        """
+        video = open_video(self.root / name, self.backend)
+        numbers = frame_numbers(len(video), video.fps, self.frames, self.fps, start)
+        pixels = video.frames(np.minimum(numbers, len(video) - 1))
+        lacking = int((numbers >= len(video)).sum())
+        return Clip(fit(pixels, self.height, self.width, top, left), lacking, pixels.shape[1:3])
 
     def _skip(self, name: str, error: UnreadableVideo) -> None:
         """Only keeps a record: were the file not tried again, items would depend on history."""

@@ -114,15 +114,20 @@ def caption_accuracy(
         raise ValueError(f"expected as many videos as captions, at least 1; found {len(videos)} and {len(captions)}")
     right: dict[str, list[bool]] = {}
     for video, caption in zip(videos, captions, strict=True):
-        targets = as_targets(parse_caption(caption))
-        if targets["motion"] not in " ".join(caption.lower().split()):  # an image's: `parse_caption` fills in a motion
-            del targets["motion"]
-        reading = read_clip(video, fps)
-        hits = {name: getattr(reading, name) == value for name, value in targets.items()}
-        for name, hit in {**hits, "all": all(hits.values())}.items():
+        for name, hit in caption_hits(video, caption, fps).items():
             right.setdefault(name, []).append(hit)
     return {name: float(np.mean(right[name])) for name in ("colour", "shape", "motion", "background", "all")
             if name in right}  # fmt: skip
+
+
+def caption_hits(video: torch.Tensor | np.ndarray, caption: str, fps: float = 8.0) -> dict[str, bool]:
+    """Which of the things that a caption names a clip shows, and `all` of them. Arguments as for `caption_accuracy`."""
+    targets = as_targets(parse_caption(caption))
+    if targets["motion"] not in " ".join(caption.lower().split()):  # an image's: `parse_caption` fills in a motion
+        del targets["motion"]
+    reading = read_clip(video, fps)
+    hits = {name: getattr(reading, name) == value for name, value in targets.items()}
+    return {**hits, "all": all(hits.values())}
 
 
 def _checked(video: torch.Tensor | np.ndarray, fps: float) -> np.ndarray:

@@ -1,0 +1,170 @@
+"""From a config to what an evaluation needs: protocol, real clips, candidate, metric networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from omegaconf import DictConfig
+
+from kit.checkpoint import kind_of, load_generator, load_tokenizer
+from kit.data.clips import FolderClips
+from kit.data.shapes import Shapes
+from kit.evaluation.candidates import PRECISIONS, Candidate, GivenVideos, Reconstructions, Samples
+from kit.evaluation.clips import fingerprint, real_source
+from kit.evaluation.detectors import Detector, load_detector
+from kit.evaluation.protocol import Network, Protocol
+from kit.generator.condition import ConditionConfig
+from kit.generator.sampler import Guidance
+from kit.perceptual import Perceptual, load_perceptual
+from kit.run import plain
+
+METRICS = ("frechet", "psnr", "ssim", "lpips", "captions")
+ANOTHER = "which makes it another protocol"
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What is measured, with which networks, and why some metrics are left out."""
+
+    metrics: tuple[str, ...]
+    detector: Detector | None
+    perceptual: Perceptual | None
+    left_out: dict[str, str]
+
+
+def build_protocol(cfg: DictConfig) -> tuple[Protocol, FolderClips | Shapes]:
+    """The protocol, with what only its real clips can tell, and their source.
+
+    Raises:
+        ValueError, FileNotFoundError: for a wrong value, or real clips that are not there.
+    """
+    protocol = Protocol.from_dict(plain(cfg.protocol))
+    source, real = real_source(protocol, cfg.real), protocol.real
+    if isinstance(source, Shapes):
+        if not (real.clips and protocol.fps):
+            raise ValueError("shapes are drawn: say how many and how fast with protocol.real.clips= and protocol.fps=")
+        return protocol.resolved(fingerprint=f"drawn, seed {real.seed}"), source
+    real = replace(real, clips=real.clips or len(source.files))
+    return protocol.resolved(real=real, fingerprint=fingerprint(source)), source
+
+
+def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes) -> tuple[Candidate, Protocol]:
+    """What is to be scored, and the protocol with the number of clips it makes.
+
+    Raises:
+        ValueError: if it is not said, said twice, or made for clips of another kind than the protocol's.
+    """
+    if (cfg.ckpt is None) == (cfg.videos is None):
+        raise ValueError("give ckpt=CHECKPOINT, of a tokenizer or a generator, or videos=DIR")
+    if cfg.precision not in PRECISIONS:
+        raise ValueError(f"precision={cfg.precision!r}; expected one of: {', '.join(PRECISIONS)}")
+    if cfg.videos is not None:
+        return _given_videos(cfg, protocol, source)
+    if cfg.paired:
+        raise ValueError("paired=true is for videos=DIR; a tokenizer's reconstructions are paired anyway, samples never")
+    if kind_of(cfg.ckpt) == "tokenizer":
+        return Reconstructions(load_tokenizer(cfg.ckpt), cfg.precision), protocol.resolved(samples=protocol.real.clips)
+    generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
+    check_fit(generator.clip, generator.model.config.condition, protocol, source)
+    protocol = protocol.resolved(samples=protocol.samples or protocol.real.clips)
+    shape = (protocol.frames, protocol.height, protocol.width)
+    return Samples(generator, tokenizer, Guidance(**plain(cfg.guidance)), cfg.temperature, cfg.precision, shape), protocol
+
+
+def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes) -> tuple[GivenVideos, Protocol]:
+    shape = dict(frames=protocol.frames, height=protocol.height, width=protocol.width, fps=protocol.fps)
+    videos = FolderClips(cfg.videos, "all", label_from="none", backend=protocol.real.backend, **shape)
+    protocol = protocol.resolved(samples=protocol.samples or len(videos.files) // protocol.folds)
+    if cfg.paired:
+        files = getattr(source, "files", [])
+        if sorted(videos.files) != sorted(files):
+            raise ValueError(
+                f"paired=true needs the same file names in videos={cfg.videos}, {len(videos.files)} files, and "
+                f"real={cfg.real}, {len(files)} files"
+            )
+        if (protocol.folds, protocol.real.start, protocol.samples) != (1, "first", protocol.real.clips):
+            raise ValueError("paired=true compares each file from its start: say protocol.real.start=first protocol.folds=1")
+    return GivenVideos(videos, cfg.paired), protocol
+
+
+def check_fit(clip: dict, condition: ConditionConfig, protocol: Protocol, source: FolderClips | Shapes):
+    """
+    Args:
+        clip, condition: what a generator was trained on.
+    Raises:
+        ValueError: if that has another size, rate or classes than the protocol's clips.
+    """
+    for key in ("height", "width", "fps"):
+        expected = getattr(protocol, key) or source.native_fps
+        if abs(clip[key] - expected) > 0.01 * expected:
+            raise ValueError(
+                f"the protocol {protocol.name} has {key}={expected:g}, the generator was trained with {clip[key]:g}; take "
+                f"another generator, or say protocol.{key}={clip[key]:g}, {ANOTHER}"
+            )
+    if condition.kind == "class" and tuple(condition.classes) != tuple(source.classes):
+        raise ValueError(
+            f"the generator knows the classes {', '.join(condition.classes)}, the protocol's real clips have "
+            f"{', '.join(source.classes) or 'none'}"
+        )
+
+
+def build_tools(
+    cfg: DictConfig, protocol: Protocol, paired: bool, source: FolderClips | Shapes
+) -> tuple[Tools, Protocol]:
+    """The networks that the metrics need, and the protocol with their hashes.
+
+    With `metrics=auto` a metric whose weights are missing is left out, and the result says so; one that is asked for by
+    name must be there.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: if a metric is unknown, does not fit or lacks its weights.
+    """
+    wanted, left_out = wanted_metrics(cfg.metrics, paired, isinstance(source, Shapes)), {}
+
+    def load(metric: str, function, *arguments):
+        if metric not in wanted:
+            return None
+        try:
+            return function(*arguments)
+        except (FileNotFoundError, ImportError) as error:
+            if cfg.metrics != "auto":
+                raise
+            left_out[metric] = str(error)
+
+    detector = load("frechet", load_detector, protocol.detector.kind, cfg.detector_weights)
+    perceptual = load("lpips", load_perceptual, protocol.perceptual.kind, cfg.lpips_weights)
+    if detector:
+        detector.check_frames(protocol.frames)
+        protocol = protocol.resolved(detector=_checked("detector", protocol.detector, detector.sha256))
+    if perceptual:
+        protocol = protocol.resolved(perceptual=_checked("perceptual", protocol.perceptual, perceptual.sha256))
+    metrics = tuple(metric for metric in wanted if metric not in left_out)
+    if not metrics:
+        raise ValueError("nothing to measure. " + " ".join(f"{name}: {why}." for name, why in left_out.items()))
+    return Tools(metrics, detector, perceptual, left_out), protocol
+
+
+def wanted_metrics(asked: str | list[str], paired: bool, shapes: bool) -> list[str]:
+    """
+    Raises:
+        ValueError: if a metric is unknown or cannot be measured on such clips.
+    """
+    possible = ["frechet", *(["psnr", "ssim", "lpips"] if paired else []), *(["captions"] if shapes else [])]
+    wanted = possible if asked == "auto" else [asked] if isinstance(asked, str) else list(asked)
+    for name in wanted:
+        if name not in METRICS:
+            raise ValueError(f"unknown metric {name!r}; expected auto or some of [{','.join(METRICS)}]")
+        if name not in possible:
+            why = "captions can be read from shapes only" if name == "captions" else "it compares clips in pairs"
+            raise ValueError(f"{name} has nothing to measure here: {why}; possible are [{','.join(possible)}]")
+    return wanted
+
+
+def _checked(key: str, network: Network, sha256: str) -> Network:
+    """The protocol's network with the hash of the weights at hand, which must be the right ones."""
+    if not sha256.startswith(network.sha256 or ""):
+        raise ValueError(
+            f"the protocol needs {network.kind} weights with sha256 {network.sha256[:16]}, found {sha256[:16]}; take the "
+            f"right file, or say protocol.{key}.sha256=null, {ANOTHER}"
+        )
+    return replace(network, sha256=network.sha256 or sha256)

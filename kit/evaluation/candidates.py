@@ -1,0 +1,145 @@
+"""What is scored: a tokenizer's reconstructions, a generator's samples, or given videos."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kit.checkpoint import Loaded
+from kit.data.clips import FolderClips
+from kit.evaluation.clips import DrawnClips, FileClips, Together, Words, fingerprint, given_clips
+from kit.evaluation.protocol import Protocol
+from kit.generator.sampler import Guidance
+from kit.machine import device
+from kit.sampling import sample_clips
+from kit.scales import whole_groups
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """Real clips through the tokenizer and back; a length that is not 1 + 4n is padded by the last frame and cut back."""
+
+    tokenizer: Loaded
+    precision: str
+    row = "reconstruction"
+    paired = True
+
+    def about(self) -> dict:
+        return {"kind": "tokenizer", **_about(self.tokenizer), "precision": self.precision}
+
+    def dataset(self, protocol: Protocol, real: FileClips | DrawnClips, fold: int) -> Dataset:
+        return real
+
+    def make(self, batch: dict) -> Tensor:
+        video = batch["video"]
+        frames = video.shape[2]
+        padded = F.pad(video, (0, 0, 0, 0, 0, whole_groups(frames) - frames), mode="replicate")
+        with _autocast(self.precision):
+            return self.tokenizer.model.to(device()).reconstruct(padded.to(device())).float().cpu()[:, :, :frames]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples for the captions or classes of the real clips, one after another. Sample n of fold f has the seed
+    `protocol.seed` + f * samples + n.
+
+    Args:
+        shape: (T, H, W) of the clips that are scored.
+    """
+
+    generator: Loaded
+    tokenizer: Loaded
+    guidance: Guidance
+    temperature: float
+    precision: str
+    shape: tuple[int, int, int]
+    row = "sample"
+    paired = False
+
+    def about(self) -> dict:
+        return {
+            "kind": "generator", **_about(self.generator), "tokenizer_hash": self.tokenizer.hash,
+            "guidance": vars(self.guidance), "temperature": self.temperature, "precision": self.precision,
+        }  # fmt: skip
+
+    def dataset(self, protocol: Protocol, real: FileClips | DrawnClips, fold: int) -> Dataset:
+        return Seeded(Words(real, protocol.samples), protocol.seed + fold * protocol.samples)
+
+    def make(self, batch: dict) -> Tensor:
+        return self.sample(self.generator.model.condition.prompts(batch), batch["seed"].tolist())
+
+    def sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """(n, 3, T, H, W) in [-1, 1] on the CPU."""
+        generator, codec = self.generator.model.to(device()), self.tokenizer.model.to(device())
+        frames, height, width = self.shape
+        schedule = codec.schedule(whole_groups(frames), height, width)
+        with _autocast(self.precision):
+            clips = sample_clips(generator, codec, schedule, prompts, seeds, self.guidance, self.temperature)
+        return clips.float().cpu()[:, :, :frames]
+
+
+class Seeded(Dataset):
+    """Items with a seed: the first one's, and one more for each."""
+
+    def __init__(self, items: Dataset, first: int):
+        self.items, self.first = items, first
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, n: int) -> dict:
+        return {**self.items[n], "seed": self.first + n}
+
+
+@dataclass(frozen=True)
+class GivenVideos:
+    """Videos of a folder, all of one size.
+
+    Args:
+        paired: whether each belongs to the real clip of the same file name.
+    """
+
+    source: FolderClips
+    paired: bool
+    row = "video"
+
+    def about(self) -> dict:
+        folder = str(Path(self.source.root).resolve())
+        return {"kind": "videos", "folder": folder, "files": fingerprint(self.source), "paired": self.paired}
+
+    def dataset(self, protocol: Protocol, real: FileClips | DrawnClips, fold: int) -> Dataset:
+        clips = given_clips(protocol, self.source, fold)
+        return Together(clips, real) if self.paired else clips
+
+    def make(self, batch: dict) -> Tensor:
+        return batch["video"]
+
+
+@dataclass(frozen=True)
+class RealClips:
+    """The real clips themselves."""
+
+    row = "real"
+    paired = False
+
+    def make(self, batch: dict) -> Tensor:
+        return batch["video"]
+
+
+Candidate = RealClips | Reconstructions | Samples | GivenVideos
+
+
+def _about(loaded: Loaded) -> dict:
+    return {"ckpt": str(loaded.path), "hash": loaded.hash, "steps": loaded.steps}
+
+
+def _autocast(precision: str):
+    return torch.autocast(device().type, torch.bfloat16) if precision == "bfloat16" else nullcontext()

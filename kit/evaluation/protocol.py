@@ -1,0 +1,164 @@
+"""A protocol: everything besides the model that a number depends on. No number leaves kit without it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+
+STARTS = ("first", "middle", "random")
+SOURCES = ("folder", "ucf101", "shapes")
+
+# What is the same for every protocol of kit; a change here makes every result another protocol's.
+CONVENTIONS = {
+    "version": 1,
+    "resize": "before the model, each frame to cover the size, bilinear, antialiased, 8 bits, then cut in the centre",
+    "pixels": "clips are scored as 8-bit pixels in [-1, 1]",
+    "detector_input": "each frame bilinear to the detector's size, antialiased",
+    "frechet": "float64, unbiased covariance",
+    "psnr": "of a clip from its mean squared error, then the mean over clips; by frame likewise; at most 100 dB",
+    "ssim": "of each frame, Gaussian window of 11 pixels and sigma 1.5, then the mean",
+}
+
+
+@dataclass(frozen=True)
+class Real:
+    """The real clips.
+
+    Args:
+        kind: `folder`, `ucf101` or `shapes`. split: `train`, `val` (UCF-101: the test list) or `all`.
+        clips: how many; null: each file once.
+        start: where a clip begins in its file: `first`, `middle`, or `random`, where files may come more than once.
+        random_crop: cut anywhere instead of in the centre.
+        val_every: every fifth file of a folder is held out if it is 5. official: number of UCF-101's split.
+        backend: decoder. seed: of the order, the starts and the crops; of `shapes`.
+    """
+
+    kind: str
+    split: str = "all"
+    clips: int | None = None
+    start: str = "middle"
+    random_crop: bool = False
+    val_every: int = 5
+    official: int = 1
+    backend: str = "decord"
+    seed: int = 0
+
+    def __post_init__(self):
+        for key, choices in (("kind", SOURCES), ("start", STARTS), ("split", ("train", "val", "all"))):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"protocol.real.{key}={getattr(self, key)!r}; expected one of: {', '.join(choices)}")
+        _at_least(2, "protocol.real.clips", self.clips)
+
+    @property
+    def drawn_anew(self) -> bool:
+        """Whether each fold has other real clips."""
+        return self.kind == "shapes" or self.start == "random" or self.random_crop
+
+
+@dataclass(frozen=True)
+class Network:
+    """A metric network: kind and, unless any will do, the first digits of its weight file's sha256."""
+
+    kind: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """
+    Args:
+        frames: T that are scored. height, width: pixels. fps: frames per second; 0: each file's own.
+        samples: clips made or given in each fold; null: as many as real ones.
+        folds: times that all is done, with other random clips and other samples. seed: of samples.
+        detector: of the Fréchet distance. perceptual: `lpips` or `st-lpips`.
+        fingerprint: of the real files, their names and sizes; filled in when they are known.
+    Raises:
+        ValueError: for a value that makes no sense, with its key.
+    """
+
+    name: str
+    real: Real
+    frames: int
+    height: int
+    width: int
+    fps: float
+    samples: int | None
+    folds: int
+    seed: int
+    detector: Network
+    perceptual: Network
+    fingerprint: str | None = None
+    conventions: dict = field(default_factory=lambda: dict(CONVENTIONS))
+
+    def __post_init__(self):
+        least_values = {"frames": 1, "height": 16, "width": 16, "fps": 0, "folds": 1, "seed": 0, "samples": 2}
+        for key, least in least_values.items():
+            _at_least(least, f"protocol.{key}", getattr(self, key))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Protocol:
+        """From plain values, such as `as_dict` gives.
+
+        Raises:
+            ValueError: also for a key that no protocol has.
+        """
+        values = {key: value for key, value in values.items() if key != "hash"}
+        try:
+            parts = {"real": Real(**values["real"])}
+            parts |= {key: Network(**values[key]) for key in ("detector", "perceptual")}
+            return cls(**{**values, **parts})
+        except TypeError as error:
+            raise ValueError(f"protocol {values.get('name')!r}: {error}; see `python -m kit evaluate --help`") from error
+
+    def as_dict(self) -> dict:
+        """Plain values, with the hash over all of them."""
+        return {**asdict(self), "hash": self.hash}
+
+    @cached_property
+    def hash(self) -> str:
+        """12 hex digits; two results may be compared if they agree."""
+        return digest(asdict(self))[:12]
+
+    def real_hash(self, fold: int, detector: str | None) -> str:
+        """What the statistics of a fold's real clips depend on; `detector`: the hash of its weights."""
+        parts = (asdict(self.real), self.frames, self.height, self.width, self.fps, self.fingerprint, self.conventions)
+        return digest([*parts, fold if self.real.drawn_anew else 0, detector])[:24]
+
+    def resolved(self, **values) -> Protocol:
+        """With values that are known only when the data is."""
+        return replace(self, **values)
+
+    def __str__(self) -> str:
+        clips = f"{self.real.clips} clips of {self.real.kind} {self.real.split}"
+        clips += f" ({self.real.start} start{', random crop' if self.real.random_crop else ''}, files {self.fingerprint})"
+        detector = f"{self.detector.kind} {(self.detector.sha256 or 'any')[:8]}"
+        rate = f"{self.fps:g}" if self.fps else "their own"
+        return (
+            f"{self.name}@{self.hash}: {self.samples} against {clips}, {self.frames} frames of {self.height} x {self.width} "
+            f"at {rate} fps, {self.folds} fold{'s' * (self.folds > 1)}, seed {self.seed}, detector {detector}, "
+            f"{self.perceptual.kind}"
+        )
+
+
+def digest(values) -> str:
+    """sha256 of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _at_least(least: float, key: str, value: float | None):
+    if value is not None and value < least:
+        raise ValueError(f"{key}={value}; expected {least} or more")
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """What differs between two protocols' plain values, as `key: this, that`."""
+    told = []
+    for key in sorted(set(a) | set(b)):
+        this, that = a.get(key), b.get(key)
+        if isinstance(this, dict) and isinstance(that, dict):
+            told += differences(this, that, f"{prefix}{key}.")
+        elif this != that and key != "hash":
+            told.append(f"{prefix}{key}: {this}, {that}")
+    return told

@@ -1,0 +1,212 @@
+"""Evaluation by a protocol, top to bottom: real clips, candidate, scores, result."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from kit import __version__
+from kit.checkpoint import AtomicCheckpointIO
+from kit.evaluation.build import Tools, build_candidate, build_protocol, build_tools
+from kit.evaluation.candidates import Candidate, GivenVideos, RealClips, Reconstructions
+from kit.evaluation.clips import DrawnClips, FileClips, collate, real_clips
+from kit.evaluation.protocol import Protocol, digest
+from kit.evaluation.report import Shown, best_median_worst, result_lines, write_report
+from kit.evaluation.run_suite import evaluate_suite
+from kit.evaluation.scores import LPIPS, PSNR, SSIM, CaptionScore, FrechetScore, Score, to_8_bits
+from kit.machine import cache_folder, keep_freed_memory
+
+SAVE_EVERY = 30  # seconds; what a kill loses at most
+Errors = dict[str, list[float]]  # for each score, one value for each clip
+
+
+class Loading(NamedTuple):
+    """How clips are read; changes no number."""
+
+    workers: int
+    batch_size: int
+
+
+class Pass:
+    """Scores clips one after another; stopped, it goes on where it was.
+
+    Args:
+        state: file that keeps it meanwhile. key: of all that the scores depend on; a state of another is not used.
+    """
+
+    def __init__(self, state: Path, key: str):
+        self.state, self.key = state, key
+
+    def run(self, candidate: Candidate, clips: Dataset, scores: dict[str, Score], loading: Loading, title: str) -> Errors:
+        """Adds all clips to `scores`.
+
+        Raises:
+            ValueError: if a clip cannot be had, or is not one of numbers; what came before it is kept.
+        """
+        done, errors = self._load(scores)
+        size = clips[0].get("size") if isinstance(candidate, GivenVideos) else None
+        rest = Subset(clips, range(done, len(clips)))
+        loader = DataLoader(rest, loading.batch_size, num_workers=loading.workers, collate_fn=collate)
+        saved = time.monotonic()
+        with tqdm(total=len(clips), initial=done, desc=title, unit="clip", disable=None) as bar:
+            for batch in loader:
+                try:
+                    output = self._output(candidate, batch, size)
+                except ValueError:
+                    self._save(scores, errors, done)
+                    raise
+                for name, score in scores.items():
+                    errors[name] += score.add(output, batch)
+                done += len(output)
+                bar.update(len(output))
+                if done == len(clips) or time.monotonic() - saved > SAVE_EVERY:
+                    self._save(scores, errors, done)
+                    saved = time.monotonic()
+        return errors
+
+    @staticmethod
+    def _output(candidate: Candidate, batch: dict, size: str | None) -> torch.Tensor:
+        """The candidate's clips, in 8 bits as are the real ones of the batch."""
+        if "error" in batch:
+            raise ValueError(batch["error"])
+        for name, found in zip(batch["name"], batch.get("size", [])):
+            if size not in (None, found):  # resizing some of them would be counted against them all
+                raise ValueError(f"videos of mixed sizes: {name} has {found} pixels, others {size}; make them alike first")
+        output = candidate.make(batch)
+        for name, clip in zip(batch["name"], output):
+            if not clip.isfinite().all():
+                raise ValueError(f"the {candidate.row} for {name} holds NaN or infinite pixels; look at the model")
+        if candidate.paired:
+            batch["real"] = to_8_bits(batch.get("real", batch["video"]))
+        return to_8_bits(output)
+
+    def _load(self, scores: dict[str, Score]) -> tuple[int, Errors]:
+        kept = torch.load(self.state, map_location="cpu", weights_only=True) if self.state.is_file() else {}
+        if kept.get("key") != self.key:
+            return 0, {name: [] for name in scores}
+        for name, score in scores.items():
+            score.load(kept["scores"][name])
+        return kept["done"], kept["errors"]
+
+    def _save(self, scores: dict[str, Score], errors: Errors, done: int):
+        state = {name: score.state() for name, score in scores.items()}
+        AtomicCheckpointIO().save_checkpoint({"key": self.key, "done": done, "errors": errors, "scores": state}, self.state)
+
+    def forget(self):
+        self.state.unlink(missing_ok=True)
+
+
+def real_scores(
+    protocol: Protocol, clips: FileClips | DrawnClips, fold: int, tools: Tools, loading: Loading
+) -> dict[str, Score]:
+    """What the candidate's scores are held against: those of a fold's real clips, computed once for all evaluations."""
+    scores: dict[str, Score] = {}
+    if "frechet" in tools.metrics:
+        scores["frechet"] = FrechetScore(tools.detector, len(clips))
+    if "captions" in tools.metrics:
+        scores["captions"] = CaptionScore(protocol.fps)
+    for name, score in scores.items():
+        key = protocol.real_hash(fold, tools.detector.sha256 if name == "frechet" else name)
+        kept = cache_folder() / "real" / f"{key}.pt"
+        if not kept.is_file():
+            part = Pass(kept.with_suffix(".part.pt"), key)
+            part.run(RealClips(), clips, {name: score}, loading, f"real clips: {name}")
+            AtomicCheckpointIO().save_checkpoint({"protocol": protocol.as_dict(), "state": score.state()}, kept)
+            part.forget()
+        score.load(torch.load(kept, map_location="cpu", weights_only=True)["state"])
+    return scores
+
+
+def candidate_scores(real: dict[str, Score], tools: Tools, protocol: Protocol) -> dict[str, Score]:
+    """Fresh scores for a fold of the candidate."""
+    builders = {
+        "frechet": lambda: FrechetScore(tools.detector, protocol.samples, real["frechet"].nested),
+        "psnr": PSNR, "ssim": SSIM, "lpips": lambda: LPIPS(tools.perceptual),
+        "captions": lambda: CaptionScore(protocol.fps),
+    }  # fmt: skip
+    return {name: builders[name]() for name in tools.metrics}
+
+
+def over_folds(results: list[dict]) -> dict:
+    """One metric's results in each fold -> their mean; and of `value` each fold's, and the standard deviation."""
+    values = [result["value"] for result in results]
+    return {**_mean(results), "folds": values, "spread": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def _mean(values: list):
+    match values[0]:
+        case dict():
+            return {key: _mean([v[key] for v in values]) for key in values[0]}
+        case list():
+            return [_mean(list(v)) for v in zip(*values)]
+        case str():
+            return values[0]
+    return statistics.fmean(values)
+
+
+def evaluate(cfg: DictConfig) -> dict:
+    """Scores a checkpoint or a folder of videos by a protocol, or makes the videos of a prompt suite; see conf/evaluate.yaml.
+
+    Leaves evaluation.json, a contact sheet of the best, the median and the worst clip, and report.html that plays them.
+
+    Returns: what evaluation.json holds.
+    """
+    return evaluate_suite(cfg) if "suite" in cfg.protocol else compare(cfg)
+
+
+def compare(cfg: DictConfig) -> dict:
+    """Scores clips against real ones."""
+    keep_freed_memory()
+    protocol, source = build_protocol(cfg)
+    candidate, protocol = build_candidate(cfg, protocol, source)
+    tools, protocol = build_tools(cfg, protocol, candidate.paired, source)
+    for name, why in tools.left_out.items():
+        print(f"{name} is left out: {why}")
+
+    folder, loading = Path(cfg.folder), Loading(cfg.workers, cfg.batch_size)
+    passes, results, real_results, errors = [], [], [], []
+    for fold in range(protocol.folds):
+        real = real_clips(protocol, source, fold)
+        reference = real_scores(protocol, real, fold, tools, loading)
+        scores = candidate_scores(reference, tools, protocol)
+        key = digest([protocol.hash, candidate.about(), tools.metrics, fold])
+        passes.append(Pass(folder / f"fold_{fold}.part.pt", key))
+        title = f"{candidate.row}s" + (f" {fold + 1}/{protocol.folds}" if protocol.folds > 1 else "")
+        errors.append(passes[-1].run(candidate, candidate.dataset(protocol, real, fold), scores, loading, title))
+        results.append({name: score.result() for name, score in scores.items()})
+        if "captions" in reference:
+            real_results.append(reference["captions"].result())
+
+    names = {"frechet": "rfvd" if isinstance(candidate, Reconstructions) else "fvd", "captions": "caption_accuracy"}
+    metrics = {names.get(name, name): over_folds([result[name] for result in results]) for name in tools.metrics}
+    if real_results:
+        metrics["caption_accuracy_of_real"] = over_folds(real_results)
+    result = {
+        "protocol": protocol.as_dict(), "of": candidate.about(), "metrics": metrics, "left_out": tools.left_out,
+        "versions": {"kit": __version__, "torch": torch.__version__},
+    }  # fmt: skip
+    shown = shown_clips(candidate, protocol, real_clips(protocol, source, 0), errors[0])
+    write_report(result, shown, folder, protocol.fps or source.native_fps)
+    for done in passes:
+        done.forget()
+    print("\n".join(result_lines(result)))
+    print(f"in {folder}: evaluation.json, contact_sheet.png, report.html")
+    return result
+
+
+def shown_clips(candidate: Candidate, protocol: Protocol, real: FileClips | DrawnClips, errors: Errors) -> list[Shown]:
+    """The best, the median and the worst clip of the first fold, made again, each beside its real clip."""
+    clips, shown = candidate.dataset(protocol, real, 0), []
+    for title, n in best_median_worst(errors).items():
+        batch = collate([clips[n]])
+        beside = batch["real"][0] if "real" in batch else real[n % len(real)]["video"]
+        rows = {"real": beside, candidate.row: candidate.make(batch)[0]}
+        shown.append(Shown(title, rows, batch["caption"][0] or batch["name"][0]))
+    return shown

@@ -1,0 +1,81 @@
+"""Evaluation by a prompt suite: its videos, made for a tool such as VBench, and what that tool found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from kit.checkpoint import load_generator
+from kit.data.read import read_clip_file
+from kit.evaluation.candidates import Samples
+from kit.evaluation.protocol import digest
+from kit.evaluation.report import words_of, write_page
+from kit.evaluation.suites import read_json, read_prompts, video_table, write_suite
+from kit.evaluation.vbench import read_vbench_results, vbench_scores, vbench_table
+from kit.files import write_json, written_aside
+from kit.generator.sampler import Guidance
+from kit.media import contact_sheet
+from kit.run import plain
+
+SHOWN = 8  # videos on the page and the contact sheet
+
+
+def evaluate_suite(cfg: DictConfig) -> dict:
+    """Makes the videos of a prompt suite, or with `results` reads what VBench found in them, see conf/protocol/prompts.yaml.
+
+    Returns: what suite.json holds; with `results`, what evaluation.json holds.
+    """
+    return read_suite(cfg) if cfg.results is not None else make_suite(cfg)
+
+
+def make_suite(cfg: DictConfig) -> dict:
+    if cfg.ckpt is None or cfg.prompts is None:
+        raise ValueError(f"the protocol {cfg.protocol.name} needs ckpt=GENERATOR and prompts=FILE, one prompt a line")
+    suite, folder = cfg.protocol, Path(cfg.folder)
+    prompts = read_prompts(cfg.prompts, suite.samples, suite.flickering_samples)
+    generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
+    clip = generator.clip
+    shape = (suite.frames or clip["frames"], clip["height"], clip["width"])
+    guidance = Guidance(**plain(cfg.guidance))
+    candidate = Samples(generator, tokenizer, guidance, cfg.temperature, cfg.precision, shape)
+    settings = {"suite": suite.name, "size": list(shape), **candidate.about()}
+    how = dict(seed=suite.seed, batch_size=cfg.batch_size, fps=clip["fps"])
+    videos = write_suite(candidate.sample, prompts, folder, settings, **how)
+
+    shown = list(dict.fromkeys(row["prompt"] for row in video_table(prompts, suite.seed).values()))[:SHOWN]
+    files = {row["prompt"]: name for name, row in reversed(video_table(prompts, suite.seed).items())}
+    clips = [{"sample": read_clip_file(videos / files[text], *shape, 0)} for text in shown]
+    contact_sheet(clips, shown, folder / "contact_sheet.png")
+    played = [{"heading": t, "videos": [{"row": "sample", "file": f"videos/{files[t]}"}]} for t in shown]
+    write_page(folder, suite.name, [words_of(settings)], [], played, [])
+    print(f"in {folder}: videos, videos.json, contact_sheet.png, report.html")
+    if suite.name == "vbench":
+        print(
+            f"score them with VBench (vbench evaluate --videos_path {videos} --dimension ...), then read its results back:\n"
+            f"python -m kit evaluate protocol=vbench name={cfg.name} results=FOLDER_OF_ITS_RESULTS"
+        )
+    return read_json(folder / "suite.json")
+
+
+def read_suite(cfg: DictConfig) -> dict:
+    """VBench's results for the videos in the run's folder, beside the paper's."""
+    folder = Path(cfg.folder)
+    if cfg.protocol.name != "vbench":
+        raise ValueError(f"results= reads what VBench found; the protocol {cfg.protocol.name} has no such tool")
+    if not (folder / "suite.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no suite.json, which says how the videos were made: give the name= of the run that made them"
+        )
+    made, raw = read_json(folder / "suite.json"), read_vbench_results(cfg.results)
+    scores = vbench_scores(raw)
+    result = {"protocol": {"name": "vbench", **made, "hash": digest(made)[:12]}, "raw": raw, "scores": scores}
+    table = vbench_table({"this model": raw})
+    write_json(folder / "evaluation.json", result)
+    with written_aside(folder / "vbench.md") as aside:
+        aside.write_text(table, encoding="utf-8")
+    print(table)
+    if scores["missing"]:
+        print(f"no results for {', '.join(scores['missing'])}: evaluate these dimensions too for the sums above them")
+    print(f"protocol vbench@{result['protocol']['hash']}: {words_of(made)}\nin {folder}: evaluation.json, vbench.md")
+    return result

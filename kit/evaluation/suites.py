@@ -1,0 +1,202 @@
+"""Prompt suites: videos for each prompt, under the names that VBench looks for.
+
+What is said of VBench is read from github.com/Vchitect/VBench: vbench/__init__.py (file names), static_filter.py and
+prompts/README.md (sampling).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from kit.files import write_json
+from kit.media import write_video
+
+SAMPLES = 5  # VBench reads the videos 0 to 4 of each prompt
+# Of these VBench reads five that hold still, picked by its static_filter.py. It leaves open how many to pick from: 25 were
+# published for CogVideoX, its authors name 40 (issues 84 and 94).
+FLICKERING = "temporal_flickering"
+FLICKERING_SAMPLES = 25
+
+NAME_BYTES = 255  # of a file's name, on common file systems
+READABLE_BYTES = 150  # of a prompt, kept in a name that stands for it
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and how many videos are wanted of it."""
+
+    text: str
+    samples: int
+
+
+def read_prompts(path: str | Path, samples: int = SAMPLES, flickering_samples: int = FLICKERING_SAMPLES) -> list[Prompt]:
+    """A prompt suite: a text file of one prompt a line, or VBench's VBench_full_info.json.
+
+    Blank lines are left out, and so are blanks around a line. A prompt that comes again is left out too: it keeps its first
+    place, with the greater of the numbers of videos.
+
+    Args:
+        samples: videos of a prompt.
+        flickering_samples: videos of a prompt that VBench uses for temporal flickering; a text file does not tell these.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not UTF-8, not of the format or empty, or a number of videos is below 1.
+    """
+    path = Path(path)
+    if min(samples, flickering_samples) < 1:
+        raise ValueError(f"a prompt needs 1 video or more, asked for {min(samples, flickering_samples)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompts at {path}; give a text file, one prompt a line, or VBench_full_info.json")
+    if path.suffix.lower() == ".json":
+        found = [(text, flickering_samples if FLICKERING in names else samples) for text, names in _read_full_info(path)]
+    else:
+        found = [(line.strip(), samples) for line in _read_text(path).split("\n") if line.strip()]
+    if not found:
+        raise ValueError(f"{path} holds no prompt; write one a line")
+    wanted: dict[str, int] = {}
+    for text, count in found:
+        wanted[text] = max(count, wanted.get(text, 0))
+    return [Prompt(text, count) for text, count in wanted.items()]
+
+
+def _read_text(path: Path) -> str:
+    """Raises: ValueError naming the line that is not UTF-8."""
+    data = path.read_bytes()
+    try:
+        return data.decode().removeprefix("\ufeff")  # a mark that some editors put first
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8; save the file in that encoding") from error
+
+
+def read_json(path: Path):
+    """Raises: ValueError naming the line that is not JSON."""
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}); the file may be cut off") from error
+
+
+def _read_full_info(path: Path) -> list[tuple[str, list[str]]]:
+    """The prompts of VBench's list and their dimensions. The text stays as it is, VBench looks for it in file names."""
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} holds a {type(entries).__name__}, expected a list of prompts as VBench_full_info.json has")
+    for number, entry in enumerate(entries, 1):
+        fields = entry if isinstance(entry, dict) else {}
+        text, names = fields.get("prompt_en"), fields.get("dimension")
+        if not isinstance(text, str) or not text.strip() or not isinstance(names, list):
+            raise ValueError(
+                f'{path}, entry {number}: expected {{"prompt_en": a text, "dimension": a list of names, ...}} as in '
+                f"VBench_full_info.json, found {json.dumps(entry)[:100]}"
+            )
+    return [(entry["prompt_en"], entry["dimension"]) for entry in entries]
+
+
+def video_name(text: str, index: int) -> str:
+    """The file of a prompt's video number `index`, as VBench looks for it: `{prompt}-{index}.mp4`.
+
+    A prompt that no POSIX file can be named after (a slash, a NUL, too long) is shortened and told apart by its hash.
+    """
+    name = f"{text}-{index}.mp4"
+    if not re.search(r"[/\0]", text) and len(name.encode()) <= NAME_BYTES:
+        return name
+    readable = re.sub(r"[/\0]", " ", text).encode()[:READABLE_BYTES].decode(errors="ignore")
+    return f"{readable} {hashlib.sha256(text.encode()).hexdigest()[:12]}-{index}.mp4"
+
+
+def video_seed(seed: int, place: int, index: int) -> int:
+    """The seed, in 32 bits, of video `index` of the suite's prompt number `place`, whatever else is made."""
+    return int(np.random.SeedSequence((seed, place, index)).generate_state(1)[0])
+
+
+def video_table(prompts: list[Prompt], seed: int) -> dict[str, dict]:
+    """All videos of a suite in their order: file name -> prompt, index and seed.
+
+    Raises:
+        ValueError: if two prompts would share a file.
+    """
+    table: dict[str, dict] = {}
+    for place, prompt in enumerate(prompts):
+        for index in range(prompt.samples):
+            name = video_name(prompt.text, index)
+            if name in table:
+                raise ValueError(
+                    f"the prompts {table[name]['prompt']!r} and {prompt.text!r} share the file {name!r}; leave one out"
+                )
+            table[name] = {"prompt": prompt.text, "index": index, "seed": video_seed(seed, place, index)}
+    return table
+
+
+def write_suite(
+    sample: Callable[[list[str], list[int]], Tensor], prompts: list[Prompt], folder: str | Path, settings: dict, *,
+    seed: int, batch_size: int, fps: float,
+) -> Path:  # fmt: skip
+    """Makes the videos of a suite that are not there yet; call it again after an interruption, one process at a time.
+
+    The folder gets `videos`, with the videos and nothing else (VBench takes the suffix of any file there for that of the
+    videos), `videos.json` (`video_table`, also of videos still to come) and `suite.json` (what all videos have in common).
+
+    Args:
+        sample: prompts and seeds, n each -> (n, 3, T, H, W) in [-1, 1].
+        settings: what else decides how a video looks (the model's hash, guidance, ...), for JSON; a folder made with others
+            is refused. How many videos a prompt has may change: more are added.
+        batch_size: videos to make at once. seed: at least 0.
+    Returns:
+        the folder of the videos.
+    Raises:
+        ValueError: if the folder holds videos made otherwise.
+    """
+    folder = Path(folder)
+    videos = folder / "videos"
+    texts = json.dumps([prompt.text for prompt in prompts])
+    common = {"seed": seed, "fps": fps, "prompts": hashlib.sha256(texts.encode()).hexdigest()[:16]}
+    table = video_table(prompts, seed)
+    _claim(folder, settings | common)
+    path = folder / "videos.json"
+    write_json(path, (read_json(path) if path.exists() else {}) | table)
+    videos.mkdir(exist_ok=True)
+    for aside in videos.glob(".*.part.mp4"):  # of a killed run
+        aside.unlink()
+
+    names = list(table)
+    missing = {name for name in names if not (videos / name).exists()}
+    with tqdm(total=len(names), initial=len(names) - len(missing), desc="suite", unit="video", disable=None) as bar:
+        for start in range(0, len(names), batch_size):
+            batch = names[start : start + batch_size]
+            if missing.isdisjoint(batch):
+                continue
+            # The whole batch, whatever is there of it: in another company a clip may be rounded otherwise.
+            clips = sample([table[name]["prompt"] for name in batch], [table[name]["seed"] for name in batch])
+            for name, clip in zip(batch, clips, strict=True):
+                if name in missing:
+                    write_video(clip, videos / name, fps)
+                    bar.update()
+    return videos
+
+
+def _claim(folder: Path, settings: dict):
+    """Writes suite.json, or compares it if the folder has one. Raises: ValueError if the folder's videos are others."""
+    path = folder / "suite.json"
+    settings = json.loads(json.dumps(settings))  # as they come back from the file
+    if path.exists():
+        found = read_json(path)
+        for key in sorted(settings | found):
+            if settings.get(key) != found.get(key):
+                raise ValueError(
+                    f"{folder} holds the videos of another suite: {key} is {found.get(key)!r} in its suite.json, "
+                    f"now {settings.get(key)!r}; give another folder, or delete this one to make its videos anew"
+                )
+    elif (folder / "videos").exists():
+        raise ValueError(f"{folder} holds videos but no suite.json that tells how they were made; give another folder")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)

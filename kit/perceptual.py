@@ -1,0 +1,206 @@
+"""Learned perceptual distance on a VGG16 trunk: LPIPS 0.1 (Zhang et al. 2018, arXiv 1801.03924) and its shift-tolerant
+kind, ST-LPIPS (Ghildyal and Liu 2022, arXiv 2207.13686), whose weights are not for commercial use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kit.files import file_sha256, read_weights
+
+CONVOLUTIONS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels, stage by stage
+VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's IMAGENET1K_V1
+VGG16_SHA256 = "397923af"  # its first digits
+GET_VGG16 = f"""python -c "import torch; torch.hub.load_state_dict_from_url('{VGG16}')\""""
+GET_ST = "vgg_shift_tolerant.pth of the PyPI package stlpips-pytorch"
+
+
+class Convolution(nn.Module):
+    """3 x 3, then ReLU; frozen.
+
+    Its weights are neither parameters nor in the state dict, so that optimizers, averages and checkpoints of a model in
+    training leave them out.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__()
+        weight = weight.contiguous(memory_format=torch.channels_last)  # all features follow; a quarter faster on a CPU
+        self.weight, self.bias = nn.Buffer(weight, persistent=False), nn.Buffer(bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.conv2d(x, self.weight, self.bias, padding=1), inplace=True)
+
+
+class MaxPool(nn.MaxPool2d):
+    """(B, C, h, w) -> (B, C, h // 2, w // 2)."""
+
+    least = 16  # pixels a side that four of them need
+    layers = 1  # that it counts for in a file of weights
+
+    def __init__(self):
+        super().__init__(2)
+
+
+class BlurPool(nn.Module):
+    """Maximum over 2 x 2 at every pixel, blurred, then every other one: (B, C, h, w) -> (B, C, h // 2 + 1, w // 2 + 1).
+
+    ST-LPIPS pads by two pixels, one more than the blur asks for, which it found to help against shifts.
+    """
+
+    least = 18  # pixels a side that four of them need: the reflection takes h >= 4
+    layers = 2
+
+    def __init__(self):
+        super().__init__()
+        taps = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.kernel = nn.Buffer(torch.outer(taps, taps)[None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(F.max_pool2d(x, 2, 1), (2, 2, 2, 2), mode="reflect")
+        return F.conv2d(x, self.kernel.expand(x.shape[1], -1, -1, -1), stride=2, groups=x.shape[1])
+
+
+class Stage(nn.Module):
+    """Pooling and convolutions, and what a difference in each of their channels weighs.
+
+    Args:
+        convolutions: weight and bias of each. head: (C,), not negative.
+    """
+
+    def __init__(self, pool: nn.Module, convolutions: list[tuple[Tensor, Tensor]], head: Tensor):
+        super().__init__()
+        self.pool = pool
+        self.convolutions = nn.Sequential(*(Convolution(*c) for c in convolutions))
+        self.head = nn.Buffer(head, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Blurred pooling would keep more for the backward pass (int64 indices, padded copies) than the convolutions do,
+        # and is quick to repeat.
+        return self.convolutions(checkpoint(self.pool, x, use_reentrant=False, preserve_rng_state=False))
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Of features (B, C, h, w) -> (B,): squared differences of their directions, averaged over pixels."""
+        return ((_direction(a) - _direction(b)).square().mean(dim=(2, 3)) * self.head).sum(dim=1)
+
+
+def _direction(x: Tensor) -> Tensor:
+    """Each pixel's features divided by their length; finite gradients at zero (as torchmetrics)."""
+    return x * torch.rsqrt(x.square().sum(dim=1, keepdim=True) + 1e-8)
+
+
+class Perceptual(nn.Module):
+    """Distances of pictures; see `load_perceptual`.
+
+    It has no parameters and always is in evaluation mode. It computes in the type of its weights, float32 as loaded, under
+    autocast too.
+
+    Args:
+        name: of the measure, for reports.
+        sha256: of the file that the trunk's weights are from.
+        stages: the five of VGG16.
+        least: pixels a side that it takes.
+    """
+
+    def __init__(self, name: str, sha256: str, stages: list[Stage], least: int):
+        super().__init__()
+        self.name, self.sha256, self.least = name, sha256, least
+        self.stages = nn.ModuleList(stages)
+        shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])  # of ImageNet's colours
+        self.shift = nn.Buffer(shift[:, None, None], persistent=False)
+        self.scale = nn.Buffer(scale[:, None, None], persistent=False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Perceptual:
+        """Stays in evaluation mode, whatever a parent switches to."""
+        return super().train(False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """(B, 3, H, W) and (B, 3, H, W) in [-1, 1] -> (B,), zero for equal pictures.
+
+        Raises:
+            ValueError: if the shapes are others or differ, the sides too small, the values integers.
+        """
+        if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3:
+            raise ValueError(f"{self.name}: expected (B, 3, H, W) twice, got {tuple(a.shape)} and {tuple(b.shape)}")
+        if min(a.shape[2:]) < self.least:
+            raise ValueError(f"{self.name}: pictures of {a.shape[2]} x {a.shape[3]} pixels, but it takes {self.least} a side")
+        if not (a.is_floating_point() and b.is_floating_point()):
+            raise ValueError(f"{self.name}: expected floats in [-1, 1], got {a.dtype} and {b.dtype}; integers need scaling")
+        with torch.autocast(a.device.type, enabled=False):
+            # Not one batch of both: what needs no gradient, such as the target of a loss, then keeps nothing for it.
+            a, b = ((x.to(self.shift.dtype) - self.shift) / self.scale for x in (a, b))
+            total = 0
+            for stage in self.stages:
+                a, b = stage(a), stage(b)
+                total = total + stage.distance(a, b)
+            return total
+
+
+def load_perceptual(kind: str, path: str | Path | None = None) -> Perceptual:
+    """A measure of either kind, with weights from files, on the CPU; nothing in them is executed.
+
+    Args:
+        kind: `lpips` or `st-lpips`.
+        path: of `lpips`, torchvision's VGG16 (default: where torch.hub puts it), whose heads come with torchmetrics; of
+            `st-lpips`, trunk and heads, named as in the package stlpips-pytorch: .pt, .pth or .safetensors.
+    Raises:
+        FileNotFoundError: if there is no such file, or no path for `st-lpips`. ValueError: if it is another file than it
+        should be, or broken; if the kind is unknown.
+    """
+    if kind == "lpips":
+        path = Path(path or Path(torch.hub.get_dir(), "checkpoints", Path(VGG16).name))
+        digest = _sha256(path, f"torchvision's VGG16; get it with `{GET_VGG16}`, or give its path")
+        if not digest.startswith(VGG16_SHA256):
+            raise ValueError(
+                f"{path} is not torchvision's VGG16: expected a sha256 beginning with {VGG16_SHA256}, found {digest}; get it "
+                f"with `{GET_VGG16}`, after removing a broken download, or give another path"
+            )
+        heads = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
+        return _build("LPIPS (VGG16)", digest, path, heads, "features.{layer}", MaxPool())
+    if kind == "st-lpips":
+        if path is None:
+            raise FileNotFoundError(f"st-lpips needs the path of its weights: {GET_ST}")
+        path = Path(path)
+        digest = _sha256(path, f"weights of ST-LPIPS; they are {GET_ST}")
+        return _build("ST-LPIPS (VGG16)", digest, path, path, "net.slice{stage}.{layer}", BlurPool())
+    raise ValueError(f"unknown perceptual distance {kind!r}; expected 'lpips' or 'st-lpips'")
+
+
+def _build(name: str, sha256: str, trunk: Path, heads: Path, convolution: str, pool: MaxPool | BlurPool) -> Perceptual:
+    """
+    Args:
+        trunk, heads: files of weights. convolution: its name there, by the stage, from 1, and the layer, counted over the
+            trunk with the ReLUs and poolings.
+    """
+    trunk_weights, head_weights = read_weights(trunk), read_weights(heads)
+    stages, layer, before = [], 0, 3
+    for number, widths in enumerate(CONVOLUTIONS):
+        layer += pool.layers if number else 0
+        convolutions = []
+        for width in widths:
+            prefix = convolution.format(stage=number + 1, layer=layer)
+            weight = _take(trunk_weights, f"{prefix}.weight", (width, before, 3, 3), trunk, name)
+            convolutions.append((weight, _take(trunk_weights, f"{prefix}.bias", (width,), trunk, name)))
+            layer, before = layer + 2, width
+        head = _take(head_weights, f"lin{number}.model.1.weight", (1, before, 1, 1), heads, name).flatten()
+        stages.append(Stage(pool if number else nn.Identity(), convolutions, head))
+    return Perceptual(name, sha256, stages, pool.least)
+
+
+def _sha256(path: Path, what: str) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: {what}")
+    return file_sha256(path)
+
+
+def _take(weights: dict[str, Tensor], name: str, shape: tuple[int, ...], path: Path, owner: str) -> Tensor:
+    found = weights.get(name)
+    if found is None or found.shape != shape:
+        found = "none" if found is None else tuple(found.shape)
+        raise ValueError(f"{path} does not hold the weights of {owner}: expected {name} of shape {shape}, found {found}")
+    return found.float()

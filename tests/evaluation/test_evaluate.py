@@ -1,0 +1,322 @@
+"""`kit evaluate`, on a tiny trained pair: the same command gives the same number, whatever stops or feeds it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from kit.cli import main
+from kit.data.shapes import Shapes
+from kit.evaluation import run
+from kit.evaluation.candidates import Reconstructions, Samples
+from kit.evaluation.clips import FileClips, choose
+from kit.evaluation.report import read_result, table
+from kit.media import write_video
+
+# Six clips of 4 frames with a small VideoMAE: the way is the same, at a hundredth of the cost.
+SMALL = [
+    "protocol.real.clips=6", "protocol.samples=6", "protocol.frames=4", "protocol.height=32", "protocol.width=32",
+    "protocol.detector.kind=videomae", "protocol.detector.sha256=null", "workers=0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def evaluate(tmp_path, videomae):
+    """Runs the verb; returns its exit status."""
+
+    def go(*words: str, protocol: str = "shapes", name: str = "out") -> int:
+        common = [f"protocol={protocol}", *SMALL, f"detector_weights={videomae}", f"root={tmp_path}", f"name={name}"]
+        return main(["evaluate", *common, *words])
+
+    return go
+
+
+@pytest.fixture
+def read(tmp_path):
+    return lambda name="out": json.loads((tmp_path / name / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory) -> Path:
+    """Seven videos of 6 frames."""
+    folder = tmp_path_factory.mktemp("videos")
+    for n in range(7):
+        write_video(Shapes("val", frames=6, height=32, width=32, seed=4)[n]["video"], folder / f"ball_{n:03d}.mp4", 12)
+    return folder
+
+
+def test_a_tokenizer(evaluate, read, pair, tmp_path, capsys):
+    assert evaluate(f"ckpt={pair.tokenizer}", "metrics=[frechet,psnr,ssim,captions]") == 0
+    result = read()
+    metrics, protocol = result["metrics"], result["protocol"]
+    assert set(metrics) == {"rfvd", "psnr", "ssim", "caption_accuracy", "caption_accuracy_of_real"}
+    assert len(metrics["rfvd"]["folds"]) == 2 and metrics["rfvd"]["spread"] > 0 and metrics["rfvd"]["value"] > 0
+    assert len(metrics["psnr"]["by_frame"]) == len(metrics["ssim"]["by_frame"]) == 4
+    assert 5 < metrics["psnr"]["value"] < 40 and {"first_frame", "later_frames"} <= set(metrics["psnr"])
+    drift = metrics["caption_accuracy"]["by_frame"]
+    assert set(drift) == {"colour", "shape", "background"} and all(len(values) == 4 for values in drift.values())
+    assert metrics["caption_accuracy_of_real"]["colour"] == metrics["caption_accuracy_of_real"]["background"] == 1
+    assert result["of"]["kind"] == "tokenizer" and len(protocol["detector"]["sha256"]) == 64
+    folder = tmp_path / "out"
+    assert {p.name for p in folder.iterdir()} == {"config", "evaluation.json", "contact_sheet.png", "report.html", "clips"}
+    assert len(list((folder / "clips").glob("*.mp4"))) == 6
+    page = (folder / "report.html").read_text()
+    assert page.count("<video") == 6 and page.count("<polyline") == 8 and protocol["hash"] in page
+    printed = capsys.readouterr().out
+    assert printed.count(f"[shapes@{protocol['hash']}]") == 5 and f"protocol shapes@{protocol['hash']}: 6 against" in printed
+
+
+def test_a_generator(evaluate, read, pair, tmp_path):
+    assert evaluate(f"ckpt={pair.generator}") == 0
+    result = read()
+    assert set(result["metrics"]) == {"fvd", "caption_accuracy", "caption_accuracy_of_real"}
+    assert result["of"]["guidance"]["kind"] == "constant" and result["of"]["temperature"] == 0.7
+    assert evaluate(f"ckpt={pair.generator}", "temperature=1.5", name="hot") == 0
+    assert read("hot")["metrics"]["fvd"]["value"] != result["metrics"]["fvd"]["value"]
+    assert read("hot")["protocol"] == result["protocol"]
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+@pytest.mark.parametrize("change", ["nothing", "batch_size=4", "workers=2"])
+def test_the_same_command_gives_the_same_number(evaluate, read, pair, kind, change):
+    words = [f"ckpt={getattr(pair, kind)}", "protocol.folds=1", *(["metrics=[frechet,psnr,ssim]"] * (kind == "tokenizer"))]
+    assert evaluate(*words, name="first") == 0
+    assert evaluate(*words, *([change] if "=" in change else []), name="second") == 0
+    first, second = read("first"), read("second")
+    if change == "batch_size=4" and kind == "tokenizer":
+        assert printed(first) == printed(second)
+    else:
+        assert first == second
+
+
+def printed(result: dict) -> list[str]:
+    return run.result_lines(result)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_an_interrupted_run_goes_on(evaluate, read, pair, kind, monkeypatch, tmp_path):
+    """Stopped in the second fold: the first is not done again, and the result is that of an uninterrupted run."""
+    words = [f"ckpt={getattr(pair, kind)}", "batch_size=2", *(["metrics=[frechet,psnr,ssim]"] * (kind == "tokenizer"))]
+    assert evaluate(*words, name="whole") == 0
+    candidate = Reconstructions if kind == "tokenizer" else Samples
+    made, make = [], candidate.make
+
+    def stopped(self, batch):
+        if len(made) == 4:
+            raise RuntimeError("power cut")
+        made.append(batch)
+        return make(self, batch)
+
+    monkeypatch.setattr(run, "SAVE_EVERY", 0)
+    monkeypatch.setattr(candidate, "make", stopped)
+    assert evaluate(*words) == 1
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+    counted = []
+    monkeypatch.setattr(candidate, "make", lambda self, batch: counted.append(batch) or make(self, batch))
+    assert evaluate(*words) == 0
+    assert len(counted) == 2 + 3  # two batches left of six, and the three clips shown
+    assert read() == read("whole")
+
+
+def test_a_state_of_another_run_is_not_used(evaluate, read, pair, monkeypatch):
+    make = Samples.make
+
+    def stopped(self, batch):
+        if 4 in batch["n"]:
+            raise RuntimeError("power cut")
+        return make(self, batch)
+
+    monkeypatch.setattr(run, "SAVE_EVERY", 0)
+    monkeypatch.setattr(Samples, "make", stopped)
+    assert evaluate(f"ckpt={pair.generator}", "batch_size=2") == 1
+    monkeypatch.setattr(Samples, "make", make)
+    assert evaluate(f"ckpt={pair.generator}", "batch_size=2", "temperature=0") == 0
+    assert evaluate(f"ckpt={pair.generator}", "batch_size=2", "temperature=0", name="clean") == 0
+    assert read() == read("clean")
+
+
+def test_real_clips_are_read_once(evaluate, videos, monkeypatch):
+    words = ["protocol.folds=1", f"real={videos}", f"videos={videos}"]
+    assert evaluate(*words, protocol="weizmann") == 0
+    adds = []
+    monkeypatch.setattr(run.RealClips, "make", lambda self, batch: adds.append(batch))
+    assert evaluate(*words, "protocol.seed=3", protocol="weizmann") == 0
+    assert adds == []
+
+
+def test_videos_against_videos(evaluate, read, videos, tmp_path):
+    assert evaluate(f"real={videos}", f"videos={videos}", "protocol.real.start=first", protocol="folder") == 0
+    result = read()
+    assert set(result["metrics"]) == {"fvd"} and abs(result["metrics"]["fvd"]["value"]) < 1e-6
+    assert result["of"]["kind"] == "videos" and result["metrics"]["fvd"]["spread"] is None
+
+
+def test_given_reconstructions_in_pairs(evaluate, read, videos, tmp_path):
+    """Their own copies: no error at all; against another order of the same files, some."""
+    copies = Path(shutil.copytree(videos, tmp_path / "copies"))
+    words = [f"real={videos}", "paired=true", "protocol.real.start=first", "protocol.real.clips=7", "protocol.samples=7"]
+    measured = "metrics=[frechet,psnr,ssim]"
+    assert evaluate(*words, measured, f"videos={copies}", protocol="folder") == 0
+    metrics = read()["metrics"]
+    assert metrics["psnr"]["value"] == 100 and metrics["ssim"]["value"] == pytest.approx(1)
+    (copies / "ball_000.mp4").rename(copies / "swap")
+    (copies / "ball_001.mp4").rename(copies / "ball_000.mp4")
+    (copies / "swap").rename(copies / "ball_001.mp4")
+    assert evaluate(*words, measured, f"videos={copies}", protocol="folder", name="swapped") == 0
+    assert read("swapped")["metrics"]["psnr"]["value"] < 90
+
+
+def test_lpips_is_labelled_by_its_kind(evaluate, read, pair, shared):
+    weights = shared / "weights" / "stlpips_vgg_fp16.pt"
+    words = [f"lpips_weights={weights}", "protocol.perceptual.kind=st-lpips", "protocol.perceptual.sha256=null"]
+    assert evaluate(f"ckpt={pair.tokenizer}", *words, "metrics=[lpips]", "protocol.folds=1") == 0
+    result = read()
+    assert result["metrics"]["lpips"]["name"] == "ST-LPIPS (VGG16)" and 0 < result["metrics"]["lpips"]["value"] < 2
+    assert result["protocol"]["perceptual"]["kind"] == "st-lpips" and len(result["protocol"]["perceptual"]["sha256"]) == 64
+
+
+def test_what_lacks_its_weights_is_left_out_and_said(evaluate, read, pair, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    words = [f"ckpt={pair.tokenizer}", "protocol.folds=1", "protocol.detector.kind=i3d", "detector_weights=null"]
+    assert evaluate(*words) == 0
+    result, told = read(), capsys.readouterr().out
+    assert set(result["left_out"]) == {"frechet", "lpips"} and "psnr" in result["metrics"]
+    assert "frechet is left out: no I3D weights" in told and "python -m kit prepare i3d" in told
+    assert evaluate(*words, "metrics=[frechet]") == 1
+    assert "python -m kit prepare i3d" in capsys.readouterr().err
+
+
+def test_results_side_by_side_if_they_may(evaluate, pair, tmp_path, capsys):
+    words = [f"ckpt={pair.generator}", "metrics=[captions]"]
+    assert evaluate(*words, name="a") == evaluate(*words, "temperature=0", name="b") == 0
+    capsys.readouterr()
+    assert main(["table", f"root={tmp_path}", f"results={tmp_path}/*/evaluation.json"]) == 0
+    shown = capsys.readouterr().out
+    assert evaluate(*words, "protocol.seed=9", name="c") == 0
+    capsys.readouterr()
+    assert shown.startswith("shapes@") and "| a | " in shown and "| b | " in shown
+    assert main(["table", f"root={tmp_path}", f"results=[{tmp_path}/a/evaluation.json,{tmp_path}/c/evaluation.json]"]) == 1
+    refused = capsys.readouterr().err
+    assert "follow different protocols" in refused and "seed: 0, 9" in refused
+    with pytest.raises(ValueError, match="no results to show"):
+        table([])
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match="x.json is not a result of"):
+        read_result(tmp_path / "x.json")
+    with pytest.raises(FileNotFoundError, match="no result at"):
+        read_result(tmp_path / "y.json")
+
+
+def test_an_altered_protocol_is_found_out(evaluate, read, pair, tmp_path):
+    assert evaluate(f"ckpt={pair.generator}", "metrics=[captions]") == 0
+    path = tmp_path / "out" / "evaluation.json"
+    path.write_text(path.read_text().replace('"samples": 6', '"samples": 10000'))
+    with pytest.raises(ValueError, match="its protocol does not match its hash"):
+        read_result(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "give ckpt=CHECKPOINT, of a tokenizer or a generator, or videos=DIR"),
+        (["ckpt={generator}", "videos={videos}"], "give ckpt=CHECKPOINT"),
+        (["ckpt={generator}", "real={videos}"], "draws its real clips, it takes no folder"),
+        (["ckpt={generator}", "protocol.height=64"], "has height=64, the generator was trained with 32"),
+        (["ckpt={generator}", "protocol.fps=8"], "has fps=8, the generator was trained with 12"),
+        (["ckpt={generator}", "precision=int8"], "precision='int8'; expected one of: float32, bfloat16"),
+        (["ckpt={generator}", "metrics=[psnr]"], "psnr has nothing to measure here: it compares clips in pairs"),
+        (["ckpt={generator}", "metrics=[fvd]"], "unknown metric 'fvd'; expected auto or some of [frechet,"),
+        (["ckpt={generator}", "paired=true"], "paired=true is for videos=DIR"),
+        (["ckpt={generator}", "protocol.detector.sha256=0123"], "needs videomae weights with sha256 0123, found"),
+        (["ckpt={generator}", "protocol.frames=5"], "videomae takes clips of 4 frames, the protocol has 5"),
+        (["ckpt={generator}", "protocol.real.clips=null"], "say how many and how fast"),
+        (["protocol=weizmann", "videos={videos}"], "needs real=DIR, the folder of real videos"),
+        (["protocol=folder", "ckpt={generator}", "real={videos}", "protocol.real.clips=9"], "needs 9 real clips"),
+        (["protocol=folder", "videos={videos}", "real={videos}", "protocol.samples=8"], "needs 8 videos for each of 1 folds"),
+        (["protocol=folder", "videos={videos}", "real={videos}", "protocol.fps=2"], "is too short by"),
+        (["protocol=folder", "videos={videos}", "real={videos}", "paired=true"], "say protocol.real.start=first"),
+        (["protocol=ucf101_paper", "videos={videos}", "real={videos}"], "videos of 1 classes, UCF-101 has 101"),
+    ],
+)
+def test_bad_input_is_explained(evaluate, pair, videos, capsys, tmp_path, words, expected):
+    words = [word.format(generator=pair.generator, videos=videos) for word in words]
+    assert evaluate(*words) == 1
+    error = capsys.readouterr().err
+    assert expected in error and "Traceback" not in error
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_files_are_named(evaluate, videos, tmp_path, capsys, workers):
+    given = Path(shutil.copytree(videos, tmp_path / "given"))
+    words = [f"real={videos}", f"videos={given}", f"workers={workers}", "protocol.samples=7"]
+    write_video(torch.zeros(3, 6, 48, 48), given / "ball_003.mp4", 12)
+    assert evaluate(*words, protocol="folder") == 1
+    assert "videos of mixed sizes: " in (error := capsys.readouterr().err) and "48 x 48" in error
+    (given / "ball_003.mp4").write_bytes(b"no video")
+    assert evaluate(*words, protocol="folder") == 1
+    assert "cannot read the video" in (error := capsys.readouterr().err) and "ball_003.mp4" in error
+    write_video(torch.zeros(3, 2, 32, 32), given / "ball_003.mp4", 12)
+    assert evaluate(*words, protocol="folder") == 1
+    assert "ball_003.mp4 is too short by 2 of the protocol's 4 frames" in capsys.readouterr().err
+
+
+def test_broken_models_and_weights_are_found_out(evaluate, pair, capsys, tmp_path, videomae, monkeypatch):
+    nan = Path(shutil.copytree(videomae, tmp_path / "nan"))
+    from safetensors.torch import load_file, save_file
+
+    save_file({n: w * float("nan") for n, w in load_file(nan / "model.safetensors").items()}, nan / "model.safetensors")
+    assert evaluate(f"ckpt={pair.generator}", f"detector_weights={nan}") == 1
+    assert "shapes val 0: features are not finite" in capsys.readouterr().err
+    monkeypatch.setattr(Samples, "make", lambda self, batch: torch.full((len(batch["n"]), 3, 4, 32, 32), float("nan")))
+    assert evaluate(f"ckpt={pair.generator}") == 1
+    assert "the sample for shapes val 0 holds NaN or infinite pixels" in capsys.readouterr().err
+
+
+def test_clips_are_chosen_alike_each_time():
+    files = [f"{n}.mp4" for n in range(5)]
+    first = choose(files, 12, "random", True, seed=3)
+    assert first == choose(files, 12, "random", True, seed=3) != choose(files, 12, "random", True, seed=4)
+    assert sorted(choice.file for choice in first[:5]) == sorted(choice.file for choice in first[5:10]) == files
+    assert len({choice.start for choice in first}) == 12 and all(0 <= choice.top < 1 for choice in first)
+    middle = choose(files, 5, "middle", False, seed=3)
+    assert {(c.start, c.top, c.left) for c in middle} == {(0.5, 0.5, 0.5)} and sorted(c.file for c in middle) == files
+
+
+def test_a_suite_and_its_results(pair, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red ball moving right over a green field\na blue ring\n")
+    words = ["evaluate", "protocol=vbench", f"root={tmp_path}", "name=suite"]
+    assert main([*words, f"ckpt={pair.generator}", f"prompts={tmp_path / 'prompts.txt'}", "protocol.samples=2"]) == 0
+    folder = tmp_path / "suite"
+    assert sorted(p.name for p in (folder / "videos").iterdir()) == [
+        "a blue ring-0.mp4", "a blue ring-1.mp4",
+        "a red ball moving right over a green field-0.mp4", "a red ball moving right over a green field-1.mp4",
+    ]  # fmt: skip
+    assert (folder / "contact_sheet.png").is_file() and (folder / "report.html").read_text().count("<video") == 2
+    assert f"vbench evaluate --videos_path {folder / 'videos'}" in capsys.readouterr().out
+
+    (tmp_path / "x_eval_results.json").write_text(json.dumps({"color": [0.9, []], "scene": [0.5, []]}))
+    assert main([*words, f"results={tmp_path / 'x_eval_results.json'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "| color | 90.00 | 90.73 |" in printed and "no results for subject_consistency" in printed
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert result["raw"] == {"color": 0.9, "scene": 0.5} and result["protocol"]["hash"] in printed
+    assert result["protocol"]["kind"] == "generator" and "total" not in result["scores"]
+    assert main([*words[:-1], "name=elsewhere", f"results={tmp_path / 'x_eval_results.json'}"]) == 1
+    assert "has no suite.json" in capsys.readouterr().err
+    assert main([*words, "protocol=prompts", f"results={tmp_path}"]) == 1
+    assert "the protocol prompts has no such tool" in capsys.readouterr().err
+    assert main([*words, f"ckpt={pair.generator}"]) == 1
+    assert "needs ckpt=GENERATOR and prompts=FILE" in capsys.readouterr().err
+
+
+def test_file_clips_say_what_they_are(videos):
+    from kit.data.clips import FolderClips
+
+    source = FolderClips(videos, "all", frames=4, height=16, width=24)
+    item = FileClips(source, choose(["ball_002.mp4"], 1, "first", False, 0))[0]
+    assert item["video"].shape == (3, 4, 16, 24) and item["size"] == "32 x 32" and item["name"] == "ball_002.mp4"

