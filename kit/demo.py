@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from kit.files import write_json
+
 PROMPT = "a red ball moving right over a green field"
 
 
@@ -57,7 +59,7 @@ def demo(cfg: DictConfig) -> dict:
     scores = json.loads((folder / "scores" / "metrics.json").read_text())
     seconds = {"tokenizer": train_seconds(tokenizer), "generator": train_seconds(generator)}
     metrics = {**scores, "train_seconds": sum(seconds.values()), "train_seconds_by_part": seconds}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(folder / "metrics.json", metrics)
     shutil.copy(folder / "scores" / "contact_sheet.png", folder / "contact_sheet.png")
     for video in (folder / "scores" / "videos").glob("*.mp4"):
         shutil.copy(video, folder / "videos" / video.name)
@@ -82,6 +84,7 @@ Look at
 Next
   python -m kit generate ckpt={generator} prompt="a blue star growing on a dark background" n=4
   python -m kit inspect ckpt={generator}
+  python -m kit prepare i3d && python -m kit evaluate protocol=shapes ckpt={generator}
   python -m kit generate ckpt={generator} image=PICTURE.png prompt="a green ring circling in a blue sky"
   python -m kit fit conf=stage1_tokenizer data=clips data.root=YOUR_VIDEOS name=mine
   python -m kit --help"""

@@ -13,12 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from kit import machine
 from kit.cli import CONF, confs
+from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
+from kit.perceptual import GET_VGG16, vgg16_path
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
 PACKAGES = {  # package -> what lacks without it
     "torch": "", "lightning": "", "hydra-core": "", "torchmetrics": "", "av": "", "decord2": "data.source.backend=decord",
     "wandb": "logger=wandb", "tensorboard": "logger=tensorboard", "torchvision": "", "xformers": "",
+    "transformers": "protocol.detector.kind=videomae",
 }  # fmt: skip
 BYTES_TRAINED = 20  # per parameter: float32 weights, gradients, two AdamW moments, EMA
 
@@ -51,6 +54,15 @@ def hardware() -> dict[str, str]:
     facts["attention"] = f"scaled_dot_product_attention of torch, {chosen_from}"
     facts["torch.compile"] = "works" if machine.can_compile() else "does not work here (on CPUs it needs a C++ compiler)"
     return facts
+
+
+def metric_networks() -> dict[str, str]:
+    """Metric -> where its network's weights lie, or how to get them."""
+    i3d, vgg16 = machine.cache_folder() / I3D_FILE, vgg16_path()
+    return {
+        "FVD": str(i3d) if i3d.is_file() else "no weights yet: python -m kit prepare i3d",
+        "LPIPS": str(vgg16) if vgg16.is_file() else f"no weights yet: {GET_VGG16}",
+    }
 
 
 def parameters(size: Path) -> tuple[int, int]:
@@ -107,7 +119,7 @@ def problems(name: str) -> list[str]:
 
 def doctor(cfg: DictConfig) -> None:
     """Prints all of the above."""
-    for title, facts in (("this machine", hardware()), ("packages", versions())):
+    for title, facts in (("this machine", hardware()), ("packages", versions()), ("metric networks", metric_networks())):
         print(f"{title}\n" + "\n".join(f"  {name:<14}{value}" for name, value in facts.items()))
     print("memory\n" + "\n".join(f"  {row}" for row in presets()))
     if cfg.check is not None:

@@ -141,6 +141,11 @@ class Perceptual(nn.Module):
             return total
 
 
+def vgg16_path() -> Path:
+    """Where torch.hub puts torchvision's VGG16."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(VGG16).name)
+
+
 def load_perceptual(kind: str, path: str | Path | None = None) -> Perceptual:
     """A measure of either kind, with weights from files, on the CPU; nothing in them is executed.
 
@@ -153,7 +158,7 @@ def load_perceptual(kind: str, path: str | Path | None = None) -> Perceptual:
         should be, or broken; if the kind is unknown.
     """
     if kind == "lpips":
-        path = Path(path or Path(torch.hub.get_dir(), "checkpoints", Path(VGG16).name))
+        path = Path(path or vgg16_path())
         digest = _sha256(path, f"torchvision's VGG16; get it with `{GET_VGG16}`, or give its path")
         if not digest.startswith(VGG16_SHA256):
             raise ValueError(

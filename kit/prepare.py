@@ -162,7 +162,7 @@ PREPARES = {"i3d": prepare_i3d}
 def prepare(cfg: DictConfig) -> Path:
     """Fetches `cfg.what`; prints where it lies and its hash."""
     if cfg.what not in PREPARES:
-        raise ValueError(f"prepare {cfg.what!r}: expected one of: {', '.join(PREPARES)}")
+        raise ValueError(f"prepare what? found {cfg.what}, expected one of: {', '.join(PREPARES)}")
     path = PREPARES[cfg.what](Path(cfg.source) if cfg.source else None)
     print(f"{path}\nsha256 {file_sha256(path)}")
     return path

@@ -20,6 +20,7 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.read import read_clip_file
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_accuracy
+from kit.files import write_json
 from kit.generator.corruption import training_sequence
 from kit.generator.module import accuracy_by_scale
 from kit.generator.sampler import Guidance
@@ -93,8 +94,7 @@ def validate(cfg: DictConfig) -> dict:
     """Scores a checkpoint on held-out clips; prints the metrics and leaves metrics.json and a contact sheet."""
     metrics = validate_tokenizer(cfg) if kind_of(cfg.ckpt) == "tokenizer" else validate_generator(cfg)
     folder = Path(cfg.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(folder / "metrics.json", metrics)
     print(json.dumps(metrics, indent=2))
     print(f"in {folder}: metrics.json, contact_sheet.png")
     return metrics
@@ -297,7 +297,7 @@ def inspect(cfg: DictConfig) -> dict:
     report = {"schedule": str(schedule), "by_scale": by_scale, "bit_entropy": [round(e.item(), 4) for e in entropy]}
     if generator is not None:
         report |= teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size)
-    (folder / "inspect.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(folder / "inspect.json", report)
     print(json.dumps(report, indent=2))
     print(f"in {folder}: scales.png, bit_use.png, inspect.json")
     return report

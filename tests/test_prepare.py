@@ -109,8 +109,9 @@ def test_a_package_at_hand_is_converted_and_used(tmp_path, monkeypatch, capsys):
 
 
 def test_what_to_prepare_is_said(tmp_path, capsys):
-    assert main(["prepare", "c3d", f"root={tmp_path}"]) == 1
-    assert "prepare 'c3d': expected one of: i3d" in capsys.readouterr().err
+    for words, found in ((["c3d"], "c3d"), ([], "None")):
+        assert main(["prepare", *words, f"root={tmp_path}"]) == 1
+        assert f"prepare what? found {found}, expected one of: i3d" in capsys.readouterr().err
 
 
 def test_the_real_package(shared, tmp_path):

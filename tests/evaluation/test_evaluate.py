@@ -81,20 +81,15 @@ def test_a_generator(evaluate, read, pair, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
-@pytest.mark.parametrize("change", ["nothing", "batch_size=4", "workers=2"])
+@pytest.mark.parametrize("change", ["nothing", "batch_size=1", "batch_size=4", "workers=2"])
 def test_the_same_command_gives_the_same_number(evaluate, read, pair, kind, change):
     words = [f"ckpt={getattr(pair, kind)}", "protocol.folds=1", *(["metrics=[frechet,psnr,ssim]"] * (kind == "tokenizer"))]
     assert evaluate(*words, name="first") == 0
     assert evaluate(*words, *([change] if "=" in change else []), name="second") == 0
     first, second = read("first"), read("second")
-    if change == "batch_size=4" and kind == "tokenizer":
-        assert printed(first) == printed(second)
-    else:
+    assert run.result_lines(first) == run.result_lines(second)
+    if "batch_size" not in change:  # else the digits that are not printed may differ, by the machine
         assert first == second
-
-
-def printed(result: dict) -> list[str]:
-    return run.result_lines(result)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
