@@ -39,9 +39,10 @@ VERBS = {
 
 
 FREE_TEXT = ("prompt", "label", "image", "video", "videos", "real", "prompts", "data.root")
+PATHS = ("ckpt", "tokenizer", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source")
 
 # What a user can mend; told without a traceback.
-MENDABLE = (ValueError, FileNotFoundError, FileExistsError, ImportError, MemoryError, UnreadableVideo)
+MENDABLE = (ValueError, OSError, ImportError, MemoryError, UnreadableVideo)
 
 
 def usage() -> str:
@@ -124,7 +125,8 @@ def split(args: list[str]) -> tuple[str | None, list[str]]:
 def quoted(word: str) -> str:
     """Quotes what is free text or a file's name for hydra, whose grammar would stumble over commas and brackets."""
     key, _, text = word.partition("=")
-    if key not in FREE_TEXT or text[:1] in ('"', "'") or text == "null":
+    free = key in FREE_TEXT or (key in PATHS and "," not in text)  # several of these are a sweep
+    if not free or text[:1] in ('"', "'") or text == "null":
         return word
     return f"{key}='" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 

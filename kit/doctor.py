@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -30,10 +29,8 @@ def versions() -> dict[str, str]:
     """Package -> version, or what is missed without it."""
     found = {}
     for name, lacking in PACKAGES.items():
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = f"not installed{f' (needed for {lacking})' if lacking else ' (optional)'}"
+        absent = f"not installed{f' (needed for {lacking})' if lacking else ' (optional)'}"
+        found[name] = machine.installed_version(name) or absent
     return found
 
 

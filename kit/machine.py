@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import os
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -63,6 +64,13 @@ def devices() -> int | str:
     return "auto" if torch.cuda.is_available() else 1
 
 
+def installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def cache_folder() -> Path:
     """Where kit keeps what it fetched or computed for later runs: the folder KIT_CACHE, else ~/.cache/kit."""
     return Path(os.environ.get("KIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kit")
@@ -87,6 +95,19 @@ def fast_float32_products():
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def exact_float32():
+    """Keeps a GPU from computing float32 convolutions and products in TF32 meanwhile: a measurement does mind."""
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
 
 
 def keep_freed_memory():

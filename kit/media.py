@@ -75,6 +75,6 @@ def contact_sheet(
             sheet.paste(picture, (margin + column * (frame_w + gap), y))
         y += frame_h + gap
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with written_aside(path) as aside:
+        sheet.save(aside)
     return path

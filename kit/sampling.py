@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,11 @@ from kit.generator.transformer import Generator
 from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
 from kit.tokenizer.quantizer import feature_to_bits
+
+
+def seed_of(*place: int) -> int:
+    """A seed of 32 bits for each place in numbered work, such as (seed, fold, clip), whatever else is made."""
+    return int(np.random.SeedSequence(place).generate_state(1)[0])
 
 
 @torch.no_grad()

@@ -98,6 +98,9 @@ def test_a_package_at_hand_is_converted_and_used(tmp_path, monkeypatch, capsys):
     assert f"expected {PACKAGE_SHA256}" in capsys.readouterr().err and not (cache_folder() / I3D_FILE).exists()
 
     monkeypatch.setattr(prepare, "PACKAGE_SHA256", file_sha256(source))
+    assert main(["prepare", "i3d", f"source={source}", f"root={tmp_path}"]) == 1
+    assert "the converted weights have sha256" in (told := capsys.readouterr().err) and not list(cache_folder().iterdir())
+    monkeypatch.setattr(prepare, "I3D_SHA256", told.split("have sha256 ")[1].split(",")[0])
     assert main(["prepare", "i3d", f"source={source}", f"root={tmp_path}"]) == 0
     found = read_weights(cache_folder() / I3D_FILE)
     assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
@@ -106,6 +109,10 @@ def test_a_package_at_hand_is_converted_and_used(tmp_path, monkeypatch, capsys):
     clip = torch.rand(1, 3, 9, 32, 32) * 2 - 1
     assert detector(clip).isfinite().all()
     assert list(cache_folder().iterdir()) == [cache_folder() / I3D_FILE]
+
+    (cache_folder() / I3D_FILE).write_bytes(b"damaged")
+    assert prepare_i3d(source) == cache_folder() / I3D_FILE
+    assert load_i3d().sha256 == detector.sha256
 
 
 def test_what_to_prepare_is_said(tmp_path, capsys):

@@ -20,8 +20,8 @@ def read_list(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"UCF-101's split list {path} is missing; unpack UCF101TrainTestSplits-RecognitionTask.zip there, or give "
-            f"the folder that holds it as `lists`"
+            f"UCF-101's split list {path} is missing; unpack UCF101TrainTestSplits-RecognitionTask.zip there or beside the "
+            f"folder of the classes"
         )
     names = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -42,15 +42,13 @@ class UCF101(FolderClips):
 
     Args:
         split: `train` or `val`, the official training and test list, or `all` of the data set.
-        official: number of the official split, 1 to 3.
-        lists: folder of trainlist01.txt and so on; by default `ucfTrainTestlist` in `root` or beside it.
+        official: number of the official split, 1 to 3; its lists lie in `ucfTrainTestlist`, in `root` or beside it.
     Raises:
         as `FolderClips`; FileNotFoundError also for missing lists, or videos that a list names, by name.
     """
 
     label_from: str = "folder"
     official: int = 1
-    lists: str | Path | None = None
 
     def _files_of_split(self, names: list[str]) -> list[str]:
         if self.official not in (1, 2, 3):
@@ -62,8 +60,6 @@ class UCF101(FolderClips):
         return self._present(names, [n for kind in kinds for n in read_list(self._list(f"{kind}list0{self.official}.txt"))])
 
     def _list(self, name: str) -> Path:
-        if self.lists is not None:
-            return Path(self.lists) / name
         inside, beside = self.root / LISTS / name, self.root.parent / LISTS / name
         return beside if beside.is_file() and not inside.is_file() else inside
 

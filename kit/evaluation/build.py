@@ -6,17 +6,18 @@ from dataclasses import dataclass, replace
 
 from omegaconf import DictConfig
 
-from kit.checkpoint import kind_of, load_generator, load_tokenizer
+from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.clips import FolderClips
 from kit.data.shapes import Shapes
 from kit.evaluation.candidates import PRECISIONS, Candidate, GivenVideos, Reconstructions, Samples
 from kit.evaluation.clips import fingerprint, real_source
-from kit.evaluation.detectors import Detector, load_detector
+from kit.evaluation.detectors import Detector, UnfitClips, load_detector
 from kit.evaluation.protocol import Network, Protocol
 from kit.generator.condition import ConditionConfig
 from kit.generator.sampler import Guidance
 from kit.perceptual import Perceptual, load_perceptual
 from kit.run import plain
+from kit.scales import whole_groups
 
 METRICS = ("frechet", "psnr", "ssim", "lpips", "captions")
 ANOTHER = "which makes it another protocol"
@@ -62,12 +63,20 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
         return _given_videos(cfg, protocol, source)
     if cfg.paired:
         raise ValueError("paired=true is for videos=DIR; a tokenizer's reconstructions are paired anyway, samples never")
+    shape = (protocol.frames, protocol.height, protocol.width)
     if kind_of(cfg.ckpt) == "tokenizer":
-        return Reconstructions(load_tokenizer(cfg.ckpt), cfg.precision), protocol.resolved(samples=protocol.real.clips)
+        if protocol.folds > 1 and not protocol.real.drawn_anew:
+            raise ValueError(
+                f"protocol.folds={protocol.folds} would score the same reconstructions again: say protocol.folds=1 or "
+                f"protocol.real.start=random"
+            )
+        tokenizer = load_tokenizer(cfg.ckpt)
+        check_size(tokenizer, shape)
+        return Reconstructions(tokenizer, cfg.precision), protocol.resolved(samples=protocol.real.clips)
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
     check_fit(generator.clip, generator.model.config.condition, protocol, source)
+    check_size(tokenizer, shape)
     protocol = protocol.resolved(samples=protocol.samples or protocol.real.clips)
-    shape = (protocol.frames, protocol.height, protocol.width)
     return Samples(generator, tokenizer, Guidance(**plain(cfg.guidance)), cfg.temperature, cfg.precision, shape), protocol
 
 
@@ -76,15 +85,29 @@ def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Sha
     videos = FolderClips(cfg.videos, "all", label_from="none", backend=protocol.real.backend, **shape)
     protocol = protocol.resolved(samples=protocol.samples or len(videos.files) // protocol.folds)
     if cfg.paired:
-        files = getattr(source, "files", [])
-        if sorted(videos.files) != sorted(files):
+        if odd := sorted(set(videos.files) ^ set(getattr(source, "files", []))):
             raise ValueError(
-                f"paired=true needs the same file names in videos={cfg.videos}, {len(videos.files)} files, and "
-                f"real={cfg.real}, {len(files)} files"
+                f"paired=true needs the same file names in videos={cfg.videos} and real={cfg.real}; {odd[0]} is in one only"
             )
-        if (protocol.folds, protocol.real.start, protocol.samples) != (1, "first", protocol.real.clips):
-            raise ValueError("paired=true compares each file from its start: say protocol.real.start=first protocol.folds=1")
+        real = protocol.real
+        if (real.start, real.random_crop, protocol.folds, protocol.samples) != ("first", False, 1, real.clips):
+            raise ValueError(
+                f"paired=true compares each file from its start, {len(videos.files)} in all: say protocol.real.start=first "
+                f"protocol.real.random_crop=false protocol.folds=1, and neither clips nor samples"
+            )
     return GivenVideos(videos, cfg.paired), protocol
+
+
+def check_size(tokenizer: Loaded, shape: tuple[int, int, int]):
+    """
+    Raises:
+        ValueError: if the tokenizer does not take clips (T, H, W) of this size.
+    """
+    frames, height, width = shape
+    try:
+        tokenizer.model.schedule(whole_groups(frames), height, width)
+    except ValueError as error:
+        raise ValueError(f"protocol.height={height}, protocol.width={width}: {error}") from error
 
 
 def check_fit(clip: dict, condition: ConditionConfig, protocol: Protocol, source: FolderClips | Shapes):
@@ -109,7 +132,7 @@ def check_fit(clip: dict, condition: ConditionConfig, protocol: Protocol, source
 
 
 def build_tools(
-    cfg: DictConfig, protocol: Protocol, paired: bool, source: FolderClips | Shapes
+    cfg: DictConfig, protocol: Protocol, candidate: Candidate, source: FolderClips | Shapes
 ) -> tuple[Tools, Protocol]:
     """The networks that the metrics need, and the protocol with their hashes.
 
@@ -119,22 +142,22 @@ def build_tools(
     Raises:
         ValueError, FileNotFoundError, ImportError: if a metric is unknown, does not fit or lacks its weights.
     """
-    wanted, left_out = wanted_metrics(cfg.metrics, paired, isinstance(source, Shapes)), {}
+    captioned = isinstance(source, Shapes) and not isinstance(candidate, GivenVideos)
+    wanted, left_out = wanted_metrics(cfg.metrics, candidate.paired, captioned), {}
 
     def load(metric: str, function, *arguments):
         if metric not in wanted:
             return None
         try:
             return function(*arguments)
-        except (FileNotFoundError, ImportError) as error:
+        except (FileNotFoundError, ImportError, UnfitClips) as error:
             if cfg.metrics != "auto":
                 raise
             left_out[metric] = str(error)
 
-    detector = load("frechet", load_detector, protocol.detector.kind, cfg.detector_weights)
+    detector = load("frechet", load_detector, protocol.detector.kind, cfg.detector_weights, protocol.frames)
     perceptual = load("lpips", load_perceptual, protocol.perceptual.kind, cfg.lpips_weights)
     if detector:
-        detector.check_frames(protocol.frames)
         protocol = protocol.resolved(detector=_checked("detector", protocol.detector, detector.sha256))
     if perceptual:
         protocol = protocol.resolved(perceptual=_checked("perceptual", protocol.perceptual, perceptual.sha256))
@@ -144,18 +167,20 @@ def build_tools(
     return Tools(metrics, detector, perceptual, left_out), protocol
 
 
-def wanted_metrics(asked: str | list[str], paired: bool, shapes: bool) -> list[str]:
+def wanted_metrics(asked: str | list[str], paired: bool, captioned: bool) -> list[str]:
     """
+    Args:
+        asked: names, or `auto`. paired: whether each clip has its real one. captioned: whether a caption of `shapes`.
     Raises:
         ValueError: if a metric is unknown or cannot be measured on such clips.
     """
-    possible = ["frechet", *(["psnr", "ssim", "lpips"] if paired else []), *(["captions"] if shapes else [])]
+    possible = ["frechet", *(["psnr", "ssim", "lpips"] if paired else []), *(["captions"] if captioned else [])]
     wanted = possible if asked == "auto" else [asked] if isinstance(asked, str) else list(asked)
     for name in wanted:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}; expected auto or some of [{','.join(METRICS)}]")
         if name not in possible:
-            why = "captions can be read from shapes only" if name == "captions" else "it compares clips in pairs"
+            why = "it reads what captions of shapes name" if name == "captions" else "it compares clips in pairs"
             raise ValueError(f"{name} has nothing to measure here: {why}; possible are [{','.join(possible)}]")
     return wanted
 
@@ -165,6 +190,6 @@ def _checked(key: str, network: Network, sha256: str) -> Network:
     if not sha256.startswith(network.sha256 or ""):
         raise ValueError(
             f"the protocol needs {network.kind} weights with sha256 {network.sha256[:16]}, found {sha256[:16]}; take the "
-            f"right file, or say protocol.{key}.sha256=null, {ANOTHER}"
+            f"right file (`python -m kit prepare i3d` fetches I3D's), or say protocol.{key}.sha256=null, {ANOTHER}"
         )
     return replace(network, sha256=network.sha256 or sha256)

@@ -17,7 +17,7 @@ from kit.evaluation.clips import DrawnClips, FileClips, Together, Words, fingerp
 from kit.evaluation.protocol import Protocol
 from kit.generator.sampler import Guidance
 from kit.machine import device
-from kit.sampling import sample_clips
+from kit.sampling import sample_clips, seed_of
 from kit.scales import whole_groups
 
 PRECISIONS = ("float32", "bfloat16")
@@ -33,7 +33,12 @@ class Reconstructions:
     paired = True
 
     def about(self) -> dict:
-        return {"kind": "tokenizer", **_about(self.tokenizer), "precision": self.precision}
+        """What decides how the clips look, and no more: not where the checkpoint lies."""
+        return {"kind": "tokenizer", "hash": self.tokenizer.hash, "steps": self.tokenizer.steps, "precision": self.precision}
+
+    @property
+    def path(self) -> Path:
+        return self.tokenizer.path
 
     def dataset(self, protocol: Protocol, real: FileClips | DrawnClips, fold: int) -> Dataset:
         return real
@@ -50,8 +55,7 @@ class Reconstructions:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples for the captions or classes of the real clips, one after another. Sample n of fold f has the seed
-    `protocol.seed` + f * samples + n.
+    """Samples for the captions or classes of the real clips, one after another; each with a seed of its own.
 
     Args:
         shape: (T, H, W) of the clips that are scored.
@@ -68,12 +72,17 @@ class Samples:
 
     def about(self) -> dict:
         return {
-            "kind": "generator", **_about(self.generator), "tokenizer_hash": self.tokenizer.hash,
-            "guidance": vars(self.guidance), "temperature": self.temperature, "precision": self.precision,
+            "kind": "generator", "hash": self.generator.hash, "steps": self.generator.steps,
+            "tokenizer_hash": self.tokenizer.hash, "guidance": vars(self.guidance), "temperature": self.temperature,
+            "precision": self.precision,
         }  # fmt: skip
 
+    @property
+    def path(self) -> Path:
+        return self.generator.path
+
     def dataset(self, protocol: Protocol, real: FileClips | DrawnClips, fold: int) -> Dataset:
-        return Seeded(Words(real, protocol.samples), protocol.seed + fold * protocol.samples)
+        return Seeded(Words(real, protocol.samples), (protocol.seed, fold))
 
     def make(self, batch: dict) -> Tensor:
         return self.sample(self.generator.model.condition.prompts(batch), batch["seed"].tolist())
@@ -96,16 +105,16 @@ class Samples:
 
 
 class Seeded(Dataset):
-    """Items with a seed: the first one's, and one more for each."""
+    """Items with a seed each, that of their number at `place`."""
 
-    def __init__(self, items: Dataset, first: int):
-        self.items, self.first = items, first
+    def __init__(self, items: Dataset, place: tuple[int, int]):
+        self.items, self.place = items, place
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, n: int) -> dict:
-        return {**self.items[n], "seed": self.first + n}
+        return {**self.items[n], "seed": seed_of(*self.place, n)}
 
 
 @dataclass(frozen=True)
@@ -121,8 +130,11 @@ class GivenVideos:
     row = "video"
 
     def about(self) -> dict:
-        folder = str(Path(self.source.root).resolve())
-        return {"kind": "videos", "folder": folder, "files": fingerprint(self.source), "paired": self.paired}
+        return {"kind": "videos", "files": fingerprint(self.source), "paired": self.paired}
+
+    @property
+    def path(self) -> Path:
+        return Path(self.source.root)
 
     def dataset(self, protocol: Protocol, real: FileClips | DrawnClips, fold: int) -> Dataset:
         clips = given_clips(protocol, self.source, fold)
@@ -144,10 +156,6 @@ class RealClips:
 
 
 Candidate = RealClips | Reconstructions | Samples | GivenVideos
-
-
-def _about(loaded: Loaded) -> dict:
-    return {"ckpt": str(loaded.path), "hash": loaded.hash, "steps": loaded.steps}
 
 
 def _autocast(precision: str):

@@ -14,6 +14,8 @@ from kit.data.shapes import Shapes
 from kit.data.ucf101 import UCF101
 from kit.evaluation.protocol import Protocol, Real, digest
 
+END = 4096  # bytes
+
 
 class Choice(NamedTuple):
     """Which clip of which file; `start`, `top` and `left` from 0 to 1."""
@@ -108,9 +110,9 @@ def collate(items: list[dict]) -> dict:
     return next((item for item in items if "error" in item), None) or default_collate(items)
 
 
-def choose(files: list[str], clips: int, start: str, random_crop: bool, seed: int) -> list[Choice]:
-    """`clips` clips in an order of the seed's: each file once, then each again. Fixed by the arguments."""
-    rng = np.random.default_rng((seed, 2))
+def choose(files: list[str], clips: int, start: str, random_crop: bool, seed: int, fold: int) -> list[Choice]:
+    """`clips` clips in an order of the seed's and the fold's: each file once, then each again. Fixed by the arguments."""
+    rng = np.random.default_rng((seed, 2, fold))
     order = [files[i] for _ in range(-(-clips // len(files))) for i in rng.permutation(len(files))][:clips]
     draws = rng.random((clips, 3))
     at = {"first": np.zeros(clips), "middle": np.full(clips, 0.5), "random": draws[:, 0]}[start]
@@ -119,8 +121,17 @@ def choose(files: list[str], clips: int, start: str, random_crop: bool, seed: in
 
 
 def fingerprint(source: FolderClips) -> str:
-    """16 hex digits of the names and sizes of a source's files."""
-    return digest([(name, (source.root / name).stat().st_size) for name in sorted(source.files)])[:16]
+    """16 hex digits of a source's files: names, captions, labels, sizes, and of each its first and last bytes."""
+    return digest([(name, source.words(name), *_marks(source.root / name)) for name in sorted(source.files)])[:16]
+
+
+def _marks(path: Path) -> tuple[int, str]:
+    """Size and ends of a file: what tells two videos apart without reading all of them."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        ends = file.read(END)
+        file.seek(max(size - END, 0))
+        return size, (ends + file.read(END)).hex()
 
 
 def real_source(protocol: Protocol, root: str | Path | None) -> FolderClips | Shapes:
@@ -163,8 +174,8 @@ def real_clips(protocol: Protocol, source: FolderClips | Shapes, fold: int) -> F
             f"the protocol {protocol.name} needs {real.clips} real clips, {source.root} ({real.split}) has "
             f"{len(source.files)}; add some, or say protocol.real.clips={len(source.files)}, which makes it another protocol"
         )
-    seed = real.seed + (fold if real.drawn_anew else 0)
-    return FileClips(source, choose(source.files, real.clips, real.start, real.random_crop, seed))
+    fold = fold if real.drawn_anew else 0
+    return FileClips(source, choose(source.files, real.clips, real.start, real.random_crop, real.seed, fold))
 
 
 def given_clips(protocol: Protocol, source: FolderClips, fold: int) -> FileClips:
@@ -180,5 +191,5 @@ def given_clips(protocol: Protocol, source: FolderClips, fold: int) -> FileClips
             f"{source.root} has {len(source.files)}; make more, or say protocol.samples= and protocol.folds=, which makes it "
             f"another protocol"
         )
-    choices = choose(source.files, needed, "first", False, protocol.real.seed)
+    choices = choose(source.files, needed, "first", False, protocol.real.seed, 0)
     return FileClips(source, choices[fold * protocol.samples : (fold + 1) * protocol.samples])

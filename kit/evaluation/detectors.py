@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,17 @@ I3D_FILE = "i3d_kinetics400.safetensors"
 PAIR = 2  # clips computed together, always: rounding depends on the size of a batch, a number must not
 
 
+class UnfitClips(ValueError):
+    """Clips that a detector has no feature for."""
+
+
 @dataclass(frozen=True)
 class Detector:
     """A network that gives each clip a feature.
 
     Args:
-        kind: its name in a protocol. sha256: of its weights' file. size: D. least_frames, most_frames: of a clip.
+        kind: its name in a protocol. sha256: of its weights' file, or of several files together. size: D.
+        least_frames, most_frames: of a clip.
         network: (2, 3, T, H, W) in [-1, 1], float32 -> (2, D).
     """
 
@@ -37,12 +43,12 @@ class Detector:
     def check_frames(self, frames: int):
         """
         Raises:
-            ValueError: if the detector does not take clips of so many frames.
+            UnfitClips: if the detector does not take clips of so many frames.
         """
         most = self.most_frames or frames
         if not self.least_frames <= frames <= most:
             takes = f"{self.least_frames}" if most == self.least_frames else f"{self.least_frames} or more"
-            raise ValueError(f"the detector {self.kind} takes clips of {takes} frames, the protocol has {frames}")
+            raise UnfitClips(f"the detector {self.kind} takes clips of {takes} frames, the protocol has {frames}")
 
     @torch.inference_mode()
     def __call__(self, clips: Tensor) -> Tensor:
@@ -116,7 +122,9 @@ def load_videomae(path: str | Path | None = None) -> Detector:
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if config.model_type != "videomae":
         raise ValueError(f"{path} holds a model of type {config.model_type!r}, expected 'videomae'")
-    model = VideoMAEModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
+    model, report = VideoMAEModel.from_pretrained(path, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    if lacking := sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])}):
+        raise ValueError(f"{path} lacks {len(lacking)} weights of its config.json, such as {lacking[0]}; download it again")
     model = model.eval().requires_grad_(False).to(device())
     mean, std = (torch.tensor(v, device=device()).view(3, 1, 1, 1) for v in IMAGENET)
 
@@ -124,7 +132,8 @@ def load_videomae(path: str | Path | None = None) -> Detector:
         pixels = ((resize_frames(clips, config.image_size) + 1) / 2 - mean) / std
         return model(pixel_values=pixels.transpose(1, 2)).last_hidden_state.mean(dim=1)
 
-    sha256, frames = file_sha256(Path(path) / "model.safetensors"), config.num_frames
+    parts = [file_sha256(Path(path) / name) for name in ("config.json", "model.safetensors")]
+    sha256, frames = hashlib.sha256("".join(parts).encode()).hexdigest(), config.num_frames
     return Detector("videomae", sha256, config.hidden_size, frames, frames, network)
 
 
@@ -132,12 +141,14 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and spread of 
 DETECTORS: dict[str, Callable[[str | Path | None], Detector]] = {"i3d": load_i3d, "videomae": load_videomae}
 
 
-def load_detector(kind: str, path: str | Path | None = None) -> Detector:
-    """A detector by its name in a protocol.
+def load_detector(kind: str, path: str | Path | None, frames: int) -> Detector:
+    """A detector by its name in a protocol, for clips of so many frames.
 
     Raises:
-        ValueError: for an unknown kind; else as the detector's own function.
+        ValueError: for an unknown kind; UnfitClips: for a length it does not take; else as the detector's own function.
     """
     if kind not in DETECTORS:
         raise ValueError(f"unknown detector {kind!r}; expected one of: {', '.join(DETECTORS)}")
-    return DETECTORS[kind](path)
+    detector = DETECTORS[kind](path)
+    detector.check_frames(frames)
+    return detector

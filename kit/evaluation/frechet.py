@@ -69,7 +69,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     covariances = a.covariance, b.covariance
     overlap = torch.linalg.svdvals(root(covariances[0]).T @ root(covariances[1])).sum()
     traces = covariances[0].trace() + covariances[1].trace()
-    return ((a.mean - b.mean).square().sum() + traces - 2 * overlap).item()
+    distance = (a.mean - b.mean).square().sum() + traces - 2 * overlap
+    return max(distance.item(), 0.0)  # which rounding may miss by a little for equal sets
 
 
 class Nested:

@@ -13,12 +13,15 @@ SOURCES = ("folder", "ucf101", "shapes")
 # What is the same for every protocol of kit; a change here makes every result another protocol's.
 CONVENTIONS = {
     "version": 1,
+    "given": "given videos are taken from their first frames",
     "resize": "before the model, each frame to cover the size, bilinear, antialiased, 8 bits, then cut in the centre",
     "pixels": "clips are scored as 8-bit pixels in [-1, 1]",
     "detector_input": "each frame bilinear to the detector's size, antialiased",
     "frechet": "float64, unbiased covariance",
     "psnr": "of a clip from its mean squared error, then the mean over clips; by frame likewise; at most 100 dB",
     "ssim": "of each frame, Gaussian window of 11 pixels and sigma 1.5, then the mean",
+    "lpips": "version 0.1, of each frame, then the mean",
+    "prompts": "sample n is for the caption or class of real clip n, modulo their number",
 }
 
 
@@ -49,7 +52,11 @@ class Real:
         for key, choices in (("kind", SOURCES), ("start", STARTS), ("split", ("train", "val", "all"))):
             if getattr(self, key) not in choices:
                 raise ValueError(f"protocol.real.{key}={getattr(self, key)!r}; expected one of: {', '.join(choices)}")
-        _at_least(2, "protocol.real.clips", self.clips)
+        if self.kind == "shapes" and self.split == "all":
+            raise ValueError("protocol.real.split='all'; shapes are drawn for `train` or `val`")
+        whole("protocol.real.clips", self.clips, 2, missing=True)
+        for key, least in (("val_every", 2), ("official", 1), ("seed", 0)):
+            whole(f"protocol.real.{key}", getattr(self, key), least)
 
     @property
     def drawn_anew(self) -> bool:
@@ -73,7 +80,7 @@ class Protocol:
         samples: clips made or given in each fold; null: as many as real ones.
         folds: times that all is done, with other random clips and other samples. seed: of samples.
         detector: of the Fréchet distance. perceptual: `lpips` or `st-lpips`.
-        fingerprint: of the real files, their names and sizes; filled in when they are known.
+        fingerprint: of the real files, names, contents and captions; filled in when they are known.
     Raises:
         ValueError: for a value that makes no sense, with its key.
     """
@@ -93,9 +100,12 @@ class Protocol:
     conventions: dict = field(default_factory=lambda: dict(CONVENTIONS))
 
     def __post_init__(self):
-        least_values = {"frames": 1, "height": 16, "width": 16, "fps": 0, "folds": 1, "seed": 0, "samples": 2}
-        for key, least in least_values.items():
-            _at_least(least, f"protocol.{key}", getattr(self, key))
+        for key, least in {"frames": 1, "height": 16, "width": 16, "folds": 1, "seed": 0}.items():
+            whole(f"protocol.{key}", getattr(self, key), least)
+        whole("protocol.samples", self.samples, 2, missing=True)
+        if not isinstance(self.fps or 0, int | float) or (self.fps or 0) < 0:
+            raise ValueError(f"protocol.fps={self.fps}; expected frames per second, or 0 for each file's own")
+        object.__setattr__(self, "fps", float(self.fps or 0))  # one spelling, one hash
 
     @classmethod
     def from_dict(cls, values: dict) -> Protocol:
@@ -137,8 +147,8 @@ class Protocol:
         rate = f"{self.fps:g}" if self.fps else "their own"
         return (
             f"{self.name}@{self.hash}: {self.samples} against {clips}, {self.frames} frames of {self.height} x {self.width} "
-            f"at {rate} fps, {self.folds} fold{'s' * (self.folds > 1)}, seed {self.seed}, detector {detector}, "
-            f"{self.perceptual.kind}"
+            f"(resized and cut before the model) at {rate} fps, {self.folds} fold{'s' * (self.folds > 1)}, seed {self.seed}, "
+            f"detector {detector}, {self.perceptual.kind}"
         )
 
 
@@ -147,9 +157,15 @@ def digest(values) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _at_least(least: float, key: str, value: float | None):
-    if value is not None and value < least:
-        raise ValueError(f"{key}={value}; expected {least} or more")
+def whole(key: str, value: int | None, least: int, missing: bool = False):
+    """
+    Raises:
+        ValueError: if a value is not a whole number of at least so much, nor missing where it may be.
+    """
+    if value is None and missing:
+        return
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{key}={value}; expected a whole number of {least} or more")
 
 
 def differences(a: dict, b: dict, prefix: str = "") -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +89,9 @@ class Shown(NamedTuple):
 
 
 def write_report(result: dict, shown: list[Shown], folder: Path, fps: float):
-    """Writes contact_sheet.png, the shown clips as mp4, report.html and, last, evaluation.json."""
+    """Writes contact_sheet.png, the shown clips as mp4, report.html and, last, evaluation.json, all of one result."""
+    (folder / "evaluation.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "clips", ignore_errors=True)
     headings = [f"{clip.title}: {clip.text}" for clip in shown]
     contact_sheet([clip.rows for clip in shown], headings, folder / "contact_sheet.png")
     clips = []
@@ -100,7 +103,7 @@ def write_report(result: dict, shown: list[Shown], folder: Path, fps: float):
         clips.append({"heading": heading, "videos": videos})
     table = [(title_of(n, m), number(n, m), details(n, m)) for n, m in result["metrics"].items()]
     notes = [f"{name} is left out: {why}" for name, why in result["left_out"].items()]
-    told = [str(Protocol.from_dict(result["protocol"])), words_of(result["of"]), *notes]
+    told = [str(Protocol.from_dict(result["protocol"])), f"{result['source']}: {words_of(result['of'])}", *notes]
     write_page(folder, result["protocol"]["name"], told, table, clips, curves(result))
     write_json(folder / "evaluation.json", result)
 
@@ -125,6 +128,8 @@ def read_result(path: Path) -> dict:
         raise FileNotFoundError(f"no result at {path}; `python -m kit evaluate` leaves evaluation.json in its folder")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+        if "raw" in result:
+            raise ValueError("it is a prompt suite's, whose table is vbench.md beside it")
         if Protocol.from_dict(result["protocol"]).hash != result["protocol"]["hash"]:
             raise ValueError("its protocol does not match its hash")
         return {"path": str(path), **result}
@@ -160,7 +165,7 @@ def table(results: list[dict]) -> str:
 def show_table(cfg: DictConfig) -> str:
     """Prints the results that `cfg.results` names, side by side."""
     wanted = [cfg.results] if isinstance(cfg.results, str) else cfg.results
-    paths = [Path(path) for pattern in wanted for path in sorted(glob(pattern)) or [pattern]]
+    paths = [Path(path) for name in wanted for path in ([name] if Path(name).is_file() else sorted(glob(name)) or [name])]
     shown = table([read_result(path) for path in paths])
     print(shown)
     return shown

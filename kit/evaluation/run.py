@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
@@ -17,11 +20,11 @@ from kit.checkpoint import AtomicCheckpointIO
 from kit.evaluation.build import Tools, build_candidate, build_protocol, build_tools
 from kit.evaluation.candidates import Candidate, GivenVideos, RealClips, Reconstructions
 from kit.evaluation.clips import DrawnClips, FileClips, collate, real_clips
-from kit.evaluation.protocol import Protocol, digest
-from kit.evaluation.report import Shown, best_median_worst, result_lines, write_report
+from kit.evaluation.protocol import Protocol, differences, digest
+from kit.evaluation.report import Shown, best_median_worst, read_result, result_lines, write_report
 from kit.evaluation.run_suite import evaluate_suite
 from kit.evaluation.scores import LPIPS, PSNR, SSIM, CaptionScore, FrechetScore, Score, to_8_bits
-from kit.machine import cache_folder, keep_freed_memory
+from kit.machine import cache_folder, device, exact_float32, installed_version, keep_freed_memory
 
 SAVE_EVERY = 30  # seconds; what a kill loses at most
 Errors = dict[str, list[float]]  # for each score, one value for each clip
@@ -88,8 +91,8 @@ class Pass:
         return to_8_bits(output)
 
     def _load(self, scores: dict[str, Score]) -> tuple[int, Errors]:
-        kept = torch.load(self.state, map_location="cpu", weights_only=True) if self.state.is_file() else {}
-        if kept.get("key") != self.key:
+        kept = _read_kept(self.state)
+        if kept is None or kept["key"] != self.key:
             return 0, {name: [] for name in scores}
         for name, score in scores.items():
             score.load(kept["scores"][name])
@@ -114,14 +117,25 @@ def real_scores(
         scores["captions"] = CaptionScore(protocol.fps)
     for name, score in scores.items():
         key = protocol.real_hash(fold, tools.detector.sha256 if name == "frechet" else name)
-        kept = cache_folder() / "real" / f"{key}.pt"
-        if not kept.is_file():
-            part = Pass(kept.with_suffix(".part.pt"), key)
-            part.run(RealClips(), clips, {name: score}, loading, f"real clips: {name}")
-            AtomicCheckpointIO().save_checkpoint({"protocol": protocol.as_dict(), "state": score.state()}, kept)
-            part.forget()
-        score.load(torch.load(kept, map_location="cpu", weights_only=True)["state"])
+        path = cache_folder() / "real" / f"{key}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # of two evaluations one computes, the other waits for it
+            if (kept := _read_kept(path)) is None:
+                part = Pass(path.with_suffix(".part.pt"), key)
+                part.run(RealClips(), clips, {name: score}, loading, f"real clips: {name}")
+                kept = {"protocol": protocol.as_dict(), "state": score.state()}
+                AtomicCheckpointIO().save_checkpoint(kept, path)
+                part.forget()
+        score.load(kept["state"])
     return scores
+
+
+def _read_kept(path: Path) -> dict | None:
+    """What a file keeps; None if it is missing or damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return None
 
 
 def candidate_scores(real: dict[str, Score], tools: Tools, protocol: Protocol) -> dict[str, Score]:
@@ -163,36 +177,43 @@ def evaluate(cfg: DictConfig) -> dict:
 
 def compare(cfg: DictConfig) -> dict:
     """Scores clips against real ones."""
+    if cfg.prompts is not None or cfg.results is not None:
+        raise ValueError("prompts= and results= are for prompt suites, protocol=vbench or protocol=prompts")
     keep_freed_memory()
     protocol, source = build_protocol(cfg)
     candidate, protocol = build_candidate(cfg, protocol, source)
-    tools, protocol = build_tools(cfg, protocol, candidate.paired, source)
+    tools, protocol = build_tools(cfg, protocol, candidate, source)
+    folder, loading = Path(cfg.folder), Loading(cfg.workers, cfg.batch_size)
+    if not cfg.overwrite:
+        keep_other_result(folder, protocol, candidate, tools)
     for name, why in tools.left_out.items():
         print(f"{name} is left out: {why}")
 
-    folder, loading = Path(cfg.folder), Loading(cfg.workers, cfg.batch_size)
+    real = [real_clips(protocol, source, fold) for fold in range(protocol.folds)]
+    clips = [candidate.dataset(protocol, of_fold, fold) for fold, of_fold in enumerate(real)]
     passes, results, real_results, errors = [], [], [], []
-    for fold in range(protocol.folds):
-        real = real_clips(protocol, source, fold)
-        reference = real_scores(protocol, real, fold, tools, loading)
-        scores = candidate_scores(reference, tools, protocol)
-        key = digest([protocol.hash, candidate.about(), tools.metrics, fold])
-        passes.append(Pass(folder / f"fold_{fold}.part.pt", key))
-        title = f"{candidate.row}s" + (f" {fold + 1}/{protocol.folds}" if protocol.folds > 1 else "")
-        errors.append(passes[-1].run(candidate, candidate.dataset(protocol, real, fold), scores, loading, title))
-        results.append({name: score.result() for name, score in scores.items()})
-        if "captions" in reference:
-            real_results.append(reference["captions"].result())
+    with exact_float32():
+        for fold in range(protocol.folds):
+            reference = real_scores(protocol, real[fold], fold, tools, loading)
+            scores = candidate_scores(reference, tools, protocol)
+            key = digest([protocol.hash, candidate.about(), tools.metrics, fold])
+            passes.append(Pass(folder / f"fold_{fold}.part.pt", key))
+            title = f"{candidate.row}s" + (f" {fold + 1}/{protocol.folds}" if protocol.folds > 1 else "")
+            errors.append(passes[-1].run(candidate, clips[fold], scores, loading, title))
+            results.append({name: score.result() for name, score in scores.items()})
+            if "captions" in reference:
+                real_results.append(reference["captions"].result())
+        shown = shown_clips(candidate, clips[0], real[0], errors[0])
 
     names = {"frechet": "rfvd" if isinstance(candidate, Reconstructions) else "fvd", "captions": "caption_accuracy"}
     metrics = {names.get(name, name): over_folds([result[name] for result in results]) for name in tools.metrics}
     if real_results:
         metrics["caption_accuracy_of_real"] = over_folds(real_results)
     result = {
-        "protocol": protocol.as_dict(), "of": candidate.about(), "metrics": metrics, "left_out": tools.left_out,
-        "versions": {"kit": __version__, "torch": torch.__version__},
+        "protocol": protocol.as_dict(), "of": candidate.about(), "source": str(candidate.path), "metrics": metrics,
+        "measured": list(tools.metrics),
+        "left_out": tools.left_out, "computed": {"device": device().type, **versions()},
     }  # fmt: skip
-    shown = shown_clips(candidate, protocol, real_clips(protocol, source, 0), errors[0])
     write_report(result, shown, folder, protocol.fps or source.native_fps)
     for done in passes:
         done.forget()
@@ -201,9 +222,34 @@ def compare(cfg: DictConfig) -> dict:
     return result
 
 
-def shown_clips(candidate: Candidate, protocol: Protocol, real: FileClips | DrawnClips, errors: Errors) -> list[Shown]:
-    """The best, the median and the worst clip of the first fold, made again, each beside its real clip."""
-    clips, shown = candidate.dataset(protocol, real, 0), []
+def versions() -> dict[str, str]:
+    """Of what takes part in a number."""
+    packages = ("torch", "torchmetrics", "numpy", "av", "decord2", "transformers")
+    return {"kit": __version__, **{name: v for name in packages if (v := installed_version(name))}}
+
+
+def keep_other_result(folder: Path, protocol: Protocol, candidate: Candidate, tools: Tools):
+    """
+    Raises:
+        FileExistsError: if the folder holds the result of something else, which would be lost.
+    """
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        return
+    found = read_result(path)
+    told = differences(found["protocol"], protocol.as_dict())
+    told += differences(found["of"], json.loads(json.dumps(candidate.about())))
+    told += [f"metrics: {name}, not measured" for name in found["measured"] if name not in tools.metrics]
+    if told:
+        raise FileExistsError(
+            f"{path} is the result of another evaluation ({'; '.join(told[:3])}); keep it with another name=..., or replace "
+            f"it with overwrite=true"
+        )
+
+
+def shown_clips(candidate: Candidate, clips: Dataset, real: FileClips | DrawnClips, errors: Errors) -> list[Shown]:
+    """The best, the median and the worst clip of a fold, made again, each beside its real clip."""
+    shown = []
     for title, n in best_median_worst(errors).items():
         batch = collate([clips[n]])
         beside = batch["real"][0] if "real" in batch else real[n % len(real)]["video"]

@@ -26,6 +26,8 @@ def evaluate_suite(cfg: DictConfig) -> dict:
 
     Returns: what suite.json holds; with `results`, what evaluation.json holds.
     """
+    if cfg.videos is not None or cfg.real is not None or cfg.paired or cfg.metrics != "auto":
+        raise ValueError(f"{cfg.protocol.name} makes videos for other tools; it takes no videos=, real=, paired= or metrics=")
     return read_suite(cfg) if cfg.results is not None else make_suite(cfg)
 
 
@@ -69,7 +71,9 @@ def read_suite(cfg: DictConfig) -> dict:
         )
     made, raw = read_json(folder / "suite.json"), read_vbench_results(cfg.results)
     scores = vbench_scores(raw)
-    result = {"protocol": {"name": "vbench", **made, "hash": digest(made)[:12]}, "raw": raw, "scores": scores}
+    protocol = {key: made.pop(key) for key in ("suite", "size", "fps", "seed", "prompts")}
+    protocol["hash"] = digest(protocol)[:12]
+    result = {"protocol": protocol, "of": made, "raw": raw, "scores": scores}
     table = vbench_table({"this model": raw})
     write_json(folder / "evaluation.json", result)
     with written_aside(folder / "vbench.md") as aside:
@@ -77,5 +81,6 @@ def read_suite(cfg: DictConfig) -> dict:
     print(table)
     if scores["missing"]:
         print(f"no results for {', '.join(scores['missing'])}: evaluate these dimensions too for the sums above them")
-    print(f"protocol vbench@{result['protocol']['hash']}: {words_of(made)}\nin {folder}: evaluation.json, vbench.md")
+    print(f"protocol vbench@{protocol['hash']}: {words_of(protocol)}\nof {words_of(made)}")
+    print(f"in {folder}: evaluation.json, vbench.md")
     return result

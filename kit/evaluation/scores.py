@@ -86,6 +86,9 @@ class FrameScore:
 
     def add(self, clips: Tensor, batch: dict) -> list[float]:
         added = [self.measure(c.transpose(0, 1), r.transpose(0, 1)).cpu() for c, r in zip(clips, batch["real"])]
+        for name, values in zip(batch["name"], added):
+            if not values.isfinite().all():
+                raise ValueError(f"{name}: {type(self).__name__} is not finite: look at the weights it is measured with")
         self.values += added
         return [v.mean().item() for v in added]
 

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
 from kit.files import write_json
 from kit.media import write_video
+from kit.sampling import seed_of
 
 SAMPLES = 5  # VBench reads the videos 0 to 4 of each prompt
 # Of these VBench reads five that hold still, picked by its static_filter.py. It leaves open how many to pick from: 25 were
@@ -113,11 +113,6 @@ def video_name(text: str, index: int) -> str:
     return f"{readable} {hashlib.sha256(text.encode()).hexdigest()[:12]}-{index}.mp4"
 
 
-def video_seed(seed: int, place: int, index: int) -> int:
-    """The seed, in 32 bits, of video `index` of the suite's prompt number `place`, whatever else is made."""
-    return int(np.random.SeedSequence((seed, place, index)).generate_state(1)[0])
-
-
 def video_table(prompts: list[Prompt], seed: int) -> dict[str, dict]:
     """All videos of a suite in their order: file name -> prompt, index and seed.
 
@@ -132,7 +127,7 @@ def video_table(prompts: list[Prompt], seed: int) -> dict[str, dict]:
                 raise ValueError(
                     f"the prompts {table[name]['prompt']!r} and {prompt.text!r} share the file {name!r}; leave one out"
                 )
-            table[name] = {"prompt": prompt.text, "index": index, "seed": video_seed(seed, place, index)}
+            table[name] = {"prompt": prompt.text, "index": index, "seed": seed_of(seed, place, index)}
     return table
 
 

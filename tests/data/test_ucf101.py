@@ -41,11 +41,11 @@ def test_official_splits_and_classes(ucf101):
     assert item["video"].shape == (3, 5, 32, 32) and item["label"] == 0 and item["caption"] == "Class000"
 
 
-def test_lists_may_lie_inside_or_anywhere(ucf101, tmp_path):
+def test_lists_may_lie_inside_or_beside(ucf101, tmp_path):
+    assert len(UCF101(ucf101, "val", **SHAPE).files) == 101
     moved = (tmp_path / "ucfTrainTestlist").rename(tmp_path / "lists")
     with pytest.raises(FileNotFoundError, match="testlist01.txt is missing; unpack UCF101TrainTestSplits"):
         UCF101(ucf101, "val", **SHAPE)
-    assert len(UCF101(ucf101, "val", lists=moved, **SHAPE).files) == 101
     moved.rename(ucf101 / "ucfTrainTestlist")
     assert len(UCF101(ucf101, "val", **SHAPE).files) == 101
 

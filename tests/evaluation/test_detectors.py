@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,7 @@ def test_wrong_i3d_weights(tmp_path, damage):
 
 def test_unknown_detector_and_too_few_frames(i3d):
     with pytest.raises(ValueError, match="unknown detector 'c3d'; expected one of: i3d, videomae"):
-        load_detector("c3d")
+        load_detector("c3d", None, 16)
     with pytest.raises(ValueError, match="i3d takes clips of 9 or more frames, the protocol has 8"):
         i3d.check_frames(8)
 
@@ -121,9 +122,8 @@ def test_videomae(videomae: Path):
     """Against the library's own preparation of the frames."""
     from transformers import VideoMAEModel
 
-    detector = load_detector("videomae", videomae)
+    detector = load_detector("videomae", videomae, 4)
     assert detector.size == 16 and len(detector.sha256) == 64
-    detector.check_frames(4)
     with pytest.raises(ValueError, match="videomae takes clips of 4 frames, the protocol has 16"):
         detector.check_frames(16)
     clips = torch.rand(3, 3, 4, 32, 32) * 2 - 1
@@ -138,10 +138,21 @@ def test_videomae(videomae: Path):
 
 def test_videomae_refuses_other_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="needs detector_weights=DIR"):
-        load_detector("videomae", tmp_path)
+        load_detector("videomae", tmp_path, 4)
     with pytest.raises(FileNotFoundError, match="needs detector_weights=DIR"):
-        load_detector("videomae")
+        load_detector("videomae", None, 4)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="holds a model of type 'vit'"):
-        load_detector("videomae", tmp_path)
+        load_detector("videomae", tmp_path, 4)
+
+
+def test_videomae_needs_all_the_weights_of_its_config(videomae, tmp_path):
+    """transformers would fill what is missing at random."""
+    folder = Path(shutil.copytree(videomae, tmp_path / "deeper"))
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 2'))
+    with pytest.raises(ValueError, match="deeper lacks .* weights of its config.json, such as"):
+        load_detector("videomae", folder, 4)
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1') + "\n")
+    assert load_detector("videomae", folder, 4).sha256 != load_detector("videomae", videomae, 4).sha256

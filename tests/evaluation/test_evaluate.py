@@ -15,7 +15,9 @@ from kit.evaluation import run
 from kit.evaluation.candidates import Reconstructions, Samples
 from kit.evaluation.clips import FileClips, choose
 from kit.evaluation.report import read_result, table
+from kit.machine import cache_folder
 from kit.media import write_video
+from tests.fixtures import fit_generator
 
 # Six clips of 4 frames with a small VideoMAE: the way is the same, at a hundredth of the cost.
 SMALL = [
@@ -28,8 +30,9 @@ SMALL = [
 def evaluate(tmp_path, videomae):
     """Runs the verb; returns its exit status."""
 
-    def go(*words: str, protocol: str = "shapes", name: str = "out") -> int:
-        common = [f"protocol={protocol}", *SMALL, f"detector_weights={videomae}", f"root={tmp_path}", f"name={name}"]
+    def go(*words: str, protocol: str = "shapes", name: str = "out", without: set = frozenset()) -> int:
+        small = [word for word in SMALL if word not in without and not (without and "detector" in word)]
+        common = [f"protocol={protocol}", *small, f"detector_weights={videomae}", f"root={tmp_path}", f"name={name}"]
         return main(["evaluate", *common, *words])
 
     return go
@@ -139,7 +142,7 @@ def test_real_clips_are_read_once(evaluate, videos, monkeypatch):
     assert evaluate(*words, protocol="weizmann") == 0
     adds = []
     monkeypatch.setattr(run.RealClips, "make", lambda self, batch: adds.append(batch))
-    assert evaluate(*words, "protocol.seed=3", protocol="weizmann") == 0
+    assert evaluate(*words, "protocol.seed=3", protocol="weizmann", name="again") == 0
     assert adds == []
 
 
@@ -174,6 +177,60 @@ def test_lpips_is_labelled_by_its_kind(evaluate, read, pair, shared):
     assert result["protocol"]["perceptual"]["kind"] == "st-lpips" and len(result["protocol"]["perceptual"]["sha256"]) == 64
 
 
+def test_crops_and_captions_are_part_of_the_protocol(evaluate, read, videos, tmp_path):
+    """Of the same files: other captions are other prompts."""
+    copies = Path(shutil.copytree(videos, tmp_path / "copies"))
+    words = [f"real={copies}", f"videos={videos}"]
+    assert evaluate(*words, protocol="folder", name="a") == 0
+    rows = "".join(f"{path.name},a ball\n" for path in copies.glob("*.mp4"))
+    (copies / "captions.csv").write_text(f"file,caption\n{rows}")
+    assert evaluate(*words, protocol="folder", name="b") == 0
+    assert evaluate(*words, "protocol.real.random_crop=true", protocol="folder", name="c") == 0
+    assert len({read(name)["protocol"]["hash"] for name in "abc"}) == 3
+
+
+def test_other_files_of_the_same_names_and_sizes_are_not_taken_from_the_cache(evaluate, read, tmp_path, videos):
+    """As of uncompressed video; here the last byte tells them apart."""
+    copies = Path(shutil.copytree(videos, tmp_path / "copies"))
+    assert evaluate(f"real={copies}", f"videos={videos}", protocol="folder", name="a") == 0
+    for path in copies.glob("*.mp4"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    assert evaluate(f"real={copies}", f"videos={videos}", protocol="folder", name="b") == 0
+    assert read("a")["protocol"]["fingerprint"] != read("b")["protocol"]["fingerprint"]
+
+
+def test_damaged_statistics_are_computed_again(evaluate, read, videos):
+    words = [f"real={videos}", f"videos={videos}", "protocol.real.seed=77"]
+    before = set((cache_folder() / "real").glob("*.pt"))
+    assert evaluate(*words, protocol="folder", name="a") == 0
+    (kept,) = set((cache_folder() / "real").glob("*.pt")) - before
+    kept.write_bytes(kept.read_bytes()[:1000])
+    assert evaluate(*words, protocol="folder", name="b") == 0
+    assert read("a")["metrics"] == read("b")["metrics"]
+
+
+def test_a_generator_of_classes(evaluate, read, pair, tmp_path, capsys):
+    """On UCF-101's layout, with its lists; and on other classes, which it refuses."""
+    root = tmp_path / "UCF-101"
+    for n in range(101):
+        for group in (1, 2):
+            name = f"Class{n:03d}/v_Class{n:03d}_g0{group}_c01.mp4"
+            write_video(Shapes("val", 6, 32, 32)[n]["video"], root / name, 12)
+    for kind, group in (("train", 1), ("test", 2)):
+        lines = [f"Class{n:03d}/v_Class{n:03d}_g0{group}_c01.avi" for n in range(101)]
+        (root / "ucfTrainTestlist").mkdir(exist_ok=True)
+        (root / "ucfTrainTestlist" / f"{kind}list01.txt").write_text("\n".join(lines))
+    data = ["data=ucf101", f"data.root={root}", "data.fps=12", "recipe.generator.steps=2", "recipe.generator.encoded_clips=0"]
+    assert fit_generator(tmp_path, *data, "trainer.val_check_interval=2", tokenizer=pair.tokenizer, name="classes") == 0
+    ckpt = tmp_path / "classes" / "checkpoints" / "last.ckpt"
+    assert evaluate(f"ckpt={ckpt}", f"real={root}", "protocol.folds=2", protocol="ucf101_train10k") == 0
+    result = read()
+    assert set(result["metrics"]) == {"fvd"} and result["protocol"]["real"]["kind"] == "ucf101"
+    assert "real" in (tmp_path / "out" / "report.html").read_text()
+    assert evaluate(f"ckpt={ckpt}", "metrics=[captions]", name="other") == 1
+    assert "the generator knows the classes Class000" in capsys.readouterr().err
+
+
 def test_what_lacks_its_weights_is_left_out_and_said(evaluate, read, pair, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     words = [f"ckpt={pair.tokenizer}", "protocol.folds=1", "protocol.detector.kind=i3d", "detector_weights=null"]
@@ -206,6 +263,20 @@ def test_results_side_by_side_if_they_may(evaluate, pair, tmp_path, capsys):
         read_result(tmp_path / "y.json")
 
 
+def test_the_result_of_something_else_is_kept(evaluate, read, pair, capsys):
+    words = [f"ckpt={pair.generator}", "metrics=[captions]", "protocol.folds=1"]
+    assert evaluate(*words) == evaluate(*words) == 0  # the same again is no loss
+    before = read()
+    assert evaluate(*words, "temperature=0") == 1
+    assert "is the result of another evaluation (temperature: 0.7, 0" in capsys.readouterr().err and read() == before
+    assert evaluate(f"ckpt={pair.generator}", "metrics=[frechet]", "protocol.folds=1") == 1
+    assert "metrics: captions, not measured" in capsys.readouterr().err
+    assert evaluate(*words, "seed=5") == 1
+    assert "(seed: 0, 5)" in capsys.readouterr().err
+    assert evaluate(*words, "temperature=0", "overwrite=true") == 0
+    assert read()["of"]["temperature"] == 0
+
+
 def test_an_altered_protocol_is_found_out(evaluate, read, pair, tmp_path):
     assert evaluate(f"ckpt={pair.generator}", "metrics=[captions]") == 0
     path = tmp_path / "out" / "evaluation.json"
@@ -227,19 +298,27 @@ def test_an_altered_protocol_is_found_out(evaluate, read, pair, tmp_path):
         (["ckpt={generator}", "metrics=[fvd]"], "unknown metric 'fvd'; expected auto or some of [frechet,"),
         (["ckpt={generator}", "paired=true"], "paired=true is for videos=DIR"),
         (["ckpt={generator}", "protocol.detector.sha256=0123"], "needs videomae weights with sha256 0123, found"),
-        (["ckpt={generator}", "protocol.frames=5"], "videomae takes clips of 4 frames, the protocol has 5"),
+        (["ckpt={generator}", "protocol.frames=5", "metrics=[frechet]"], "takes clips of 4 frames, the protocol has 5"),
         (["ckpt={generator}", "protocol.real.clips=null"], "say how many and how fast"),
+        (["videos={videos}", "metrics=[captions]"], "captions has nothing to measure here: it reads what captions of"),
         (["protocol=weizmann", "videos={videos}"], "needs real=DIR, the folder of real videos"),
         (["protocol=folder", "ckpt={generator}", "real={videos}", "protocol.real.clips=9"], "needs 9 real clips"),
         (["protocol=folder", "videos={videos}", "real={videos}", "protocol.samples=8"], "needs 8 videos for each of 1 folds"),
         (["protocol=folder", "videos={videos}", "real={videos}", "protocol.fps=2"], "is too short by"),
         (["protocol=folder", "videos={videos}", "real={videos}", "paired=true"], "say protocol.real.start=first"),
+        (["protocol=folder", "videos={videos}", "real={videos}", "paired=true", "protocol.real.start=first",
+          "protocol.samples=7", "protocol.real.clips=7", "protocol.real.random_crop=true"], "real.random_crop=false"),
+        (["ckpt={tokenizer}", "protocol.height=48", "protocol.width=48"], "protocol.height=48, protocol.width=48: this"),
+        (["protocol=folder", "ckpt={tokenizer}", "real={videos}", "protocol.folds=2"], "would score the same recons"),
+        (["ckpt={generator}", "prompts={videos}"], "prompts= and results= are for prompt suites"),
+        (["protocol=vbench", "ckpt={generator}", "real={videos}"], "it takes no videos=, real=, paired= or metrics="),
         (["protocol=ucf101_paper", "videos={videos}", "real={videos}"], "videos of 1 classes, UCF-101 has 101"),
     ],
 )
 def test_bad_input_is_explained(evaluate, pair, videos, capsys, tmp_path, words, expected):
-    words = [word.format(generator=pair.generator, videos=videos) for word in words]
-    assert evaluate(*words) == 1
+    words = [word.format(generator=pair.generator, tokenizer=pair.tokenizer, videos=videos) for word in words]
+    unfit = {*SMALL[:5]} if "protocol=vbench" in words else set()  # a suite has none of these
+    assert evaluate(*words, without=unfit) == 1
     error = capsys.readouterr().err
     assert expected in error and "Traceback" not in error
     assert not (tmp_path / "out" / "evaluation.json").exists()
@@ -260,13 +339,19 @@ def test_bad_files_are_named(evaluate, videos, tmp_path, capsys, workers):
     assert "ball_003.mp4 is too short by 2 of the protocol's 4 frames" in capsys.readouterr().err
 
 
-def test_broken_models_and_weights_are_found_out(evaluate, pair, capsys, tmp_path, videomae, monkeypatch):
+def test_broken_models_and_weights_are_found_out(evaluate, pair, shared, capsys, tmp_path, videomae, monkeypatch):
     nan = Path(shutil.copytree(videomae, tmp_path / "nan"))
     from safetensors.torch import load_file, save_file
 
     save_file({n: w * float("nan") for n, w in load_file(nan / "model.safetensors").items()}, nan / "model.safetensors")
     assert evaluate(f"ckpt={pair.generator}", f"detector_weights={nan}") == 1
     assert "shapes val 0: features are not finite" in capsys.readouterr().err
+    broken = tmp_path / "broken.safetensors"
+    weights = torch.load(shared / "weights" / "stlpips_vgg_fp16.pt", weights_only=True)
+    save_file({n: (w * float("nan")).contiguous() for n, w in weights.items()}, broken)
+    st = ["protocol.perceptual.kind=st-lpips", "protocol.perceptual.sha256=null", f"lpips_weights={broken}"]
+    assert evaluate(f"ckpt={pair.tokenizer}", "metrics=[lpips]", *st) == 1
+    assert "shapes val 0: LPIPS is not finite: look at the weights" in capsys.readouterr().err
     monkeypatch.setattr(Samples, "make", lambda self, batch: torch.full((len(batch["n"]), 3, 4, 32, 32), float("nan")))
     assert evaluate(f"ckpt={pair.generator}") == 1
     assert "the sample for shapes val 0 holds NaN or infinite pixels" in capsys.readouterr().err
@@ -274,11 +359,11 @@ def test_broken_models_and_weights_are_found_out(evaluate, pair, capsys, tmp_pat
 
 def test_clips_are_chosen_alike_each_time():
     files = [f"{n}.mp4" for n in range(5)]
-    first = choose(files, 12, "random", True, seed=3)
-    assert first == choose(files, 12, "random", True, seed=3) != choose(files, 12, "random", True, seed=4)
+    first = choose(files, 12, "random", True, 3, 0)
+    assert first == choose(files, 12, "random", True, 3, 0) != choose(files, 12, "random", True, 3, 1)
     assert sorted(choice.file for choice in first[:5]) == sorted(choice.file for choice in first[5:10]) == files
     assert len({choice.start for choice in first}) == 12 and all(0 <= choice.top < 1 for choice in first)
-    middle = choose(files, 5, "middle", False, seed=3)
+    middle = choose(files, 5, "middle", False, 3, 0)
     assert {(c.start, c.top, c.left) for c in middle} == {(0.5, 0.5, 0.5)} and sorted(c.file for c in middle) == files
 
 
@@ -300,7 +385,9 @@ def test_a_suite_and_its_results(pair, tmp_path, capsys):
     assert "| color | 90.00 | 90.73 |" in printed and "no results for subject_consistency" in printed
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["raw"] == {"color": 0.9, "scene": 0.5} and result["protocol"]["hash"] in printed
-    assert result["protocol"]["kind"] == "generator" and "total" not in result["scores"]
+    assert result["of"]["kind"] == "generator" and result["protocol"]["suite"] == "vbench" and "total" not in result["scores"]
+    assert main(["table", f"root={tmp_path}", f"results={folder / 'evaluation.json'}"]) == 1
+    assert "it is a prompt suite's, whose table is vbench.md beside it" in capsys.readouterr().err
     assert main([*words[:-1], "name=elsewhere", f"results={tmp_path / 'x_eval_results.json'}"]) == 1
     assert "has no suite.json" in capsys.readouterr().err
     assert main([*words, "protocol=prompts", f"results={tmp_path}"]) == 1
@@ -313,5 +400,5 @@ def test_file_clips_say_what_they_are(videos):
     from kit.data.clips import FolderClips
 
     source = FolderClips(videos, "all", frames=4, height=16, width=24)
-    item = FileClips(source, choose(["ball_002.mp4"], 1, "first", False, 0))[0]
+    item = FileClips(source, choose(["ball_002.mp4"], 1, "first", False, 0, 0))[0]
     assert item["video"].shape == (3, 4, 16, 24) and item["size"] == "32 x 32" and item["name"] == "ball_002.mp4"

@@ -66,6 +66,15 @@ def test_the_hash_survives_a_file_and_another_order(protocol):
     assert Protocol.from_dict(dict(reversed(values.items()))).hash == protocol.hash
 
 
+def test_one_value_has_one_hash(protocol):
+    assert protocol.resolved(fps=12).hash == protocol.resolved(fps=12.0).hash
+    assert protocol.resolved(fps=None).hash == protocol.resolved(fps=0).hash
+
+
+def test_the_seed_is_that_of_the_command_line():
+    assert Protocol.from_dict(shipped("folder", "seed=7")).seed == 7
+
+
 def test_real_statistics_are_kept_apart(protocol):
     """By fold where folds differ, by detector; what concerns samples only makes no difference."""
     assert protocol.real_hash(0, "a") != protocol.real_hash(1, "a") != protocol.real_hash(1, "b")
@@ -84,12 +93,17 @@ def test_differences_are_told(protocol):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["protocol.frames=0"], "protocol.frames=0; expected 1 or more"),
-        (["protocol.folds=0"], "protocol.folds=0; expected 1 or more"),
-        (["protocol.samples=1"], "protocol.samples=1; expected 2 or more"),
+        (["protocol.frames=0"], "protocol.frames=0; expected a whole number of 1 or more"),
+        (["protocol.folds=0"], "protocol.folds=0; expected a whole number of 1 or more"),
+        (["protocol.samples=1"], "protocol.samples=1; expected a whole number of 2 or more"),
         (["protocol.real.start=end"], "protocol.real.start='end'; expected one of: first, middle, random"),
         (["protocol.real.kind=kinetics"], "protocol.real.kind='kinetics'; expected one of"),
-        (["protocol.real.clips=1"], "protocol.real.clips=1; expected 2 or more"),
+        (["protocol.real.clips=1"], "protocol.real.clips=1; expected a whole number of 2 or more"),
+        (["protocol.frames=16.5"], "protocol.frames=16.5; expected a whole number"),
+        (["protocol.frames=abc"], "protocol.frames=abc; expected a whole number"),
+        (["protocol.frames=null"], "protocol.frames=None; expected a whole number"),
+        (["protocol.fps=-1"], "protocol.fps=-1; expected frames per second"),
+        (["protocol.real.kind=shapes"], "protocol.real.split='all'; shapes are drawn for `train` or `val`"),
         (["+protocol.crop=centre"], "unexpected keyword argument 'crop'; see `python -m kit evaluate --help`"),
     ],
 )

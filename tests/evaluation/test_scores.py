@@ -21,6 +21,10 @@ def pair_of_clips() -> tuple[torch.Tensor, torch.Tensor]:
     return real, real + torch.tensor([0.1, 0.2, 0.4]).view(1, 1, 3, 1, 1)
 
 
+def batch_of(real: torch.Tensor) -> dict:
+    return {"real": real, "name": [f"clip {n}" for n in range(len(real))]}
+
+
 def scored(score, clips, batch):
     errors = score.add(clips[:1], {k: v[:1] for k, v in batch.items()})
     return errors + score.add(clips[1:], {k: v[1:] for k, v in batch.items()})
@@ -29,7 +33,7 @@ def scored(score, clips, batch):
 def test_psnr_by_hand(pair_of_clips):
     real, clips = pair_of_clips
     score = PSNR()
-    errors = scored(score, clips, {"real": real})
+    errors = scored(score, clips, batch_of(real))
     found = score.result()
     assert found["by_frame"] == pytest.approx([10 * math.log10(4 / e**2) for e in (0.1, 0.2, 0.4)], abs=1e-4)
     assert found["value"] == pytest.approx(10 * math.log10(4 / ((0.01 + 0.04 + 0.16) / 3)), abs=1e-4)
@@ -43,7 +47,7 @@ def test_psnr_by_hand(pair_of_clips):
 def test_ssim_is_the_librarys(pair_of_clips):
     real, clips = pair_of_clips
     score = SSIM()
-    errors = scored(score, clips, {"real": real})
+    errors = scored(score, clips, batch_of(real))
     frames = [x.transpose(1, 2).flatten(0, 1) for x in (clips, real)]
     library = structural_similarity_index_measure(*frames, data_range=(-1.0, 1.0)).item()
     assert score.result()["value"] == pytest.approx(library, abs=1e-6) and sum(errors) / 2 == pytest.approx(1 - library)
@@ -52,7 +56,7 @@ def test_ssim_is_the_librarys(pair_of_clips):
 def test_equal_clips_and_single_frames(pair_of_clips):
     real, _ = pair_of_clips
     for score, best in ((PSNR(), 100), (SSIM(), 1)):
-        score.add(real[:, :, :1], {"real": real[:, :, :1]})
+        score.add(real[:, :, :1], batch_of(real[:, :, :1]))
         found = score.result()
         assert found["value"] == pytest.approx(best) and "later_frames" not in found and len(found["by_frame"]) == 1
     assert decibel(torch.tensor(0.0)) == pytest.approx(100)
@@ -85,11 +89,11 @@ def test_captions_of_real_clips_and_of_spoilt_ones():
 def test_a_score_goes_on_from_its_state(make, pair_of_clips, tmp_path):
     real, clips = pair_of_clips
     whole, first, rest = make(), make(), make()
-    scored(whole, clips, {"real": real})
-    first.add(clips[:1], {"real": real[:1]})
+    scored(whole, clips, batch_of(real))
+    first.add(clips[:1], batch_of(real[:1]))
     torch.save(first.state(), tmp_path / "state.pt")
     rest.load(torch.load(tmp_path / "state.pt", weights_only=True))
-    rest.add(clips[1:], {"real": real[1:]})
+    rest.add(clips[1:], batch_of(real[1:]))
     assert rest.result() == whole.result()
     rest.load({})
     assert rest.values == []

@@ -21,12 +21,12 @@ from kit.evaluation.suites import (
     Prompt,
     read_prompts,
     video_name,
-    video_seed,
     video_table,
     write_suite,
 )
 from kit.generator.sampler import Guidance
 from kit.media import write_video
+from kit.sampling import seed_of
 from kit.verbs import generate_clips
 
 PROMPTS = [Prompt("a cat", 2), Prompt("a dog, close-up", 3), Prompt("in/out", 2)]
@@ -148,7 +148,7 @@ def test_a_seed_depends_on_its_place_only():
     few, many = video_table(PROMPTS, 5), video_table([Prompt(p.text, 9) for p in PROMPTS] + [Prompt("new", 1)], 5)
     assert few.items() <= many.items()
     assert len({row["seed"] for row in many.values()}) == len(many) == 28
-    assert few["a dog, close-up-2.mp4"] == {"prompt": "a dog, close-up", "index": 2, "seed": video_seed(5, 1, 2)}
+    assert few["a dog, close-up-2.mp4"] == {"prompt": "a dog, close-up", "index": 2, "seed": seed_of(5, 1, 2)}
     assert not {row["seed"] for row in few.values()} & {row["seed"] for row in video_table(PROMPTS, 6).values()}
 
 
