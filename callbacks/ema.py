@@ -63,4 +63,5 @@ class EMA(L.Callback):
 
     @staticmethod
     def _trained(module):
-        return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        """Of the model; a discriminator is needed as it is."""
+        return [(f"model.{name}", p) for name, p in module.model.named_parameters() if p.requires_grad]

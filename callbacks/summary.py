@@ -29,7 +29,8 @@ class RunSummary(L.Callback):
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in module.model.named_children()}
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         data = trainer.datamodule
-        batch = data.batch_size * trainer.accumulate_grad_batches  # clips of an optimizer step, on one device
+        # clips of an optimizer step, on one device; under manual optimization the module accumulates
+        batch = data.batch_size * module.hparams.optimizer.get("accumulate", trainer.accumulate_grad_batches)
         largest = sorted(parts.items(), key=lambda item: -item[1])[:4]
         return {
             "model": f"{module.kind}, {million(trained)} parameters "

@@ -26,6 +26,12 @@ def build_data(cfg: DictConfig) -> ClipDataModule:
 
 
 def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerModule:
+    """
+    Raises:
+        ValueError: if Lightning is told to do what the module does itself.
+    """
+    if cfg.trainer.accumulate_grad_batches != 1 or cfg.trainer.gradient_clip_val is not None:
+        raise ValueError("the tokenizer accumulates and clips by itself: use optimizer.accumulate= and optimizer.clip=")
     return TokenizerModule(plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), data.clip, cfg.trainer.max_steps)
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra import compose, initialize_config_dir
 
-from kit.cli import main
+from kit.cli import CONF, main, register_resolvers
 
 CLIP = ["trainer.accelerator=cpu", "trainer.devices=1", "data.frames=5", "data.height=32", "data.width=32", "data.workers=0"]
 TOKENIZER = [
@@ -18,6 +19,13 @@ QUICK = [
     "trainer.val_check_interval=50", "trainer.log_every_n_steps=1", "callbacks.video_logger.clips=1",
     "data.val_clips=4", "data.batch_size=4",
 ]  # fmt: skip
+
+
+def composed(name: str, *overrides: str):
+    """A conf as the command line would compose it."""
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
 
 
 def fit_tokenizer(root: Path, *overrides: str, name: str = "tokenizer") -> int:

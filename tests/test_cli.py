@@ -10,23 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from kit.cli import CONF, VERBS, confs, main, register_resolvers
+from kit.cli import CONF, VERBS, confs, main
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.run import build_data, build_trainer
 from kit.tokenizer import Tokenizer, TokenizerConfig
-from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_generator, fit_tokenizer
+from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_generator, fit_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = sorted(path.stem for path in (CONF / "size").glob("*.yaml"))
-
-
-def composed(name: str, *overrides: str):
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(name, list(overrides))
 
 
 def test_help_names_every_verb(capsys):

@@ -18,8 +18,9 @@ from kit.checkpoint import AtomicCheckpointIO, read_checkpoint
 from kit.data.datamodule import ClipDataModule, StreamSampler
 from kit.data.shapes import Shapes
 from kit.machine import can_compile
+from kit.run import plain
 from kit.tokenizer.module import TokenizerModule
-from tests.fixtures import fit_generator, fit_tokenizer
+from tests.fixtures import composed, fit_generator, fit_tokenizer
 
 compile_layer = torch.nn.Module.compile
 
@@ -109,32 +110,33 @@ def test_finished_run_continued_is_left_as_it_is(pair):
 
 
 def test_ema_is_the_average_of_the_weights():
-    module, ema = torch.nn.Linear(2, 1), EMA(decay=0.5)
+    module, ema = torch.nn.Module(), EMA(decay=0.5)
+    module.model, module.discriminator = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     trainer = type("Trainer", (), {"global_step": 0})()
     ema.on_fit_start(trainer, module)
-    expected = module.weight.detach().clone()
+    expected = module.model.weight.detach().clone()
     for step in range(1, 30):
         with torch.no_grad():
-            module.weight.add_(1.0)
+            module.model.weight.add_(1.0)
         trainer.global_step = step
         ema.on_train_batch_end(trainer, module, None, None, step)
         ema.on_train_batch_end(trainer, module, None, None, step)  # accumulation: no new step, no change
         decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * module.weight.detach()
-    torch.testing.assert_close(ema.average["weight"], expected)
-    live = module.weight.detach().clone()
+        expected = decay * expected + (1 - decay) * module.model.weight.detach()
+    assert set(ema.average) == {"model.weight", "model.bias"}
+    torch.testing.assert_close(ema.average["model.weight"], expected)
+    live = module.model.weight.detach().clone()
     ema.on_validation_start(trainer, module)
-    torch.testing.assert_close(module.weight.detach(), expected)
+    torch.testing.assert_close(module.model.weight.detach(), expected)
     ema.on_validation_end(trainer, module)
-    assert torch.equal(module.weight, live)
+    assert torch.equal(module.model.weight, live)
 
 
 def test_nan_loss_stops_before_the_weights_and_saves_the_batch(tmp_path):
     clip = {"frames": 1, "height": 16, "width": 16, "fps": 8}
     tokenizer = {"bits": 4, "scales": [1, 2], "patch": 8, "widths": [8], "blocks": 1}
-    loss = {"reconstruction": "l1", "commitment_weight": 1, "entropy_weight": 1, "entropy_inverse_temperature": 1}
-    optimizer = {"name": "adamw", "lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.0, "warmup": 1}
-    module = TokenizerModule(tokenizer, loss, optimizer, clip, steps=5)
+    cfg = composed("stage1_tokenizer", "size=tiny")
+    module = TokenizerModule(tokenizer, plain(cfg.loss), plain(cfg.optimizer), clip, steps=5)
 
     class Poisoned(Shapes):
         def __getitem__(self, n):

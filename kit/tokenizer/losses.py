@@ -1,4 +1,4 @@
-"""What the tokenizer is trained on. Each function returns a scalar that is zero at best."""
+"""What the tokenizer and its discriminators are trained on. Each function returns a scalar."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from kit.perceptual import Perceptual
 from kit.tokenizer.quantizer import Step
 
 
@@ -18,6 +20,11 @@ def reconstruction_loss(output: Tensor, video: Tensor, kind: str) -> Tensor:
     if kind == "l2":
         return error.square().mean()
     raise ValueError(f"unknown reconstruction loss {kind!r}; expected 'l1' or 'l2'")
+
+
+def perceptual_loss(network: Perceptual, output: Tensor, video: Tensor) -> Tensor:
+    """Mean learned distance of frames: (B, 3, T, H, W) in [-1, 1] twice -> scalar."""
+    return network(*(x.float().transpose(1, 2).flatten(0, 1) for x in (output, video))).mean()
 
 
 def commitment_loss(feature: Tensor, steps: list[Step]) -> Tensor:
@@ -41,6 +48,43 @@ def entropy_loss(steps: list[Step], inverse_temperature: float) -> Tensor:
         p = torch.sigmoid(inverse_temperature * unit).movedim(1, -1).flatten(0, -2)
         losses.append(1 - (_entropy(p.mean(0)).mean() - _entropy(p).mean()))
     return torch.stack(losses).mean()
+
+
+def discriminator_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
+    """Hinge loss of logit maps, one of each discriminator; the mean over these."""
+    return torch.stack([F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean() for r, f in zip(real, fake)]).mean()
+
+
+def adversarial_loss(fake: list[Tensor]) -> Tensor:
+    """What the decoder is told by the discriminators: minus their mean logit."""
+    return -torch.stack([f.float().mean() for f in fake]).mean()
+
+
+def lecam_loss(real: list[Tensor], fake: list[Tensor], anchors: Tensor) -> Tensor:
+    """Keeps logits of real clips from running above the average logit of fake ones, and the reverse.
+
+    LeCAM's regulariser (Tseng et al. 2021, arXiv 2104.03310), one-sided as in its authors' code.
+
+    Args:
+        anchors: (discriminators, 2), moving averages of the mean logits of real and of fake clips.
+    """
+    terms = [
+        F.relu(r.float() - anchor[1]).square().mean() + F.relu(anchor[0] - f.float()).square().mean()
+        for r, f, anchor in zip(real, fake, anchors)
+    ]
+    return torch.stack(terms).mean()
+
+
+def adaptive_weight(reference: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
+    """How much stronger one loss pulls at the decoder's last layer than another (VQGAN, arXiv 2012.09841, eq. 7).
+
+    Args:
+        reference, adversarial: scalars that depend on `last`, a weight.
+    Returns:
+        a scalar in [0, 10,000], without gradient.
+    """
+    pulls = [torch.autograd.grad(loss, last, retain_graph=True)[0].float().norm() for loss in (reference, adversarial)]
+    return (pulls[0] / (pulls[1] + 1e-4)).clamp(0, 1e4).detach()
 
 
 def _entropy(p: Tensor) -> Tensor:

@@ -1,14 +1,28 @@
-"""TokenizerModule: losses and optimizer of the tokenizer, nothing else."""
+"""TokenizerModule: losses and optimizers of the tokenizer and its discriminators, nothing else."""
 
 from __future__ import annotations
 
 import lightning as L
+import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from kit.optim import build_optimizer, warmup_cosine
+from kit.perceptual import load_perceptual
 from kit.tokenizer import Tokenizer, TokenizerConfig
-from kit.tokenizer.losses import commitment_loss, entropy_loss, reconstruction_loss
+from kit.tokenizer.discriminator import Discriminator
+from kit.tokenizer.losses import (
+    adaptive_weight,
+    adversarial_loss,
+    commitment_loss,
+    discriminator_loss,
+    entropy_loss,
+    lecam_loss,
+    perceptual_loss,
+    reconstruction_loss,
+)
+
+ANCHOR_DECAY = 0.99  # of LeCAM's averages
 
 
 def psnr(output: Tensor, video: Tensor) -> Tensor:
@@ -19,12 +33,18 @@ def psnr(output: Tensor, video: Tensor) -> Tensor:
 class TokenizerModule(L.LightningModule):
     """Trains a tokenizer.
 
+    An iteration is one step of the tokenizer's optimizer, and of the discriminators' where there are any: Lightning's
+    `global_step` and all schedules count iterations.
+
     Args:
         tokenizer: values of `TokenizerConfig`.
-        loss: `reconstruction` (l1 or l2), `commitment_weight`, `entropy_weight`, `entropy_inverse_temperature`.
-        optimizer: `name`, `lr`, `betas`, `weight_decay`, `warmup` (steps).
+        loss: see conf/loss/plain.yaml.
+        optimizer: `name`, `lr`, `betas`, `weight_decay`, `warmup` (iterations), `clip` (norm of all gradients),
+            `accumulate` (batches of an iteration).
         clip: `frames`, `height`, `width`, `fps` of the clips trained on.
-        steps: of the whole training; the learning rate ends there.
+        steps: iterations of the whole training; the learning rate ends there.
+    Raises:
+        ValueError, FileNotFoundError: for wrong values, or a perceptual loss without its weights.
     """
 
     kind = "tokenizer"
@@ -32,23 +52,83 @@ class TokenizerModule(L.LightningModule):
     def __init__(self, tokenizer: dict, loss: dict, optimizer: dict, clip: dict, steps: int):
         super().__init__()
         self.save_hyperparameters()
+        self.automatic_optimization = False
         self.model = Tokenizer(TokenizerConfig(**tokenizer))
         self.schedule = self.model.schedule(clip["frames"], clip["height"], clip["width"])
         self.loss, self.optimizer, self.steps = loss, optimizer, steps
+        seen, against = loss["perceptual"], loss["adversarial"]
+        self.perceptual = load_perceptual(seen["kind"], seen["weights"]) if seen["weight"] else None
+        self.discriminator, self.start = None, steps
+        if against["weight"]:
+            self.discriminator = Discriminator(against["dims"], against["width"], against["layers"])
+            self.start = round(against["start"] * steps)  # the discriminators' first iteration
+            self.register_buffer("anchors", torch.zeros(len(against["dims"]), 2))  # LeCAM's
 
-    def training_step(self, batch: dict, _) -> Tensor:
-        video = batch["video"]
+    def training_step(self, batch: dict, index: int):
+        video, parts = batch["video"], self.optimizer["accumulate"]
         output, features, steps = self.model(video)
         terms = {
-            "reconstruction": reconstruction_loss(output, video, self.loss["reconstruction"]),
-            "commitment": commitment_loss(features, steps),
-            "entropy": entropy_loss(steps, self.loss["entropy_inverse_temperature"]),
+            "reconstruction": (1.0, reconstruction_loss(output, video, self.loss["reconstruction"])),
+            "commitment": (self.loss["commitment_weight"], commitment_loss(features, steps)),
+            "entropy": (self.loss["entropy_weight"], entropy_loss(steps, self.loss["entropy_inverse_temperature"])),
         }
-        weights = {"commitment": self.loss["commitment_weight"], "entropy": self.loss["entropy_weight"]}
-        total = sum(weights.get(name, 1.0) * term for name, term in terms.items())
-        self.log("train/loss", total, prog_bar=True)
-        self.log_dict({f"train/{name}": term for name, term in terms.items()})
-        return total
+        if self.perceptual is not None:
+            terms["perceptual"] = (self.loss["perceptual"]["weight"], perceptual_loss(self.perceptual, output, video))
+        if adversarial := self.adversarial_share:
+            terms["adversarial"] = self.adversarial_term(output, terms)
+        self.manual_backward(weighted_sum(terms) / parts)
+        self.log("train/loss", weighted_sum(terms), prog_bar=True)
+        if adversarial:
+            against = self.discriminator_terms(video, output.detach())
+            self.manual_backward(weighted_sum(against) / parts)
+            terms |= against
+        self.log_dict({f"train/{name}": term for name, (_, term) in terms.items()})
+        self.log_dict({f"train/{name}_weighted": weight * term for name, (weight, term) in terms.items()})
+        if (index + 1) % parts == 0:
+            self.step(discriminators=adversarial > 0)
+
+    @property
+    def adversarial_share(self) -> float:
+        """Share of the adversarial weight in this iteration: 0 until `start`, then rising to 1 over `warmup`."""
+        done = self.global_step - self.start + 1
+        if self.discriminator is None or done <= 0:
+            return 0.0
+        return min(1.0, done / max(1, round(self.loss["adversarial"]["warmup"] * self.steps)))
+
+    def adversarial_term(self, output: Tensor, terms: dict) -> tuple[Tensor | float, Tensor]:
+        """Weight and loss of fooling the discriminators, which do not learn from it."""
+        self.discriminator.requires_grad_(False)
+        loss = adversarial_loss(self.discriminator(output))
+        self.discriminator.requires_grad_(True)
+        weight = self.adversarial_share * self.loss["adversarial"]["weight"]
+        if self.loss["adversarial"]["adaptive"]:
+            seen = {name: term for name, term in terms.items() if name in ("reconstruction", "perceptual")}
+            weight = weight * adaptive_weight(weighted_sum(seen), loss, self.model.decoder.head.weight)
+        return weight, loss
+
+    def discriminator_terms(self, video: Tensor, output: Tensor) -> dict:
+        """What the discriminators learn from: telling real from reconstructed clips, calmly."""
+        real, fake = self.discriminator(video), self.discriminator(output)
+        means = torch.stack([torch.stack([r.mean(), f.mean()]) for r, f in zip(real, fake)]).detach().float()
+        seen = self.global_step - self.start
+        self.anchors.lerp_(means, 1 - min(ANCHOR_DECAY, seen / (seen + 1)))  # at first the mean of all so far
+        return {
+            "discriminator": (1.0, discriminator_loss(real, fake)),
+            "lecam": (self.loss["adversarial"]["lecam"], lecam_loss(real, fake, self.anchors)),
+        }
+
+    def step(self, discriminators: bool):
+        """One iteration of each optimizer whose turn it is."""
+        optimizers, schedules = self.optimizers(), self.lr_schedulers()
+        optimizers, schedules = (x if isinstance(x, list) else [x] for x in (optimizers, schedules))
+        turns = list(zip(optimizers, schedules))[: 2 if discriminators else 1]
+        for number, (optimizer, schedule) in enumerate(turns):
+            if self.optimizer["clip"]:
+                self.clip_gradients(optimizer, self.optimizer["clip"], "norm")
+            # Lightning counts the steps of its own wrapper: past it, the discriminators' do not add to `global_step`.
+            (optimizer if number == 0 else optimizer.optimizer).step()
+            optimizer.zero_grad()
+            schedule.step()
 
     def validation_step(self, batch: dict, _):
         video = batch["video"]
@@ -57,7 +137,16 @@ class TokenizerModule(L.LightningModule):
         self.log("val/l1", (output - video).abs().mean(), batch_size=len(video), sync_dist=True)
 
     def configure_optimizers(self):
-        warmup = self.optimizer["warmup"]
-        optimizer = build_optimizer(self.model, **{k: v for k, v in self.optimizer.items() if k != "warmup"})
-        schedule = {"scheduler": warmup_cosine(optimizer, warmup, self.steps), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        keys = ("name", "lr", "betas", "weight_decay")
+        optimizers = [build_optimizer(self.model, **{key: self.optimizer[key] for key in keys})]
+        schedules = [warmup_cosine(optimizers[0], self.optimizer["warmup"], self.steps)]
+        if self.discriminator is not None:
+            against = self.loss["adversarial"]
+            optimizers.append(build_optimizer(self.discriminator, "adamw", against["lr"], against["betas"], 0.0))
+            schedules.append(warmup_cosine(optimizers[1], 0, self.steps - self.start))
+        return optimizers, schedules
+
+
+def weighted_sum(terms: dict[str, tuple]) -> Tensor:
+    """Of name -> (weight, loss)."""
+    return sum(weight * term for weight, term in terms.values())

@@ -6,20 +6,18 @@ import json
 from dataclasses import replace
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from kit.cli import CONF, register_resolvers
+from kit.cli import CONF
 from kit.evaluation.protocol import Network, Protocol, Real, differences
 from kit.run import plain
+from tests.fixtures import composed
 
 SHIPPED = sorted(path.stem for path in (CONF / "protocol").glob("*.yaml"))
 SUITES = ("prompts", "vbench")
 
 
 def shipped(name: str, *overrides: str) -> dict:
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return plain(compose("evaluate", [f"protocol={name}", *overrides]).protocol)
+    return plain(composed("evaluate", f"protocol={name}", *overrides).protocol)
 
 
 @pytest.fixture

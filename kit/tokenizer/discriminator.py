@@ -1,0 +1,54 @@
+"""Patch discriminators: is a neighbourhood of a clip real? One looks at frames, one at motion too."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GROUPS = 8  # of channels, normalised together
+
+
+class PatchDiscriminator(nn.Module):
+    """A map of logits, each for a neighbourhood (PatchGAN, Isola et al. 2017, arXiv 1611.07004).
+
+    Args:
+        dims: 2 looks at each frame on its own, 3 at space and time.
+        width: channels of the first layer, a multiple of 8. layers: halvings of height and width.
+    """
+
+    def __init__(self, dims: int, width: int, layers: int):
+        super().__init__()
+        if dims not in (2, 3):
+            raise ValueError(f"a discriminator has 2 or 3 dims, got {dims}")
+        self.dims = dims
+        kernel = (3, 4, 4) if dims == 3 else (1, 4, 4)
+        widths = [3, *(width * 2 ** min(n, 2) for n in range(layers))]
+        self.convolutions = nn.ModuleList(
+            nn.Conv3d(a, b, kernel, stride=(1, 2, 2), padding=(dims - 2, 1, 1)) for a, b in zip(widths, widths[1:])
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, b) for b in widths[2:])  # none after the first, as is usual
+        self.head = nn.Conv3d(widths[-1], 1, (kernel[0], 3, 3), padding=(dims - 2, 1, 1))
+
+    def forward(self, video: Tensor) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] -> (B, 1, T, H / 2^layers, W / 2^layers), or (B * T, 1, 1, ...) in two dims."""
+        x = video.transpose(1, 2).flatten(0, 1)[:, :, None] if self.dims == 2 else video
+        for n, convolution in enumerate(self.convolutions):
+            x = convolution(x)
+            x = F.leaky_relu(self.norms[n - 1](x) if n else x, 0.2)
+        return self.head(x)
+
+
+class Discriminator(nn.Module):
+    """Several patch discriminators side by side.
+
+    Args:
+        dims: of each, such as (2, 3). width, layers: of all.
+    """
+
+    def __init__(self, dims: tuple[int, ...], width: int, layers: int):
+        super().__init__()
+        self.parts = nn.ModuleList(PatchDiscriminator(d, width, layers) for d in dims)
+
+    def forward(self, video: Tensor) -> list[Tensor]:
+        """(B, 3, T, H, W) in [-1, 1] -> a map of logits from each."""
+        return [part(video) for part in self.parts]

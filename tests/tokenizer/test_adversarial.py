@@ -1,0 +1,254 @@
+"""Adversarial and perceptual training of the tokenizer: each loss by hand, turns, weights, schedules, resume."""
+
+from __future__ import annotations
+
+import csv
+import math
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from torch.nn import functional as F
+
+from callbacks import NonFiniteGuard
+from kit.checkpoint import load_tokenizer, read_checkpoint
+from kit.data.datamodule import ClipDataModule
+from kit.data.shapes import Shapes
+from kit.perceptual import load_perceptual
+from kit.run import plain
+from kit.tokenizer.discriminator import Discriminator, PatchDiscriminator
+from kit.tokenizer.losses import adaptive_weight, adversarial_loss, discriminator_loss, lecam_loss, perceptual_loss
+from kit.tokenizer.module import TokenizerModule
+from tests.fixtures import composed, fit_tokenizer
+
+ADVERSARIAL = ["loss.adversarial.weight=0.1", "loss.adversarial.width=8", "loss.adversarial.layers=2"]
+CLIP = {"frames": 5, "height": 16, "width": 16, "fps": 8}
+TOKENIZER = {"bits": 4, "scales": [1, 2], "patch": 4, "widths": [8, 8], "blocks": 1}
+
+
+def make_module(*overrides: str, steps: int = 10) -> TokenizerModule:
+    cfg = composed("stage1_tokenizer", "size=tiny", "optimizer.warmup=0", *ADVERSARIAL, *overrides)
+    torch.manual_seed(0)
+    return TokenizerModule(TOKENIZER, plain(cfg.loss), plain(cfg.optimizer), CLIP, steps)
+
+
+class Recorder(L.Callback):
+    """What each batch logged, and the weights after it."""
+
+    def __init__(self):
+        self.logged, self.weights = [], []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.logged.append({k: v.item() for k, v in trainer.callback_metrics.items()})
+        self.weights.append({name: p.detach().clone() for name, p in module.named_parameters()})
+
+
+def train(module: TokenizerModule, steps: int, batch_size: int = 2) -> Recorder:
+    recorder = Recorder()
+    data = ClipDataModule(partial(Shapes), 5, 16, 16, 8.0, batch_size, val_clips=1, workers=0)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = L.Trainer(accelerator="cpu", max_steps=steps, callbacks=[recorder], limit_val_batches=0, **quiet)
+    trainer.fit(module, datamodule=data)
+    recorder.trainer = trainer
+    return recorder
+
+
+def changed(before: dict, after: dict, prefix: str) -> bool:
+    return any(not torch.equal(before[name], after[name]) for name in before if name.startswith(prefix))
+
+
+MAPS = [torch.tensor([[2.0, -1.0]]), torch.tensor([[0.5]])]
+OTHERS = [torch.tensor([[-3.0, 0.0]]), torch.tensor([[1.5]])]
+
+
+def test_adversarial_losses_by_hand():
+    first = (0 + 2) / 2 + (0 + 1) / 2  # relu(1 - real), relu(1 + fake) of the first map
+    second = 0.5 + 2.5
+    assert discriminator_loss(MAPS, OTHERS).item() == pytest.approx((first + second) / 2)
+    assert adversarial_loss(OTHERS).item() == pytest.approx(-(-1.5 + 1.5) / 2)
+    anchors = torch.tensor([[1.0, 0.5], [0.0, 2.0]])  # means of real and of fake
+    first = (1.5**2 + 0) / 2 + (4.0**2 + 1.0**2) / 2  # relu(real - 0.5)^2, relu(1 - fake)^2
+    assert lecam_loss(MAPS, OTHERS, anchors).item() == pytest.approx((first + 0 + 0) / 2)
+
+
+def test_adaptive_weight_is_the_ratio_of_pulls():
+    last = torch.tensor([3.0, 4.0], requires_grad=True)
+    assert adaptive_weight(last.square().sum() / 2, 2 * last[0], last).item() == pytest.approx(5 / 2, rel=1e-3)
+    assert adaptive_weight(1e9 * last.sum(), 0 * last.sum(), last).item() == 1e4
+
+
+def test_perceptual_loss_is_the_mean_over_frames(shared):
+    network = load_perceptual("st-lpips", shared / "weights" / "stlpips_vgg_fp16.pt")
+    video, output = torch.rand(2, 3, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 3, 32, 32) * 2 - 1
+    frames = [network(output[b, :, t][None], video[b, :, t][None]) for b in range(2) for t in range(3)]
+    assert torch.allclose(perceptual_loss(network, output, video), torch.cat(frames).mean(), atol=1e-5)
+    assert perceptual_loss(network, video, video).item() == 0
+
+
+def test_patch_discriminators():
+    frames, motion = (PatchDiscriminator(dims, 8, 2).eval() for dims in (2, 3))
+    video = torch.rand(2, 3, 5, 16, 24)
+    assert frames(video).shape == (10, 1, 1, 4, 6) and motion(video).shape == (2, 1, 5, 4, 6)
+    assert motion(video[:, :, :1]).shape == (2, 1, 1, 4, 6)
+    still = video[:, :, :1].expand(-1, -1, 5, -1, -1)
+    assert torch.allclose(frames(still)[:5], frames(still)[:1].expand(5, -1, -1, -1, -1), atol=1e-6), "each frame alone"
+    shuffled = video[:, :, [2, 0, 1, 4, 3]]
+    assert torch.allclose(frames(shuffled).view(2, 5, -1)[:, 1], frames(video).view(2, 5, -1)[:, 0], atol=1e-6)
+    assert not torch.allclose(motion(shuffled)[:, :, 1], motion(video)[:, :, 0], atol=1e-3), "neighbours in time count"
+    with pytest.raises(ValueError, match="2 or 3 dims, got 4"):
+        PatchDiscriminator(4, 8, 2)
+
+
+def test_discriminators_learn_to_tell_noise_from_flat_clips():
+    torch.manual_seed(0)
+    discriminator = Discriminator((2, 3), 8, 2)
+    optimizer = torch.optim.AdamW(discriminator.parameters(), 1e-2)
+    for _ in range(30):
+        real, fake = torch.rand(4, 3, 3, 16, 16) * 2 - 1, torch.rand(4, 3, 3, 1, 1).expand(-1, -1, -1, 16, 16)
+        loss = discriminator_loss(discriminator(real), discriminator(fake))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2
+
+
+def test_every_term_is_logged_raw_and_weighted():
+    recorder = train(make_module("loss.commitment_weight=0.5"), 2)
+    logged = recorder.logged[-1]
+    weights = {"reconstruction": 1.0, "commitment": 0.5, "entropy": 0.01}
+    weights |= {"adversarial": 0.1, "discriminator": 1.0, "lecam": 0.001}
+    for name, weight in weights.items():
+        assert logged[f"train/{name}_weighted"] == pytest.approx(weight * logged[f"train/{name}"], rel=1e-5), name
+    parts = [logged[f"train/{name}_weighted"] for name in ("reconstruction", "commitment", "entropy", "adversarial")]
+    assert logged["train/loss"] == pytest.approx(sum(parts), rel=1e-5)
+
+
+def test_losses_of_a_step_are_those_of_its_tensors():
+    """The first iteration, computed again outside."""
+    module = make_module()
+    batch = torch.utils.data.default_collate([Shapes("train", 5, 16, 16, 8.0)[n] for n in range(2)])
+    with torch.no_grad():
+        output = module.model(batch["video"])[0]
+        real, fake = module.discriminator(batch["video"]), module.discriminator(output)
+    logged = train(module, 1).logged[0]
+    assert logged["train/adversarial"] == pytest.approx(-sum(f.mean().item() for f in fake) / 2, abs=1e-5)
+    hinge = [F.relu(1 - r).mean().item() + F.relu(1 + f).mean().item() for r, f in zip(real, fake)]
+    assert logged["train/discriminator"] == pytest.approx(sum(hinge) / 2, abs=1e-5)
+    calm = [F.relu(r - f.mean()).square().mean() + F.relu(r.mean() - f).square().mean() for r, f in zip(real, fake)]
+    assert logged["train/lecam"] == pytest.approx(sum(calm).item() / 2, abs=1e-5)
+    for anchor, r, f in zip(module.anchors, real, fake):
+        assert anchor.tolist() == pytest.approx([r.mean().item(), f.mean().item()], abs=1e-5)
+
+
+def test_iterations_count_once_and_the_discriminators_wait_for_their_turn():
+    """With a start at 40 % and a rise over 40 % of ten iterations; learning rates follow iterations too."""
+    module = make_module("loss.adversarial.start=0.4", "loss.adversarial.warmup=0.4")
+    recorder = train(module, 10)
+    assert recorder.trainer.global_step == 10 == len(recorder.logged)
+    shares = [row.get("train/adversarial_weighted", 0) / row.get("train/adversarial", 1) / 0.1 for row in recorder.logged]
+    assert shares == pytest.approx([0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1], rel=1e-4)
+    turns = [changed(a, b, "discriminator") for a, b in zip(recorder.weights, recorder.weights[1:])]
+    assert turns == [False] * 3 + [True] * 6
+    assert all(changed(a, b, "model") for a, b in zip(recorder.weights, recorder.weights[1:]))
+    main, against = recorder.trainer.optimizers
+    assert main.param_groups[0]["lr"] == pytest.approx(0.01 * main.param_groups[0]["initial_lr"])
+    assert against.param_groups[0]["lr"] == pytest.approx(0.01 * 1e-4)
+
+
+def test_the_tokenizers_turn_leaves_no_gradient_in_the_discriminators():
+    module = make_module()
+    video = torch.rand(2, 3, 5, 16, 16) * 2 - 1
+    module.adversarial_term(module.model(video)[0], {})[1].backward()
+    assert all(p.grad is None for p in module.discriminator.parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.model.decoder.parameters())
+    assert all(p.requires_grad for p in module.discriminator.parameters())
+
+
+def test_adaptive_weight_scales_the_adversarial_term():
+    module = make_module("loss.adversarial.adaptive=true", "loss.adversarial.weight=0.5")
+    video = torch.rand(2, 3, 5, 16, 16) * 2 - 1
+    output = module.model(video)[0]
+    terms = {"reconstruction": (1.0, (output - video).square().mean()), "entropy": (9.0, output.sum() * 1e9)}
+    weight, loss = module.adversarial_term(output, terms)
+    last = module.model.decoder.head.weight
+    pulls = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (terms["reconstruction"][1], loss)]
+    assert weight.item() == pytest.approx((0.5 * pulls[0] / (pulls[1] + 1e-4)).item(), rel=1e-4)
+
+
+def test_accumulated_batches_are_one_large_batch():
+    """Of the terms that are means over clips; entropy is one over the batch."""
+    words = ["loss.entropy_weight=0", "optimizer.clip=null", "optimizer.name=adamw", "loss.adversarial.lecam=0"]
+    whole = train(make_module(*words), 3, batch_size=4)
+    parts = train(make_module(*words, "optimizer.accumulate=2"), 3, batch_size=2)
+    assert parts.trainer.global_step == 3 and len(parts.logged) == 6
+    for name, p in whole.weights[-1].items():
+        assert torch.allclose(p, parts.weights[-1][name], atol=2e-5), name
+    assert changed(parts.weights[0], parts.weights[1], "model")
+    assert not changed(parts.weights[1], parts.weights[2], "model")
+
+
+def test_gradients_are_clipped_each_for_itself():
+    """With plain gradient descent of rate 1 the change of the weights is the clipped gradient."""
+    module = make_module("optimizer.clip=0.01")
+
+    def plain_descent():
+        parts = (module.model, module.discriminator)
+        optimizers = [torch.optim.SGD(part.parameters(), 1.0) for part in parts]
+        return optimizers, [torch.optim.lr_scheduler.ConstantLR(o, factor=1.0) for o in optimizers]
+
+    module.configure_optimizers = plain_descent
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    after = train(module, 1).weights[0]
+    for prefix in ("model", "discriminator"):
+        moved = [(after[n] - before[n]).square().sum() for n in before if n.startswith(prefix)]
+        assert math.sqrt(sum(moved)) == pytest.approx(0.01, rel=1e-3)
+
+
+def losses(folder, start: int) -> list[list[str]]:
+    rows = csv.DictReader((folder / "logs" / f"version_{start}" / "metrics.csv").open())
+    return [[row["train/loss"], row["train/discriminator"], row["train/lecam"]] for row in rows if row["train/loss"]]
+
+
+def test_an_adversarial_run_resumes_to_the_last_bit(tmp_path, monkeypatch):
+    words = [*ADVERSARIAL, "trainer.precision=32-true", "recipe.tokenizer.steps=8", "trainer.val_check_interval=4",
+             "callbacks.last.every=3", "loss.adversarial.start=0.2", "optimizer.accumulate=2"]  # fmt: skip
+
+    def stop(self, trainer, *_):
+        if trainer.global_step == 5:
+            for logger in trainer.loggers:
+                logger.save()
+            raise KeyboardInterrupt
+
+    assert fit_tokenizer(tmp_path / "whole", *words, name="run") == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(NonFiniteGuard, "on_train_batch_end", stop, raising=False)
+        assert fit_tokenizer(tmp_path / "resumed", *words, name="run") == 1
+    assert fit_tokenizer(tmp_path / "resumed", *words, "ckpt=last", name="run") == 0
+    whole, resumed = losses(tmp_path / "whole" / "run", 0), losses(tmp_path / "resumed" / "run", 1)
+    assert resumed == whole[-len(resumed) :] and len(resumed) >= 5
+    a, b = (read_checkpoint(tmp_path / n / "run" / "checkpoints" / "last.ckpt", "tokenizer") for n in ("whole", "resumed"))
+    for key in ("state_dict", "ema"):
+        assert a[key].keys() == b[key].keys() and all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+    assert any(name.startswith("discriminator") for name in a["state_dict"])
+    assert not any(name.startswith(("discriminator", "perceptual")) for name in a["ema"])
+    assert not any(name.startswith("perceptual") for name in a["state_dict"])
+    load_tokenizer(tmp_path / "whole" / "run" / "checkpoints" / "last.ckpt")
+
+
+def test_full_losses_train_with_weights_and_stop_without(tmp_path, shared, capsys, monkeypatch):
+    few = ["loss=full", "loss.adversarial.width=8", "recipe.tokenizer.steps=2", "trainer.val_check_interval=2"]
+    weights = f"loss.perceptual.weights={shared / 'weights' / 'stlpips_vgg_fp16.pt'}"
+    assert fit_tokenizer(tmp_path, *few, "loss.perceptual.kind=st-lpips", weights, name="full") == 0
+    rows = list(csv.DictReader((tmp_path / "full" / "logs" / "version_0" / "metrics.csv").open()))
+    assert all(float(row["train/perceptual"]) > 0 for row in rows if row["train/loss"])
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert fit_tokenizer(tmp_path, *few, name="without") == 1
+    error = capsys.readouterr().err
+    assert "vgg16-397923af.pth" in error and "load_state_dict_from_url" in error
+
+
+@pytest.mark.parametrize("word", ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=0.5"])
+def test_lightnings_own_words_are_answered(tmp_path, capsys, word):
+    assert fit_tokenizer(tmp_path, word) == 1
+    assert "use optimizer.accumulate= and optimizer.clip=" in capsys.readouterr().err
