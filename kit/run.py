@@ -13,6 +13,7 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.features import encode_clips
 from kit.generator.module import GeneratorModule
 from kit.machine import fast_float32_products, keep_freed_memory
+from kit.tokenizer.inflate import inflate
 from kit.tokenizer.module import TokenizerModule
 
 
@@ -32,7 +33,10 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
     """
     if cfg.trainer.accumulate_grad_batches != 1 or cfg.trainer.gradient_clip_val is not None:
         raise ValueError("the tokenizer accumulates and clips by itself: use optimizer.accumulate= and optimizer.clip=")
-    return TokenizerModule(plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), data.clip, cfg.trainer.max_steps)
+    module = TokenizerModule(plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), data.clip, cfg.trainer.max_steps)
+    if cfg.init.how == "inflate":
+        inflate(load_tokenizer(cfg.init.ckpt).model, module.model)
+    return module
 
 
 def encoded_clips_of(cfg: DictConfig) -> Path:

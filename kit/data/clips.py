@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kit.data.decode import UnreadableVideo, load_backend, open_video
+from kit.data.decode import PICTURES, UnreadableVideo, load_backend, open_video
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v")
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json")
@@ -28,18 +28,21 @@ LABEL_SOURCES = ("auto", "folder", "filename", "none")
 LEADING_WORDS = r"^(?P<label>.+?)_+\d+$"  # jumping_jack_00000004 -> jumping_jack
 
 
-def list_videos(root: Path) -> list[str]:
-    """The video files in a folder and the folders below it, as sorted posix paths relative to it.
+def list_videos(root: Path, pictures: bool = False) -> list[str]:
+    """The video files, and pictures where they will do, in a folder and the folders below it, as sorted posix paths
+    relative to it.
 
     Raises:
-        FileNotFoundError: if the folder does not exist or holds no video.
+        FileNotFoundError: if the folder does not exist or holds none.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"root={str(root)!r} is not a folder; set `root` to a folder of video files")
     names = glob.glob("**/*", root_dir=root, recursive=True)  # follows links to folders, passes over hidden files
-    videos = sorted(Path(name).as_posix() for name in names if name.lower().endswith(SUFFIXES))
+    suffixes = SUFFIXES + PICTURES * pictures
+    videos = sorted(Path(name).as_posix() for name in names if name.lower().endswith(suffixes))
     if not videos:
-        raise FileNotFoundError(f"root={str(root)!r} holds no video; expected files ending in {', '.join(SUFFIXES)}")
+        what = "no video or picture" if pictures else "no video"
+        raise FileNotFoundError(f"root={str(root)!r} holds {what}; expected files ending in {', '.join(suffixes)}")
     return videos
 
 
@@ -193,7 +196,8 @@ class FolderClips(Dataset):
     and the next file of the stream takes its place.
 
     Args:
-        root: folder of videos. split: `val`, every `val_every`-th file of the sorted list, `train`, the others, or `all`.
+        root: folder of videos, for clips of one frame also of pictures. split: `val`, every `val_every`-th file of the
+            sorted list, `train`, the others, or `all`.
         frames: T, 1 gives images. height, width: pixels. fps: frames per second, each file's own if None or 0.
         seed: another seed is another stream. backend: of `kit.data.decode`.
         label_from, filename_pattern: see `label_files`. captions: see `read_captions`; by default the file
@@ -233,7 +237,7 @@ class FolderClips(Dataset):
     def __post_init__(self):
         self._check_arguments()
         self.root = Path(self.root)
-        names = list_videos(self.root)
+        names = list_videos(self.root, pictures=self.frames == 1)
         self.files = self._files_of_split(names)
         if self.split == "val" and len(names) == 1:
             warnings.warn(f"{self.root} holds one video only: it is used for training and validation", stacklevel=3)

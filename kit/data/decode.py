@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
+from PIL import Image, ImageOps
 
 if TYPE_CHECKING:
     import av
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # times, a seek in MPEG lands anywhere near, and each frame of a GIF needs the ones before it.
 SEEKABLE_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 SEEKABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 REORDERED = 16  # frames that a codec may store out of order, at most
 FAR = 32  # frames ahead from which on a seek pays
 
@@ -36,6 +38,8 @@ class UnreadableVideo(RuntimeError):
         self.path, self.reason, self.backend = path, reason, backend
 
     def __str__(self) -> str:
+        if self.backend not in BACKENDS:
+            return f"cannot read the picture {self.path}: {self.reason}. Check or remove the file."
         others = " or ".join(f"backend={name!r}" for name in BACKENDS if name != self.backend)
         return (
             f"cannot read the video {self.path} with backend={self.backend!r}: {self.reason}. "
@@ -67,13 +71,15 @@ class Decoder(Protocol):
 
 
 def open_video(path: str | Path, backend: str = "decord") -> Decoder:
-    """Opens a video file. AVI, MPEG and GIF go to PyAV in any case: decord gives wrong frames of them.
+    """Opens a video file, or a picture. AVI, MPEG and GIF go to PyAV in any case: decord gives wrong frames of them.
 
     Raises:
         UnreadableVideo: if the file is missing, damaged or holds no video.
         ValueError, ImportError: as `load_backend`.
     """
     path, decoder = Path(path), load_backend(backend)
+    if path.suffix.lower() in PICTURES:
+        return PictureDecoder(path)
     if decoder is DecordDecoder and path.suffix.lower() not in SEEKABLE_SUFFIXES:
         decoder = load_backend("pyav")
     return decoder(path)
@@ -196,6 +202,24 @@ class PyAVDecoder:
             if seek_to is not None:
                 container.seek(seek_to, stream=stream)
             yield from container.decode(stream)
+
+
+class PictureDecoder:
+    """A picture as a video of one frame, at one frame per second."""
+
+    module, package = "PIL", "pillow"
+    fps = 1.0
+
+    def __init__(self, path: Path):
+        self.path = path
+        with _reporting(path, "pillow"), Image.open(path) as picture:
+            self._pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+
+    def __len__(self) -> int:
+        return 1
+
+    def frames(self, indices: Iterable[int]) -> np.ndarray:
+        return np.stack([self._pixels for _ in _valid_indices(indices, 1)])
 
 
 BACKENDS: dict[str, type[Decoder]] = {"decord": DecordDecoder, "pyav": PyAVDecoder}

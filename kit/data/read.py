@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from kit.data.clips import fit, frame_numbers
-from kit.data.decode import open_video
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from kit.data.decode import PICTURES, open_video
 
 
 def read_clip_file(
@@ -23,19 +19,13 @@ def read_clip_file(
         fps: frames per second to take; 0: the file's own.
         at_end: take the end of the video instead of its beginning.
     Raises:
-        FileNotFoundError, ValueError (not a picture; too short) or `UnreadableVideo`.
+        FileNotFoundError, ValueError (a picture where frames are asked for; too short) or `UnreadableVideo`.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    if path.suffix.lower() in PICTURES:
-        if frames > 1:
-            raise ValueError(f"{path} is a picture; {frames} frames were asked for: give a video, or use image=")
-        try:
-            pixels = np.array(Image.open(path).convert("RGB"))[None]
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{path} is not a readable picture") from error
-        return fit(pixels, height, width)
+    if path.suffix.lower() in PICTURES and frames > 1:
+        raise ValueError(f"{path} is a picture; {frames} frames were asked for: give a video, or use image=")
     video = open_video(path, backend)
     numbers = frame_numbers(len(video), video.fps, frames, fps, 1.0 if at_end else 0.0)
     if numbers[-1] >= len(video):

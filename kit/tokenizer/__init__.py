@@ -25,6 +25,7 @@ class TokenizerConfig:
         patch: pixels per side folded into channels by the stem.
         widths: channels of each level, fine to coarse; each further level halves height and width.
         blocks: residual blocks per level.
+        temporal: whether it knows time. A tokenizer of images does not; `inflate.py` makes a video tokenizer of it.
         amplitude: root mean square of a frame's feature, in units of a code's amplitude 1/sqrt(d); null leaves it to
             training. A handful of scales can only represent a limited amplitude, best about 2.
     """
@@ -35,6 +36,7 @@ class TokenizerConfig:
     widths: tuple[int, ...] = (128, 256, 256)
     blocks: int = 2
     amplitude: float | None = 2.0
+    temporal: bool = True
 
     def __post_init__(self):
         for name in ("scales", "widths"):
@@ -56,7 +58,7 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.config = config
-        shape = {key: getattr(config, key) for key in ("bits", "patch", "widths", "blocks")}
+        shape = {key: getattr(config, key) for key in ("bits", "patch", "widths", "blocks", "temporal")}
         self.encoder, self.decoder = Encoder(**shape), Decoder(**shape)
         self.to(memory_format=torch.channels_last_3d)  # the layout that bfloat16 convolutions are fast in
 
@@ -64,8 +66,11 @@ class Tokenizer(nn.Module):
         """The blocks of a clip of T x H x W pixels.
 
         Raises:
-            ValueError: if T is not 1 + 4n, or H or W is not a multiple of the compression or too small for the scales.
+            ValueError: if T is not 1 + 4n, or not 1 for a tokenizer of images, or H or W is not a multiple of the
+                compression or too small for the scales.
         """
+        if frames > 1 and not self.config.temporal:
+            raise ValueError(f"this is a tokenizer of images: it takes 1 frame, got {frames}; inflate it for video")
         c, coarse = self.config.compression, self.config.scales[-1]
         if height % c or width % c:
             raise ValueError(f"height and width must be multiples of {c}, got {height} x {width}")

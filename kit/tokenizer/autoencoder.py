@@ -22,6 +22,11 @@ class ChannelNorm(nn.LayerNorm):
         return F.layer_norm(x.movedim(1, -1), self.normalized_shape, weight, bias, self.eps).movedim(-1, 1)
 
 
+def kernel(temporal: bool) -> tuple[int, int, int]:
+    """Of a convolution that looks at the past, or at its own frame only."""
+    return (3 if temporal else 1, 3, 3)
+
+
 class ResBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x)))))), starting as the identity.
 
@@ -31,7 +36,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, temporal: bool):
         super().__init__()
-        self.norm1, self.conv1 = ChannelNorm(channels), CausalConv3d(channels, channels, (3 if temporal else 1, 3, 3))
+        self.norm1, self.conv1 = ChannelNorm(channels), CausalConv3d(channels, channels, kernel(temporal))
         self.norm2, self.conv2 = ChannelNorm(channels), CausalConv3d(channels, channels, (1, 3, 3))
         nn.init.zeros_(self.conv2.weight)
 
@@ -40,11 +45,11 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(y)), stream)
 
 
-def residual_levels(widths: tuple[int, ...], blocks: int) -> nn.ModuleList:
+def residual_levels(widths: tuple[int, ...], blocks: int, temporal: bool) -> nn.ModuleList:
     """Residual blocks of each level, fine to coarse. Time is mixed where that is cheapest, at the coarsest level."""
     coarsest = len(widths) - 1
     return nn.ModuleList(
-        nn.ModuleList(ResBlock(c, temporal=i == coarsest) for _ in range(blocks)) for i, c in enumerate(widths)
+        nn.ModuleList(ResBlock(c, temporal and i == coarsest) for _ in range(blocks)) for i, c in enumerate(widths)
     )
 
 
@@ -70,19 +75,20 @@ class Encoder(nn.Module):
         patch: side of the pixel patch that the stem folds into channels.
         widths: channels of each level, from fine to coarse; each level halves height and width.
         blocks: residual blocks per level.
+        temporal: whether it knows time; without, each frame is a picture of its own and a latent frame.
     """
 
-    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int):
+    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int, temporal: bool):
         super().__init__()
-        self.patch = patch
-        self.stem = CausalConv3d(3 * TAU * patch**2, widths[0], (1, 1, 1))
-        self.levels = residual_levels(widths, blocks)
+        self.patch, self.tau = patch, TAU if temporal else 1
+        self.stem = CausalConv3d(3 * self.tau * patch**2, widths[0], (1, 1, 1))
+        self.levels = residual_levels(widths, blocks, temporal)
         self.downs = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:]))
-        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], bits)
+        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], bits, kernel(temporal))
 
     def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """video: (B, 3, T, H, W) in [-1, 1] -> (B, d, F, h, w)."""
-        x = self.stem(fold(video, self.patch, _started(self, stream)))
+        x = self.stem(fold(video, self.tau, self.patch, _started(self, stream)))
         for i, level in enumerate(self.levels):
             if i:
                 x = self.downs[i - 1](x)
@@ -94,14 +100,14 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Feature -> pixels; the mirror image of `Encoder`, with the same arguments."""
 
-    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int):
+    def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int, temporal: bool):
         super().__init__()
-        self.patch = patch
-        self.levels = residual_levels(widths, blocks)[::-1]
+        self.patch, self.tau = patch, TAU if temporal else 1
+        self.levels = residual_levels(widths, blocks, temporal)[::-1]
         widths = widths[::-1]
-        self.stem = CausalConv3d(bits, widths[0])
+        self.stem = CausalConv3d(bits, widths[0], kernel(temporal))
         self.ups = nn.ModuleList(Upsample(a, b) for a, b in zip(widths, widths[1:]))
-        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], 3 * TAU * patch**2, (1, 3, 3))
+        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], 3 * self.tau * patch**2, (1, 3, 3))
 
     def forward(self, feature: Tensor, stream: Stream | None = None) -> Tensor:
         """feature: (B, d, F, h, w) -> (B, 3, T, H, W), not clamped."""
@@ -112,7 +118,7 @@ class Decoder(nn.Module):
             for block in level:
                 x = block(x, stream)
         x = self.head(F.silu(self.norm(x)), stream)
-        return unfold(x, self.patch, _started(self, stream))
+        return unfold(x, self.tau, self.patch, _started(self, stream))
 
 
 def _started(module: nn.Module, stream: Stream | None) -> bool:

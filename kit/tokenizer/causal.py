@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kit.scales import TAU
-
 Stream = dict  # module -> its temporal context; hand the same one to every chunk of a clip, a new one to every clip
 
 
@@ -35,25 +33,25 @@ class CausalConv3d(nn.Conv3d):
         return super().forward(x)
 
 
-def fold(video: Tensor, patch: int, started: bool = False) -> Tensor:
-    """Trades resolution for channels: groups of TAU frames, patches of `patch` x `patch` pixels.
+def fold(video: Tensor, tau: int, patch: int, started: bool = False) -> Tensor:
+    """Trades resolution for channels: groups of `tau` frames, patches of `patch` x `patch` pixels.
 
     Args:
-        video: (B, C, T, H, W); T = 1 + 4n, or 4n if the stream has `started`. The first frame is a group of its own,
-            made whole by repeating it.
+        video: (B, C, T, H, W); T = 1 + tau * n, or tau * n if the stream has `started`. The first frame is a group of its
+            own, made whole by repeating it.
     Returns:
-        (B, C * TAU * patch^2, F, H / patch, W / patch)
+        (B, C * tau * patch^2, F, H / patch, W / patch)
     """
     if not started:
-        video = torch.cat([video[:, :, :1].expand(-1, -1, TAU - 1, -1, -1), video], dim=2)
+        video = torch.cat([video[:, :, :1].expand(-1, -1, tau - 1, -1, -1), video], dim=2)
     B, C, T, H, W = video.shape
-    x = video.view(B, C, T // TAU, TAU, H // patch, patch, W // patch, patch)
-    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, -1, T // TAU, H // patch, W // patch)
+    x = video.view(B, C, T // tau, tau, H // patch, patch, W // patch, patch)
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, -1, T // tau, H // patch, W // patch)
 
 
-def unfold(x: Tensor, patch: int, started: bool = False) -> Tensor:
-    """The inverse of `fold`: (B, C * TAU * patch^2, F, h, w) -> (B, C, T, h * patch, w * patch)."""
+def unfold(x: Tensor, tau: int, patch: int, started: bool = False) -> Tensor:
+    """The inverse of `fold`: (B, C * tau * patch^2, F, h, w) -> (B, C, T, h * patch, w * patch)."""
     B, _, F, h, w = x.shape
-    x = x.view(B, -1, TAU, patch, patch, F, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    video = x.reshape(B, -1, F * TAU, h * patch, w * patch)
-    return video if started else video[:, :, TAU - 1 :]
+    x = x.view(B, -1, tau, patch, patch, F, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    video = x.reshape(B, -1, F * tau, h * patch, w * patch)
+    return video if started else video[:, :, tau - 1 :]

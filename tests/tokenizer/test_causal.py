@@ -117,16 +117,16 @@ def test_convolution_repeats_the_first_frame_before_the_first(kernel):
 @pytest.mark.parametrize("patch, frames", [(1, 5), (2, 9), (4, 1)])
 def test_unfold_undoes_fold(patch, frames):
     video = video_of(frames, batch=2, height=8, width=12)
-    folded = fold(video, patch)
+    folded = fold(video, 4, patch)
     assert folded.shape == (2, 3 * 4 * patch**2, (frames + 3) // 4, 8 // patch, 12 // patch)
-    assert torch.equal(unfold(folded, patch), video)
+    assert torch.equal(unfold(folded, 4, patch), video)
     later = video_of(8, batch=2, height=8, width=12)
-    assert torch.equal(unfold(fold(later, patch, started=True), patch, started=True), later)
+    assert torch.equal(unfold(fold(later, 4, patch, started=True), 4, patch, started=True), later)
 
 
 def test_fold_keeps_frames_and_patches_together():
     video = video_of(9, height=4, width=6)
-    folded = fold(video, 2)
+    folded = fold(video, 4, 2)
     group = video[0, :, 5:9, 2:4, 4:6]  # latent frame 2, cell (1, 2)
     assert sorted(folded[0, :, 2, 1, 2].tolist()) == sorted(group.flatten().tolist())
 

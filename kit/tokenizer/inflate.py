@@ -1,0 +1,46 @@
+"""A video tokenizer that starts as a trained image tokenizer (the paper's initialisation, section 3.1).
+
+A still video then gives the image's bits in every latent frame and the image's reconstruction in every frame: kernels look
+at the last moment only, the stem at the last frame of each group, and the head paints all frames of a group alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kit.scales import TAU
+from kit.tokenizer import Tokenizer
+
+COLOURS = 3
+
+
+def inflate(image: Tokenizer, video: Tokenizer):
+    """Sets the weights of `video` from those of `image`; both of one architecture but for time.
+
+    Raises:
+        ValueError: if one is not what it should be, or they differ in more, naming the difference.
+    """
+    if image.config.temporal or not video.config.temporal:
+        raise ValueError("inflate needs a tokenizer of images (tokenizer.temporal=false) and makes one of video of it")
+    a, b = ({k: v for k, v in model.config.as_dict().items() if k != "temporal"} for model in (image, video))
+    if odd := [key for key in a if a[key] != b[key]]:
+        told = ", ".join(f"{key} {a[key]} and {b[key]}" for key in odd)
+        raise ValueError(f"the tokenizers of images and of video differ in more than time: {told}; make them alike")
+    weights = {name: inflated(name, w, image.state_dict()[name]) for name, w in video.state_dict().items()}
+    video.load_state_dict(weights)
+
+
+def inflated(name: str, video: Tensor, image: Tensor) -> Tensor:
+    """The image's weight in the shape of the video's."""
+    if name == "encoder.stem.weight":  # (out, colours * tau * patch^2, 1, 1, 1): the last frame of each group
+        groups = torch.zeros_like(video).unflatten(1, (COLOURS, TAU, -1))
+        groups[:, :, -1] = image.unflatten(1, (COLOURS, -1))
+        return groups.flatten(1, 3)
+    if name.startswith("decoder.head."):  # (colours * tau * patch^2, ...): all frames of a group
+        return image.unflatten(0, (COLOURS, 1, -1)).expand(-1, TAU, *[-1] * image.ndim).flatten(0, 2)
+    if video.ndim == 5 and video.shape[2] > 1:  # (out, in, time, h, w): the last slice of time
+        kernel = torch.zeros_like(video)
+        kernel[:, :, -1:] = image
+        return kernel
+    return image

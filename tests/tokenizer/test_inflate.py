@@ -1,0 +1,91 @@
+"""A video tokenizer that starts as an image tokenizer shows still videos as that shows images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from kit.checkpoint import load_tokenizer
+from kit.cli import main
+from kit.data.shapes import Shapes
+from kit.media import to_uint8
+from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.tokenizer.inflate import inflate
+from kit.tokenizer.quantizer import feature_to_bits
+from tests.conftest import randomise
+from tests.fixtures import CLIP, QUICK, TOKENIZER
+
+SHAPE = dict(bits=6, scales=(1, 2, 4), patch=2, widths=(8, 16), blocks=2)
+
+
+@pytest.fixture
+def image() -> Tokenizer:
+    return randomise(Tokenizer(TokenizerConfig(**SHAPE, temporal=False)))
+
+
+@pytest.fixture
+def video(image) -> Tokenizer:
+    tokenizer = randomise(Tokenizer(TokenizerConfig(**SHAPE)), seed=7)
+    inflate(image, tokenizer)
+    return tokenizer
+
+
+@torch.no_grad()
+def test_a_still_video_is_the_image(image, video):
+    picture = torch.rand(2, 3, 1, 16, 24) * 2 - 1
+    still = picture.expand(-1, -1, 9, -1, -1)
+    feature = image.encode(picture)
+    torch.testing.assert_close(video.encode(still), feature.expand(-1, -1, 3, -1, -1), atol=1e-5, rtol=1e-5)
+    bits = feature_to_bits(feature, image.schedule_of(picture))
+    assert torch.equal(video.bits(still), bits.repeat(1, 3, 1))
+    torch.testing.assert_close(video.reconstruct(still), image.reconstruct(picture).expand_as(still), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_moving_video_is_the_image_of_each_groups_last_frame(image, video):
+    """Nothing of the past is looked at yet."""
+    clip = torch.rand(1, 3, 9, 16, 16) * 2 - 1
+    feature = video.encode(clip)
+    for latent, frame in enumerate((0, 4, 8)):
+        torch.testing.assert_close(feature[:, :, latent : latent + 1], image.encode(clip[:, :, frame : frame + 1]))
+
+
+def test_time_is_learned_from_there(video):
+    """Slices that start at zero have gradients."""
+    video.train()
+    clip = torch.rand(1, 3, 9, 16, 16) * 2 - 1
+    (video(clip)[0] - clip).square().mean().backward()
+    kernels = [p.grad for name, p in video.named_parameters() if p.ndim == 5 and p.shape[2] > 1]
+    assert kernels and all(grad[:, :, :-1].abs().sum() > 0 for grad in kernels)
+
+
+def test_what_does_not_fit_is_named(image, video):
+    with pytest.raises(ValueError, match=r"temporal=false"):
+        inflate(video, image)
+    with pytest.raises(ValueError, match=r"differ in more than time: bits 6 and 8, widths \[8, 16\] and \[8, 24\]"):
+        inflate(image, Tokenizer(TokenizerConfig(**{**SHAPE, "bits": 8, "widths": (8, 24)})))
+    with pytest.raises(ValueError, match="takes 1 frame, got 5; inflate it"):
+        image.reconstruct(torch.zeros(1, 3, 5, 16, 16))
+
+
+def test_images_then_video_by_command(tmp_path, capsys, caplog):
+    """Stage 0 on a folder of pictures, one of them broken; stage 1 from its checkpoint."""
+    for n in range(6):
+        Image.fromarray(to_uint8(Shapes("train", 1, 40, 32)[n]["video"])[0]).save(tmp_path / f"{n}.png")
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    clip = [word for word in CLIP if "frames" not in word]
+    words = [f"root={tmp_path}", *clip, *TOKENIZER, *QUICK, "recipe.tokenizer.steps=4", "trainer.val_check_interval=4"]
+    data = ["data=clips", f"data.root={tmp_path}", "data.val_clips=1"]
+    assert main(["fit", "conf=stage0_image_tokenizer", *words, *data, "name=images"]) == 0
+    assert "1 unreadable files were passed over" in caplog.text
+    images = tmp_path / "images" / "checkpoints" / "last.ckpt"
+    assert not load_tokenizer(images).model.config.temporal
+
+    start = [*words, "init=inflate", f"init.ckpt={images}", "data.frames=5", "optimizer.lr=0", "name=video"]
+    assert main(["fit", "conf=stage1_tokenizer", *start]) == 0
+    picture = Shapes("val", 1, 32, 32)[0]["video"][None]
+    as_image, as_video = (load_tokenizer(tmp_path / n / "checkpoints" / "last.ckpt").model for n in ("images", "video"))
+    torch.testing.assert_close(as_video.reconstruct(picture), as_image.reconstruct(picture), atol=1e-4, rtol=1e-4)
+    assert main(["fit", "conf=stage1_tokenizer", *start[:-1], "name=other", "tokenizer.bits=4"]) == 1
+    assert "differ in more than time: bits 8 and 4" in capsys.readouterr().err
