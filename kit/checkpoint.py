@@ -18,6 +18,7 @@ from kit.files import written_aside
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
+CONFIGS = {"generator": GeneratorConfig.from_dict, "tokenizer": lambda values: TokenizerConfig(**values)}
 KINDS = ("generator", "tokenizer")  # each is the name of the architecture's values in its checkpoint
 
 
@@ -63,6 +64,33 @@ def _read(path: str | os.PathLike) -> tuple[dict, str]:
         raise ValueError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
     values = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
     return checkpoint, next((kind for kind in KINDS if kind in values), "something else")
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """What differs between plain values, nested or not, as `key: this, that`; a `hash` only follows from the others."""
+    told = []
+    for key in sorted(set(a) | set(b)):
+        this, that = a.get(key), b.get(key)
+        if isinstance(this, dict) and isinstance(that, dict):
+            told += differences(this, that, f"{prefix}{key}.")
+        elif this != that and key != "hash":
+            told.append(f"{prefix}{key}: {this}, {that}")
+    return told
+
+
+def check_resume(path: str | os.PathLike, kind: str, config: dict):
+    """
+    Args:
+        config: plain values of the architecture that is to go on from the checkpoint.
+    Raises:
+        ValueError: if the checkpoint is of another architecture, naming each difference; else as `read_checkpoint`.
+    """
+    saved = read_checkpoint(path, kind)["hyper_parameters"][kind]
+    if told := differences(CONFIGS[kind](saved).as_dict(), config):
+        raise ValueError(
+            f"{path} is of another architecture ({'; '.join(told)}); give the values it was trained with, or start anew with "
+            f"another name=..."
+        )
 
 
 def weights_of(checkpoint: dict, averaged: bool = True) -> dict[str, torch.Tensor]:

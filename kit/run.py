@@ -8,7 +8,7 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from kit.checkpoint import AtomicCheckpointIO, load_tokenizer
+from kit.checkpoint import AtomicCheckpointIO, check_resume, load_tokenizer
 from kit.data.datamodule import ClipDataModule
 from kit.data.features import encode_clips
 from kit.generator.module import GeneratorModule
@@ -109,6 +109,8 @@ def fit(cfg: DictConfig) -> L.Trainer:
         encoded_clips_of(cfg).unlink(missing_ok=True)
     data = build_data(cfg)
     module = BUILDERS[cfg.module](cfg, data)
+    if resume is not None:
+        check_resume(resume, module.kind, module.model.config.as_dict())
     trainer = build_trainer(cfg)
     with fast_float32_products():
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)

@@ -109,6 +109,14 @@ def test_finished_run_continued_is_left_as_it_is(pair):
     assert len(list((pair.tokenizer.parents[1] / "logs").glob("version_0/metrics.csv"))) == 1, "the old log is kept"
 
 
+def test_another_architecture_does_not_go_on(pair, capsys):
+    assert fit_tokenizer(pair.root, "ckpt=last", "tokenizer.bits=4", "tokenizer.widths=[32,48]") == 1
+    error = capsys.readouterr().err
+    assert "is of another architecture (bits: 8, 4; widths: [32, 32], [32, 48])" in error and "Traceback" not in error
+    assert fit_generator(pair.root, "ckpt=last", "generator.layers=3", tokenizer=pair.tokenizer) == 1
+    assert "is of another architecture (layers: 2, 3)" in capsys.readouterr().err
+
+
 def test_ema_is_the_average_of_the_weights():
     module, ema = torch.nn.Module(), EMA(decay=0.5)
     module.model, module.discriminator = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)

@@ -166,15 +166,3 @@ def whole(key: str, value: int | None, least: int, missing: bool = False):
         return
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{key}={value}; expected a whole number of {least} or more")
-
-
-def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
-    """What differs between two protocols' plain values, as `key: this, that`."""
-    told = []
-    for key in sorted(set(a) | set(b)):
-        this, that = a.get(key), b.get(key)
-        if isinstance(this, dict) and isinstance(that, dict):
-            told += differences(this, that, f"{prefix}{key}.")
-        elif this != that and key != "hash":
-            told.append(f"{prefix}{key}: {this}, {that}")
-    return told

@@ -12,7 +12,8 @@ from jinja2 import Environment, PackageLoader
 from omegaconf import DictConfig
 from torch import Tensor
 
-from kit.evaluation.protocol import Protocol, differences
+from kit.checkpoint import differences
+from kit.evaluation.protocol import Protocol
 from kit.files import write_json, written_aside
 from kit.media import contact_sheet, write_video
 

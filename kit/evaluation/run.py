@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from kit import __version__
-from kit.checkpoint import AtomicCheckpointIO
+from kit.checkpoint import AtomicCheckpointIO, differences
 from kit.evaluation.build import Tools, build_candidate, build_protocol, build_tools
 from kit.evaluation.candidates import Candidate, GivenVideos, RealClips, Reconstructions
 from kit.evaluation.clips import DrawnClips, FileClips, collate, real_clips
-from kit.evaluation.protocol import Protocol, differences, digest
+from kit.evaluation.protocol import Protocol, digest
 from kit.evaluation.report import Shown, best_median_worst, read_result, result_lines, write_report
 from kit.evaluation.run_suite import evaluate_suite
 from kit.evaluation.scores import LPIPS, PSNR, SSIM, CaptionScore, FrechetScore, Score, to_8_bits

@@ -12,6 +12,8 @@ from kit.tokenizer.autoencoder import Decoder, Encoder
 from kit.tokenizer.causal import Stream
 from kit.tokenizer.quantizer import Step, bits_to_feature, clip_of, feature_to_bits, frames_of, pyramid
 
+RANGE_TOLERANCE = 1e-3  # how far beyond [-1, 1] rounding may carry a pixel
+
 __all__ = ["Tokenizer", "TokenizerConfig"]
 
 
@@ -86,7 +88,13 @@ class Tokenizer(nn.Module):
         return self.schedule(*video.shape[2:])
 
     def encode(self, video: Tensor, stream: Stream | None = None) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] -> feature (B, d, F, h, w) in float32. T = 1 + 4n, or 4n in a started stream."""
+        """(B, 3, T, H, W) in [-1, 1] -> feature (B, d, F, h, w) in float32. T = 1 + 4n, or 4n in a started stream.
+
+        Raises:
+            ValueError: if the video has another shape or type.
+        """
+        if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
+            raise ValueError(f"expected a floating point video (B, 3, T, H, W), found {video.dtype} {tuple(video.shape)}")
         feature = self.encoder(video, stream).float()
         if self.config.amplitude is None:
             return feature
@@ -99,7 +107,8 @@ class Tokenizer(nn.Module):
 
     def bits(self, video: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, L, d) bool."""
-        return feature_to_bits(self.encode(video), self.schedule_of(video))
+        schedule = self.schedule_of(video)
+        return feature_to_bits(self.encode(video), schedule)
 
     def decode_bits(self, bits: Tensor, schedule: ScaleSchedule, scales: int | None = None) -> Tensor:
         """(B, L, d) -> (B, 3, T, H, W) in [-1, 1]; from the first `scales` of each frame only, if given."""
@@ -118,5 +127,12 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, video: Tensor) -> Tensor:
-        """Through the bits and back: (B, 3, T, H, W) -> the same shape, in [-1, 1]."""
+        """Through the bits and back: (B, 3, T, H, W) -> the same shape, in [-1, 1].
+
+        Raises:
+            ValueError: if pixels lie outside [-1, 1] by more than rounding, or the video has another shape or type.
+        """
+        low, high = video.aminmax()
+        if not (low >= -1 - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # so written, NaN fails too
+            raise ValueError(f"expected pixels in [-1, 1], found {low.item():g} to {high.item():g}; scale them first")
         return self.decode_bits(self.bits(video), self.schedule_of(video))

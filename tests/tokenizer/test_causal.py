@@ -182,3 +182,19 @@ def test_config_is_plain_values_and_back():
     assert config.compression == 8
     assert TokenizerConfig(**config.as_dict()) == config
     assert config.as_dict()["scales"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (torch.zeros(1, 3, 5, 16, 16, dtype=torch.uint8), "expected a floating point video .* found torch.uint8"),
+        (torch.zeros(1, 1, 5, 16, 16), r"found torch.float32 \(1, 1, 5, 16, 16\)"),
+        (torch.zeros(3, 5, 16, 16), r"found torch.float32 \(3, 5, 16, 16\)"),
+        (torch.full((1, 3, 5, 16, 16), 200.0), r"expected pixels in \[-1, 1\], found 200 to 200; scale them first"),
+        (torch.full((1, 3, 5, 16, 16), float("nan")), r"expected pixels in \[-1, 1\], found nan"),
+        (torch.zeros(1, 3, 6, 16, 16), "1 \\+ 4n frames, got 6; use 5 or 9"),
+    ],
+)
+def test_wrong_pixels_are_refused(make_tokenizer, video, message):
+    with pytest.raises(ValueError, match=message):
+        make_tokenizer().reconstruct(video)
