@@ -54,6 +54,15 @@ class TokenizerConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
+def check_video(video: Tensor):
+    """
+    Raises:
+        ValueError: if it is not (B, 3, T, H, W), floating point.
+    """
+    if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
+        raise ValueError(f"expected a floating point video (B, 3, T, H, W), found {video.dtype} {tuple(video.shape)}")
+
+
 class Tokenizer(nn.Module):
     """Encoder, residual pyramid of bits, decoder."""
 
@@ -84,17 +93,16 @@ class Tokenizer(nn.Module):
         return ScaleSchedule.square(latent_frames(frames), self.config.scales, (height // c, width // c))
 
     def schedule_of(self, video: Tensor) -> ScaleSchedule:
-        """The blocks of a video (B, 3, T, H, W)."""
+        """The blocks of a video (B, 3, T, H, W). Raises as `schedule` and `check_video`."""
+        check_video(video)
         return self.schedule(*video.shape[2:])
 
     def encode(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> feature (B, d, F, h, w) in float32. T = 1 + 4n, or 4n in a started stream.
 
-        Raises:
-            ValueError: if the video has another shape or type.
+        Raises: as `check_video`.
         """
-        if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
-            raise ValueError(f"expected a floating point video (B, 3, T, H, W), found {video.dtype} {tuple(video.shape)}")
+        check_video(video)
         feature = self.encoder(video, stream).float()
         if self.config.amplitude is None:
             return feature

@@ -187,12 +187,12 @@ def test_config_is_plain_values_and_back():
 @pytest.mark.parametrize(
     ("video", "message"),
     [
-        (torch.zeros(1, 3, 5, 16, 16, dtype=torch.uint8), "expected a floating point video .* found torch.uint8"),
-        (torch.zeros(1, 1, 5, 16, 16), r"found torch.float32 \(1, 1, 5, 16, 16\)"),
-        (torch.zeros(3, 5, 16, 16), r"found torch.float32 \(3, 5, 16, 16\)"),
-        (torch.full((1, 3, 5, 16, 16), 200.0), r"expected pixels in \[-1, 1\], found 200 to 200; scale them first"),
-        (torch.full((1, 3, 5, 16, 16), float("nan")), r"expected pixels in \[-1, 1\], found nan"),
-        (torch.zeros(1, 3, 6, 16, 16), "1 \\+ 4n frames, got 6; use 5 or 9"),
+        (torch.zeros(1, 3, 5, 8, 8, dtype=torch.uint8), "expected a floating point video .* found torch.uint8"),
+        (torch.zeros(1, 1, 5, 8, 8), r"found torch.float32 \(1, 1, 5, 8, 8\)"),
+        (torch.zeros(3, 5, 8, 8), r"found torch.float32 \(3, 5, 8, 8\)"),
+        (torch.full((1, 3, 5, 8, 8), 200.0), r"expected pixels in \[-1, 1\], found 200 to 200; scale them first"),
+        (torch.full((1, 3, 5, 8, 8), float("nan")), r"expected pixels in \[-1, 1\], found nan"),
+        (torch.zeros(1, 3, 6, 8, 8), "1 \\+ 4n frames, got 6; use 5 or 9"),
     ],
 )
 def test_wrong_pixels_are_refused(make_tokenizer, video, message):
