@@ -24,7 +24,7 @@ from kit.evaluation.protocol import Protocol, digest
 from kit.evaluation.report import Shown, best_median_worst, read_result, result_lines, write_report
 from kit.evaluation.run_suite import evaluate_suite
 from kit.evaluation.scores import LPIPS, PSNR, SSIM, CaptionScore, FrechetScore, Score, to_8_bits
-from kit.machine import cache_folder, device, exact_float32, installed_version, keep_freed_memory
+from kit.machine import cache_folder, device, exact_float32, installed_version
 
 SAVE_EVERY = 30  # seconds; what a kill loses at most
 Errors = dict[str, list[float]]  # for each score, one value for each clip
@@ -179,7 +179,7 @@ def compare(cfg: DictConfig) -> dict:
     """Scores clips against real ones."""
     if cfg.prompts is not None or cfg.results is not None:
         raise ValueError("prompts= and results= are for prompt suites, protocol=vbench or protocol=prompts")
-    keep_freed_memory()
+    # Not `keep_freed_memory`: what is kept of each clip, between blocks that come and go, would make the heap grow.
     protocol, source = build_protocol(cfg)
     candidate, protocol = build_candidate(cfg, protocol, source)
     tools, protocol = build_tools(cfg, protocol, candidate, source)

@@ -6,6 +6,7 @@ interrupted evaluation go on, to the same last digit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -33,7 +34,7 @@ def decibel(error: Tensor) -> Tensor:
 
 def by_frame(values: Tensor) -> dict:
     """(N, T), one value for each clip and frame -> their means."""
-    means = values.double().mean(dim=0)
+    means = values.mean(dim=0)
     return {"value": means.mean().item(), **apart(means), "by_frame": means.tolist()}
 
 
@@ -75,31 +76,34 @@ class FrechetScore:
 
 
 class FrameScore:
-    """A measure of each frame of clips against the same frame of `batch["real"]`; values (N, T) are kept."""
+    """A measure of each frame of clips against the same frame of `batch["real"]`.
+
+    Attributes: values, (N, T), as plain numbers, for little tensors kept among large ones that come and go break up the heap.
+    """
 
     def __init__(self):
-        self.values: list[Tensor] = []
+        self.values: list[list[float]] = []
 
     def measure(self, frames: Tensor, real: Tensor) -> Tensor:
         """(n, 3, H, W) in [-1, 1] twice -> (n,)."""
         raise NotImplementedError
 
     def add(self, clips: Tensor, batch: dict) -> list[float]:
-        added = [self.measure(c.transpose(0, 1), r.transpose(0, 1)).cpu() for c, r in zip(clips, batch["real"])]
+        added = [self.measure(c.transpose(0, 1), r.transpose(0, 1)).tolist() for c, r in zip(clips, batch["real"])]
         for name, values in zip(batch["name"], added):
-            if not values.isfinite().all():
+            if not all(map(math.isfinite, values)):
                 raise ValueError(f"{name}: {type(self).__name__} is not finite: look at the weights it is measured with")
         self.values += added
-        return [v.mean().item() for v in added]
+        return [sum(values) / len(values) for values in added]
 
     def state(self) -> dict:
-        return {"values": torch.stack(self.values)} if self.values else {}
+        return {"values": list(self.values)}
 
     def load(self, state: dict):
-        self.values = list(state["values"]) if state else []
+        self.values = list(state["values"])
 
     def result(self) -> dict:
-        return by_frame(torch.stack(self.values))
+        return by_frame(torch.tensor(self.values, dtype=torch.float64))
 
 
 class PSNR(FrameScore):
@@ -109,7 +113,7 @@ class PSNR(FrameScore):
         return (frames.double() - real.double()).square().mean(dim=(1, 2, 3))
 
     def result(self) -> dict:
-        errors = torch.stack(self.values)  # (N, T)
+        errors = torch.tensor(self.values, dtype=torch.float64)  # (N, T)
         parts = {"value": errors, "first_frame": errors[:, :1], "later_frames": errors[:, 1:]}
         means = {name: decibel(part.mean(dim=1)).mean().item() for name, part in parts.items() if part.numel()}
         return {**means, "by_frame": decibel(errors).mean(dim=0).tolist()}

@@ -73,7 +73,9 @@ class TokenizerModule(L.LightningModule):
             "entropy": (self.loss["entropy_weight"], entropy_loss(steps, self.loss["entropy_inverse_temperature"])),
         }
         if self.perceptual is not None:
-            terms["perceptual"] = (self.loss["perceptual"]["weight"], perceptual_loss(self.perceptual, output, video))
+            frames = some_frames(video.shape[2], self.loss["perceptual"]["frames"], int(batch["n"][0]))
+            seen = perceptual_loss(self.perceptual, output[:, :, frames], video[:, :, frames])
+            terms["perceptual"] = (self.loss["perceptual"]["weight"], seen)
         if adversarial := self.adversarial_share:
             terms["adversarial"] = self.adversarial_term(output, terms)
         self.manual_backward(weighted_sum(terms) / parts)
@@ -145,6 +147,13 @@ class TokenizerModule(L.LightningModule):
             optimizers.append(build_optimizer(self.discriminator, "adamw", against["lr"], against["betas"], 0.0))
             schedules.append(warmup_cosine(optimizers[1], 0, self.steps - self.start))
         return optimizers, schedules
+
+
+def some_frames(frames: int, wanted: int | None, seed: int) -> list[int]:
+    """Numbers of `wanted` of a clip's frames, in their order; all of them for None."""
+    if wanted is None or wanted >= frames:
+        return list(range(frames))
+    return sorted(torch.randperm(frames, generator=torch.Generator().manual_seed(seed))[:wanted].tolist())
 
 
 def weighted_sum(terms: dict[str, tuple]) -> Tensor:

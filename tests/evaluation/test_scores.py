@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from kit.data.shapes import Shapes
 from kit.evaluation.report import best_median_worst
 from kit.evaluation.run import over_folds
 from kit.evaluation.scores import PSNR, SSIM, CaptionScore, decibel, to_8_bits
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -95,8 +100,30 @@ def test_a_score_goes_on_from_its_state(make, pair_of_clips, tmp_path):
     rest.load(torch.load(tmp_path / "state.pt", weights_only=True))
     rest.add(clips[1:], batch_of(real[1:]))
     assert rest.result() == whole.result()
-    rest.load({})
-    assert rest.values == []
+
+
+GROWTH = """
+import torch
+from kit.evaluation.scores import PSNR, to_8_bits
+
+def used():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1000
+
+torch.set_num_threads(1)
+score, before = PSNR(), None
+for n in range(12):
+    clips = to_8_bits(torch.rand(16, 3, 16, 128, 128))
+    score.add(clips, {"real": to_8_bits(clips * 0.5), "name": [str(n)] * 16})
+    before = before or (used() if n == 3 else None)
+print(used() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_memory_does_not_grow_with_the_clips():
+    """It did, by 5 MB a clip, under `keep_freed_memory` and with what is kept of each clip as tensors."""
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert float(done.stdout) < 20, f"{done.stdout} MB more after 128 clips"
 
 
 def test_folds_are_averaged_whatever_is_inside():

@@ -19,7 +19,7 @@ from kit.perceptual import load_perceptual
 from kit.run import plain
 from kit.tokenizer.discriminator import Discriminator, PatchDiscriminator
 from kit.tokenizer.losses import adaptive_weight, adversarial_loss, discriminator_loss, lecam_loss, perceptual_loss
-from kit.tokenizer.module import TokenizerModule
+from kit.tokenizer.module import TokenizerModule, some_frames
 from tests.fixtures import composed, fit_tokenizer
 
 ADVERSARIAL = ["loss.adversarial.weight=0.1", "loss.adversarial.width=8", "loss.adversarial.layers=2"]
@@ -84,6 +84,13 @@ def test_perceptual_loss_is_the_mean_over_frames(shared):
     frames = [network(output[b, :, t][None], video[b, :, t][None]) for b in range(2) for t in range(3)]
     assert torch.allclose(perceptual_loss(network, output, video), torch.cat(frames).mean(), atol=1e-5)
     assert perceptual_loss(network, video, video).item() == 0
+
+
+def test_some_frames_are_drawn_by_the_clips_number():
+    assert some_frames(5, None, 0) == some_frames(5, 9, 0) == [0, 1, 2, 3, 4]
+    drawn = [some_frames(17, 2, n) for n in range(200)]
+    assert all(len(set(frames)) == 2 and frames == sorted(frames) for frames in drawn)
+    assert {frame for frames in drawn for frame in frames} == set(range(17)) and some_frames(17, 2, 3) == drawn[3]
 
 
 def test_patch_discriminators():
@@ -239,7 +246,8 @@ def test_an_adversarial_run_resumes_to_the_last_bit(tmp_path, monkeypatch):
 def test_full_losses_train_with_weights_and_stop_without(tmp_path, shared, capsys, monkeypatch):
     few = ["loss=full", "loss.adversarial.width=8", "recipe.tokenizer.steps=2", "trainer.val_check_interval=2"]
     weights = f"loss.perceptual.weights={shared / 'weights' / 'stlpips_vgg_fp16.pt'}"
-    assert fit_tokenizer(tmp_path, *few, "loss.perceptual.kind=st-lpips", weights, name="full") == 0
+    judged = ["loss.perceptual.kind=st-lpips", "loss.perceptual.frames=2", weights]
+    assert fit_tokenizer(tmp_path, *few, *judged, name="full") == 0
     rows = list(csv.DictReader((tmp_path / "full" / "logs" / "version_0" / "metrics.csv").open()))
     assert all(float(row["train/perceptual"]) > 0 for row in rows if row["train/loss"])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
