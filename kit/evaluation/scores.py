@@ -7,6 +7,7 @@ interrupted evaluation go on, to the same last digit.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -75,7 +76,7 @@ class FrechetScore:
         return {"value": at["N"], "at": at}
 
 
-class FrameScore:
+class FrameScore(ABC):
     """A measure of each frame of clips against the same frame of `batch["real"]`.
 
     Attributes: values, (N, T), as plain numbers, for little tensors kept among large ones that come and go break up the heap.
@@ -84,9 +85,9 @@ class FrameScore:
     def __init__(self):
         self.values: list[list[float]] = []
 
+    @abstractmethod
     def measure(self, frames: Tensor, real: Tensor) -> Tensor:
         """(n, 3, H, W) in [-1, 1] twice -> (n,)."""
-        raise NotImplementedError
 
     def add(self, clips: Tensor, batch: dict) -> list[float]:
         added = [self.measure(c.transpose(0, 1), r.transpose(0, 1)).tolist() for c, r in zip(clips, batch["real"])]

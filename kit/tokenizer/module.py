@@ -65,7 +65,7 @@ class TokenizerModule(L.LightningModule):
             self.register_buffer("anchors", torch.zeros(len(against["dims"]), 2))  # LeCAM's
 
     def training_step(self, batch: dict, index: int):
-        video, parts = batch["video"], self.optimizer["accumulate"]
+        video = batch["video"]
         output, features, steps = self.model(video)
         terms = {
             "reconstruction": (1.0, reconstruction_loss(output, video, self.loss["reconstruction"])),
@@ -78,16 +78,21 @@ class TokenizerModule(L.LightningModule):
             terms["perceptual"] = (self.loss["perceptual"]["weight"], seen)
         if adversarial := self.adversarial_share:
             terms["adversarial"] = self.adversarial_term(output, terms)
-        self.manual_backward(weighted_sum(terms) / parts)
+        self.backward_of(terms)
         self.log("train/loss", weighted_sum(terms), prog_bar=True)
         if adversarial:
             against = self.discriminator_terms(video, output.detach())
-            self.manual_backward(weighted_sum(against) / parts)
+            self.backward_of(against)
             terms |= against
         self.log_dict({f"train/{name}": term for name, (_, term) in terms.items()})
         self.log_dict({f"train/{name}_weighted": weight * term for name, (weight, term) in terms.items()})
-        if (index + 1) % parts == 0:
+        if (index + 1) % self.optimizer["accumulate"] == 0:
             self.step(discriminators=adversarial > 0)
+
+    def backward_of(self, terms: dict[str, tuple]):
+        """Outside of autocast, in which Lightning calls a training step: gradients and updates are not to be rounded."""
+        with torch.autocast(self.device.type, enabled=False):
+            self.manual_backward(weighted_sum(terms) / self.optimizer["accumulate"])
 
     @property
     def adversarial_share(self) -> float:
@@ -128,7 +133,8 @@ class TokenizerModule(L.LightningModule):
             if self.optimizer["clip"]:
                 self.clip_gradients(optimizer, self.optimizer["clip"], "norm")
             # Lightning counts the steps of its own wrapper: past it, the discriminators' do not add to `global_step`.
-            (optimizer if number == 0 else optimizer.optimizer).step()
+            with torch.autocast(self.device.type, enabled=False):
+                (optimizer if number == 0 else optimizer.optimizer).step()
             optimizer.zero_grad()
             schedule.step()
 

@@ -19,7 +19,7 @@ from kit.perceptual import load_perceptual
 from kit.run import plain
 from kit.tokenizer.discriminator import Discriminator, PatchDiscriminator
 from kit.tokenizer.losses import adaptive_weight, adversarial_loss, discriminator_loss, lecam_loss, perceptual_loss
-from kit.tokenizer.module import TokenizerModule, some_frames
+from kit.tokenizer.module import TokenizerModule, some_frames, weighted_sum
 from tests.fixtures import composed, fit_tokenizer
 
 ADVERSARIAL = ["loss.adversarial.weight=0.1", "loss.adversarial.width=8", "loss.adversarial.layers=2"]
@@ -27,10 +27,10 @@ CLIP = {"frames": 5, "height": 16, "width": 16, "fps": 8}
 TOKENIZER = {"bits": 4, "scales": [1, 2], "patch": 4, "widths": [8, 8], "blocks": 1}
 
 
-def make_module(*overrides: str, steps: int = 10) -> TokenizerModule:
+def make_module(*overrides: str, steps: int = 10, kind: type[TokenizerModule] = TokenizerModule) -> TokenizerModule:
     cfg = composed("stage1_tokenizer", "size=tiny", "optimizer.warmup=0", *ADVERSARIAL, *overrides)
     torch.manual_seed(0)
-    return TokenizerModule(TOKENIZER, plain(cfg.loss), plain(cfg.optimizer), CLIP, steps)
+    return kind(TOKENIZER, plain(cfg.loss), plain(cfg.optimizer), CLIP, steps)
 
 
 class Recorder(L.Callback):
@@ -44,11 +44,12 @@ class Recorder(L.Callback):
         self.weights.append({name: p.detach().clone() for name, p in module.named_parameters()})
 
 
-def train(module: TokenizerModule, steps: int, batch_size: int = 2) -> Recorder:
+def train(module: TokenizerModule, steps: int, batch_size: int = 2, precision: str = "32-true", **trainer) -> Recorder:
     recorder = Recorder()
     data = ClipDataModule(partial(Shapes), 5, 16, 16, 8.0, batch_size, val_clips=1, workers=0)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = L.Trainer(accelerator="cpu", max_steps=steps, callbacks=[recorder], limit_val_batches=0, **quiet)
+    how = dict(accelerator="cpu", precision=precision, max_steps=steps, limit_val_batches=0, **trainer)
+    trainer = L.Trainer(callbacks=[recorder], **how, **quiet)
     trainer.fit(module, datamodule=data)
     recorder.trainer = trainer
     return recorder
@@ -260,3 +261,30 @@ def test_full_losses_train_with_weights_and_stop_without(tmp_path, shared, capsy
 def test_lightnings_own_words_are_answered(tmp_path, capsys, word):
     assert fit_tokenizer(tmp_path, word) == 1
     assert "use optimizer.accumulate= and optimizer.clip=" in capsys.readouterr().err
+
+
+class Automatic(TokenizerModule):
+    """The same without discriminators, in Lightning's hands."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.automatic_optimization = True
+
+    def training_step(self, batch: dict, index: int):
+        found = []
+        self.backward_of, self.step = (lambda terms: found.append(weighted_sum(terms))), (lambda discriminators: None)
+        super().training_step(batch, index)
+        return found[0]
+
+    def configure_optimizers(self):
+        (optimizer,), (schedule,) = super().configure_optimizers()
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_manual_optimization_is_the_automatic_one(precision):
+    """To the last bit: backward and update outside of autocast, clipping and schedule at the same places."""
+    words = ["loss.adversarial.weight=0", "optimizer.warmup=2"]
+    manual = train(make_module(*words), 5, precision=precision).weights[-1]
+    automatic = train(make_module(*words, kind=Automatic), 5, precision=precision, gradient_clip_val=1.0).weights[-1]
+    assert all(torch.equal(p, automatic[name]) for name, p in manual.items())
