@@ -28,18 +28,21 @@ class RunSummary(L.Callback):
         """Name -> value of each line."""
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in module.model.named_children()}
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        averaged = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
+        if trained > averaged:
+            parts["discriminators"] = trained - averaged
         data = trainer.datamodule
         # clips of an optimizer step, on one device; under manual optimization the module accumulates
         batch = data.batch_size * module.hparams.optimizer.get("accumulate", trainer.accumulate_grad_batches)
         largest = sorted(parts.items(), key=lambda item: -item[1])[:4]
         return {
-            "model": f"{module.kind}, {million(trained)} parameters "
+            "model": f"{module.kind}, {million(averaged)} parameters "
             f"({', '.join(f'{name} {million(n)}' for name, n in largest if n)})",
             "clip": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",
             "steps": f"{trainer.max_steps} of {batch} clips on {trainer.world_size} device(s), "
             f"{trainer.max_steps * batch * trainer.world_size} clips in all",
             "memory": f"up to {16 * trained / 1e9:.2f} GB for weights, gradients and optimizer, "
-            f"{4 * trained / 1e9:.2f} GB for EMA, and the activations",
+            f"{4 * averaged / 1e9:.2f} GB for EMA, and the activations",
             "precision": f"{trainer.precision} on {trainer.strategy.root_device}",
             "run": str(trainer.default_root_dir),
         }

@@ -78,19 +78,28 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
     return told
 
 
-def check_resume(path: str | os.PathLike, kind: str, config: dict):
+def check_resume(path: str | os.PathLike, kind: str, config: dict, loss: dict):
     """
     Args:
-        config: plain values of the architecture that is to go on from the checkpoint.
+        config: plain values of the architecture that is to go on from the checkpoint. loss: of its losses.
     Raises:
-        ValueError: if the checkpoint is of another architecture, naming each difference; else as `read_checkpoint`.
+        ValueError: if the checkpoint is of another architecture, or has other discriminators, naming each difference; else
+            as `read_checkpoint`.
     """
-    saved = read_checkpoint(path, kind)["hyper_parameters"][kind]
-    if told := differences(CONFIGS[kind](saved).as_dict(), config):
+    values = read_checkpoint(path, kind)["hyper_parameters"]
+    told = differences(CONFIGS[kind](values[kind]).as_dict(), config)
+    if told := told + differences(_discriminators(values["loss"]), _discriminators(loss), "loss.adversarial."):
         raise ValueError(
             f"{path} is of another architecture ({'; '.join(told)}); give the values it was trained with, or start anew with "
             f"another name=..."
         )
+
+
+def _discriminators(loss: dict) -> dict:
+    """What decides which discriminators a run has."""
+    against = loss.get("adversarial", {})
+    shape = {key: against[key] for key in ("dims", "width", "layers")} if against.get("weight") else {}
+    return {"weight": "above 0" if shape else 0, **shape}
 
 
 def weights_of(checkpoint: dict, averaged: bool = True) -> dict[str, torch.Tensor]:

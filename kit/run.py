@@ -33,8 +33,10 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
     """
     if cfg.trainer.accumulate_grad_batches != 1 or cfg.trainer.gradient_clip_val is not None:
         raise ValueError("the tokenizer accumulates and clips by itself: use optimizer.accumulate= and optimizer.clip=")
+    if str(cfg.trainer.precision).startswith("16"):
+        raise ValueError(f"trainer.precision={cfg.trainer.precision}: the tokenizer trains in bf16-mixed or 32-true")
     module = TokenizerModule(plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), data.clip, cfg.trainer.max_steps)
-    if cfg.init.how == "inflate":
+    if cfg.init.how == "inflate" and checkpoint_to_resume(cfg) is None:
         inflate(load_tokenizer(cfg.init.ckpt).model, module.model)
     return module
 
@@ -110,8 +112,13 @@ def fit(cfg: DictConfig) -> L.Trainer:
     data = build_data(cfg)
     module = BUILDERS[cfg.module](cfg, data)
     if resume is not None:
-        check_resume(resume, module.kind, module.model.config.as_dict())
+        check_resume(resume, module.kind, module.model.config.as_dict(), dict(module.hparams.loss))
     trainer = build_trainer(cfg)
+    if trainer.world_size > 1 and getattr(module, "discriminator", None) is not None and cfg.trainer.get("strategy") is None:
+        raise ValueError(
+            "adversarial training on several devices needs trainer.strategy=ddp_find_unused_parameters_true (with a + before "
+            "it), or trainer.devices=1"
+        )
     with fast_float32_products():
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return trainer

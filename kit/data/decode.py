@@ -205,7 +205,7 @@ class PyAVDecoder:
 
 
 class PictureDecoder:
-    """A picture as a video of one frame, at one frame per second."""
+    """A picture as a video of one frame, at one frame per second; what is transparent is white."""
 
     module, package = "PIL", "pillow"
     fps = 1.0
@@ -213,7 +213,10 @@ class PictureDecoder:
     def __init__(self, path: Path):
         self.path = path
         with _reporting(path, "pillow"), Image.open(path) as picture:
-            self._pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+            if picture.mode.startswith("I"):
+                raise ValueError("it has 16 bits a pixel, expected 8")  # converted as it is, it would be white
+            upright = ImageOps.exif_transpose(picture).convert("RGBA")
+            self._pixels = np.array(Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright))[..., :3]
 
     def __len__(self) -> int:
         return 1

@@ -107,7 +107,7 @@ def check_size(tokenizer: Loaded, shape: tuple[int, int, int]):
     try:
         tokenizer.model.schedule(whole_groups(frames), height, width)
     except ValueError as error:
-        raise ValueError(f"protocol.height={height}, protocol.width={width}: {error}") from error
+        raise ValueError(f"protocol.frames={frames}, protocol.height={height}, protocol.width={width}: {error}") from error
 
 
 def check_fit(clip: dict, condition: ConditionConfig, protocol: Protocol, source: FolderClips | Shapes):

@@ -51,7 +51,7 @@ class Pass:
         """Adds all clips to `scores`.
 
         Raises:
-            ValueError: if a clip cannot be had, or is not one of numbers; what came before it is kept.
+            ValueError: if a clip cannot be had, or a clip or its features are no numbers.
         """
         done, errors = self._load(scores)
         size = clips[0].get("size") if isinstance(candidate, GivenVideos) else None

@@ -63,6 +63,17 @@ def check_video(video: Tensor):
         raise ValueError(f"expected a floating point video (B, 3, T, H, W), found {video.dtype} {tuple(video.shape)}")
 
 
+def check_pixels(video: Tensor):
+    """
+    Raises:
+        ValueError: if pixels lie outside [-1, 1] by more than rounding, or the video has another shape or type.
+    """
+    check_video(video)
+    low, high = video.aminmax()
+    if not (low >= -1 - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # so written, NaN fails too
+        raise ValueError(f"expected pixels in [-1, 1], found {low.item():g} to {high.item():g}; scale them first")
+
+
 class Tokenizer(nn.Module):
     """Encoder, residual pyramid of bits, decoder."""
 
@@ -114,7 +125,8 @@ class Tokenizer(nn.Module):
         return self.decoder(feature, stream).float()
 
     def bits(self, video: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> (B, L, d) bool."""
+        """(B, 3, T, H, W) in [-1, 1] -> (B, L, d) bool. Raises as `check_pixels` and `schedule`."""
+        check_pixels(video)
         schedule = self.schedule_of(video)
         return feature_to_bits(self.encode(video), schedule)
 
@@ -135,12 +147,5 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, video: Tensor) -> Tensor:
-        """Through the bits and back: (B, 3, T, H, W) -> the same shape, in [-1, 1].
-
-        Raises:
-            ValueError: if pixels lie outside [-1, 1] by more than rounding, or the video has another shape or type.
-        """
-        low, high = video.aminmax()
-        if not (low >= -1 - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # so written, NaN fails too
-            raise ValueError(f"expected pixels in [-1, 1], found {low.item():g} to {high.item():g}; scale them first")
+        """Through the bits and back: (B, 3, T, H, W) -> the same shape, in [-1, 1]. Raises as `bits`."""
         return self.decode_bits(self.bits(video), self.schedule_of(video))

@@ -56,10 +56,14 @@ class TokenizerModule(L.LightningModule):
         self.model = Tokenizer(TokenizerConfig(**tokenizer))
         self.schedule = self.model.schedule(clip["frames"], clip["height"], clip["width"])
         self.loss, self.optimizer, self.steps = loss, optimizer, steps
+        if optimizer["accumulate"] < 1:
+            raise ValueError(f"optimizer.accumulate={optimizer['accumulate']}; an iteration has 1 batch or more")
         seen, against = loss["perceptual"], loss["adversarial"]
         self.perceptual = load_perceptual(seen["kind"], seen["weights"]) if seen["weight"] else None
         self.discriminator, self.start = None, steps
         if against["weight"]:
+            if not 0 <= against["start"] < 1:
+                raise ValueError(f"loss.adversarial.start={against['start']}; expected a share of the training, 0 to below 1")
             self.discriminator = Discriminator(against["dims"], against["width"], against["layers"])
             self.start = round(against["start"] * steps)  # the discriminators' first iteration
             self.register_buffer("anchors", torch.zeros(len(against["dims"]), 2))  # LeCAM's
@@ -116,8 +120,8 @@ class TokenizerModule(L.LightningModule):
     def discriminator_terms(self, video: Tensor, output: Tensor) -> dict:
         """What the discriminators learn from: telling real from reconstructed clips, calmly."""
         real, fake = self.discriminator(video), self.discriminator(output)
-        means = torch.stack([torch.stack([r.mean(), f.mean()]) for r, f in zip(real, fake)]).detach().float()
-        seen = self.global_step - self.start
+        means = torch.stack([torch.stack([r.float().mean(), f.float().mean()]) for r, f in zip(real, fake)]).detach()
+        seen = self.global_step - self.start  # of batches, where an iteration has one
         self.anchors.lerp_(means, 1 - min(ANCHOR_DECAY, seen / (seen + 1)))  # at first the mean of all so far
         return {
             "discriminator": (1.0, discriminator_loss(real, fake)),
@@ -137,6 +141,9 @@ class TokenizerModule(L.LightningModule):
                 (optimizer if number == 0 else optimizer.optimizer).step()
             optimizer.zero_grad()
             schedule.step()
+
+    def on_validation_model_zero_grad(self):
+        """Leaves gradients alone: of an iteration of several batches some may be there already."""
 
     def validation_step(self, batch: dict, _):
         video = batch["video"]

@@ -308,7 +308,7 @@ def test_an_altered_protocol_is_found_out(evaluate, read, pair, tmp_path):
         (["protocol=folder", "videos={videos}", "real={videos}", "paired=true"], "say protocol.real.start=first"),
         (["protocol=folder", "videos={videos}", "real={videos}", "paired=true", "protocol.real.start=first",
           "protocol.samples=7", "protocol.real.clips=7", "protocol.real.random_crop=true"], "real.random_crop=false"),
-        (["ckpt={tokenizer}", "protocol.height=48", "protocol.width=48"], "protocol.height=48, protocol.width=48: this"),
+        (["ckpt={tokenizer}", "protocol.height=48", "protocol.width=48"], "protocol.frames=4, protocol.height=48"),
         (["protocol=folder", "ckpt={tokenizer}", "real={videos}", "protocol.folds=2"], "would score the same recons"),
         (["ckpt={generator}", "prompts={videos}"], "prompts= and results= are for prompt suites"),
         (["protocol=vbench", "ckpt={generator}", "real={videos}"], "it takes no videos=, real=, paired= or metrics="),

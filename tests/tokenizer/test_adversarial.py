@@ -48,7 +48,7 @@ def train(module: TokenizerModule, steps: int, batch_size: int = 2, precision: s
     recorder = Recorder()
     data = ClipDataModule(partial(Shapes), 5, 16, 16, 8.0, batch_size, val_clips=1, workers=0)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    how = dict(accelerator="cpu", precision=precision, max_steps=steps, limit_val_batches=0, **trainer)
+    how = {"limit_val_batches": 0, **trainer, "accelerator": "cpu", "precision": precision, "max_steps": steps}
     trainer = L.Trainer(callbacks=[recorder], **how, **quiet)
     trainer.fit(module, datamodule=data)
     recorder.trainer = trainer
@@ -196,6 +196,21 @@ def test_accumulated_batches_are_one_large_batch():
     assert not changed(parts.weights[1], parts.weights[2], "model")
 
 
+def test_validation_leaves_accumulated_gradients_alone():
+    """Lightning would set them to zero before it: here a validation falls between the two batches of an iteration."""
+    words = ["optimizer.accumulate=2"]
+    without = train(make_module(*words), 3)
+    within = train(make_module(*words), 3, limit_val_batches=1, val_check_interval=3, check_val_every_n_epoch=None)
+    assert len(within.logged) == 6 and all(torch.equal(p, within.weights[-1][n]) for n, p in without.weights[-1].items())
+
+
+def test_values_that_make_no_sense():
+    with pytest.raises(ValueError, match="optimizer.accumulate=0; an iteration has 1 batch or more"):
+        make_module("optimizer.accumulate=0")
+    with pytest.raises(ValueError, match="loss.adversarial.start=1000; expected a share of the training"):
+        make_module("loss.adversarial.start=1000")
+
+
 def test_gradients_are_clipped_each_for_itself():
     """With plain gradient descent of rate 1 the change of the weights is the clipped gradient."""
     module = make_module("optimizer.clip=0.01")
@@ -255,6 +270,18 @@ def test_full_losses_train_with_weights_and_stop_without(tmp_path, shared, capsy
     assert fit_tokenizer(tmp_path, *few, name="without") == 1
     error = capsys.readouterr().err
     assert "vgg16-397923af.pth" in error and "load_state_dict_from_url" in error
+
+
+def test_a_plain_run_does_not_go_on_with_discriminators(tmp_path, capsys):
+    short = ["recipe.tokenizer.steps=2", "trainer.val_check_interval=2"]
+    assert fit_tokenizer(tmp_path, *short, name="run") == 0
+    assert fit_tokenizer(tmp_path, *short, *ADVERSARIAL, "ckpt=last", name="run") == 1
+    error = capsys.readouterr().err
+    assert "loss.adversarial.weight: 0, above 0" in error and "Traceback" not in error
+    assert fit_tokenizer(tmp_path, *short, "trainer.precision=16-mixed", name="half") == 1
+    assert "the tokenizer trains in bf16-mixed or 32-true" in capsys.readouterr().err
+    assert fit_tokenizer(tmp_path, *short, *ADVERSARIAL, "trainer.devices=2", name="two") == 1
+    assert "needs trainer.strategy=ddp_find_unused_parameters_true" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("word", ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=0.5"])

@@ -187,7 +187,7 @@ def test_config_is_plain_values_and_back():
 @pytest.mark.parametrize(
     ("video", "message"),
     [
-        (torch.zeros(1, 3, 5, 8, 8, dtype=torch.uint8), "expected a floating point video .* found torch.uint8"),
+        (torch.full((1, 3, 5, 8, 8), 200, dtype=torch.uint8), "expected a floating point video .* found torch.uint8"),
         (torch.zeros(1, 1, 5, 8, 8), r"found torch.float32 \(1, 1, 5, 8, 8\)"),
         (torch.zeros(3, 5, 8, 8), r"found torch.float32 \(3, 5, 8, 8\)"),
         (torch.full((1, 3, 5, 8, 8), 200.0), r"expected pixels in \[-1, 1\], found 200 to 200; scale them first"),
@@ -198,3 +198,5 @@ def test_config_is_plain_values_and_back():
 def test_wrong_pixels_are_refused(make_tokenizer, video, message):
     with pytest.raises(ValueError, match=message):
         make_tokenizer().reconstruct(video)
+    with pytest.raises(ValueError, match=message):
+        make_tokenizer().bits(video)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from kit.checkpoint import load_tokenizer
 from kit.cli import main
+from kit.data.decode import UnreadableVideo, open_video
 from kit.data.shapes import Shapes
 from kit.media import to_uint8
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -89,3 +90,14 @@ def test_images_then_video_by_command(tmp_path, capsys, caplog):
     torch.testing.assert_close(as_video.reconstruct(picture), as_image.reconstruct(picture), atol=1e-4, rtol=1e-4)
     assert main(["fit", "conf=stage1_tokenizer", *start[:-1], "name=other", "tokenizer.bits=4"]) == 1
     assert "differ in more than time: bits 8 and 4" in capsys.readouterr().err
+
+
+def test_pictures_of_other_kinds(tmp_path):
+    """What is transparent is white; sixteen bits are refused rather than shown white."""
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("L", (8, 8), 100).save(tmp_path / "grey.png")
+    Image.new("I;16", (8, 8), 30000).save(tmp_path / "deep.png")
+    assert open_video(tmp_path / "clear.png").frames([0]).min() == 255
+    assert (open_video(tmp_path / "grey.png").frames([0]) == 100).all()
+    with pytest.raises(UnreadableVideo, match="deep.png: ValueError: it has 16 bits a pixel, expected 8. Check or remove"):
+        open_video(tmp_path / "deep.png")
