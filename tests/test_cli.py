@@ -163,3 +163,9 @@ def test_options_reach_the_model(pair, tmp_path):
     assert saved["generator"]["window"] == 1 and saved["generator"]["align"] == "center"
     assert saved["generator"]["condition"]["kind"] == "class" and len(saved["generator"]["condition"]["classes"]) == 5
     assert saved["correction"]["p_max"] == 0.1
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    words = f"{sys.executable} -m kit evaluate --help | head -n 1"
+    done = subprocess.run(words, cwd=ROOT, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("python -m kit evaluate") and done.stderr == ""
