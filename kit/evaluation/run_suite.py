@@ -11,10 +11,11 @@ from kit.data.read import read_clip_file
 from kit.evaluation.candidates import Samples
 from kit.evaluation.protocol import digest
 from kit.evaluation.report import words_of, write_page
-from kit.evaluation.suites import read_json, read_prompts, video_table, write_suite
+from kit.evaluation.suites import read_json, read_prompts, video_name, write_suite
 from kit.evaluation.vbench import read_vbench_results, vbench_scores, vbench_table
 from kit.files import write_json, written_aside
 from kit.generator.sampler import Guidance
+from kit.machine import exact_float32
 from kit.media import contact_sheet
 from kit.run import plain
 
@@ -32,6 +33,11 @@ def evaluate_suite(cfg: DictConfig) -> dict:
 
 
 def make_suite(cfg: DictConfig) -> dict:
+    """The suite's videos, or those that are missing; the first of some prompts on a contact sheet and a page.
+
+    Raises:
+        ValueError, FileNotFoundError: for a missing key or file, or a folder that holds another suite's videos.
+    """
     if cfg.ckpt is None or cfg.prompts is None:
         raise ValueError(f"the protocol {cfg.protocol.name} needs ckpt=GENERATOR and prompts=FILE, one prompt a line")
     suite, folder = cfg.protocol, Path(cfg.folder)
@@ -43,13 +49,13 @@ def make_suite(cfg: DictConfig) -> dict:
     candidate = Samples(generator, tokenizer, guidance, cfg.temperature, cfg.precision, shape)
     settings = {"suite": suite.name, "size": list(shape), **candidate.about()}
     how = dict(seed=suite.seed, batch_size=cfg.batch_size, fps=clip["fps"])
-    videos = write_suite(candidate.sample, prompts, folder, settings, **how)
+    with exact_float32():
+        videos = write_suite(candidate.sample, prompts, folder, settings, **how)
 
-    shown = list(dict.fromkeys(row["prompt"] for row in video_table(prompts, suite.seed).values()))[:SHOWN]
-    files = {row["prompt"]: name for name, row in reversed(video_table(prompts, suite.seed).items())}
-    clips = [{"sample": read_clip_file(videos / files[text], *shape, 0)} for text in shown]
-    contact_sheet(clips, shown, folder / "contact_sheet.png")
-    played = [{"heading": t, "videos": [{"row": "sample", "file": f"videos/{files[t]}"}]} for t in shown]
+    shown = {prompt.text: video_name(prompt.text, 0) for prompt in prompts[:SHOWN]}
+    clips = [{"sample": read_clip_file(videos / name, *shape, 0)} for name in shown.values()]
+    contact_sheet(clips, list(shown), folder / "contact_sheet.png")
+    played = [{"heading": t, "videos": [{"row": "sample", "file": f"videos/{name}"}]} for t, name in shown.items()]
     write_page(folder, suite.name, [words_of(settings)], [], played, [])
     print(f"in {folder}: videos, videos.json, contact_sheet.png, report.html")
     if suite.name == "vbench":
@@ -61,7 +67,11 @@ def make_suite(cfg: DictConfig) -> dict:
 
 
 def read_suite(cfg: DictConfig) -> dict:
-    """VBench's results for the videos in the run's folder, beside the paper's."""
+    """VBench's results for the videos in the run's folder, beside the paper's.
+
+    Raises:
+        ValueError, FileNotFoundError: if the folder has no such videos, or the results are missing or none of VBench's.
+    """
     folder = Path(cfg.folder)
     if cfg.protocol.name != "vbench":
         raise ValueError(f"results= reads what VBench found; the protocol {cfg.protocol.name} has no such tool")
