@@ -1,0 +1,214 @@
+"""What can be chosen about the quantizer: fewer bits on coarse scales, stochastic depth, learned amplitude, entropy schedule."""
+
+from __future__ import annotations
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from kit.cli import main
+from kit.generator.corruption import FlipLaw, training_sequence
+from kit.generator.module import accuracy_by_scale, bit_weights
+from kit.generator.sampler import sample_frames
+from kit.inspection import bit_use
+from kit.run import plain
+from kit.scales import ScaleSchedule
+from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.tokenizer.losses import entropy_loss
+from kit.tokenizer.module import TokenizerModule
+from kit.tokenizer.quantizer import bits_to_feature, feature_to_bits, pyramid
+from tests.conftest import randomise
+from tests.fixtures import composed, fit_generator, fit_tokenizer
+
+GRIDS = ((1, 1), (2, 2), (4, 4))
+FEWER = ScaleSchedule(2, GRIDS, (2, 3, 6))
+SHAPE = dict(bits=6, scales=(1, 2, 4), patch=2, widths=(8, 8), blocks=1)
+CLIP = {"frames": 5, "height": 16, "width": 16, "fps": 8}
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_module(*overrides: str, steps: int = 11) -> TokenizerModule:
+    cfg = composed("stage1_tokenizer", "size=tiny", *overrides)
+    arguments = plain(cfg.loss), plain(cfg.optimizer), CLIP, steps, plain(cfg.scale_dropout), 0
+    return TokenizerModule({**SHAPE, "scales": [1, 2, 4], "widths": [8, 8]}, *arguments)
+
+
+def test_the_schedule_knows_which_bits_there_are():
+    used = FEWER.used_bits(6)
+    assert used.shape == (FEWER.length, 6)
+    assert used.sum(1).tolist() == ([2] + [3] * 4 + [6] * 16) * 2
+    assert used[1].tolist() == [True] * 3 + [False] * 3
+    assert FEWER.bits_per_frame(6) == 2 + 3 * 4 + 6 * 16
+    assert ScaleSchedule(2, GRIDS).bits_per_frame(6) == 21 * 6 and ScaleSchedule(2, GRIDS).used_bits(6).all()
+    assert FEWER.with_frames(7).bits == FEWER.bits
+    with pytest.raises(ValueError, match="each of the 3 scales needs 1 bit or more"):
+        ScaleSchedule(2, GRIDS, (2, 6))
+    with pytest.raises(ValueError, match="scale_bits=.*expected 3 of at most 6"):
+        TokenizerConfig(**SHAPE, scale_bits=(2, 3, 7))
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_a_bit_that_a_scale_lacks_is_the_pyramid_without_that_scale(flips):
+    """Each channel on its own is a pyramid of the scales that have it."""
+    feature = noise(3, 6, 4, 4)
+    turned = [noise(3, h * w, 6, seed=k + 1) > 0.7 for k, (h, w) in enumerate(GRIDS)]
+    steps = list(pyramid(feature, FEWER, (lambda k, label: label ^ turned[k]) if flips else None))
+    for channel in range(6):
+        total = torch.zeros(3, 4, 4)
+        for k, (grid, step) in enumerate(zip(GRIDS, steps)):
+            if channel >= FEWER.bits[k]:
+                assert not step.label[..., channel].any() and not step.bits[..., channel].any()
+            else:
+                residual = F.adaptive_avg_pool2d((feature[:, channel] - total)[:, None], grid)[:, 0]
+                torch.testing.assert_close(step.residual[:, channel], residual)
+                assert torch.equal(step.label[..., channel], residual.flatten(1) > 0)
+                entered = step.label[..., channel] ^ (turned[k][..., channel] & flips)
+                assert torch.equal(step.bits[..., channel], entered)
+                code = (entered.float() * 2 - 1).view(3, 1, *grid) * 6**-0.5
+                total = total + F.interpolate(code, (4, 4), mode="bilinear", align_corners=False)[:, 0]
+            torch.testing.assert_close(step.total[:, channel], total)
+    assert [step.residual.shape[1] for step in steps] == [2, 3, 6]
+
+
+def test_bits_and_feature_agree_with_the_training_path():
+    tokenizer = randomise(Tokenizer(TokenizerConfig(**SHAPE, scale_bits=(2, 3, 6)))).eval()
+    video = noise(2, 3, 5, 16, 16).clamp(-1, 1)
+    with torch.no_grad():
+        output, _, _ = tokenizer(video)
+        bits, schedule = tokenizer.bits(video), tokenizer.schedule_of(video)
+        assert not (bits & ~schedule.used_bits(6)).any()
+        torch.testing.assert_close(tokenizer.reconstruct(video), output.clamp(-1, 1))
+    everywhere = Tokenizer(TokenizerConfig(**SHAPE, scale_bits=(6, 6, 6)))
+    everywhere.load_state_dict(tokenizer.state_dict())
+    whole = randomise(Tokenizer(TokenizerConfig(**SHAPE)))
+    whole.load_state_dict(tokenizer.state_dict())
+    with torch.no_grad():
+        assert torch.equal(everywhere.bits(video), whole.bits(video))
+
+
+def test_bits_a_scale_lacks_are_neither_read_nor_predicted():
+    feature = noise(2, 6, 2, 4, 4)
+    rates = FlipLaw(p_max=0.5).draw(2, FEWER, torch.Generator().manual_seed(0))
+    _, targets = training_sequence(feature, FEWER, rates, torch.Generator().manual_seed(1))
+    used = FEWER.used_bits(6)
+    assert not (targets & ~used).any() and targets[:, used].any()
+    bits = feature_to_bits(feature, FEWER)
+    torch.testing.assert_close(bits_to_feature(bits | ~used, FEWER), bits_to_feature(bits, FEWER))
+
+    for kind in ("uniform", "early"):
+        weights = bit_weights(FEWER, 6, kind)
+        assert weights.mean().item() == pytest.approx(1) and torch.equal(weights > 0, used)
+    logits, others = noise(2, FEWER.length, 6), noise(2, FEWER.length, 6, seed=5)
+    others = torch.where(used, logits, others)
+    weights = bit_weights(FEWER, 6, "uniform")
+    one, other = (F.binary_cross_entropy_with_logits(x, targets.float(), weight=weights) for x in (logits, others))
+    assert one.item() == other.item()
+    by_hand = F.binary_cross_entropy_with_logits(logits[:, used], targets[:, used].float())
+    torch.testing.assert_close(one, by_hand)
+    right = (logits > 0) == targets
+    assert [a.item() for a in accuracy_by_scale(right, FEWER)] == [a.item() for a in accuracy_by_scale(right | ~used, FEWER)]
+
+
+def test_stochastic_depth_leaves_out_what_it_says():
+    feature, schedule = noise(2, 6, 4, 4), ScaleSchedule(1, GRIDS)
+    kept = torch.tensor([[True, True, True], [True, False, True]])
+    whole, some = list(pyramid(feature, schedule)), list(pyramid(feature, schedule, kept=kept))
+    for a, b in zip(whole, some):
+        torch.testing.assert_close(a.total[0], b.total[0])
+    assert torch.equal(some[1].total[1], some[0].total[1])
+    torch.testing.assert_close(some[2].residual[1], (feature - some[0].total)[1])
+
+    tokenizer = randomise(Tokenizer(TokenizerConfig(**SHAPE)))
+    video = noise(2, 3, 5, 16, 16).clamp(-1, 1)
+    first = torch.tensor([[True, False, False]]).expand(2, 3)
+    with torch.no_grad():
+        output = tokenizer(video, first)[0].clamp(-1, 1)
+        torch.testing.assert_close(output, tokenizer.decode_bits(tokenizer.bits(video), tokenizer.schedule_of(video), 1))
+
+
+def test_scales_are_left_out_at_the_given_rate_and_again_the_same_way():
+    module = make_module("scale_dropout.last=2", "scale_dropout.p=0.3")
+    drawn = torch.cat([module.kept_scales({"n": torch.arange(4) + 4 * i}) for i in range(500)])
+    assert drawn[:, 0].all()
+    assert ((~drawn[:, 1:]).float().mean(0) - 0.3).abs().max() < 0.05  # 5 standard errors of 2,000
+    joint = (~drawn[:, 1] & ~drawn[:, 2]).float().mean().item()
+    assert joint == pytest.approx(0.09, abs=0.035)
+    assert torch.equal(drawn[8:12], module.kept_scales({"n": torch.arange(4) + 8}))
+    assert make_module().kept_scales({"n": torch.arange(4)}) is None
+    for words in (["scale_dropout.last=3"], ["scale_dropout.last=-1"], ["scale_dropout.p=1"]):
+        with pytest.raises(ValueError, match="scale_dropout=.*0 to 2 of the 3 scales"):
+            make_module(*words)
+
+
+def test_learned_amplitude_is_the_features_and_is_trained():
+    tokenizer = randomise(Tokenizer(TokenizerConfig(**SHAPE, amplitude=1.5, learned_amplitude=True)))
+    video = noise(2, 3, 5, 16, 16).clamp(-1, 1)
+    with torch.no_grad():
+        tokenizer.amplitude.fill_(1.25)
+    rms = tokenizer.encode(video).square().mean((1, 3, 4)).sqrt() * 6**0.5
+    torch.testing.assert_close(rms, torch.full_like(rms, 1.25))
+    (tokenizer(video)[0] - video).square().mean().backward()
+    assert tokenizer.amplitude.grad.abs() > 0
+    with pytest.raises(ValueError, match="learned_amplitude=true needs an amplitude to start from"):
+        TokenizerConfig(**SHAPE, amplitude=None, learned_amplitude=True)
+
+
+def test_entropy_weight_goes_in_a_straight_line():
+    module = make_module("loss.entropy_weight=0.1", "loss.entropy_weight_end=0.02")
+    seen = []
+    for step in (0, 5, 10, 12):
+        module._trainer = SimpleNamespace(global_step=step)
+        seen.append(module.entropy_weight)
+    assert seen == pytest.approx([0.1, 0.06, 0.02, 0.02])
+    module = make_module("loss.entropy_weight=0.3")
+    module._trainer = SimpleNamespace(global_step=7)
+    assert module.entropy_weight == pytest.approx(0.3)
+
+
+def test_entropy_is_of_the_bits_there_are():
+    feature = noise(4, 6, 4, 4)
+    few = list(pyramid(feature, FEWER))[:1]
+    alone = list(pyramid(feature[:, :2], ScaleSchedule(1, GRIDS)))[:1]
+    torch.testing.assert_close(entropy_loss(few, 2.0), entropy_loss(alone, 2.0))
+
+
+def test_bit_use_has_no_value_where_there_is_no_bit():
+    bits = feature_to_bits(noise(2, 6, 2, 4, 4), FEWER)
+    use = bit_use(bits, FEWER)
+    assert use["ones"].isnan().sum(1).tolist() == use["entropy"].isnan().sum(1).tolist() == [4, 3, 0]
+
+
+def test_by_command(tmp_path, capsys):
+    """All options at once: train, look at the bits' use, train a generator on it, sample; no bit beyond a scale's appears."""
+    options = ["tokenizer.scale_bits=[2,4,8]", "tokenizer.learned_amplitude=true", "loss.entropy_weight_end=0"]
+    depth = ["scale_dropout.last=1", "scale_dropout.p=0.2"]
+    assert fit_tokenizer(tmp_path, *options, *depth, "recipe.tokenizer.steps=6", "trainer.val_check_interval=3") == 0
+    pictures = sorted((tmp_path / "tokenizer" / "media").glob("bit_use_step*.png"))
+    assert [p.name for p in pictures] == ["bit_use_step000003.png", "bit_use_step000006.png"]
+    shown = Image.open(pictures[-1])
+    assert shown.size[0] >= 76 + 8 * 14
+    assert shown.getpixel((76 + 6 * 14 + 5, 22 + 5)) == (255, 255, 255)  # no cell: scale 1 has 2 bits
+    (log,) = (tmp_path / "tokenizer" / "logs").glob("version_0/metrics.csv")
+    rows = [row for row in csv.DictReader(log.open()) if row["val/dead_bits"]]
+    assert all(0 <= float(row[f"val/bit_entropy_scale{k}"]) <= 1 for row in rows for k in (1, 2, 3))
+    assert len(rows) == 2 and all(0 <= float(row["val/dead_bits"]) <= 14 for row in rows)
+
+    tokenizer = tmp_path / "tokenizer" / "checkpoints" / "last.ckpt"
+    assert fit_generator(tmp_path, "recipe.generator.steps=4", "trainer.val_check_interval=4", tokenizer=tokenizer) == 0
+    generator = tmp_path / "generator" / "checkpoints" / "last.ckpt"
+    assert main(["inspect", f"ckpt={generator}", f"root={tmp_path}", "name=seen", "clips=2"]) == 0
+    assert main(["generate", f"ckpt={generator}", f"root={tmp_path}", "name=made", "prompt=a red square", "n=1"]) == 0
+    assert list((tmp_path / "made").glob("*.mp4"))
+
+
+def test_samples_have_no_bit_that_a_scale_lacks(make_generator):
+    model = make_generator(bits=6, scales=3)
+    bits = torch.cat([frame.bits for frame in sample_frames(model, FEWER, ["a"], [0])], 1)
+    assert not (bits & ~FEWER.used_bits(6)).any() and bits.any()
