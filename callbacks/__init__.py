@@ -1,5 +1,6 @@
 """Callbacks: they watch and switch, and know no losses."""
 
+from callbacks.code_use import CodeUse
 from callbacks.compile import CompileLayers
 from callbacks.ema import EMA
 from callbacks.guard import NonFiniteGuard
@@ -7,4 +8,4 @@ from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.summary import RunSummary
 from callbacks.video_logger import VideoLogger
 
-__all__ = ["CompileLayers", "EMA", "LastCheckpoint", "NonFiniteGuard", "RunSummary", "VideoLogger"]
+__all__ = ["CodeUse", "CompileLayers", "EMA", "LastCheckpoint", "NonFiniteGuard", "RunSummary", "VideoLogger"]

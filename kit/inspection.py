@@ -17,17 +17,25 @@ def bit_use(bits: Tensor, schedule: ScaleSchedule) -> dict[str, Tensor]:
     Args:
         bits: (B, L, d) bool.
     Returns:
-        `ones` (K, d) in [0, 1], and `entropy` (K, d) in bits: 1 is balanced, 0 is a dead bit.
+        `ones` (K, d) in [0, 1], and `entropy` (K, d) in bits: 1 is balanced, 0 is a dead bit; NaN where a scale does not
+        have the bit.
     """
     scale = schedule.coordinates[:, 1]
     ones = torch.stack([bits[:, scale == k].float().mean((0, 1)) for k in range(schedule.scales)])
+    for k, d in enumerate(schedule.bits):
+        ones[k, d:] = torch.nan
+    return {"ones": ones, "entropy": entropy_of(ones)}
+
+
+def entropy_of(ones: Tensor) -> Tensor:
+    """Entropy in bits of variables that are one with the given probabilities, any shape."""
     p = ones.clamp(1e-6, 1 - 1e-6)
-    return {"ones": ones, "entropy": -(p * p.log2() + (1 - p) * (1 - p).log2())}
+    return -(p * p.log2() + (1 - p) * (1 - p).log2())
 
 
-def bit_use_picture(use: dict[str, Tensor], path: str | Path, cell: int = 14) -> Path:
-    """A row for each scale, a cell for each bit: white is balanced, red always one, blue always zero."""
-    ones = use["ones"]
+def bit_use_picture(ones: Tensor, path: str | Path, cell: int = 14) -> Path:
+    """A row for each scale, a cell for each bit, from the share of ones (K, d): white is balanced, red always one, blue
+    always zero; bits that a scale does not have are left out."""
     K, d = ones.shape
     font, margin, line = ImageFont.load_default(12), 76, 22
     picture = Image.new("RGB", (margin + d * cell + 4, line + K * cell + 4), "white")
@@ -36,7 +44,7 @@ def bit_use_picture(use: dict[str, Tensor], path: str | Path, cell: int = 14) ->
     for k in range(K):
         y = line + k * cell
         draw.text((4, y), f"scale {k + 1}", fill="black", font=font)
-        for bit in range(d):
+        for bit in range(int(ones[k].isfinite().sum())):
             lean = 2 * ones[k, bit].item() - 1
             fade = round(255 * (1 - abs(lean)))
             colour = (255, fade, fade) if lean > 0 else (fade, fade, 255)

@@ -35,7 +35,10 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
         raise ValueError("the tokenizer accumulates and clips by itself: use optimizer.accumulate= and optimizer.clip=")
     if str(cfg.trainer.precision).startswith("16"):
         raise ValueError(f"trainer.precision={cfg.trainer.precision}: the tokenizer trains in bf16-mixed or 32-true")
-    module = TokenizerModule(plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), data.clip, cfg.trainer.max_steps)
+    module = TokenizerModule(
+        plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), data.clip, cfg.trainer.max_steps,
+        plain(cfg.scale_dropout), cfg.seed,
+    )  # fmt: skip
     if cfg.init.how == "inflate" and checkpoint_to_resume(cfg) is None:
         inflate(load_tokenizer(cfg.init.ckpt).model, module.model)
     return module

@@ -8,7 +8,7 @@ of frame 0 from coarse to fine, then those of frame 1, and so on.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -61,15 +61,21 @@ class ScaleSchedule:
     Args:
         frames: F, number of latent frames.
         grids: (h_k, w_k) from coarse to fine; the last one is the latent grid (h, w).
+        bits: d_k, how many of a token's d bits, its first ones, each scale has; empty: all d. The others say nothing: they
+            are 0, have no part in the sum, and nobody predicts them.
     Raises:
-        ValueError: if there is no frame or no scale, or the grids shrink.
+        ValueError: if there is no frame or no scale, the grids shrink, or `bits` is not one number of each scale.
     """
 
     frames: int
     grids: tuple[tuple[int, int], ...]
+    bits: tuple[int, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "grids", tuple((int(h), int(w)) for h, w in self.grids))
+        object.__setattr__(self, "bits", tuple(self.bits))
+        if self.bits and (len(self.bits) != len(self.grids) or min(self.bits) < 1):
+            raise ValueError(f"each of the {len(self.grids)} scales needs 1 bit or more, got {self.bits}")
         if self.frames < 1 or not self.grids:
             raise ValueError(f"a schedule needs at least one frame and one scale, got {self.frames} and {self.grids}")
         for (h, w), (next_h, next_w) in zip(self.grids, self.grids[1:]):
@@ -77,7 +83,9 @@ class ScaleSchedule:
                 raise ValueError(f"scales must grow from coarse to fine, got {self.grids}")
 
     @classmethod
-    def square(cls, frames: int, sides: list[int] | tuple[int, ...], grid: tuple[int, int] | None = None):
+    def square(
+        cls, frames: int, sides: list[int] | tuple[int, ...], grid: tuple[int, int] | None = None, bits: tuple[int, ...] = ()
+    ):
         """Scales given by one side each; on a non-square latent `grid` the other side follows its aspect ratio.
 
         Args:
@@ -88,7 +96,7 @@ class ScaleSchedule:
         short = min(h, w)
         if short != sides[-1]:
             raise ValueError(f"the last scale {sides[-1]} must be the shorter side of the latent grid {h} x {w}")
-        return cls(frames, tuple((max(1, round(s * h / short)), max(1, round(s * w / short))) for s in sides))
+        return cls(frames, tuple((max(1, round(s * h / short)), max(1, round(s * w / short))) for s in sides), bits)
 
     @property
     def scales(self) -> int:
@@ -133,7 +141,16 @@ class ScaleSchedule:
 
     def with_frames(self, frames: int) -> ScaleSchedule:
         """The same scales for another number of latent frames."""
-        return ScaleSchedule(frames, self.grids)
+        return replace(self, frames=frames)
+
+    def used_bits(self, d: int) -> torch.Tensor:
+        """(L, d) bool: the bits of each token that say something."""
+        used = torch.tensor(self.bits or (d,) * self.scales)[self.coordinates[:, 1]]
+        return torch.arange(d) < used[:, None]
+
+    def bits_per_frame(self, d: int) -> int:
+        """What a latent frame costs, in bits."""
+        return int(self.used_bits(d)[: self.tokens_per_frame].sum())
 
     @cached_property
     def coordinates(self) -> torch.Tensor:

@@ -292,8 +292,8 @@ def inspect(cfg: DictConfig) -> dict:
     folder = Path(cfg.folder)
     groups = [{name: row[i] for name, row in rows.items()} for i in range(min(len(video), cfg.shown))]
     contact_sheet(groups, list(batch["caption"])[: cfg.shown], folder / "scales.png")
-    bit_use_picture(use, folder / "bit_use.png")
-    entropy = use["entropy"].mean(1)
+    bit_use_picture(use["ones"], folder / "bit_use.png")
+    entropy = use["entropy"].nanmean(1)
     report = {"schedule": str(schedule), "by_scale": by_scale, "bit_entropy": [round(e.item(), 4) for e in entropy]}
     if generator is not None:
         report |= teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size)

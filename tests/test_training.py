@@ -144,7 +144,7 @@ def test_nan_loss_stops_before_the_weights_and_saves_the_batch(tmp_path):
     clip = {"frames": 1, "height": 16, "width": 16, "fps": 8}
     tokenizer = {"bits": 4, "scales": [1, 2], "patch": 8, "widths": [8], "blocks": 1}
     cfg = composed("stage1_tokenizer", "size=tiny")
-    module = TokenizerModule(tokenizer, plain(cfg.loss), plain(cfg.optimizer), clip, steps=5)
+    module = TokenizerModule(tokenizer, plain(cfg.loss), plain(cfg.optimizer), clip, 5, plain(cfg.scale_dropout), 0)
 
     class Poisoned(Shapes):
         def __getitem__(self, n):

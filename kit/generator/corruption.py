@@ -70,7 +70,7 @@ def training_sequence(
         u = torch.rand(label.shape, generator=generator).to(label.device)
         return label ^ (u < p)
 
-    steps = list(pyramid(frames_of(feature), schedule.grids, None if rates is None else flip))
+    steps = list(pyramid(frames_of(feature), schedule, None if rates is None else flip))
     finished = steps[-1].total.unflatten(0, (B, F))
     before = torch.cat([torch.zeros_like(finished[:, :1]), finished[:, :-1]], dim=1).flatten(0, 1)
     totals = [before, *(step.total for step in steps[:-1])]

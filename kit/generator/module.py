@@ -15,8 +15,8 @@ from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
 
 
-def scale_weights(schedule: ScaleSchedule, kind: str) -> Tensor:
-    """(L,) weight of each token's loss, of mean 1.
+def bit_weights(schedule: ScaleSchedule, d: int, kind: str) -> Tensor:
+    """(L, d) weight of each bit's loss, of mean 1; 0 for bits that a scale does not have.
 
     `uniform` is the paper's plain average over bits; `early` weighs a token by the square root of how many tokens of the
     finest scale it stands for (as Infinity does).
@@ -29,13 +29,15 @@ def scale_weights(schedule: ScaleSchedule, kind: str) -> Tensor:
     h, w = schedule.grid
     power = 0.5 if kind == "early" else 0.0
     weights = torch.tensor([(h * w / (b.h * b.w)) ** power for b in schedule.blocks for _ in range(b.h * b.w)])
+    weights = weights[:, None] * schedule.used_bits(d)
     return weights / weights.mean()
 
 
 def accuracy_by_scale(right: Tensor, schedule: ScaleSchedule) -> list[Tensor]:
     """Share of right bits for each scale; right: (B, L, d) bool."""
     scale = schedule.coordinates[:, 1].to(right.device)
-    return [right[:, scale == k].float().mean() for k in range(schedule.scales)]
+    bits = schedule.bits or (right.shape[-1],) * schedule.scales
+    return [right[:, scale == k, :d].float().mean() for k, d in enumerate(bits)]
 
 
 class GeneratorModule(L.LightningModule):
@@ -46,7 +48,7 @@ class GeneratorModule(L.LightningModule):
         correction: values of `FlipLaw` (Cross-Frame Error Correction); p_max = 0 and delta = 0 turn it off.
         frame_mask: p_mask of the Random Frame Mask, in [0, 1].
         drop_condition: probability of training without the condition, for guidance.
-        loss: `scale_weights`, see `scale_weights`.
+        loss: `scale_weights`, see `bit_weights`.
         optimizer, clip, steps: as for `TokenizerModule`.
         seed: of flips, masks and dropped conditions; they are a function of it and of the clips' numbers.
         tokenizer_hash: of the tokenizer whose bits this generator speaks.
@@ -70,7 +72,8 @@ class GeneratorModule(L.LightningModule):
         if tokenizer is not None:
             tokenizer.eval().requires_grad_(False)
             self.schedule = tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
-            self.register_buffer("weights", scale_weights(self.schedule, loss["scale_weights"]), persistent=False)
+            weights = bit_weights(self.schedule, self.model.config.bits, loss["scale_weights"])
+            self.register_buffer("weights", weights, persistent=False)
 
     def on_fit_start(self):
         self.tokenizer.to(self.device)
@@ -88,14 +91,15 @@ class GeneratorModule(L.LightningModule):
         dropped = torch.rand(B, generator=rng) < self.drop_condition
         condition = self.model.condition(self.model.condition.prompts(batch), dropped)
         logits = self.model(inputs, self.schedule, condition, kept)
-        loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=self.weights[:, None])
+        loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=self.weights)
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/bit_accuracy", ((logits > 0) == targets).float().mean())
+        used = self.weights > 0
+        self.log("train/bit_accuracy", (((logits > 0) == targets) & used).sum() / (B * used.sum()))
         return loss
 
     def validation_step(self, batch: dict, _):
         logits, targets = self.teacher_forced(batch)
-        loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=self.weights[:, None])
+        loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=self.weights)
         accuracy = accuracy_by_scale((logits > 0) == targets, self.schedule)
         metrics = {f"val/bit_accuracy_scale{k + 1}": a for k, a in enumerate(accuracy)}
         self.log("val/loss", loss, prog_bar=True, batch_size=len(targets), sync_dist=True)

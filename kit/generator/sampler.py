@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kit.generator.transformer import Generator
 from kit.scales import ScaleSchedule
-from kit.tokenizer.quantizer import next_input, to_code, tokens_to_map, up
+from kit.tokenizer.quantizer import next_input, residual_map, used_of
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def sample_frames(
 
     for f in range(schedule.frames):
         bits, before = [], total
-        for k, grid in enumerate(schedule.grids):
+        for k in range(schedule.scales):
             logits = cached.block(f, k, total.repeat(rows, 1, 1, 1), before.repeat(rows, 1, 1, 1))
             b = schedule.block(f, k)
             if history is not None and b.stop <= history.shape[1]:
@@ -206,7 +206,7 @@ def sample_frames(
                 if rows == 2:
                     conditioned, free = logits.chunk(2)
                     logits = free + guidance.gamma(f, k, schedule) * (conditioned - free)
-                bits.append(draw_bits(logits, temperature, generators))
-            residual = up(tokens_to_map(to_code(bits[-1]), grid), (h, w))
+                bits.append(used_of(draw_bits(logits, temperature, generators), k, schedule))
+            residual = residual_map(bits[-1], k, schedule)
             total = residual if k == 0 else total + residual
         yield Frame(torch.cat(bits, dim=1), total)

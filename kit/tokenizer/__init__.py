@@ -32,6 +32,8 @@ class TokenizerConfig:
         temporal: whether it knows time. A tokenizer of images does not; `inflate.py` makes a video tokenizer of it.
         amplitude: root mean square of a frame's feature, in units of a code's amplitude 1/sqrt(d); null leaves it to
             training. A handful of scales can only represent a limited amplitude, best about 2.
+        learned_amplitude: whether the amplitude is trained, from that value on.
+        scale_bits: bits per token of each scale, the last one d; empty: d at every scale.
     """
 
     bits: int = 32
@@ -41,11 +43,17 @@ class TokenizerConfig:
     widths: tuple[int, ...] = (128, 256, 256)
     blocks: int = 2
     amplitude: float | None = 2.0
+    learned_amplitude: bool = False
+    scale_bits: tuple[int, ...] = ()
     temporal: bool = True
 
     def __post_init__(self):
-        for name in ("scales", "widths"):
+        for name in ("scales", "widths", "scale_bits"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.scale_bits and (len(self.scale_bits) != len(self.scales) or max(self.scale_bits) > self.bits):
+            raise ValueError(f"tokenizer.scale_bits={self.scale_bits}; expected {len(self.scales)} of at most {self.bits}")
+        if self.learned_amplitude and not self.amplitude:
+            raise ValueError("tokenizer.learned_amplitude=true needs an amplitude to start from: tokenizer.amplitude=2")
 
     @property
     def compression(self) -> int:
@@ -92,6 +100,9 @@ class Tokenizer(nn.Module):
         layers = ARCHITECTURES[config.architecture]
         shape = {key: getattr(config, key) for key in ("bits", "patch", "widths", "blocks", "temporal")}
         self.encoder, self.decoder = layers.Encoder(**shape), layers.Decoder(**shape)
+        self.amplitude = config.amplitude
+        if config.learned_amplitude:
+            self.amplitude = nn.Parameter(torch.tensor(config.amplitude))
         self.to(memory_format=torch.channels_last_3d)  # the layout that bfloat16 convolutions are fast in
 
     def schedule(self, frames: int, height: int, width: int) -> ScaleSchedule:
@@ -111,7 +122,8 @@ class Tokenizer(nn.Module):
                 f"this tokenizer's scales end at {coarse}, so the shorter side must be {c * coarse} pixels, "
                 f"got {height} x {width}; give other scales or another size"
             )
-        return ScaleSchedule.square(latent_frames(frames), self.config.scales, (height // c, width // c))
+        grid = (height // c, width // c)
+        return ScaleSchedule.square(latent_frames(frames), self.config.scales, grid, self.config.scale_bits)
 
     def schedule_of(self, video: Tensor) -> ScaleSchedule:
         """The blocks of a video (B, 3, T, H, W). Raises as `schedule` and `check_video`."""
@@ -125,10 +137,10 @@ class Tokenizer(nn.Module):
         """
         check_video(video)
         feature = self.encoder(video, stream).float()
-        if self.config.amplitude is None:
+        if self.amplitude is None:
             return feature
         square = feature.square().mean((1, 3, 4), keepdim=True)  # of each frame on its own
-        return feature * torch.rsqrt(square + 1e-8) * (self.config.amplitude * self.config.bits**-0.5)
+        return feature * torch.rsqrt(square + 1e-8) * (self.amplitude * self.config.bits**-0.5)
 
     def decode(self, feature: Tensor, stream: Stream | None = None) -> Tensor:
         """Feature (B, d, F, h, w) -> video (B, 3, T, H, W) in float32, about [-1, 1]."""
@@ -144,14 +156,18 @@ class Tokenizer(nn.Module):
         """(B, L, d) -> (B, 3, T, H, W) in [-1, 1]; from the first `scales` of each frame only, if given."""
         return self.decode(bits_to_feature(bits, schedule, scales)).clamp(-1, 1)
 
-    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, list[Step]]:
+    def forward(self, video: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor, list[Step]]:
         """The training path, with a straight-through gradient.
 
+        Args:
+            kept: (B, K) bool, the scales of each clip that reach the decoder; None: all.
         Returns:
             output (B, 3, T, H, W), features (B * F, d, h, w) of the frames, and the steps of their pyramids.
         """
         features = frames_of(self.encode(video))
-        steps = list(pyramid(features, self.schedule_of(video).grids))
+        schedule = self.schedule_of(video)
+        kept = None if kept is None else kept.repeat_interleave(schedule.frames, 0)
+        steps = list(pyramid(features, schedule, kept=kept))
         straight_through = features + (steps[-1].total - features).detach()
         return self.decode(clip_of(straight_through, video.shape[0])), features, steps
 

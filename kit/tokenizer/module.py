@@ -43,19 +43,29 @@ class TokenizerModule(L.LightningModule):
             `accumulate` (batches of an iteration).
         clip: `frames`, `height`, `width`, `fps` of the clips trained on.
         steps: iterations of the whole training; the learning rate ends there.
+        scale_dropout: stochastic depth: each of the `last` scales of a clip is left out with probability `p`.
+        seed: of what is left out, a function of it and of the clips' numbers.
     Raises:
         ValueError, FileNotFoundError: for wrong values, or a perceptual loss without its weights.
     """
 
     kind = "tokenizer"
 
-    def __init__(self, tokenizer: dict, loss: dict, optimizer: dict, clip: dict, steps: int):
+    def __init__(
+        self, tokenizer: dict, loss: dict, optimizer: dict, clip: dict, steps: int, scale_dropout: dict, seed: int
+    ):  # fmt: skip
         super().__init__()
         self.save_hyperparameters()
         self.automatic_optimization = False
         self.model = Tokenizer(TokenizerConfig(**tokenizer))
         self.schedule = self.model.schedule(clip["frames"], clip["height"], clip["width"])
-        self.loss, self.optimizer, self.steps = loss, optimizer, steps
+        self.loss, self.optimizer, self.steps, self.seed = loss, optimizer, steps, seed
+        self.scale_dropout = scale_dropout
+        if not (0 <= scale_dropout["last"] < self.schedule.scales and 0 <= scale_dropout["p"] < 1):
+            raise ValueError(
+                f"scale_dropout={scale_dropout}; expected `last`, 0 to {self.schedule.scales - 1} of the "
+                f"{self.schedule.scales} scales, and `p`, 0 to below 1"
+            )
         if optimizer["accumulate"] < 1:
             raise ValueError(f"optimizer.accumulate={optimizer['accumulate']}; an iteration has 1 batch or more")
         seen, against = loss["perceptual"], loss["adversarial"]
@@ -70,11 +80,12 @@ class TokenizerModule(L.LightningModule):
 
     def training_step(self, batch: dict, index: int):
         video = batch["video"]
-        output, features, steps = self.model(video)
+        output, features, steps = self.model(video, self.kept_scales(batch))
+        entropy = entropy_loss(steps, self.loss["entropy_inverse_temperature"])
         terms = {
             "reconstruction": (1.0, reconstruction_loss(output, video, self.loss["reconstruction"])),
             "commitment": (self.loss["commitment_weight"], commitment_loss(features, steps)),
-            "entropy": (self.loss["entropy_weight"], entropy_loss(steps, self.loss["entropy_inverse_temperature"])),
+            "entropy": (self.entropy_weight, entropy),
         }
         if self.perceptual is not None:
             frames = some_frames(video.shape[2], self.loss["perceptual"]["frames"], int(batch["n"][0]))
@@ -84,6 +95,7 @@ class TokenizerModule(L.LightningModule):
             terms["adversarial"] = self.adversarial_term(output, terms)
         self.backward_of(terms)
         self.log("train/loss", weighted_sum(terms), prog_bar=True)
+        self.log("train/amplitude", amplitude_of(features))
         if adversarial:
             against = self.discriminator_terms(video, output.detach())
             self.backward_of(against)
@@ -92,6 +104,22 @@ class TokenizerModule(L.LightningModule):
         self.log_dict({f"train/{name}_weighted": weight * term for name, (weight, term) in terms.items()})
         if (index + 1) % self.optimizer["accumulate"] == 0:
             self.step(discriminators=adversarial > 0)
+
+    def kept_scales(self, batch: dict) -> Tensor | None:
+        """(B, K) bool: which scales reach the decoder; None: all."""
+        last, p = self.scale_dropout["last"], self.scale_dropout["p"]
+        if not last or not p:
+            return None
+        kept = torch.ones(len(batch["n"]), self.schedule.scales, dtype=torch.bool)
+        rng = torch.Generator().manual_seed(self.seed * 1_000_000_007 + int(batch["n"][0]))
+        kept[:, -last:] = torch.rand(len(kept), last, generator=rng) >= p
+        return kept.to(self.device)
+
+    @property
+    def entropy_weight(self) -> float:
+        """Of this iteration: from `entropy_weight` in a straight line to `entropy_weight_end` at the last one."""
+        first, last = self.loss["entropy_weight"], self.loss["entropy_weight_end"]
+        return first + (last - first) * min(1.0, self.global_step / max(1, self.steps - 1))
 
     def backward_of(self, terms: dict[str, tuple]):
         """Outside of autocast, in which Lightning calls a training step: gradients and updates are not to be rounded."""
@@ -145,11 +173,13 @@ class TokenizerModule(L.LightningModule):
     def on_validation_model_zero_grad(self):
         """Leaves gradients alone: of an iteration of several batches some may be there already."""
 
-    def validation_step(self, batch: dict, _):
+    def validation_step(self, batch: dict, _) -> dict:
         video = batch["video"]
-        output = self.model.reconstruct(video)
+        bits = self.model.bits(video)
+        output = self.model.decode_bits(bits, self.schedule)
         self.log("val/psnr", psnr(output, video), prog_bar=True, batch_size=len(video), sync_dist=True)
         self.log("val/l1", (output - video).abs().mean(), batch_size=len(video), sync_dist=True)
+        return {"bits": bits}  # for callbacks
 
     def configure_optimizers(self):
         keys = ("name", "lr", "betas", "weight_decay")
@@ -167,6 +197,11 @@ def some_frames(frames: int, wanted: int | None, seed: int) -> list[int]:
     if wanted is None or wanted >= frames:
         return list(range(frames))
     return sorted(torch.randperm(frames, generator=torch.Generator().manual_seed(seed))[:wanted].tolist())
+
+
+def amplitude_of(features: Tensor) -> Tensor:
+    """Root mean square of features (N, d, h, w) in units of a code's amplitude 1/sqrt(d)."""
+    return features.detach().square().mean().sqrt() * features.shape[1] ** 0.5
 
 
 def weighted_sum(terms: dict[str, tuple]) -> Tensor:

@@ -30,6 +30,21 @@ def to_code(bits: Tensor, dim: int = -1) -> Tensor:
     return (bits.float() * 2 - 1) * bits.shape[dim] ** -0.5
 
 
+def used_of(bits: Tensor, k: int, schedule: ScaleSchedule) -> Tensor:
+    """The bits (..., d) of scale k, those that it does not have as False (see `ScaleSchedule.bits`)."""
+    if not schedule.bits or schedule.bits[k] == bits.shape[-1]:
+        return bits
+    return bits & (torch.arange(bits.shape[-1], device=bits.device) < schedule.bits[k])
+
+
+def residual_map(bits: Tensor, k: int, schedule: ScaleSchedule) -> Tensor:
+    """What scale k adds to the running sum: (N, h_k * w_k, d) bool -> (N, d, h, w) float32."""
+    code = to_code(bits)
+    if schedule.bits:
+        code[..., schedule.bits[k] :] = 0
+    return up(tokens_to_map(code, schedule.grids[k]), schedule.grid)
+
+
 def down(x: Tensor, grid: Grid) -> Tensor:
     """Resizes (..., h, w) down to `grid` by area."""
     return F.adaptive_avg_pool2d(x, grid) if x.shape[-2:] != grid else x
@@ -63,30 +78,35 @@ def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
 class Step(NamedTuple):
     """One scale of the pyramid."""
 
-    residual: Tensor  # (N, d, h_k, w_k), before taking signs
+    residual: Tensor  # (N, d_k, h_k, w_k), before taking signs; of the bits that the scale has
     label: Tensor  # (N, h_k * w_k, d) bool, signs of the residual
     bits: Tensor  # the same, as they entered the sum: labels, or labels with errors
     total: Tensor  # (N, d, h, w), running sum after this scale
 
 
-def pyramid(feature: Tensor, grids: tuple[Grid, ...], disturb: Callable[[int, Tensor], Tensor] | None = None):
+def pyramid(
+    feature: Tensor, schedule: ScaleSchedule, disturb: Callable[[int, Tensor], Tensor] | None = None,
+    kept: Tensor | None = None,
+):  # fmt: skip
     """Walks a frame's scales from coarse to fine.
 
     Args:
         feature: (N, d, h, w), N frames on their own.
         disturb: (k, label) -> bits that enter the sum in place of the label; the residual of the next scale, and so its
             label, is then taken against the disturbed sum.
+        kept: (N, K) bool; a scale that is not kept adds nothing to the sum (stochastic depth). None keeps all.
     Yields:
         a `Step` for each scale.
     """
     feature = feature.float()
     total = torch.zeros_like(feature)
-    for k, grid in enumerate(grids):
+    for k, grid in enumerate(schedule.grids):
         residual = down(feature - total, grid)
-        label = to_bits(residual.flatten(2).transpose(1, 2))
-        bits = label if disturb is None else disturb(k, label)
-        total = total + up(tokens_to_map(to_code(bits), grid), feature.shape[-2:])
-        yield Step(residual, label, bits, total)
+        label = used_of(to_bits(residual.flatten(2).transpose(1, 2)), k, schedule)
+        bits = label if disturb is None else used_of(disturb(k, label), k, schedule)
+        added = residual_map(bits, k, schedule)
+        total = total + (added if kept is None else added * kept[:, k, None, None, None])
+        yield Step(residual[:, : schedule.bits[k]] if schedule.bits else residual, label, bits, total)
 
 
 def frames_of(feature: Tensor) -> Tensor:
@@ -106,7 +126,7 @@ def sequence_of(blocks: list[Tensor], batch: int) -> Tensor:
 
 def feature_to_bits(feature: Tensor, schedule: ScaleSchedule) -> Tensor:
     """(B, d, F, h, w) -> (B, L, d) bool."""
-    steps = pyramid(frames_of(feature), schedule.grids)
+    steps = pyramid(frames_of(feature), schedule)
     return sequence_of([step.label for step in steps], feature.shape[0])
 
 
@@ -120,7 +140,7 @@ def bits_to_feature(bits: Tensor, schedule: ScaleSchedule, scales: int | None = 
         raise ValueError(f"the schedule has {schedule.length} tokens ({schedule}), got bits of shape {tuple(bits.shape)}")
     frames = bits.unflatten(1, (schedule.frames, -1)).flatten(0, 1)
     total, start = 0.0, 0
-    for h, w in schedule.grids[:scales]:
-        total = total + up(tokens_to_map(to_code(frames[:, start : start + h * w]), (h, w)), schedule.grid)
+    for k, (h, w) in enumerate(schedule.grids[:scales]):
+        total = total + residual_map(frames[:, start : start + h * w], k, schedule)
         start += h * w
     return clip_of(total, bits.shape[0])

@@ -30,7 +30,7 @@ TOKENIZER = {"bits": 4, "scales": [1, 2], "patch": 4, "widths": [8, 8], "blocks"
 def make_module(*overrides: str, steps: int = 10, kind: type[TokenizerModule] = TokenizerModule) -> TokenizerModule:
     cfg = composed("stage1_tokenizer", "size=tiny", "optimizer.warmup=0", *ADVERSARIAL, *overrides)
     torch.manual_seed(0)
-    return kind(TOKENIZER, plain(cfg.loss), plain(cfg.optimizer), CLIP, steps)
+    return kind(TOKENIZER, plain(cfg.loss), plain(cfg.optimizer), CLIP, steps, plain(cfg.scale_dropout), 0)
 
 
 class Recorder(L.Callback):

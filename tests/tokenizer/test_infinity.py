@@ -231,7 +231,7 @@ def test_a_frame_changes_none_before(video):
 
 
 def test_scales_may_be_others_for_video(image):
-    smaller = Tokenizer(TokenizerConfig(**VIDEO, scales=(1, 2, 4)))
+    smaller = Tokenizer(TokenizerConfig(**VIDEO, scales=(1, 2, 4), scale_bits=(4, 8, 8)))
     inflate(image, smaller)
     assert torch.equal(smaller.decoder.norm.weight, image.decoder.norm.weight)
     fast = Tokenizer(TokenizerConfig(**{**VIDEO, "architecture": "fast"}))

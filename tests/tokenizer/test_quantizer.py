@@ -99,7 +99,7 @@ def test_pyramid_is_the_walk_of_the_method(schedule, flips):
     frames = frames_of(feature_for(schedule))
     N, d = frames.shape[:2]
     flip = [noise(N, h * w, d, seed=k) > 0.7 for k, (h, w) in enumerate(schedule.grids)]
-    steps = list(pyramid(frames, schedule.grids, (lambda k, label: label ^ flip[k]) if flips else None))
+    steps = list(pyramid(frames, schedule, (lambda k, label: label ^ flip[k]) if flips else None))
     assert len(steps) == schedule.scales
     for n in range(N):
 
@@ -117,8 +117,8 @@ def test_pyramid_is_the_walk_of_the_method(schedule, flips):
 def test_a_flip_changes_later_labels_and_no_earlier_ones():
     schedule = SCHEDULES[0]
     frames = frames_of(feature_for(schedule))
-    clean = list(pyramid(frames, schedule.grids))
-    flipped = list(pyramid(frames, schedule.grids, lambda k, label: ~label if k == 2 else label))
+    clean = list(pyramid(frames, schedule))
+    flipped = list(pyramid(frames, schedule, lambda k, label: ~label if k == 2 else label))
     same = [torch.equal(a.label, b.label) for a, b in zip(clean, flipped)]
     assert same == [True, True, True, False, False, False]
 
@@ -127,7 +127,7 @@ def test_a_flip_changes_later_labels_and_no_earlier_ones():
 def test_the_sum_of_the_bits_is_the_sum_of_the_walk(schedule):
     """What the encoder's side adds up is what the decoder's side reads, after every scale."""
     feature = feature_for(schedule)
-    steps = list(pyramid(frames_of(feature), schedule.grids))
+    steps = list(pyramid(frames_of(feature), schedule))
     bits = feature_to_bits(feature, schedule)
     assert torch.equal(bits, sequence_of([step.label for step in steps], 2))
     for k, step in enumerate(steps):

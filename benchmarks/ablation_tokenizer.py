@@ -1,0 +1,65 @@
+"""What each choice in the tokenizer is worth: one changed at a time, three seeds, on `shapes` and on a folder of real clips.
+
+    python benchmarks/ablation_tokenizer.py FOLDER REAL ST_LPIPS [key=value ...]
+
+REAL holds `train` and `val`, folders of clips; ST_LPIPS is the file of that network's weights (docs/evaluation.md). Trains
+and evaluates in FOLDER, goes on there when stopped, and prints one JSON line for each run; all get the words.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SEEDS = 3
+STEPS = 250
+CLIPS = 64  # that are evaluated
+VARIANTS = {
+    "default": [],
+    "amplitude=null": ["tokenizer.amplitude=null"],
+    "learned_amplitude": ["tokenizer.learned_amplitude=true"],
+    "no entropy loss": ["loss.entropy_weight=0"],
+    "entropy .1 to 0": ["loss.entropy_weight=0.1", "loss.entropy_weight_end=0"],
+    "scale dropout": ["scale_dropout.last=2", "scale_dropout.p=0.1"],
+    "scale_bits": ["tokenizer.scale_bits=[4,8,16,16]"],
+    "loss=full": ["loss=full", "loss.perceptual.kind=st-lpips", "loss.perceptual.frames=1"],
+}
+
+
+def kit(*words: str):
+    """Runs a verb."""
+    subprocess.run([sys.executable, "-m", "kit", *words], check=True, stdout=sys.stderr)
+
+
+def measure(folder: Path, data: str, variant: str, seed: int, real: Path, lpips: Path, words: list[str]) -> dict:
+    """Trains a tokenizer, or what is left of it, and scores it on held-out clips."""
+    name = f"{data}_{variant.replace(' ', '_').replace('=', '_')}_{seed}"
+    source = {"shapes": [], "real": ["data=clips", f"data.root={real / 'train'}", "data.source.val_every=1000"]}[data]
+    changed = VARIANTS[variant] + ([f"loss.perceptual.weights={lpips}"] if variant == "loss=full" else [])
+    brief = [f"recipe.tokenizer.steps={STEPS}", f"trainer.val_check_interval={STEPS}", "callbacks.compile.least_steps=-1"]
+    quiet = ["callbacks.video_logger.clips=0", "data.val_clips=8", "callbacks.last.every=50"]
+    run = ["conf=stage1_tokenizer", "size=tiny", f"root={folder}", f"name={name}", "ckpt=last", f"seed={seed}"]
+    kit("fit", *run, *brief, *quiet, *source, *changed, *words)
+    clips = {"shapes": ["protocol=shapes"], "real": ["protocol=folder", f"real={real / 'val'}", "protocol.real.start=random"]}
+    scored = [f"ckpt={folder / name}/checkpoints/last.ckpt", f"root={folder}", f"name={name}_scores", *clips[data]]
+    same = [f"protocol.real.clips={CLIPS}", "protocol.samples=null", "protocol.folds=1", "protocol.seed=0"]
+    size = ["protocol.frames=17", "protocol.height=64", "protocol.width=64"]
+    metric = ["protocol.perceptual.kind=st-lpips", "protocol.perceptual.sha256=null", f"lpips_weights={lpips}"]
+    kit("evaluate", *scored, *same, *size, *metric, "workers=0")
+    found = json.loads((folder / f"{name}_scores" / "evaluation.json").read_text())
+    values = {metric: round(score["value"], 4) for metric, score in found["metrics"].items() if "value" in score}
+    return {"protocol": "{name}@{hash}".format(**found["protocol"]), **values}
+
+
+def main(folder: Path, real: Path, lpips: Path, *words: str):
+    for seed in range(SEEDS):
+        for data in ("shapes", "real"):
+            for variant in VARIANTS:
+                found = measure(folder, data, variant, seed, real, lpips, list(words))
+                print(json.dumps({"data": data, "variant": variant, "seed": seed, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]), *sys.argv[4:])

@@ -1,0 +1,46 @@
+"""Shows how the tokenizer's bits are used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from kit.inspection import bit_use, bit_use_picture, entropy_of
+
+DEAD = 0.01  # bits of entropy: of a bit that is the same in 999 of 1,000 tokens
+
+
+class CodeUse(L.Callback):
+    """Over the validation clips: a picture with a cell for each bit of each scale in `folder`/media, the mean entropy of
+    each scale's bits as `val/bit_entropy_scale<k>`, and how many bits are dead as `val/dead_bits`.
+    """
+
+    def __init__(self, folder: str):
+        self.folder, self.ones, self.clips = Path(folder) / "media", 0.0, 0
+
+    def on_validation_epoch_start(self, trainer, module):
+        self.ones, self.clips = 0.0, 0
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        if module.kind == "tokenizer":
+            bits = outputs["bits"].cpu()
+            self.ones += bit_use(bits, module.schedule)["ones"] * len(bits)
+            self.clips += len(bits)
+
+    def on_validation_epoch_end(self, trainer, module):
+        if trainer.sanity_checking or not self.clips:
+            return
+        clips = torch.tensor(float(self.clips), device=module.device)
+        ones, clips = (trainer.strategy.reduce(x, reduce_op="sum").cpu() for x in (self.ones.to(module.device), clips))
+        ones = ones / clips
+        entropy = entropy_of(ones)
+        metrics = {f"val/bit_entropy_scale{k + 1}": e for k, e in enumerate(entropy.nanmean(1))}
+        module.log_dict({**metrics, "val/dead_bits": (entropy < DEAD).float().sum()}, rank_zero_only=True)
+        if trainer.is_global_zero:
+            step = trainer.global_step
+            picture = bit_use_picture(ones, self.folder / f"bit_use_step{step:06d}.png")
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_image"):  # W&B
+                    logger.log_image("bit_use", [str(picture)], step=step)
