@@ -32,6 +32,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.fsync(file.fileno())
 
 
+def save_tokenizer(model: Tokenizer, clip: dict, path: str | os.PathLike):
+    """A checkpoint that `load_tokenizer` reads; it holds no training to resume.
+
+    Args:
+        clip: `frames`, `height`, `width`, `fps` of the clips it is for.
+    """
+    values = {"tokenizer": model.config.as_dict(), "clip": clip}
+    weights = {f"model.{name}": w for name, w in model.state_dict().items()}
+    AtomicCheckpointIO().save_checkpoint({"hyper_parameters": values, "state_dict": weights, "global_step": 0}, path)
+
+
 def read_checkpoint(path: str | os.PathLike, kind: str) -> dict:
     """The contents of a checkpoint of kit, on the CPU; nothing in it is executed.
 
@@ -83,10 +94,13 @@ def check_resume(path: str | os.PathLike, kind: str, config: dict, loss: dict):
     Args:
         config: plain values of the architecture that is to go on from the checkpoint. loss: of its losses.
     Raises:
-        ValueError: if the checkpoint is of another architecture, or has other discriminators, naming each difference; else
-            as `read_checkpoint`.
+        ValueError: if the checkpoint is of another architecture, or has other discriminators, naming each difference, or
+            holds weights alone; else as `read_checkpoint`.
     """
-    values = read_checkpoint(path, kind)["hyper_parameters"]
+    checkpoint = read_checkpoint(path, kind)
+    if "optimizer_states" not in checkpoint:
+        raise ValueError(f"{path} holds weights alone, no training to continue; start from them with init=inflate init.ckpt=")
+    values = checkpoint["hyper_parameters"]
     told = differences(CONFIGS[kind](values[kind]).as_dict(), config)
     if told := told + differences(_discriminators(values["loss"]), _discriminators(loss), "loss.adversarial."):
         raise ValueError(

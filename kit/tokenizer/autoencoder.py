@@ -28,28 +28,30 @@ def kernel(temporal: bool) -> tuple[int, int, int]:
 
 
 class ResBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))), starting as the identity.
+    """x + conv(act(norm(conv(act(norm(x)))))), starting as the identity; x goes through a matrix where channels change.
 
     Args:
         temporal: whether the first convolution looks at the past, or at its own frame only.
+        norm: channels -> normalisation.
     """
 
-    def __init__(self, channels: int, temporal: bool):
+    def __init__(self, inputs: int, outputs: int, temporal: bool, norm: type[nn.Module] = ChannelNorm):
         super().__init__()
-        self.norm1, self.conv1 = ChannelNorm(channels), CausalConv3d(channels, channels, kernel(temporal))
-        self.norm2, self.conv2 = ChannelNorm(channels), CausalConv3d(channels, channels, (1, 3, 3))
+        self.norm1, self.conv1 = norm(inputs), CausalConv3d(inputs, outputs, kernel(temporal))
+        self.norm2, self.conv2 = norm(outputs), CausalConv3d(outputs, outputs, (1, 3, 3))
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv3d(inputs, outputs, 1)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)), stream)
-        return x + self.conv2(F.silu(self.norm2(y)), stream)
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)), stream)
 
 
 def residual_levels(widths: tuple[int, ...], blocks: int, temporal: bool) -> nn.ModuleList:
     """Residual blocks of each level, fine to coarse. Time is mixed where that is cheapest, at the coarsest level."""
     coarsest = len(widths) - 1
     return nn.ModuleList(
-        nn.ModuleList(ResBlock(c, temporal and i == coarsest) for _ in range(blocks)) for i, c in enumerate(widths)
+        nn.ModuleList(ResBlock(c, c, temporal and i == coarsest) for _ in range(blocks)) for i, c in enumerate(widths)
     )
 
 
@@ -81,10 +83,14 @@ class Encoder(nn.Module):
     def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int, temporal: bool):
         super().__init__()
         self.patch, self.tau = patch, TAU if temporal else 1
-        self.stem = CausalConv3d(3 * self.tau * patch**2, widths[0], (1, 1, 1))
+        self.make_layers(3 * self.tau * patch**2, bits, widths, blocks, temporal)
+
+    def make_layers(self, inputs: int, outputs: int, widths: tuple[int, ...], blocks: int, temporal: bool):
+        """Stem, levels, what is between them, norm and head: all that another architecture has otherwise."""
+        self.stem = CausalConv3d(inputs, widths[0], (1, 1, 1))
         self.levels = residual_levels(widths, blocks, temporal)
         self.downs = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:]))
-        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], bits, kernel(temporal))
+        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], outputs, kernel(temporal))
 
     def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """video: (B, 3, T, H, W) in [-1, 1] -> (B, d, F, h, w)."""
@@ -103,11 +109,15 @@ class Decoder(nn.Module):
     def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int, temporal: bool):
         super().__init__()
         self.patch, self.tau = patch, TAU if temporal else 1
+        self.make_layers(bits, 3 * self.tau * patch**2, widths, blocks, temporal)
+
+    def make_layers(self, inputs: int, outputs: int, widths: tuple[int, ...], blocks: int, temporal: bool):
+        """As the encoder's."""
         self.levels = residual_levels(widths, blocks, temporal)[::-1]
         widths = widths[::-1]
-        self.stem = CausalConv3d(bits, widths[0], kernel(temporal))
+        self.stem = CausalConv3d(inputs, widths[0], kernel(temporal))
         self.ups = nn.ModuleList(Upsample(a, b) for a, b in zip(widths, widths[1:]))
-        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], 3 * self.tau * patch**2, (1, 3, 3))
+        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], outputs, (1, 3, 3))
 
     def forward(self, feature: Tensor, stream: Stream | None = None) -> Tensor:
         """feature: (B, d, F, h, w) -> (B, 3, T, H, W), not clamped."""

@@ -16,14 +16,16 @@ COLOURS = 3
 
 
 def inflate(image: Tokenizer, video: Tokenizer):
-    """Sets the weights of `video` from those of `image`; both of one architecture but for time.
+    """Sets the weights of `video` from those of `image`; both of one architecture but for time. Their scales may differ, and
+    the scales' bits: no weight depends on them.
 
     Raises:
         ValueError: if one is not what it should be, or they differ in more, naming the difference.
     """
     if image.config.temporal or not video.config.temporal:
         raise ValueError("inflate needs a tokenizer of images (tokenizer.temporal=false) and makes one of video of it")
-    a, b = ({k: v for k, v in model.config.as_dict().items() if k != "temporal"} for model in (image, video))
+    free = ("temporal", "scales", "scale_bits")
+    a, b = ({k: v for k, v in model.config.as_dict().items() if k not in free} for model in (image, video))
     if odd := [key for key in a if a[key] != b[key]]:
         told = ", ".join(f"{key} {a[key]} and {b[key]}" for key in odd)
         raise ValueError(f"the tokenizers of images and of video differ in more than time: {told}; make them alike")
