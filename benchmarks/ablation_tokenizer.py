@@ -34,8 +34,18 @@ def kit(*words: str):
 
 
 def measure(folder: Path, data: str, variant: str, seed: int, real: Path, lpips: Path, words: list[str]) -> dict:
-    """Trains a tokenizer, or what is left of it, and scores it on held-out clips."""
+    """Scores on held-out clips of a tokenizer that is trained now, or was before."""
     name = f"{data}_{variant.replace(' ', '_').replace('=', '_')}_{seed}"
+    result = folder / f"{name}_scores" / "evaluation.json"
+    if not result.exists():
+        train_and_score(folder, name, data, variant, seed, real, lpips, words)
+    found = json.loads(result.read_text())
+    values = {metric: round(score["value"], 4) for metric, score in found["metrics"].items() if "value" in score}
+    return {"protocol": "{name}@{hash}".format(**found["protocol"]), **values}
+
+
+def train_and_score(folder: Path, name: str, data: str, variant: str, seed: int, real: Path, lpips: Path, words: list[str]):
+    """The two commands, `fit` going on where it was stopped."""
     source = {"shapes": [], "real": ["data=clips", f"data.root={real / 'train'}", "data.source.val_every=1000"]}[data]
     changed = VARIANTS[variant] + ([f"loss.perceptual.weights={lpips}"] if variant == "loss=full" else [])
     brief = [f"recipe.tokenizer.steps={STEPS}", f"trainer.val_check_interval={STEPS}", "callbacks.compile.least_steps=-1"]
@@ -48,9 +58,6 @@ def measure(folder: Path, data: str, variant: str, seed: int, real: Path, lpips:
     size = ["protocol.frames=17", "protocol.height=64", "protocol.width=64"]
     metric = ["protocol.perceptual.kind=st-lpips", "protocol.perceptual.sha256=null", f"lpips_weights={lpips}"]
     kit("evaluate", *scored, *same, *size, *metric, "workers=0")
-    found = json.loads((folder / f"{name}_scores" / "evaluation.json").read_text())
-    values = {metric: round(score["value"], 4) for metric, score in found["metrics"].items() if "value" in score}
-    return {"protocol": "{name}@{hash}".format(**found["protocol"]), **values}
 
 
 def main(folder: Path, real: Path, lpips: Path, *words: str):

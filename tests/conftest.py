@@ -12,6 +12,7 @@ from torch import nn
 from kit.generator.condition import ConditionConfig
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.tokenizer.causal import CausalConv3d
 from tests.fixtures import pair  # noqa: F401  a fixture
 
 
@@ -65,6 +66,12 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
         else:
             p.add_(torch.randn(p.shape, generator=rng), alpha=0.3)
     return module.eval()
+
+
+def past_gradients(module: nn.Module) -> list[torch.Tensor]:
+    """Of each convolution that looks at the past: the gradient of the part of its weight that does."""
+    mixing = [m for m in module.modules() if isinstance(m, CausalConv3d) and m.past]
+    return [m.weight.grad.unflatten(1, (m.past + 1, -1))[:, :-1] for m in mixing]
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ class Tokenizer(nn.Module):
         self.amplitude = config.amplitude
         if config.learned_amplitude:
             self.amplitude = nn.Parameter(torch.tensor(config.amplitude))
-        self.to(memory_format=torch.channels_last_3d)  # the layout that bfloat16 convolutions are fast in
+        self.to(memory_format=torch.channels_last)  # the layout that bfloat16 convolutions are fast in
 
     def schedule(self, frames: int, height: int, width: int) -> ScaleSchedule:
         """The blocks of a clip of T x H x W pixels.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kit.scales import TAU
-from kit.tokenizer.causal import CausalConv3d, Stream, fold, unfold
+from kit.tokenizer.causal import CausalConv3d, Stream, each_frame, fold, unfold
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -39,7 +39,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = norm(inputs), CausalConv3d(inputs, outputs, kernel(temporal))
         self.norm2, self.conv2 = norm(outputs), CausalConv3d(outputs, outputs, (1, 3, 3))
-        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv3d(inputs, outputs, 1)
+        self.shortcut = nn.Identity() if inputs == outputs else CausalConv3d(inputs, outputs, (1, 1, 1))
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
@@ -55,18 +55,24 @@ def residual_levels(widths: tuple[int, ...], blocks: int, temporal: bool) -> nn.
     )
 
 
-class Downsample(nn.Conv3d):
+class Downsample(nn.Conv2d):
     """Halves height and width of every frame."""
 
     def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, (1, 2, 2), stride=(1, 2, 2))
+        super().__init__(inputs, outputs, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return each_frame(super().forward, x)
 
 
-class Upsample(nn.ConvTranspose3d):
+class Upsample(nn.ConvTranspose2d):
     """Doubles height and width of every frame."""
 
     def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, (1, 2, 2), stride=(1, 2, 2))
+        super().__init__(inputs, outputs, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return each_frame(super().forward, x)
 
 
 class Encoder(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kit.tokenizer.causal import CausalConv3d
+
 GROUPS = 8  # of channels, normalised together
 
 
@@ -12,7 +14,7 @@ class PatchDiscriminator(nn.Module):
     """A map of logits, each for a neighbourhood (PatchGAN, Isola et al. 2017, arXiv 1611.07004).
 
     Args:
-        dims: 2 looks at each frame on its own, 3 at space and time.
+        dims: 2 looks at each frame on its own, 3 at those before it too.
         width: channels of the first layer, a multiple of 8. layers: halvings of height and width.
     """
 
@@ -21,13 +23,13 @@ class PatchDiscriminator(nn.Module):
         if dims not in (2, 3):
             raise ValueError(f"a discriminator has 2 or 3 dims, got {dims}")
         self.dims = dims
-        kernel = (3, 4, 4) if dims == 3 else (1, 4, 4)
+        past = 3 if dims == 3 else 1
         widths = [3, *(width * 2 ** min(n, 2) for n in range(layers))]
         self.convolutions = nn.ModuleList(
-            nn.Conv3d(a, b, kernel, stride=(1, 2, 2), padding=(dims - 2, 1, 1)) for a, b in zip(widths, widths[1:])
+            CausalConv3d(a, b, (past, 4, 4), stride=2) for a, b in zip(widths, widths[1:])
         )
         self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, b) for b in widths[2:])  # none after the first, as is usual
-        self.head = nn.Conv3d(widths[-1], 1, (kernel[0], 3, 3), padding=(dims - 2, 1, 1))
+        self.head = CausalConv3d(widths[-1], 1, (past, 3, 3))
 
     def forward(self, video: Tensor) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, 1, T, H / 2^layers, W / 2^layers), or (B * T, 1, 1, ...) in two dims."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from kit.tokenizer import autoencoder
 from kit.tokenizer.autoencoder import ResBlock, kernel
-from kit.tokenizer.causal import CausalConv3d, Stream
+from kit.tokenizer.causal import CausalConv3d, Stream, each_frame
 
 MIDDLE = 2  # further residual blocks at the coarsest level, last in the encoder and first in the decoder
 
@@ -31,18 +31,17 @@ class FrameNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, T, H, W)"""
-        frames = x.transpose(1, 2)
-        return super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
+        return each_frame(super().forward, x)
 
 
-class Downsample(nn.Conv3d):
+class Downsample(nn.Conv2d):
     """Halves height and width of every frame; zeros are added below and to the right only."""
 
     def __init__(self, channels: int):
-        super().__init__(channels, channels, (1, 3, 3), stride=(1, 2, 2))
+        super().__init__(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
+        return each_frame(super().forward, F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(CausalConv3d):

@@ -42,7 +42,7 @@ def load_infinity(path: Path) -> Tokenizer:
     tokenizer = Tokenizer(config_of(weights, path))
     ours = tokenizer.state_dict()
     names = {name: infinity_name(name, tokenizer.config) for name in ours}
-    shapes = {names[name]: tuple(w.squeeze(2).shape if w.ndim == 5 else w.shape) for name, w in ours.items()}
+    shapes = {names[name]: tuple(w.shape) for name, w in ours.items()}
     told = [f"{name} is missing, expected {shape}" for name, shape in shapes.items() if name not in weights]
     told += [f"{name} is unknown" for name in weights if name.startswith(PARTS) and name not in shapes]
     told += [
@@ -52,7 +52,7 @@ def load_infinity(path: Path) -> Tokenizer:
     if told:
         more = f" and {len(told) - 4} more" if len(told) > 4 else ""
         raise ValueError(f"{path} is not a tokenizer of Infinity as published: {'; '.join(told[:4])}{more}")
-    tokenizer.load_state_dict({name: weights[names[name]].reshape(w.shape) for name, w in ours.items()})
+    tokenizer.load_state_dict({name: weights[names[name]] for name in ours})
     return tokenizer
 
 

@@ -35,14 +35,14 @@ def inflate(image: Tokenizer, video: Tokenizer):
 
 def inflated(name: str, video: Tensor, image: Tensor) -> Tensor:
     """The image's weight in the shape of the video's."""
-    if name == "encoder.stem.weight":  # (out, colours * tau * patch^2, 1, 1, 1): the last frame of each group
+    if name == "encoder.stem.weight":  # (out, colours * tau * patch^2, h, w): the last frame of each group
         groups = torch.zeros_like(video).unflatten(1, (COLOURS, TAU, -1))
         groups[:, :, -1] = image.unflatten(1, (COLOURS, -1))
         return groups.flatten(1, 3)
     if name.startswith("decoder.head."):  # (colours * tau * patch^2, ...): all frames of a group
         return image.unflatten(0, (COLOURS, 1, -1)).expand(-1, TAU, *[-1] * image.ndim).flatten(0, 2)
-    if video.ndim == 5 and video.shape[2] > 1:  # (out, in, time, h, w): the last slice of time
+    if video.shape != image.shape:  # (out, time * in, h, w): the last slice of time
         kernel = torch.zeros_like(video)
-        kernel[:, :, -1:] = image
+        kernel[:, -image.shape[1] :] = image
         return kernel
     return image

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kit.machine import keep_freed_memory
 from kit.tokenizer import TokenizerConfig
 from kit.tokenizer.causal import CausalConv3d, fold, unfold
 
@@ -109,7 +110,8 @@ def test_convolution_repeats_the_first_frame_before_the_first(kernel):
     past = kernel[0] - 1
     longer = torch.cat([x[:, :, :1]] * past + [x], dim=2)
     padding = (0, kernel[1] // 2, kernel[2] // 2)
-    expected = torch.nn.functional.conv3d(longer, conv.weight, conv.bias, padding=padding)
+    weight = conv.weight.unflatten(1, (kernel[0], 2)).transpose(1, 2)  # (out, in, time, h, w)
+    expected = torch.nn.functional.conv3d(longer, weight, conv.bias, padding=padding)
     torch.testing.assert_close(conv(x), expected)
     assert conv(x).shape[2:] == x.shape[2:]
 
@@ -200,3 +202,19 @@ def test_wrong_pixels_are_refused(make_tokenizer, video, message):
         make_tokenizer().reconstruct(video)
     with pytest.raises(ValueError, match=message):
         make_tokenizer().bits(video)
+
+
+@pytest.mark.parametrize("inputs, outputs, kernel", [(192, 128, (1, 1, 1)), (64, 192, (3, 3, 3)), (32, 256, (1, 3, 3))])
+def test_bfloat16_gradients_do_not_depend_on_what_memory_held(inputs, outputs, kernel):
+    """3D kernels of these shapes read beyond their data on CPUs with AMX: NaN there became NaN gradients."""
+    keep_freed_memory()
+    conv = CausalConv3d(inputs, outputs, kernel).to(memory_format=torch.channels_last)
+    x = torch.randn(1, inputs, 5, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(x)
+    grad = torch.randn(y.shape, dtype=y.dtype)
+    spoilt = [torch.full((n,), torch.nan) for n in [1_000, 10_000, 100_000, 1_000_000] * 8]
+    del spoilt
+    y.backward(grad)
+    exact = torch.autograd.grad(conv(x), conv.weight, grad.float())[0]
+    assert (conv.weight.grad - exact).norm() < 0.02 * exact.norm()

@@ -19,7 +19,7 @@ from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.infinity_weights import SCALES, infinity_name, load_infinity
 from kit.tokenizer.inflate import inflate
 from kit.tokenizer.quantizer import bits_to_feature, feature_to_bits
-from tests.conftest import randomise
+from tests.conftest import past_gradients, randomise
 from tests.fixtures import CLIP, INFINITY, QUICK, infinity_file, infinity_shapes
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
@@ -198,7 +198,7 @@ def test_time_is_learned_from_there(video):
     clip = torch.rand(1, 3, 5, 64, 64) * 2 - 1
     (video.train()(clip)[0] - clip).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in video.parameters())
-    past = [p.grad[:, :, :-1] for p in video.parameters() if p.ndim == 5 and p.shape[2] > 1]
+    past = past_gradients(video)
     coarsest = (INFINITY["blocks"] + 2) + (INFINITY["blocks"] + 3)  # one kernel of each residual block there
     assert len(past) == coarsest + 2 and all(grad.abs().sum() > 0 for grad in past)
 

@@ -1,4 +1,4 @@
-"""What can be chosen about the quantizer: fewer bits on coarse scales, stochastic depth, learned amplitude, entropy schedule."""
+"""Choices about the quantizer: fewer bits on coarse scales, stochastic depth, learned amplitude, entropy schedule."""
 
 from __future__ import annotations
 
