@@ -1,0 +1,111 @@
+"""Bits and quality: tokenizers of several rates on real clips, beside JPEG at the same bits per frame.
+
+    python benchmarks/rates.py FOLDER REAL [steps=400] [only=4x8x8,32] [picture=FILE.png]
+
+REAL holds `train` and `val`, folders of clips: 17 frames, shorter side 128, the middle of each file of `val`. Trains
+`size=small` with Muon in FOLDER, goes on there when stopped, and prints one JSON line for each rate. JPEG's bits are those of
+its entropy-coded data alone: headers, and the tables fitted to each frame, are left out in its favour.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from kit.checkpoint import load_tokenizer
+from kit.data.clips import FolderClips
+from kit.media import contact_sheet, to_uint8
+from kit.tokenizer.module import psnr
+
+RATES = [(latent, bits) for latent in ("4x16x16", "4x8x8") for bits in (16, 32, 48)]
+FRAMES, SIDE, FPS = 17, 128, 25
+RECIPE = {"optimizer": "muon", "lr": 3e-3, "warmup": 40, "batch_size": 4}
+
+
+def train(folder: Path, real: Path, latent: str, bits: int, steps: int) -> Path:
+    """Runs stage 1, or what is left of it; returns its checkpoint."""
+    name = f"{latent}_{bits}_{steps}"
+    data = ["data=clips", f"data.root={real / 'train'}", "data.source.val_every=1000", "data.val_clips=4"]
+    more = ["data.source.flip=true", "data.source.random_crop=true"]
+    recipe = [f"recipe.tokenizer.{key}={value}" for key, value in {**RECIPE, "steps": steps}.items()]
+    run = ["conf=stage1_tokenizer", "size=small", f"rate={latent}", f"tokenizer.bits={bits}", f"root={folder}"]
+    words = [*run, f"name={name}", "ckpt=last", *data, *more, *recipe, f"trainer.val_check_interval={steps}"]
+    subprocess.run([sys.executable, "-m", "kit", "fit", *words], check=True, stdout=sys.stderr)
+    return folder / name / "checkpoints" / "last.ckpt"
+
+
+def scan_bits(jpeg: bytes) -> int:
+    """Of the entropy-coded data of a baseline JPEG."""
+    start = jpeg.index(b"\xff\xda")
+    return 8 * (len(jpeg) - start - 2 - int.from_bytes(jpeg[start + 2 : start + 4], "big") - 2)
+
+
+def jpeg_clip(video: Tensor, quality: int) -> tuple[float, Tensor]:
+    """Mean bits of a frame, and the clip (3, T, H, W) as JPEG shows it."""
+    bits, shown = [], []
+    for frame in to_uint8(video):
+        file = io.BytesIO()
+        Image.fromarray(frame).save(file, "JPEG", quality=quality, optimize=True)
+        bits.append(scan_bits(file.getvalue()))
+        shown.append(np.asarray(Image.open(file)))
+    pixels = torch.from_numpy(np.stack(shown)).permute(3, 0, 1, 2)
+    return float(np.mean(bits)), pixels.float() / 127.5 - 1
+
+
+def jpeg_at(video: Tensor, bits: float) -> tuple[float, Tensor]:
+    """PSNR in dB of a clip (3, T, H, W) as JPEG at so many bits a frame, between the two qualities around it; and the clip of
+    the lower one."""
+    points, worse = [], None
+    for quality in range(1, 96):
+        used, shown = jpeg_clip(video, quality)
+        points.append((used, psnr(shown[None], video[None]).item()))
+        if used > bits:
+            break
+        worse = shown
+    return float(np.interp(bits, *zip(*points))), shown if worse is None else worse
+
+
+def in_8_bits(video: Tensor) -> Tensor:
+    return ((video + 1) * 127.5).round() / 127.5 - 1
+
+
+def main(folder: Path, real: Path, steps: int, only: str, picture: str):
+    rates = [rate for rate in RATES if not only or only == f"{rate[0]},{rate[1]}"]
+    clips = FolderClips(real / "val", "all", frames=FRAMES, height=SIDE, width=SIDE, fps=0)
+    video = torch.stack([clips[n]["video"] for n in range(len(clips.files))])
+    for latent, bits in rates:
+        tokenizer = load_tokenizer(train(folder, real, latent, bits, steps)).model
+        with torch.no_grad():
+            output = in_8_bits(torch.cat([tokenizer.reconstruct(v[None]) for v in video]))
+        schedule = tokenizer.schedule_of(video)
+        spent = schedule.bits_per_frame(bits)
+        pictures, truth = (x.transpose(1, 2).flatten(0, 1) for x in (output, video))
+        jpeg = [jpeg_at(v, spent * schedule.frames / FRAMES) for v in video]
+        found = {
+            "rate": latent, "d": bits, "tokens": schedule.tokens_per_frame, "bits_per_latent_frame": spent,
+            "kbit_per_s": round(spent * FPS / 4 / 1000, 1), "psnr": round(psnr(output, video).item(), 2),
+            "ssim": round(structural_similarity_index_measure(pictures, truth, data_range=(-1.0, 1.0)).item(), 4),
+            "jpeg_psnr": round(float(np.mean([value for value, _ in jpeg])), 2), "iterations": steps, "clips": len(video),
+            "parameters_M": round(sum(p.numel() for p in tokenizer.parameters()) / 1e6, 1),
+            "by_clip": [round(psnr(o[None], v[None]).item(), 2) for o, v in zip(output, video)],
+            "cpus": os.cpu_count(), "torch": torch.__version__,
+        }  # fmt: skip
+        print(json.dumps(found), flush=True)
+        if picture:
+            groups = [{"real": v, "kit": o, "JPEG": j} for v, o, (_, j) in zip(video, output, jpeg)]
+            contact_sheet(groups, [Path(name).stem for name in clips.files], picture, height=SIDE)
+
+
+if __name__ == "__main__":
+    given = dict(word.split("=", 1) for word in sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(given.get("steps", 400)), given.get("only", ""), given.get("picture", ""))
