@@ -14,7 +14,7 @@ from PIL import Image
 from kit.checkpoint import Loaded, load_tokenizer
 from kit.cli import main
 from kit.data import read
-from kit.data.decode import DecordDecoder, UnreadableVideo
+from kit.data.decode import PyAVDecoder, UnreadableVideo
 from kit.data.read import open_clip_file
 from kit.data.shapes import Shapes
 from kit.media import video_writer, write_video
@@ -105,15 +105,15 @@ def test_the_note_says_what_is_done(own, frames, temporal, note):
 
 
 def test_a_damaged_frame_in_the_middle_leaves_no_video(tokenizer, tmp_path, monkeypatch):
-    path, walk = write_video(moving(40, 16, 16), tmp_path / "a.mp4", 8), DecordDecoder.walk
+    path, walk = write_video(moving(40, 16, 16), tmp_path / "a.mp4", 8), PyAVDecoder.walk
 
     def damaged(self, indices):
         for number, pixels in enumerate(walk(self, indices)):
             if number == 30:
-                raise UnreadableVideo(path, "frame 30 is damaged", "decord")
+                raise UnreadableVideo(path, "frame 30 is damaged", "pyav")
             yield pixels
 
-    monkeypatch.setattr(DecordDecoder, "walk", damaged)
+    monkeypatch.setattr(PyAVDecoder, "walk", damaged)
     with pytest.raises(UnreadableVideo, match="frame 30 is damaged"):
         reconstruct_file(tokenizer, path, None, tmp_path / "out")
     assert left_in(tmp_path / "out") == []

@@ -66,7 +66,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def walk(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        """The frames with these numbers, one by one, upright: uint8 RGB (H, W, 3). Reads the file forward once.
+        """The frames with these numbers, one by one, upright: uint8 RGB (H, W, 3). Goes forward through the file once.
 
         Args:
             indices: none less than the one before it.
@@ -120,7 +120,8 @@ def load_backend(name: str) -> type[Decoder]:
 
 
 class DecordDecoder(Decoder):
-    """Decodes with decord: fast, and it turns rotated files upright by itself."""
+    """Decodes with decord: fast, and it turns rotated files upright by itself. While the caller works on a frame of a walk it
+    decodes ahead without limit, and keeps what it has decoded."""
 
     module, package = "decord", "decord2"
 

@@ -50,12 +50,15 @@ class ClipFile:
             yield torch.cat(chunk, dim=1)
 
 
-def open_clip_file(path: str | Path, frames: int | None, fps: float, at_end: bool = False) -> ClipFile:
+def open_clip_file(
+    path: str | Path, frames: int | None, fps: float, at_end: bool = False, backend: str = "pyav"
+) -> ClipFile:
     """
     Args:
         frames: T; None: the whole file.
         fps: frames per second to take; 0: the file's own, as for a picture in any case.
         at_end: take the end of the video instead of its beginning.
+        backend: of `kit.data.decode`. decord decodes ahead, in the end the whole file: not for chunks of a long one.
     Raises:
         FileNotFoundError, ValueError (no frames, or more than there are) or `UnreadableVideo`.
     """
@@ -67,7 +70,7 @@ def open_clip_file(path: str | Path, frames: int | None, fps: float, at_end: boo
     picture = path.suffix.lower() in PICTURES
     if picture and frames is not None and frames > 1:
         raise ValueError(f"{path} is a picture; {frames} frames were asked for: give a video, or ask for 1")
-    video = open_video(path)
+    video = open_video(path, backend)
     fps = video.fps if picture else fps or video.fps
     if frames is None:
         numbers = frame_numbers(len(video), video.fps, int(len(video) * fps / video.fps) + 1, fps, 0.0)
@@ -80,4 +83,4 @@ def open_clip_file(path: str | Path, frames: int | None, fps: float, at_end: boo
 
 def read_clip_file(path: str | Path, frames: int, height: int, width: int, fps: float, at_end: bool = False) -> Tensor:
     """(3, T, H, W) in [-1, 1]: scaled to cover the size, cut in the centre. Arguments and errors as of `open_clip_file`."""
-    return open_clip_file(path, frames, fps, at_end).read(height, width)
+    return open_clip_file(path, frames, fps, at_end, "decord").read(height, width)
