@@ -50,9 +50,7 @@ class ClipFile:
             yield torch.cat(chunk, dim=1)
 
 
-def open_clip_file(
-    path: str | Path, frames: int | None, fps: float, at_end: bool = False, backend: str = "pyav"
-) -> ClipFile:
+def open_clip_file(path: str | Path, frames: int | None, fps: float, at_end: bool = False, backend: str = "pyav") -> ClipFile:
     """
     Args:
         frames: T; None: the whole file.

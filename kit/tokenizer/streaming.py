@@ -69,9 +69,7 @@ def regrouped(chunks: Iterable[Tensor], tau: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def stream_scales(
-    tokenizer: Tokenizer, chunks: Iterable[Tensor], scales: Collection[int]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def stream_scales(tokenizer: Tokenizer, chunks: Iterable[Tensor], scales: Collection[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """What the first k scales of each frame hold, for each k of `scales`. Memory does not grow with the clip.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -106,6 +108,18 @@ def test_a_group_is_coded_when_it_is_complete(tokenizer):
 
     lengths = [(len(asked), output.shape[1]) for output in reconstruct_stream(tokenizer, frames())]
     assert lengths == ([(1, 1), (5, 4), (9, 4)] if tokenizer.config.temporal else [(n, 1) for n in range(1, 10)])
+
+
+def test_what_is_held_does_not_grow(tokenizer):
+    """Bytes of all tensors that Python knows, after each chunk but the first."""
+
+    def held() -> int:
+        storages = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+    chunks = (clip_of(6) for _ in range(8))  # whole groups and a half: 5, 4, 8, 4, 8 ... frames
+    after = [held() for _ in reconstruct_stream(tokenizer, chunks)]
+    assert len(after) >= 8 and len(set(after[1::2])) == len(set(after[2:-1:2])) == 1
 
 
 @pytest.mark.parametrize("lengths", [(17,), (1,) * 17, (2, 3, 7, 1, 4), (0, 3, 0, 12)], ids=str)
