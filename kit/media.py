@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from kit.files import written_aside
 
+COLUMNS = 8  # frames of a video in a contact sheet
+
 
 def to_uint8(video: Tensor) -> np.ndarray:
     """(3, T, H, W) in [-1, 1] -> (T, H, W, 3) in 0..255, rounded."""
@@ -20,25 +24,44 @@ def to_uint8(video: Tensor) -> np.ndarray:
     return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
-def write_video(video: Tensor, path: str | Path, fps: float) -> Path:
-    """Writes an H.264 mp4 that browsers play, whole or not at all. Odd sizes are cut by a pixel, as the format asks for."""
-    path = Path(path)
-    frames = to_uint8(video)
-    height, width = (n // 2 * 2 for n in frames.shape[1:3])
+@contextmanager
+def video_writer(path: Path, fps: float, height: int, width: int) -> Iterator[Callable[[Tensor], None]]:
+    """Writes an H.264 mp4 that browsers play, whole or not at all. Odd sizes are cut by a pixel, as the format asks for.
+
+    Yields:
+        a function that adds the next frames (3, n, height, width), any number of them.
+    """
+    height, width = height // 2 * 2, width // 2 * 2
     with written_aside(path) as aside, av.open(str(aside), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # With its macroblock tree x264 writes the same small frames differently from run to run.
         stream.options = {"crf": "12", "mbtree": "0"}
-        for frame in frames:
-            pixels = np.ascontiguousarray(frame[:height, :width])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+
+        def add(video: Tensor):
+            for frame in to_uint8(video):
+                pixels = np.ascontiguousarray(frame[:height, :width])
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+
+        yield add
         container.mux(stream.encode())
+
+
+def write_video(video: Tensor, path: str | Path, fps: float) -> Path:
+    """Writes one clip as `video_writer` does."""
+    path = Path(path)
+    with video_writer(path, fps, *video.shape[-2:]) as add:
+        add(video)
     return path
 
 
+def spread(frames: int, columns: int = COLUMNS) -> list[int]:
+    """Numbers of at most `columns` of so many frames, evenly spread from the first to the last."""
+    return sorted(set(np.linspace(0, frames - 1, columns).round().astype(int).tolist()))
+
+
 def contact_sheet(
-    groups: list[dict[str, Tensor]], titles: list[str], path: str | Path, columns: int = 8, height: int = 64
+    groups: list[dict[str, Tensor]], titles: list[str], path: str | Path, columns: int = COLUMNS, height: int = 64
 ) -> Path:
     """One PNG: for each group its title, and below it a row of frames for each of its videos.
 
@@ -69,8 +92,7 @@ def contact_sheet(
             continue
         name, video = row
         draw.text((4, y + frame_h // 2 - 8), name, fill=(90, 90, 90), font=font)
-        shown = np.linspace(0, video.shape[1] - 1, columns).round().astype(int)
-        for column, pixels in enumerate(to_uint8(video[:, sorted(set(shown.tolist()))])):
+        for column, pixels in enumerate(to_uint8(video[:, spread(video.shape[1], columns)])):
             picture = Image.fromarray(pixels).resize((frame_w, frame_h), Image.Resampling.NEAREST)
             sheet.paste(picture, (margin + column * (frame_w + gap), y))
         y += frame_h + gap

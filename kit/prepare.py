@@ -174,7 +174,7 @@ def prepare_infinity(source: Path | None = None) -> Path:
             f"https://huggingface.co/FoundationVision/Infinity and give source=FILE"
         )
     tokenizer = load_infinity(source)
-    side = tokenizer.config.compression * tokenizer.config.scales[-1]
+    side = tokenizer.config.shorter_side
     target = source.with_suffix(".ckpt")
     save_tokenizer(tokenizer, {"frames": 1, "height": side, "width": side, "fps": 1.0}, target)  # a picture has no rate
     return target

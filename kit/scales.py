@@ -33,9 +33,9 @@ def pixel_frames(latents: int) -> int:
     return 1 + TAU * (latents - 1)
 
 
-def whole_groups(frames: int) -> int:
-    """The least T = 1 + 4n of at least so many pixel frames."""
-    return pixel_frames(1 + -(-(frames - 1) // TAU))
+def whole_groups(frames: int, tau: int = TAU) -> int:
+    """The least T = 1 + tau * n of at least so many pixel frames; tau is 1 for a tokenizer of images."""
+    return frames + (1 - frames) % tau
 
 
 @dataclass(frozen=True)

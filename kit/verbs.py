@@ -12,7 +12,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import default_collate
-from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
@@ -27,6 +26,7 @@ from kit.generator.sampler import Guidance
 from kit.inspection import bit_use, bit_use_picture
 from kit.machine import device, inference_precision
 from kit.media import contact_sheet, write_video
+from kit.reconstruction import Scores, reconstruct_file
 from kit.run import build_data, plain
 from kit.sampling import stream_clips
 from kit.scales import latent_frames
@@ -235,22 +235,28 @@ def history_of(cfg: DictConfig, clip: dict) -> Tensor | None:
 
 def reconstruct(cfg: DictConfig) -> dict:
     """Writes original and reconstruction side by side; prints PSNR and SSIM after each scale."""
-    tokenizer = load_tokenizer(cfg.ckpt)
-    clip = {**tokenizer.clip, "frames": cfg.frames or tokenizer.clip["frames"]}
+    tokenizer, folder = load_tokenizer(cfg.ckpt), Path(cfg.folder)
     if cfg.video is not None:
-        video = read_clip_file(cfg.video, clip["frames"], clip["height"], clip["width"], clip["fps"])[None]
+        by_scale = reconstruct_file(tokenizer, cfg.video, cfg.frames, folder)
     else:
-        video = held_out(data_for(cfg, clip))["video"]
+        by_scale = reconstruct_held_out(tokenizer, cfg)
+    print(json.dumps(by_scale, indent=2))
+    print(f"in {folder}: reconstruction.png, reconstruction_*.mp4 (real | reconstruction)")
+    return {"by_scale": by_scale}
+
+
+def reconstruct_held_out(tokenizer: Loaded, cfg: DictConfig) -> list[dict]:
+    """The same of held-out clips, of the shape of the training but for `frames`."""
+    data = data_for(cfg, {**tokenizer.clip, "frames": cfg.frames or tokenizer.clip["frames"]})
+    video = held_out(data)["video"]
     rows, by_scale = per_scale(tokenizer, video, cfg.batch_size)
     folder = Path(cfg.folder)
     groups = [{name: row[i] for name, row in rows.items()} for i in range(min(len(video), cfg.shown))]
     contact_sheet(groups, [f"clip {i}" for i in range(len(groups))], folder / "reconstruction.png")
     side = torch.cat([video, rows[f"scales 1-{len(by_scale)}"]], dim=-1)
     for i, pair in enumerate(side[: cfg.shown]):
-        write_video(pair, folder / f"reconstruction_{i}.mp4", clip["fps"])
-    print(json.dumps(by_scale, indent=2))
-    print(f"in {folder}: reconstruction.png, reconstruction_*.mp4 (real | reconstruction)")
-    return {"by_scale": by_scale}
+        write_video(pair, folder / f"reconstruction_{i}.mp4", data.fps)
+    return by_scale
 
 
 @torch.no_grad()
@@ -258,7 +264,7 @@ def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[s
     """What the first 1..K scales of each frame hold.
 
     Returns:
-        rows: name -> (n, 3, T, H, W), the real clips first; and for each k psnr_db and ssim of the reconstruction.
+        rows: name -> (n, 3, T, H, W), the real clips first; and for each k psnr_db and ssim, means over the clips.
     """
     model = tokenizer.model.to(device())
     schedule = model.schedule_of(video)
@@ -269,9 +275,8 @@ def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[s
         with inference_precision():
             parts = [model.decode_bits(b, schedule, k).cpu() for b in bits]
         output = rows[f"scales 1-{k}"] = torch.cat(parts)
-        pictures, real = (x.transpose(1, 2).flatten(0, 1) for x in (output, video))
-        ssim = structural_similarity_index_measure(pictures, real, data_range=(-1.0, 1.0))
-        metrics.append({"scales": k, "psnr_db": psnr(output, video).item(), "ssim": ssim.item()})
+        scores = [Scores().add(o, v).values() for o, v in zip(output, video)]
+        metrics.append({"scales": k} | {name: statistics.fmean(s[name] for s in scores) for name in scores[0]})
     return rows, metrics
 
 

@@ -70,7 +70,7 @@ def test_make_targets_of_the_readme_exist():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/paper_map.md", "docs/evaluation.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/paper_map.md", "docs/evaluation.md", "docs/tokenizer.md"])
 def test_files_named_in_the_docs_exist(page):
     for name in re.findall(r"`((?:kit|conf|callbacks|notebooks|tests|docs)/[\w./]*)", (ROOT / page).read_text()):
         assert (ROOT / name.split(":")[0]).exists(), f"{page} names {name}"

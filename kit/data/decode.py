@@ -7,10 +7,12 @@ a forked process inherits it.
 from __future__ import annotations
 
 import importlib
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -47,7 +49,7 @@ class UnreadableVideo(RuntimeError):
         )
 
 
-class Decoder(Protocol):
+class Decoder(ABC):
     """An opened video file.
 
     Attributes: path; fps, the average number of frames per second. `len` is the number of frames.
@@ -59,7 +61,18 @@ class Decoder(Protocol):
     path: Path
     fps: float
 
+    @abstractmethod
     def __len__(self) -> int: ...
+
+    @abstractmethod
+    def walk(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
+        """The frames with these numbers, one by one, upright: uint8 RGB (H, W, 3). Goes forward through the file once.
+
+        Args:
+            indices: none less than the one before it.
+        Raises:
+            as `frames`, when it comes to the frame.
+        """
 
     def frames(self, indices: Iterable[int]) -> np.ndarray:
         """The frames with these numbers, in this order, upright: uint8 RGB (T, H, W, 3).
@@ -68,6 +81,10 @@ class Decoder(Protocol):
             UnreadableVideo: if one of them cannot be decoded.
             IndexError: if there are no indices or one is not in [0, len).
         """
+        indices = _valid_indices(indices, len(self))
+        ascending = sorted(set(indices))
+        found = dict(zip(ascending, self.walk(ascending), strict=True))
+        return np.stack([found[i] for i in indices])
 
 
 def open_video(path: str | Path, backend: str = "decord") -> Decoder:
@@ -102,8 +119,9 @@ def load_backend(name: str) -> type[Decoder]:
     return decoder
 
 
-class DecordDecoder:
-    """Decodes with decord: fast, and it turns rotated files upright by itself."""
+class DecordDecoder(Decoder):
+    """Decodes with decord: fast, and it turns rotated files upright by itself. While the caller works on a frame of a walk it
+    decodes ahead without limit, and keeps what it has decoded."""
 
     module, package = "decord", "decord2"
 
@@ -119,19 +137,18 @@ class DecordDecoder:
     def __len__(self) -> int:
         return len(self._reader)
 
-    def frames(self, indices: Iterable[int]) -> np.ndarray:
-        indices = _valid_indices(indices, len(self))
-        with _reporting(self.path, "decord"):
-            found, position = {}, -FAR - 1
-            for index in sorted(set(indices)):
+    def walk(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
+        position = -FAR - 1
+        for index in _valid_indices(indices, len(self)):
+            with _reporting(self.path, "decord"):
                 if index - position > FAR:
                     position = self._start_before(index)
                     self._reader.seek_accurate(position)
                 while position <= index:  # by single frames: get_batch fails on widths such as 16, 96 and 144
                     frame = self._reader.next()
                     position += 1
-                found[index] = unpad_rows(frame.asnumpy())
-            return np.stack([found[i] for i in indices])
+                pixels = unpad_rows(frame.asnumpy())
+            yield pixels
 
     def _start_before(self, index: int) -> int:
         """A frame at or before `index` that decord seeks to exactly.
@@ -145,7 +162,7 @@ class DecordDecoder:
         return index
 
 
-class PyAVDecoder:
+class PyAVDecoder(Decoder):
     """Decodes with PyAV (FFmpeg). Packets are counted, for the headers of GIF, WebM or MPEG do not tell the length."""
 
     module, package = "av", "av"
@@ -173,16 +190,23 @@ class PyAVDecoder:
     def __len__(self) -> int:
         return self._count
 
-    def frames(self, indices: Iterable[int]) -> np.ndarray:
+    def walk(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
         indices = _valid_indices(indices, len(self))
         with _reporting(self.path, "pyav"):
-            found = _pick(self._from_keyframe(min(indices)), indices) if self._seekable else {}
-            if len(found) < len(set(indices)):  # no seeking in this container, or the seek landed too late
-                found = _pick(self._from_start(), indices)
-            missing = set(indices) - set(found)
-            if missing:
-                raise ValueError(f"frame {min(missing)} of {len(self)} cannot be decoded")
-            return np.stack([found[i] for i in indices])
+            found = 0
+            for numbered in self._ways(indices[0]):
+                for pixels in _forward(numbered, indices[found:]):
+                    found += 1
+                    yield pixels
+                if found == len(indices):
+                    return
+            raise ValueError(f"frame {indices[found]} of {len(self)} cannot be decoded")
+
+    def _ways(self, first: int) -> Iterator[Iterator[tuple[int, av.VideoFrame]]]:
+        """Where to decode from: the start where the container cannot seek, or if a seek landed too late."""
+        if self._seekable:
+            yield self._from_keyframe(first)
+        yield self._from_start()
 
     def _from_start(self) -> Iterator[tuple[int, av.VideoFrame]]:
         yield from enumerate(self._decode())
@@ -204,7 +228,7 @@ class PyAVDecoder:
             yield from container.decode(stream)
 
 
-class PictureDecoder:
+class PictureDecoder(Decoder):
     """A picture as a video of one frame, at one frame per second; what is transparent is white."""
 
     module, package = "PIL", "pillow"
@@ -221,8 +245,9 @@ class PictureDecoder:
     def __len__(self) -> int:
         return 1
 
-    def frames(self, indices: Iterable[int]) -> np.ndarray:
-        return np.stack([self._pixels for _ in _valid_indices(indices, 1)])
+    def walk(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
+        for _ in _valid_indices(indices, 1):
+            yield self._pixels
 
 
 BACKENDS: dict[str, type[Decoder]] = {"decord": DecordDecoder, "pyav": PyAVDecoder}
@@ -239,15 +264,15 @@ def unpad_rows(frame: np.ndarray) -> np.ndarray:
     return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
-def _pick(numbered: Iterator[tuple[int, av.VideoFrame]], indices: Sequence[int]) -> dict[int, np.ndarray]:
-    """Number -> upright pixels of the wanted frames; goes no further than the last one wanted."""
-    wanted, last, found = set(indices), max(indices), {}
-    for number, frame in numbered:
-        if number in wanted:
-            found[number] = upright(frame.to_ndarray(format="rgb24"), frame.rotation)
-        if number >= last:
-            break
-    return found
+def _forward(numbered: Iterator[tuple[int, av.VideoFrame]], indices: Sequence[int]) -> Iterator[np.ndarray]:
+    """Upright pixels of the frames with ascending `indices`, up to the first that is missing; goes no further."""
+    at, frame = -1, None
+    for index in indices:
+        while at < index:
+            at, frame = next(numbered, (math.inf, None))
+        if at > index:
+            return
+        yield upright(frame.to_ndarray(format="rgb24"), frame.rotation)
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:

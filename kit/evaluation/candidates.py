@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,6 +18,7 @@ from kit.generator.sampler import Guidance
 from kit.machine import device
 from kit.sampling import sample_clips, seed_of
 from kit.scales import whole_groups
+from kit.tokenizer.streaming import pad_to
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -46,7 +46,7 @@ class Reconstructions:
     def make(self, batch: dict) -> Tensor:
         video = batch["video"]
         frames = video.shape[2]
-        padded = F.pad(video, (0, 0, 0, 0, 0, whole_groups(frames) - frames), mode="replicate")
+        padded = pad_to(video, whole_groups(frames), *video.shape[3:])
         padded = padded if len(padded) > 1 else padded.expand(2, -1, -1, -1, -1)  # see `Samples.sample`
         with _autocast(self.precision):
             output = self.tokenizer.model.to(device()).reconstruct(padded.to(device()))

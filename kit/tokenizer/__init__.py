@@ -24,7 +24,7 @@ class TokenizerConfig:
 
     Args:
         bits: d, bits per token.
-        scales: shorter side of each scale's grid, coarse to fine, for a clip whose shorter side is compression * last.
+        scales: shorter side of each scale's grid, coarse to fine, for a clip whose shorter side is `shorter_side`.
         architecture: `fast`, or `infinity`, that of Infinity's tokenizer of images, which takes its public weights.
         patch: pixels per side folded into channels by the stem.
         widths: channels of each level, fine to coarse; each further level halves height and width.
@@ -59,6 +59,11 @@ class TokenizerConfig:
     def compression(self) -> int:
         """Pixels per token of the latent grid, in height and in width."""
         return self.patch * 2 ** (len(self.widths) - 1)
+
+    @property
+    def shorter_side(self) -> int:
+        """Pixels of a clip's shorter side: what the last scale's grid covers."""
+        return self.compression * self.scales[-1]
 
     def as_dict(self) -> dict:
         """Plain values, for a checkpoint."""
@@ -113,14 +118,17 @@ class Tokenizer(nn.Module):
                 compression or too small for the scales.
         """
         if frames > 1 and not self.config.temporal:
-            raise ValueError(f"this is a tokenizer of images: it takes 1 frame, got {frames}; inflate it for video")
-        c, coarse = self.config.compression, self.config.scales[-1]
+            raise ValueError(
+                f"this is a tokenizer of images: it takes 1 frame, got {frames}; inflate it for video, or code frame by "
+                f"frame with kit.tokenizer.streaming, as `reconstruct video=FILE` does"
+            )
+        c, short = self.config.compression, self.config.shorter_side
         if height % c or width % c:
             raise ValueError(f"height and width must be multiples of {c}, got {height} x {width}")
-        if min(height, width) != c * coarse:
+        if min(height, width) != short:
             raise ValueError(
-                f"this tokenizer's scales end at {coarse}, so the shorter side must be {c * coarse} pixels, "
-                f"got {height} x {width}; give other scales or another size"
+                f"this tokenizer's scales end at {self.config.scales[-1]}, so the shorter side must be {short} pixels, "
+                f"got {height} x {width}; give other scales or another size (`reconstruct video=FILE` takes any)"
             )
         grid = (height // c, width // c)
         return ScaleSchedule.square(latent_frames(frames), self.config.scales, grid, self.config.scale_bits)

@@ -104,6 +104,14 @@ def test_frames_are_those_asked_for_in_that_order(tmp_path, name, backend):
         assert numbers_seen(video.frames([index])) == [index]
 
 
+@both_backends
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_walk_goes_forward_from_any_frame_and_may_stand_still(tmp_path, name, backend):
+    video = open_video(write(tmp_path / name, ramp(), **CONTAINERS[name]), backend)
+    for indices in (range(COUNT), [3, 3, 4, 40, 40, 41, COUNT - 1]):
+        assert numbers_seen(np.stack(list(video.walk(indices)))) == list(indices)
+
+
 def counting(monkeypatch) -> list[int]:
     """From now on, the times of all frames that PyAV decodes."""
     decoded, original = [], PyAVDecoder._decode
@@ -128,11 +136,20 @@ def test_pyav_decodes_from_the_keyframe_where_seeking_is_exact(tmp_path, monkeyp
     assert len(decoded) <= 3  # not on to the end
 
 
+@pytest.mark.parametrize("name", ["b_frames.mp4", "vp8.webm", "grey.gif"])
+def test_a_walk_decodes_each_frame_once_and_none_before_its_turn(tmp_path, monkeypatch, name):
+    video = open_video(write(tmp_path / name, ramp(), **CONTAINERS[name]), "pyav")
+    decoded = counting(monkeypatch)
+    for number, _ in enumerate(video.walk(range(COUNT)), start=1):
+        assert len(decoded) == number
+
+
 def test_pyav_starts_over_when_a_seek_lands_too_late(tmp_path, monkeypatch):
     video = open_video(write(tmp_path / "a.mp4", ramp()), "pyav")
     exact = PyAVDecoder._from_keyframe
     monkeypatch.setattr(PyAVDecoder, "_from_keyframe", lambda self, first: exact(self, first + 15))
     assert numbers_seen(video.frames([20, 41])) == [20, 41]
+    assert numbers_seen(np.stack(list(video.walk([20, 41])))) == [20, 41]
 
 
 @both_backends

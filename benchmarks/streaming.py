@@ -1,0 +1,77 @@
+"""Peak memory and speed of `reconstruct video=FILE`, with a tokenizer of `size=small` and fresh weights.
+
+    python benchmarks/streaming.py
+
+One JSON line for each video of moving texture, each measured in a process of its own: memory must not grow with the
+length. All scales are decoded and scored, and the mp4 is written, as the command does. Peak memory is that of the
+process; `memory_before_mb` is what it had with the libraries and the tokenizer loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kit.checkpoint import Loaded  # noqa: E402
+from kit.cli import CONF, register_resolvers  # noqa: E402
+from kit.machine import fast_bfloat16  # noqa: E402
+from kit.media import video_writer  # noqa: E402
+from kit.reconstruction import reconstruct_file  # noqa: E402
+from kit.run import plain  # noqa: E402
+from kit.tokenizer import Tokenizer, TokenizerConfig  # noqa: E402
+
+VIDEOS = ((17, 128, 128), (170, 128, 128), (1700, 128, 128), (17, 1080, 1920), (170, 1080, 1920))
+
+
+def make_video(path: Path, frames: int, height: int, width: int):
+    """A texture that moves by 3 rows and 5 columns a frame."""
+    coarse = torch.rand(1, 3, height // 8, width // 8, generator=torch.Generator().manual_seed(0))
+    texture = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 1)[:, None] * 2 - 1
+    with video_writer(path, 24, height, width) as add:
+        for n in range(frames):
+            add(texture.roll((3 * n, 5 * n), (2, 3)))
+
+
+def fresh_tokenizer() -> Loaded:
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = TokenizerConfig(**plain(compose("stage1_tokenizer", ["size=small"]).tokenizer))
+    return Loaded(Tokenizer(config).eval().requires_grad_(False), {"fps": 0}, Path("fresh"), 0, "")
+
+
+def megabytes(what: str) -> int:
+    """`VmRSS` or `VmHWM`, the peak, of this process; getrusage would count what its parent had."""
+    return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+
+
+def measure(path: Path, frames: int, height: int, width: int) -> dict:
+    tokenizer, before, begin = fresh_tokenizer(), megabytes("VmRSS"), time.perf_counter()
+    with redirect_stdout(sys.stderr):
+        reconstruct_file(tokenizer, path, None, path.parent)
+    seconds = time.perf_counter() - begin
+    return {
+        "frames": frames, "height": height, "width": width, "peak_memory_mb": megabytes("VmHWM"),
+        "memory_before_mb": before, "seconds": round(seconds, 1), "frames_per_second": round(frames / seconds, 1),
+        "bfloat16": fast_bfloat16(), "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
+        "machine": platform.machine(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for shape in VIDEOS:
+            file = Path(folder) / "video.mp4"
+            pool.apply(make_video, (file, *shape))
+            print(json.dumps(pool.apply(measure, (file, *shape))), flush=True)

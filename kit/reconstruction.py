@@ -1,0 +1,85 @@
+"""A video file of any length and size through a tokenizer and back, never more than a chunk of its frames at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from tqdm import tqdm
+
+from kit.checkpoint import Loaded
+from kit.data.read import open_clip_file
+from kit.machine import device, inference_precision
+from kit.media import contact_sheet, spread, video_writer
+from kit.scales import whole_groups
+from kit.tokenizer import Tokenizer
+from kit.tokenizer.streaming import coded_size, scaled_size, stream_scales
+
+
+class Scores:
+    """PSNR, from the squared error of all pixels, and SSIM, the mean over frames, of a clip that comes in chunks."""
+
+    def __init__(self):
+        self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0))
+        self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
+
+    def add(self, output: Tensor, real: Tensor) -> Scores:
+        """(3, n, H, W) in [-1, 1] each, on the CPU."""
+        with torch.autocast("cpu", enabled=False):
+            self.psnr.update(output, real)
+            self.ssim.update(output.transpose(0, 1), real.transpose(0, 1))
+        return self
+
+    def values(self) -> dict[str, float]:
+        return {"psnr_db": self.psnr.compute().item(), "ssim": self.ssim.compute().item()}
+
+
+def fitting_note(tokenizer: Tokenizer, own: tuple[int, int], frames: int) -> str:
+    """What is done to a video of this size (H, W) and length before it is coded, in words."""
+    scaled = scaled_size(*own, tokenizer.config.shorter_side)
+    coded = coded_size(tokenizer.config, *scaled)
+    whole = whole_groups(frames, tokenizer.encoder.tau)
+    size = "{1} x {0}".format(*own)
+    size += " -> {1} x {0} (resized)".format(*scaled) if scaled != own else ""
+    size += ", padded to {1} x {0}".format(*coded) if coded != scaled else ""
+    return f"{size}; {frames} frame{'s' * (frames != 1)}" + (f" padded to {whole}" if whole != frames else "")
+
+
+def reconstruct_file(tokenizer: Loaded, path: str | Path, frames: int | None, folder: Path) -> list[dict]:
+    """Writes reconstruction.png and reconstruction_0.mp4 (real | reconstruction) to `folder`.
+
+    The video is resized so that its shorter side is the tokenizer's; padding is cut off again.
+
+    Args:
+        frames: T, any number; None: all of them. They are taken at the frame rate of the training.
+    Returns:
+        for each k of 1..K psnr_db and ssim of what the first k scales hold.
+    Raises:
+        as `open_clip_file`; UnreadableVideo also in the middle: then no mp4 is left behind.
+    """
+    model, clip = tokenizer.model.to(device()), open_clip_file(path, frames, tokenizer.clip["fps"])
+    own = clip.size
+    size = scaled_size(*own, model.config.shorter_side)
+    print(f"{path}: {fitting_note(model, own, len(clip))}")
+    scores = {k: Scores() for k in range(1, len(model.config.scales) + 1)}
+    chunks = (chunk.to(device()) for chunk in clip.chunks(*size))
+    shown, done = [], 0
+    with (
+        video_writer(folder / "reconstruction_0.mp4", clip.fps, size[0], 2 * size[1]) as write,
+        tqdm(total=len(clip), desc="reconstruct", unit="frame", disable=None) as bar,
+        inference_precision(),
+    ):
+        for real, outputs in stream_scales(model, chunks, scores):
+            real, outputs = real.cpu(), outputs.cpu()
+            write(torch.cat([real, outputs[-1]], dim=-1))
+            for score, output in zip(scores.values(), outputs, strict=True):
+                score.add(output, real)
+            here = [number - done for number in spread(len(clip)) if 0 <= number - done < real.shape[1]]
+            shown.append(torch.cat([real[None], outputs])[:, :, here])
+            done += real.shape[1]
+            bar.update(real.shape[1])
+    rows = dict(zip(["real", *(f"scales 1-{k}" for k in scores)], torch.cat(shown, dim=2)))
+    contact_sheet([rows], [Path(path).name], folder / "reconstruction.png")
+    return [{"scales": k, **score.values()} for k, score in scores.items()]
