@@ -99,7 +99,7 @@ def check_resume(path: str | os.PathLike, kind: str, config: dict, loss: dict):
     """
     checkpoint = read_checkpoint(path, kind)
     if "optimizer_states" not in checkpoint:
-        raise ValueError(f"{path} holds weights alone, no training to continue; start from them with init=inflate init.ckpt=")
+        raise ValueError(f"{path} holds weights alone, no training to continue; start from them: init=inflate, init=weights")
     values = checkpoint["hyper_parameters"]
     told = differences(CONFIGS[kind](values[kind]).as_dict(), config)
     if told := told + differences(_discriminators(values["loss"]), _discriminators(loss), "loss.adversarial."):

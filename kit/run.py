@@ -13,8 +13,10 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.features import encode_clips
 from kit.generator.module import GeneratorModule
 from kit.machine import fast_float32_products, keep_freed_memory
-from kit.tokenizer.inflate import inflate
+from kit.tokenizer.inflate import inflate, take_over
 from kit.tokenizer.module import TokenizerModule
+
+STARTS = {"scratch": None, "inflate": inflate, "weights": take_over}  # init.how -> given tokenizer, ours
 
 
 def plain(node: DictConfig) -> dict:
@@ -39,8 +41,11 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
         plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), data.clip, cfg.trainer.max_steps,
         plain(cfg.scale_dropout), cfg.seed,
     )  # fmt: skip
-    if cfg.init.how == "inflate" and checkpoint_to_resume(cfg) is None:
-        inflate(load_tokenizer(cfg.init.ckpt).model, module.model)
+    if cfg.init.how not in STARTS:
+        raise ValueError(f"init.how={cfg.init.how}; expected one of {', '.join(STARTS)}")
+    start = STARTS[cfg.init.how]
+    if start is not None and checkpoint_to_resume(cfg) is None:
+        start(load_tokenizer(cfg.init.ckpt).model, module.model)
     return module
 
 

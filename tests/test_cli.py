@@ -88,7 +88,10 @@ def test_every_conf_of_a_verb_composes(name):
 
 
 COMMENTED = ["generate", "models", "sampling", "demo", "doctor", "evaluate", "prepare", "table"]
-GROUPS = ["data/shapes", "data/clips", "protocol/folder", "protocol/prompts", "loss/plain", "init/inflate", "init/infinity"]
+GROUPS = [
+    "data/shapes", "data/clips", "protocol/folder", "protocol/prompts", "loss/plain",
+    "init/inflate", "init/weights", "init/infinity",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMENTED + GROUPS)

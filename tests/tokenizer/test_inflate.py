@@ -92,6 +92,19 @@ def test_images_then_video_by_command(tmp_path, capsys, caplog):
     assert "differ in more than time: bits 8 and 4" in capsys.readouterr().err
 
 
+def test_training_goes_on_from_given_weights_with_other_losses(tmp_path, capsys):
+    words = [f"root={tmp_path}", *CLIP, *TOKENIZER, *QUICK, "recipe.tokenizer.steps=3", "trainer.val_check_interval=3"]
+    assert main(["fit", "conf=stage1_tokenizer", *words, "name=plain"]) == 0
+    given = tmp_path / "plain" / "checkpoints" / "last.ckpt"
+    start = [*words, "init=weights", f"init.ckpt={given}", "loss.adversarial.weight=0.1", "loss.adversarial.width=8"]
+    assert main(["fit", "conf=stage1_tokenizer", *start, "optimizer.lr=0", "name=on"]) == 0
+    as_given, on = (load_tokenizer(tmp_path / n / "checkpoints" / "last.ckpt").model.state_dict() for n in ("plain", "on"))
+    for name, weight in as_given.items():
+        torch.testing.assert_close(on[name], weight)
+    assert main(["fit", "conf=stage1_tokenizer", *start, "name=other", "tokenizer.widths=[32,48]"]) == 1
+    assert "another architecture than the tokenizer to train: widths [32, 32] and [32, 48]" in capsys.readouterr().err
+
+
 def test_pictures_of_other_kinds(tmp_path):
     """What is transparent is white; sixteen bits are refused rather than shown white."""
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
