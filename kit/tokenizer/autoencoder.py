@@ -1,7 +1,9 @@
 """Causal 3D encoder and decoder.
 
 Time is folded once, in the stem; everything after it runs at the latent frame rate. Nothing normalises over time, so a
-latent frame depends on past pixels only, and a clip can be coded chunk by chunk (see `causal.Stream`).
+latent frame depends on past pixels only, and a clip can be coded chunk by chunk (see `causal.Stream`). Wherever resolution
+or the number of channels changes, a fixed shortcut carries what was there past the convolution, which learns the rest
+(residual autoencoding, DC-AE, arXiv 2410.10733).
 """
 
 from __future__ import annotations
@@ -55,24 +57,48 @@ def residual_levels(widths: tuple[int, ...], blocks: int, temporal: bool) -> nn.
     )
 
 
+def fit_channels(x: Tensor, channels: int) -> Tensor:
+    """(N, C, ...) -> (N, channels, ...): means of neighbouring channels, or each repeated; what is left over is left out."""
+    if x.shape[1] >= channels:
+        size = x.shape[1] // channels
+        return x[:, : size * channels].unflatten(1, (channels, size)).mean(2)
+    return x.repeat_interleave(-(-channels // x.shape[1]), dim=1)[:, :channels]
+
+
 class Downsample(nn.Conv2d):
-    """Halves height and width of every frame."""
+    """Halves height and width of every frame; the shortcut turns each 2 x 2 places into channels."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return each_frame(super().forward, x)
+        return each_frame(lambda f: super(Downsample, self).forward(f) + self.shortcut(f), x)
+
+    def shortcut(self, frames: Tensor) -> Tensor:
+        return fit_channels(F.pixel_unshuffle(frames, 2), self.out_channels)
 
 
 class Upsample(nn.ConvTranspose2d):
-    """Doubles height and width of every frame."""
+    """Doubles height and width of every frame; the shortcut turns channels into 2 x 2 places."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return each_frame(super().forward, x)
+        return each_frame(lambda f: super(Upsample, self).forward(f) + self.shortcut(f), x)
+
+    def shortcut(self, frames: Tensor) -> Tensor:
+        return F.pixel_shuffle(fit_channels(frames, 4 * self.out_channels), 2)
+
+
+class LatentConv(CausalConv3d):
+    """To the feature, or from it, whose channels are far fewer or far more."""
+
+    def __init__(self, inputs: int, outputs: int, temporal: bool):
+        super().__init__(inputs, outputs, kernel(temporal))
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        return super().forward(x, stream) + fit_channels(x, self.out_channels)
 
 
 class Encoder(nn.Module):
@@ -96,7 +122,7 @@ class Encoder(nn.Module):
         self.stem = CausalConv3d(inputs, widths[0], (1, 1, 1))
         self.levels = residual_levels(widths, blocks, temporal)
         self.downs = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:]))
-        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], outputs, kernel(temporal))
+        self.norm, self.head = ChannelNorm(widths[-1]), LatentConv(widths[-1], outputs, temporal)
 
     def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """video: (B, 3, T, H, W) in [-1, 1] -> (B, d, F, h, w)."""
@@ -121,7 +147,7 @@ class Decoder(nn.Module):
         """As the encoder's."""
         self.levels = residual_levels(widths, blocks, temporal)[::-1]
         widths = widths[::-1]
-        self.stem = CausalConv3d(inputs, widths[0], kernel(temporal))
+        self.stem = LatentConv(inputs, widths[0], temporal)
         self.ups = nn.ModuleList(Upsample(a, b) for a, b in zip(widths, widths[1:]))
         self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], outputs, (1, 3, 3))
 
