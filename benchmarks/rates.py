@@ -63,8 +63,8 @@ def jpeg_clip(video: Tensor, quality: int) -> tuple[float, Tensor]:
 
 
 def jpeg_at(video: Tensor, bits: float) -> tuple[float, Tensor]:
-    """PSNR in dB of a clip (3, T, H, W) as JPEG at so many bits a frame, between the two qualities around it; and the clip of
-    the lower one."""
+    """PSNR in dB of a clip (3, T, H, W) as JPEG at so many bits a frame, between the two qualities around it, or at the
+    lowest quality where that takes more already; and the clip as the lower one shows it."""
     points, worse = [], None
     for quality in range(1, 96):
         used, shown = jpeg_clip(video, quality)
@@ -81,6 +81,8 @@ def in_8_bits(video: Tensor) -> Tensor:
 
 def main(folder: Path, real: Path, steps: int, only: str, picture: str):
     rates = [rate for rate in RATES if not only or only == f"{rate[0]},{rate[1]}"]
+    if not rates:
+        raise SystemExit(f"only={only}; expected one of {', '.join(f'{latent},{bits}' for latent, bits in RATES)}")
     clips = FolderClips(real / "val", "all", frames=FRAMES, height=SIDE, width=SIDE, fps=0)
     video = torch.stack([clips[n]["video"] for n in range(len(clips.files))])
     for latent, bits in rates:

@@ -9,12 +9,13 @@ import torch
 
 from kit.inspection import bit_use, bit_use_picture, entropy_of
 
-DEAD = 0.01  # bits of entropy: of a bit that is the same in 999 of 1,000 tokens
+DEAD = 0.01  # bits of entropy: of a bit that is the same in all but one of 1,200 tokens
 
 
 class CodeUse(L.Callback):
     """Over the validation clips: a picture with a cell for each bit of each scale in `folder`/media, the mean entropy of
-    each scale's bits as `val/bit_entropy_scale<k>`, and how many bits are dead as `val/dead_bits`.
+    each scale's bits as `val/bit_entropy_scale<k>`, and in how many places, of all scales together, a bit is dead as
+    `val/dead_bits`. Coarse scales have few tokens: with few validation clips some of their bits are alike by chance.
     """
 
     def __init__(self, folder: str):
@@ -24,10 +25,9 @@ class CodeUse(L.Callback):
         self.ones, self.clips = 0.0, 0
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
-        if module.kind == "tokenizer":
-            bits = outputs["bits"].cpu()
-            self.ones += bit_use(bits, module.schedule)["ones"] * len(bits)
-            self.clips += len(bits)
+        bits = outputs["bits"].cpu()
+        self.ones += bit_use(bits, module.schedule)["ones"] * len(bits)
+        self.clips += len(bits)
 
     def on_validation_epoch_end(self, trainer, module):
         if trainer.sanity_checking or not self.clips:

@@ -99,7 +99,7 @@ def check_resume(path: str | os.PathLike, kind: str, config: dict, loss: dict):
     """
     checkpoint = read_checkpoint(path, kind)
     if "optimizer_states" not in checkpoint:
-        raise ValueError(f"{path} holds weights alone, no training to continue; start from them: init=inflate, init=weights")
+        raise ValueError(f"{path} holds weights alone, no training to continue; start anew from them, see `init`")
     values = checkpoint["hyper_parameters"]
     told = differences(CONFIGS[kind](values[kind]).as_dict(), config)
     if told := told + differences(_discriminators(values["loss"]), _discriminators(loss), "loss.adversarial."):
@@ -182,7 +182,11 @@ def load_generator(path: str | os.PathLike, tokenizer: str | os.PathLike | None 
 
 
 def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike, averaged: bool) -> Loaded:
-    model.load_state_dict(weights_of(checkpoint, averaged))
+    try:
+        model.load_state_dict(weights_of(checkpoint, averaged))
+    except RuntimeError as error:
+        told = str(error).splitlines()[1].strip()
+        raise ValueError(f"{path} is of another version of kit, with other weights ({told}); train it again") from error
     model.eval().requires_grad_(False)
     clip = checkpoint["hyper_parameters"]["clip"]
     return Loaded(model, clip, Path(path), checkpoint["global_step"], model_hash(model))

@@ -175,7 +175,7 @@ def prepare_infinity(source: Path | None = None) -> Path:
         )
     tokenizer = load_infinity(source)
     side = tokenizer.config.shorter_side
-    target = source.with_suffix(".ckpt")
+    target = source.with_name(f"{source.stem}_kit.ckpt")
     save_tokenizer(tokenizer, {"frames": 1, "height": side, "width": side, "fps": 1.0}, target)  # a picture has no rate
     return target
 

@@ -53,13 +53,15 @@ def reconstruct_file(tokenizer: Loaded, path: str | Path, frames: int | None, fo
     The video is resized so that its shorter side is the tokenizer's; padding is cut off again.
 
     Args:
-        frames: T, any number; None: all of them. They are taken at the frame rate of the training.
+        frames: T, any number; None: all of them. They are taken at the frame rate of the training; by a
+            tokenizer of images, which has none, at the file's own.
     Returns:
         for each k of 1..K psnr_db and ssim of what the first k scales hold.
     Raises:
         as `open_clip_file`; UnreadableVideo also in the middle: then no mp4 is left behind.
     """
-    model, clip = tokenizer.model.to(device()), open_clip_file(path, frames, tokenizer.clip["fps"])
+    model = tokenizer.model.to(device())
+    clip = open_clip_file(path, frames, tokenizer.clip["fps"] if model.config.temporal else 0)  # of pictures it says nothing
     own = clip.size
     size = scaled_size(*own, model.config.shorter_side)
     print(f"{path}: {fitting_note(model, own, len(clip))}")

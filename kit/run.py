@@ -44,6 +44,8 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
     if cfg.init.how not in STARTS:
         raise ValueError(f"init.how={cfg.init.how}; expected one of {', '.join(STARTS)}")
     start = STARTS[cfg.init.how]
+    if start is not None and (OmegaConf.is_missing(cfg.init, "ckpt") or cfg.init.ckpt is None):
+        raise ValueError(f"init.how={cfg.init.how} needs init.ckpt=PATH, the checkpoint of a tokenizer to start from")
     if start is not None and checkpoint_to_resume(cfg) is None:
         start(load_tokenizer(cfg.init.ckpt).model, module.model)
     return module

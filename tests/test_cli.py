@@ -90,7 +90,7 @@ def test_every_conf_of_a_verb_composes(name):
 COMMENTED = ["generate", "models", "sampling", "demo", "doctor", "evaluate", "prepare", "table"]
 GROUPS = [
     "data/shapes", "data/clips", "protocol/folder", "protocol/prompts", "loss/plain",
-    "init/inflate", "init/weights", "init/infinity",
+    "init/inflate", "init/weights", "init/infinity", "rate/4x8x8", "rate/4x16x16",
 ]  # fmt: skip
 
 

@@ -50,8 +50,10 @@ class TokenizerConfig:
     def __post_init__(self):
         for name in ("scales", "widths", "scale_bits"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.scale_bits and (len(self.scale_bits) != len(self.scales) or max(self.scale_bits) > self.bits):
-            raise ValueError(f"tokenizer.scale_bits={self.scale_bits}; expected {len(self.scales)} of at most {self.bits}")
+        of = self.scale_bits
+        if of and not (len(of) == len(self.scales) and 1 <= min(of) <= max(of) == of[-1] == self.bits):
+            expected = f"{len(self.scales)} numbers of 1 to {self.bits}, the last one {self.bits}"
+            raise ValueError(f"tokenizer.scale_bits={list(of)}; expected {expected}, as tokenizer.bits")
         if self.learned_amplitude and not self.amplitude:
             raise ValueError("tokenizer.learned_amplitude=true needs an amplitude to start from: tokenizer.amplitude=2")
 
@@ -107,7 +109,7 @@ class Tokenizer(nn.Module):
         self.encoder, self.decoder = layers.Encoder(**shape), layers.Decoder(**shape)
         self.amplitude = config.amplitude
         if config.learned_amplitude:
-            self.amplitude = nn.Parameter(torch.tensor(config.amplitude))
+            self.amplitude = nn.Parameter(torch.tensor(float(config.amplitude)))
         self.to(memory_format=torch.channels_last)  # the layout that bfloat16 convolutions are fast in
 
     def schedule(self, frames: int, height: int, width: int) -> ScaleSchedule:

@@ -43,6 +43,7 @@ class ResBlock(nn.Module):
         self.norm2, self.conv2 = norm(outputs), CausalConv3d(outputs, outputs, (1, 3, 3))
         self.shortcut = nn.Identity() if inputs == outputs else CausalConv3d(inputs, outputs, (1, 1, 1))
         nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)), stream)
@@ -91,14 +92,15 @@ class Upsample(nn.ConvTranspose2d):
         return F.pixel_shuffle(fit_channels(frames, 4 * self.out_channels), 2)
 
 
-class LatentConv(CausalConv3d):
-    """To the feature, or from it, whose channels are far fewer or far more."""
+class FromLatent(CausalConv3d):
+    """Feature -> the coarsest level's channels, with a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, temporal: bool):
         super().__init__(inputs, outputs, kernel(temporal))
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        return super().forward(x, stream) + fit_channels(x, self.out_channels)
+        y = super().forward(x, stream)
+        return y + fit_channels(x, self.out_channels).to(y.dtype)  # a float32 feature would make all that follows float32
 
 
 class Encoder(nn.Module):
@@ -122,7 +124,7 @@ class Encoder(nn.Module):
         self.stem = CausalConv3d(inputs, widths[0], (1, 1, 1))
         self.levels = residual_levels(widths, blocks, temporal)
         self.downs = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:]))
-        self.norm, self.head = ChannelNorm(widths[-1]), LatentConv(widths[-1], outputs, temporal)
+        self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], outputs, kernel(temporal))
 
     def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """video: (B, 3, T, H, W) in [-1, 1] -> (B, d, F, h, w)."""
@@ -132,7 +134,12 @@ class Encoder(nn.Module):
                 x = self.downs[i - 1](x)
             for block in level:
                 x = block(x, stream)
-        return self.head(F.silu(self.norm(x)), stream)
+        y = self.head(F.silu(self.norm(x)), stream)
+        return y + self.shortcut(x).to(y.dtype)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """Past norm and head: after the activation means would be above 0, and so would most bits."""
+        return fit_channels(x, self.head.out_channels)
 
 
 class Decoder(nn.Module):
@@ -147,7 +154,7 @@ class Decoder(nn.Module):
         """As the encoder's."""
         self.levels = residual_levels(widths, blocks, temporal)[::-1]
         widths = widths[::-1]
-        self.stem = LatentConv(inputs, widths[0], temporal)
+        self.stem = FromLatent(inputs, widths[0], temporal)
         self.ups = nn.ModuleList(Upsample(a, b) for a, b in zip(widths, widths[1:]))
         self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], outputs, (1, 3, 3))
 

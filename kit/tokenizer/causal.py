@@ -1,8 +1,8 @@
 """Convolution over time that sees the past only, whole or chunk by chunk.
 
 All convolutions here are 2D: of frames, with the frames before them stacked as further channels where time is mixed. It is
-the same arithmetic, on the kernels that are fast and right everywhere. On CPUs with AMX, bfloat16 gradients of 3D
-kernels can be NaN (torch 2.13: 192 -> 128 channels on 32 x 32, and others), and on GPUs they were slow at times.
+the same arithmetic, on kernels that are right everywhere: on CPUs with AMX, bfloat16 gradients of 3D ones can be NaN (torch
+2.13: 192 -> 128 channels on 32 x 32, and others).
 """
 
 from __future__ import annotations

@@ -71,6 +71,10 @@ class Encoder(autoencoder.Encoder):
         self.downs = nn.ModuleList(Downsample(c) for c in widths[:-1])
         self.norm, self.head = FrameNorm(widths[-1]), CausalConv3d(widths[-1], outputs, kernel(temporal))
 
+    def shortcut(self, x: Tensor) -> Tensor:
+        """None."""
+        return x.new_zeros(())
+
 
 class Decoder(autoencoder.Decoder):
     """Feature -> pixels; one residual block per level more than the encoder has."""

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from kit.tokenizer.autoencoder import Downsample, LatentConv, Upsample, fit_channels
+from kit.data.shapes import Shapes
+from kit.inspection import bit_use
+from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.tokenizer.autoencoder import Downsample, FromLatent, ResBlock, Upsample, fit_channels
 
 
 def silent(layer: nn.Module) -> nn.Module:
@@ -38,7 +41,28 @@ def test_silent_resampling_keeps_what_it_can(inputs, outputs):
     torch.testing.assert_close(up, places.permute(0, 1, 4, 5, 2, 6, 3).flatten(3, 4).flatten(4, 5))
 
 
+def test_bits_of_a_fresh_tokenizer_are_balanced_at_every_scale():
+    """The latent's shortcut has mean 0."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(TokenizerConfig(bits=16, scales=(1, 2, 4), patch=4, widths=(48, 96)))
+    video = torch.stack([Shapes("train", 5, 32, 32)[n]["video"] for n in range(24)])
+    with torch.no_grad():
+        ones = bit_use(tokenizer.bits(video), tokenizer.schedule_of(video))["ones"]
+    assert ((ones.mean(1) - 0.5).abs() < 0.2).all()
+
+
+def test_bfloat16_stays_bfloat16_to_the_end():
+    """A shortcut must not make all that follows float32."""
+    tokenizer, seen = Tokenizer(TokenizerConfig(bits=8, scales=(1, 2), patch=4, widths=(16, 32))), set()
+    for module in tokenizer.modules():
+        if isinstance(module, (ResBlock, Downsample, Upsample, FromLatent)):
+            module.register_forward_hook(lambda m, i, y: seen.add((type(m).__name__, y.dtype)))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        tokenizer.reconstruct(torch.rand(1, 3, 5, 16, 16))
+    assert {dtype for _, dtype in seen} == {torch.bfloat16} and len(seen) == 4
+
+
 def test_the_latent_has_a_shortcut_of_its_own_frame():
     x = torch.randn(2, 12, 5, 3, 3)
-    torch.testing.assert_close(silent(LatentConv(12, 4, temporal=True))(x), x.unflatten(1, (4, 3)).mean(2))
-    torch.testing.assert_close(silent(LatentConv(12, 24, temporal=True))(x), x.repeat_interleave(2, dim=1))
+    torch.testing.assert_close(silent(FromLatent(12, 4, temporal=True))(x), x.unflatten(1, (4, 3)).mean(2))
+    torch.testing.assert_close(silent(FromLatent(12, 24, temporal=True))(x), x.repeat_interleave(2, dim=1))

@@ -240,7 +240,7 @@ def test_scales_may_be_others_for_video(image):
 
 
 def test_prepared_reconstructed_and_trained_by_command(weights, image, tmp_path, capsys):
-    source, made = tmp_path / "infinity_vae_d8.pth", tmp_path / "infinity_vae_d8.ckpt"
+    source, made = tmp_path / "infinity_vae_d8.pth", tmp_path / "infinity_vae_d8_kit.ckpt"
     assert main(["prepare", "infinity", f"source={source}", f"root={tmp_path}"]) == 0
     assert str(made) in capsys.readouterr().out
     loaded = load_tokenizer(made)
@@ -264,7 +264,7 @@ def test_prepared_reconstructed_and_trained_by_command(weights, image, tmp_path,
     assert main(["fit", "conf=stage1_tokenizer", *start, "name=other", "tokenizer.bits=4"]) == 1
     assert "differ in more than time: bits 8 and 4" in capsys.readouterr().err
     assert main(["fit", "conf=stage1_tokenizer", *start, "name=resumed", f"ckpt={made}"]) == 1
-    assert "infinity_vae_d8.ckpt holds weights alone" in capsys.readouterr().err
+    assert "infinity_vae_d8_kit.ckpt holds weights alone" in capsys.readouterr().err
 
 
 def test_where_to_get_the_file_is_said(tmp_path, capsys):

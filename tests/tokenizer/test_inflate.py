@@ -103,6 +103,16 @@ def test_training_goes_on_from_given_weights_with_other_losses(tmp_path, capsys)
         torch.testing.assert_close(on[name], weight)
     assert main(["fit", "conf=stage1_tokenizer", *start, "name=other", "tokenizer.widths=[32,48]"]) == 1
     assert "another architecture than the tokenizer to train: widths [32, 32] and [32, 48]" in capsys.readouterr().err
+    for lacking in ("init=weights", "init.how=inflate"):
+        assert main(["fit", "conf=stage1_tokenizer", *words, lacking, "name=nothing"]) == 1
+        assert "needs init.ckpt=PATH, the checkpoint of a tokenizer to start from" in capsys.readouterr().err
+
+    old = torch.load(given, weights_only=True)
+    old["state_dict"] = {name: w[:, :, None] if w.ndim == 4 else w for name, w in old["state_dict"].items()}
+    old["ema"] = {}
+    torch.save(old, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match="old.ckpt is of another version of kit, with other weights .*; train it again"):
+        load_tokenizer(tmp_path / "old.ckpt")
 
 
 def test_pictures_of_other_kinds(tmp_path):

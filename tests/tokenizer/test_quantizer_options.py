@@ -20,7 +20,7 @@ from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.losses import entropy_loss
 from kit.tokenizer.module import TokenizerModule
-from kit.tokenizer.quantizer import bits_to_feature, feature_to_bits, pyramid
+from kit.tokenizer.quantizer import bits_to_feature, feature_to_bits, next_input, pyramid
 from tests.conftest import randomise
 from tests.fixtures import composed, fit_generator, fit_tokenizer
 
@@ -50,8 +50,9 @@ def test_the_schedule_knows_which_bits_there_are():
     assert FEWER.with_frames(7).bits == FEWER.bits
     with pytest.raises(ValueError, match="each of the 3 scales needs 1 bit or more"):
         ScaleSchedule(2, GRIDS, (2, 6))
-    with pytest.raises(ValueError, match="scale_bits=.*expected 3 of at most 6"):
-        TokenizerConfig(**SHAPE, scale_bits=(2, 3, 7))
+    for wrong in ((2, 3, 7), (2, 6), (0, 3, 6), (2, 3, 3), (7, 3, 6)):
+        with pytest.raises(ValueError, match="scale_bits=.*expected 3 numbers of 1 to 6, the last one 6"):
+            TokenizerConfig(**SHAPE, scale_bits=wrong)
 
 
 @pytest.mark.parametrize("flips", [False, True])
@@ -147,8 +148,9 @@ def test_scales_are_left_out_at_the_given_rate_and_again_the_same_way():
             make_module(*words)
 
 
-def test_learned_amplitude_is_the_features_and_is_trained():
-    tokenizer = randomise(Tokenizer(TokenizerConfig(**SHAPE, amplitude=1.5, learned_amplitude=True)))
+@pytest.mark.parametrize("amplitude", [1.5, 2])
+def test_learned_amplitude_is_the_features_and_is_trained(amplitude):
+    tokenizer = randomise(Tokenizer(TokenizerConfig(**SHAPE, amplitude=amplitude, learned_amplitude=True)))
     video = noise(2, 3, 5, 16, 16).clamp(-1, 1)
     with torch.no_grad():
         tokenizer.amplitude.fill_(1.25)
@@ -185,8 +187,8 @@ def test_bit_use_has_no_value_where_there_is_no_bit():
     assert use["ones"].isnan().sum(1).tolist() == use["entropy"].isnan().sum(1).tolist() == [4, 3, 0]
 
 
-def test_by_command(tmp_path, capsys):
-    """All options at once: train, look at the bits' use, train a generator on it, sample; no bit beyond a scale's appears."""
+def test_by_command(tmp_path):
+    """All options at once: train, look at the bits' use, train a generator on it, inspect, sample."""
     options = ["tokenizer.scale_bits=[2,4,8]", "tokenizer.learned_amplitude=true", "loss.entropy_weight_end=0"]
     depth = ["scale_dropout.last=1", "scale_dropout.p=0.2"]
     assert fit_tokenizer(tmp_path, *options, *depth, "recipe.tokenizer.steps=6", "trainer.val_check_interval=3") == 0
@@ -209,6 +211,16 @@ def test_by_command(tmp_path, capsys):
 
 
 def test_samples_have_no_bit_that_a_scale_lacks(make_generator):
+    """And they are those of the full forward: greedy, each is its logits' sign where the scale has the bit."""
     model = make_generator(bits=6, scales=3)
+    greedy = torch.cat([frame.bits for frame in sample_frames(model, FEWER, ["a"], [0], temperature=0.0)], 1)
+    inputs, _ = training_sequence(bits_to_feature(greedy, FEWER), FEWER, None, None, model.config.inherit)
+    partial = [bits_to_feature(greedy, FEWER, k + 1) for k in range(3)]  # what the blocks read, whatever its own bits are
+    for b in FEWER.blocks:
+        total = partial[b.k - 1][:, :, b.f] if b.k else partial[-1][:, :, b.f - 1] * (b.f > 0)
+        inputs[:, b.slice] = next_input(total, (b.h, b.w))
+    with torch.no_grad():
+        logits = model(inputs, FEWER, model.condition(["a"]))
+    assert torch.equal(greedy, (logits > 0) & FEWER.used_bits(6))
     bits = torch.cat([frame.bits for frame in sample_frames(model, FEWER, ["a"], [0])], 1)
     assert not (bits & ~FEWER.used_bits(6)).any() and bits.any()
