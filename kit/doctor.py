@@ -102,13 +102,13 @@ def problems(name: str) -> list[str]:
             build(cfg)
         except Exception as error:  # a problem of any part is what we are here to report
             found.append(f"{what}: {error}")
-    values = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
     try:
+        values = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
         with torch.device("meta"):
             schedule = Tokenizer(values).schedule(cfg.data.frames, cfg.data.height, cfg.data.width)
         print(f"clips: {schedule}")
     except ValueError as error:
-        found.append(f"clips: {error}")
+        found.append(f"tokenizer and clips: {error}")
     if cfg.module == "generator" and not Path(cfg.tokenizer_ckpt).is_file():
         found.append(f"tokenizer_ckpt: no checkpoint at {cfg.tokenizer_ckpt}; run conf=stage1_tokenizer first")
     return found
