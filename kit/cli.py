@@ -34,7 +34,7 @@ VERBS = {
     "inspect": Verb("kit.verbs:inspect", "inspect", "what each scale's bits hold, and how well they are predicted"),
     "prepare": Verb("kit.prepare:prepare", "prepare", "make ready what kit cannot ship: prepare i3d, prepare infinity"),
     "doctor": Verb("kit.doctor:doctor", "doctor", "what this machine can run"),
-    "demo": Verb("kit.demo:demo", "demo", "train, generate and score on the embedded data, about 13 minutes on 2 cores"),
+    "demo": Verb("kit.demo:demo", "demo", "train, generate and score on the embedded data, a quarter of an hour on 2 cores"),
 }  # fmt: skip
 
 
