@@ -89,24 +89,27 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
     return told
 
 
-def check_resume(path: str | os.PathLike, kind: str, config: dict, loss: dict):
+def check_resume(path: str | os.PathLike, kind: str, model: nn.Module, loss: dict):
     """
     Args:
-        config: plain values of the architecture that is to go on from the checkpoint. loss: of its losses.
+        model: what is to go on from the checkpoint. loss: plain values of its losses.
     Raises:
-        ValueError: if the checkpoint is of another architecture, or has other discriminators, naming each difference, or
-            holds weights alone; else as `read_checkpoint`.
+        ValueError: if the checkpoint is of another architecture, or has other discriminators, naming each difference, has
+            the weights of another version of kit, or holds weights alone; else as `read_checkpoint`.
     """
     checkpoint = read_checkpoint(path, kind)
     if "optimizer_states" not in checkpoint:
         raise ValueError(f"{path} holds weights alone, no training to continue; start anew from them, see `init`")
     values = checkpoint["hyper_parameters"]
-    told = differences(CONFIGS[kind](values[kind]).as_dict(), config)
+    told = differences(CONFIGS[kind](values[kind]).as_dict(), model.config.as_dict())
     if told := told + differences(_discriminators(values["loss"]), _discriminators(loss), "loss.adversarial."):
         raise ValueError(
             f"{path} is of another architecture ({'; '.join(told)}); give the values it was trained with, or start anew with "
             f"another name=..."
         )
+    given, ours = ({name: tuple(w.shape) for name, w in ws.items()} for ws in (weights_of(checkpoint), model.state_dict()))
+    if told := differences(given, ours):
+        raise ValueError(f"{path} is of another version of kit, with other weights ({told[0]}); start anew: another name=...")
 
 
 def _discriminators(loss: dict) -> dict:

@@ -122,7 +122,7 @@ def fit(cfg: DictConfig) -> L.Trainer:
     data = build_data(cfg)
     module = BUILDERS[cfg.module](cfg, data)
     if resume is not None:
-        check_resume(resume, module.kind, module.model.config.as_dict(), dict(module.hparams.loss))
+        check_resume(resume, module.kind, module.model, dict(module.hparams.loss))
     trainer = build_trainer(cfg)
     if trainer.world_size > 1 and getattr(module, "discriminator", None) is not None and cfg.trainer.get("strategy") is None:
         raise ValueError(

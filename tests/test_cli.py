@@ -126,6 +126,14 @@ def test_further_ranks_are_started_with_words_that_parse(monkeypatch, tmp_path):
     assert seen[0] == seen[1] == (words, 3)
 
 
+@pytest.mark.parametrize("rate, tokens", [("size", 130), ("4x16x16", 130), ("4x8x8", 341)])
+def test_rates_fit_their_clips(rate, tokens):
+    cfg = composed("stage1_tokenizer", "size=small", f"rate={rate}")
+    with torch.device("meta"):
+        tokenizer = Tokenizer(TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer)))
+    assert tokenizer.schedule(cfg.data.frames, cfg.data.height, cfg.data.width).tokens_per_frame == tokens
+
+
 def test_doctor_reports_and_finds_a_configs_problem(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["doctor", "check=stage2_generator"]) == 0

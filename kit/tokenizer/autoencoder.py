@@ -67,7 +67,7 @@ def fit_channels(x: Tensor, channels: int) -> Tensor:
 
 
 class Downsample(nn.Conv2d):
-    """Halves height and width of every frame; the shortcut turns each 2 x 2 places into channels."""
+    """(B, C, F, h, w) -> (B, C', F, h / 2, w / 2); the shortcut turns each 2 x 2 places into channels."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 2, stride=2)
@@ -80,7 +80,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.ConvTranspose2d):
-    """Doubles height and width of every frame; the shortcut turns channels into 2 x 2 places."""
+    """(B, C, F, h, w) -> (B, C', F, 2 h, 2 w); the shortcut turns channels into 2 x 2 places."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 2, stride=2)
@@ -93,7 +93,7 @@ class Upsample(nn.ConvTranspose2d):
 
 
 class FromLatent(CausalConv3d):
-    """Feature -> the coarsest level's channels, with a shortcut."""
+    """Feature (B, d, F, h, w) -> (B, C, F, h, w), the coarsest level's channels, with a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, temporal: bool):
         super().__init__(inputs, outputs, kernel(temporal))

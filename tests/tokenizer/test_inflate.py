@@ -113,6 +113,8 @@ def test_training_goes_on_from_given_weights_with_other_losses(tmp_path, capsys)
     torch.save(old, tmp_path / "old.ckpt")
     with pytest.raises(ValueError, match="old.ckpt is of another version of kit, with other weights .*; train it again"):
         load_tokenizer(tmp_path / "old.ckpt")
+    assert main(["fit", "conf=stage1_tokenizer", *words, "name=resumed", f"ckpt={tmp_path / 'old.ckpt'}"]) == 1
+    assert "old.ckpt is of another version of kit, with other weights (decoder." in capsys.readouterr().err
 
 
 def test_pictures_of_other_kinds(tmp_path):
