@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import default_collate
 
-from kit.generator.sampler import Guidance
+from kit.generator.sampler import Sampling
 from kit.media import contact_sheet, write_video
 from kit.sampling import sample_clips
 
@@ -21,12 +21,11 @@ class VideoLogger(L.Callback):
     from the true earlier ones) and free sample. "The loss falls but samples are noise" shows here at a glance.
 
     Args:
-        clips: how many. guidance: values of `Guidance`. temperature: of the free samples.
+        clips: how many. sampling: values of `Sampling`, of the free samples.
     """
 
-    def __init__(self, folder: str, clips: int = 4, guidance: dict | None = None, temperature: float = 1.0):
-        self.folder, self.clips = Path(folder) / "media", clips
-        self.guidance, self.temperature = Guidance(**(guidance or {})), temperature
+    def __init__(self, folder: str, clips: int = 4, sampling: dict | None = None):
+        self.folder, self.clips, self.sampling = Path(folder) / "media", clips, Sampling.of(sampling or {})
 
     @rank_zero_only
     @torch.no_grad()
@@ -57,9 +56,7 @@ class VideoLogger(L.Callback):
         tokenizer = module.tokenizer
         logits, _ = module.teacher_forced(batch)
         prompts = module.model.condition.prompts(batch)
-        free = sample_clips(
-            module.model, tokenizer, module.schedule, prompts, range(len(prompts)), self.guidance, self.temperature
-        )
+        free = sample_clips(module.model, tokenizer, module.schedule, prompts, range(len(prompts)), self.sampling)
         return {
             "real": video,
             "reconstruction": tokenizer.reconstruct(video),

@@ -28,7 +28,7 @@ VERBS = {
     "fit": Verb("kit.run:fit", None, "train a stage; ckpt=last continues it"),
     "validate": Verb("kit.verbs:validate", "validate", "score a checkpoint on held-out clips"),
     "reconstruct": Verb("kit.verbs:reconstruct", "reconstruct", "clips through the tokenizer and back, PSNR and SSIM"),
-    "generate": Verb("kit.verbs:generate", "generate", "videos from prompt=, label=, image= or video="),
+    "generate": Verb("kit.generation:generate", "generate", "videos from prompt=, label= or prompts=FILE, image= or video="),
     "evaluate": Verb("kit.evaluation.run:evaluate", "evaluate", "FVD, PSNR, SSIM, LPIPS and more, by a named protocol"),
     "table": Verb("kit.evaluation.report:show_table", "table", "results of one protocol side by side"),
     "inspect": Verb("kit.verbs:inspect", "inspect", "what each scale's bits hold, and how well they are predicted"),
@@ -38,7 +38,7 @@ VERBS = {
 }  # fmt: skip
 
 
-FREE_TEXT = ("prompt", "label", "image", "video", "videos", "real", "prompts", "data.root")
+FREE_TEXT = ("prompt", "label", "negative", "settings", "image", "video", "videos", "real", "prompts", "data.root")
 PATHS = ("ckpt", "tokenizer", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source")
 
 # What a user can mend; told without a traceback.

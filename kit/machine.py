@@ -6,7 +6,7 @@ import ctypes
 import functools
 import importlib.metadata
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,9 +44,20 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def autocast(precision: str):
+    """A context in which models compute in `float32` or `bfloat16`.
+
+    Raises:
+        ValueError: for another precision.
+    """
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision={precision!r}; expected float32 or bfloat16")
+    return torch.autocast(device().type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def inference_precision():
-    """A context of bfloat16 where the machine is fast at it."""
-    return torch.autocast(device().type, torch.bfloat16) if fast_bfloat16() else nullcontext()
+    """`autocast` to bfloat16 where the machine is fast at it."""
+    return autocast("bfloat16" if fast_bfloat16() else "float32")
 
 
 def machine_size() -> str:

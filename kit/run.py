@@ -63,8 +63,8 @@ def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorMo
         data.train = encode_clips(data.train, tokenizer, cfg.encoded_clips, data.workers, encoded_clips_of(cfg), about)
     values = tokenizer.model.config
     generator = {
-        **plain(cfg.generator), "bits": values.bits, "scales": len(values.scales),
-        "window": cfg.window, "align": cfg.align, "condition": condition_of(plain(cfg.condition), data),
+        **plain(cfg.generator), "bits": values.bits, "scales": len(values.scales), "window": cfg.window,
+        "history": cfg.history, "align": cfg.align, "condition": condition_of(plain(cfg.condition), data),
     }  # fmt: skip
     return GeneratorModule(
         generator, plain(cfg.correction), cfg.frame_mask, cfg.drop_condition, plain(cfg.loss), plain(cfg.optimizer),

@@ -1,16 +1,17 @@
-"""From prompts to pixels: sampled frames through the tokenizer's decoder."""
+"""From prompts to pixels: sampled frames through the tokenizer's decoder, for a clip or for a video of any length."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kit.generator.sampler import Guidance, sample_frames
+from kit.generator.sampler import Sampling, sample_frames
 from kit.generator.transformer import Generator
-from kit.scales import ScaleSchedule
+from kit.scales import ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer import Tokenizer
 from kit.tokenizer.quantizer import feature_to_bits
 
@@ -23,12 +24,13 @@ def seed_of(*place: int) -> int:
 @torch.no_grad()
 def stream_clips(
     model: Generator, tokenizer: Tokenizer, schedule: ScaleSchedule, prompts: Sequence[str], seeds: Sequence[int],
-    guidance: Guidance = Guidance(), temperature: float = 1.0, history: Tensor | None = None,
+    how: Sampling = Sampling(), history: Tensor | None = None, on_block: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Pixels as they come: (B, 3, 1, H, W), then (B, 3, 4, H, W) for each further latent frame, in [-1, 1].
 
     Args:
         history: (B, 3, T0, H, W) in [-1, 1], T0 = 1 + 4n: an image or the beginning of a video to go on from.
+        on_block: called after each block.
     """
     bits = None
     if history is not None:
@@ -37,10 +39,55 @@ def stream_clips(
             raise ValueError(f"history has the scales {given.grids}, the clip to make {schedule.grids}: resize it")
         bits = feature_to_bits(tokenizer.encode(history), given)
     stream: dict = {}
-    for frame in sample_frames(model, schedule, list(prompts), list(seeds), guidance, temperature, bits):
+    for frame in sample_frames(model, schedule, prompts, seeds, how, bits, on_block):
         yield tokenizer.decode(frame.feature[:, :, None], stream).clamp(-1, 1)
 
 
 def sample_clips(*args, **kwargs) -> Tensor:
     """Whole clips (B, 3, T, H, W) in [-1, 1]; arguments as for `stream_clips`."""
     return torch.cat(list(stream_clips(*args, **kwargs)), dim=2)
+
+
+def windows(frames: int, longest: int, overlap: int) -> list[int]:
+    """Pixel frames of each window of a video of `frames`, each but the first beginning with the last `overlap` of the one
+    before; all counts 1 + 4n, and so all windows.
+
+    Raises:
+        ValueError: if a count is not 1 + 4n, or windows of `longest` frames add nothing to the overlap.
+    """
+    latent_frames(frames), latent_frames(overlap)
+    if overlap >= longest and frames > longest:
+        raise ValueError(f"overlap={overlap} leaves nothing to add to clips of {longest} frames; use less")
+    lengths, made = [min(frames, longest)], min(frames, longest)
+    while made < frames:
+        lengths.append(min(longest, overlap + frames - made))
+        made += lengths[-1] - overlap
+    return lengths
+
+
+@torch.no_grad()
+def stream_video(
+    model: Generator, tokenizer: Tokenizer, schedule: ScaleSchedule, prompts: Sequence[str], seeds: Sequence[int],
+    frames: int, how: Sampling = Sampling(), history: Tensor | None = None, on_block: Callable[[], None] = lambda: None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Videos of any length: the end of each window is encoded and continued as a clip of its own (frame re-encoding), so
+    that what a window costs, in time and memory, does not depend on how many came before.
+
+    Args:
+        schedule: of a window; `frames`: pixel frames of the whole, 1 + 4n. For no more than a window this is `stream_clips`.
+        history: as for `stream_clips`, less than a window.
+    Yields:
+        (B, 3, n, H, W), the frames in their order.
+    """
+    longest, overlap = how.window(pixel_frames(schedule.frames), frames)
+    tail, recent = history, deque(maxlen=latent_frames(overlap))
+    for number, length in enumerate(windows(frames, longest, overlap)):
+        part = schedule.with_frames(latent_frames(length))
+        those = [seed_of(seed, number) if number else seed for seed in seeds]
+        again = overlap if number else 0  # frames of this window that were shown already
+        for pixels in stream_clips(model, tokenizer, part, prompts, those, how, tail, on_block):
+            recent.append(pixels)
+            if pixels.shape[2] > again:
+                yield pixels[:, :, again:]
+            again = max(0, again - pixels.shape[2])
+        tail = torch.cat(list(recent), dim=2)[:, :, -overlap:]

@@ -143,6 +143,13 @@ class ScaleSchedule:
         """The same scales for another number of latent frames."""
         return replace(self, frames=frames)
 
+    def with_history(self) -> ScaleSchedule:
+        """What a generator of `history: full` reads: each frame ends with one more block at full grid, its finished sum.
+
+        Such a block is not predicted. That of the last frame, which nobody reads, is in no sequence.
+        """
+        return ScaleSchedule(self.frames, (*self.grids, self.grid))
+
     def used_bits(self, d: int) -> torch.Tensor:
         """(L, d) bool: the bits of each token that say something."""
         used = torch.tensor(self.bits or (d,) * self.scales)[self.coordinates[:, 1]]

@@ -1,9 +1,8 @@
-"""What the command line does with trained models: validate, reconstruct, generate, inspect. Each is a Python API too."""
+"""What the command line does with trained models: validate, reconstruct, inspect. Each is a Python API too."""
 
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import time
 from pathlib import Path
@@ -12,24 +11,21 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import default_collate
-from tqdm import tqdm
 
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.datamodule import ClipDataModule
-from kit.data.read import read_clip_file
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_accuracy
 from kit.files import write_json
+from kit.generation import file_stem, sample_videos
 from kit.generator.corruption import training_sequence
 from kit.generator.module import accuracy_by_scale
-from kit.generator.sampler import Guidance
+from kit.generator.sampler import Sampling
 from kit.inspection import bit_use, bit_use_picture
 from kit.machine import device, inference_precision
 from kit.media import contact_sheet, write_video
 from kit.reconstruction import Scores, reconstruct_file
 from kit.run import build_data, plain
-from kit.sampling import stream_clips
-from kit.scales import latent_frames
 from kit.tokenizer.module import psnr
 
 
@@ -57,37 +53,6 @@ def check_classes(generator: Loaded, data: ClipDataModule):
 def held_out(data: ClipDataModule) -> dict:
     """All held-out clips as one batch."""
     return default_collate([data.val[n] for n in range(data.val_clips)])
-
-
-def generate_clips(
-    generator: Loaded, tokenizer: Loaded, prompts: list[str], seeds: list[int], guidance: Guidance, temperature: float,
-    frames: int | None = None, history: Tensor | None = None, batch_size: int = 16,
-) -> Tensor:  # fmt: skip
-    """Generates one clip for each prompt.
-
-    Args:
-        frames: T; default is that of the training.
-        history: (3, T0, H, W) in [-1, 1], an image or a beginning, the same for all.
-    Returns:
-        (n, 3, T, H, W) in [-1, 1] on the CPU. A clip depends on its prompt and seed, not on the batch.
-    """
-    clip = generator.clip
-    schedule = tokenizer.model.schedule(frames or clip["frames"], clip["height"], clip["width"])
-    model, codec, done = generator.model.to(device()), tokenizer.model.to(device()), []
-    with tqdm(total=len(prompts) * schedule.frames, desc="generate", unit="latent frame", disable=None) as bar:
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            given = None
-            if history is not None:
-                given = history.to(device()).expand(len(prompts[part]), -1, -1, -1, -1)
-            pixels = []
-            with inference_precision():
-                arguments = (schedule, prompts[part], seeds[part], guidance, temperature, given)
-                for frame in stream_clips(model, codec, *arguments):
-                    pixels.append(frame.cpu())
-                    bar.update(len(frame))
-            done.append(torch.cat(pixels, dim=2))
-    return torch.cat(done)
 
 
 def validate(cfg: DictConfig) -> dict:
@@ -134,8 +99,8 @@ def validate_generator(cfg: DictConfig) -> dict:
     video, prompts = batch["video"], generator.model.condition.prompts(batch)
     output = reconstruct_batches(tokenizer, video, cfg.batch_size)
     seeds = [cfg.seed + i for i in range(len(prompts))]
-    how = dict(guidance=Guidance(**plain(cfg.guidance)), temperature=cfg.temperature)
-    samples = generate_clips(generator, tokenizer, prompts, seeds, batch_size=cfg.batch_size, **how)
+    size, how = tuple(video.shape[2:]), Sampling.of(plain(cfg))
+    samples = sample_videos(generator, tokenizer, prompts, seeds, size, how, cfg.precision, cfg.batch_size)
 
     folder = Path(cfg.folder)
     groups = [{"real": v, "reconstruction": o, "sample": s} for v, o, s in zip(video, output, samples)][: cfg.shown]
@@ -146,19 +111,21 @@ def validate_generator(cfg: DictConfig) -> dict:
         "clips": len(video),
         **reconstruction_metrics(output, batch, data),
         **teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size),
-        "sample_seconds": seconds_for_one(generator, tokenizer, prompts[0], **how),
+        "sample_seconds": seconds_for_one(generator, tokenizer, prompts[0], size, how, cfg.precision),
     }
     if isinstance(data.val, Shapes):
         metrics["caption_accuracy"] = caption_accuracy(list(samples), batch["caption"], data.fps)
     return metrics
 
 
-def seconds_for_one(generator: Loaded, tokenizer: Loaded, prompt: str, **how) -> float:
-    """Seconds to sample and decode one clip at batch 1: the median of three, after one to warm up."""
+def seconds_for_one(
+    generator: Loaded, tokenizer: Loaded, prompt: str, size: tuple[int, int, int], how: Sampling, precision: str
+) -> float:
+    """Seconds to sample and decode one clip: the median of three, after one to warm up."""
     seconds = []
     for _ in range(4):
         begin = time.perf_counter()
-        generate_clips(generator, tokenizer, [prompt], [0], **how)
+        sample_videos(generator, tokenizer, [prompt], [0], size, how, precision, 1)
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds[1:])
 
@@ -173,64 +140,10 @@ def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, ba
         part = slice(start, start + batch_size)
         with inference_precision():
             feature = codec.encode(batch["video"][part].to(device()))
-            inputs, targets = training_sequence(feature, schedule, None, None, model.config.inherit)
+            inputs, targets = training_sequence(feature, schedule, None, None, **model.config.reads)
             logits = model(inputs, schedule, model.condition(prompts[part]))
         right.append(((logits > 0) == targets).cpu())
     return {"bit_accuracy": [round(a.item(), 4) for a in accuracy_by_scale(torch.cat(right), schedule)]}
-
-
-def generate(cfg: DictConfig) -> list[Path]:
-    """Writes `n` mp4s and a contact sheet to the run's folder; returns the mp4s' paths."""
-    generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
-    prompt = prompt_of(cfg, generator.model.config.condition.kind)
-    history = history_of(cfg, generator.clip)
-    frames = cfg.frames or max(generator.clip["frames"], 0 if history is None else history.shape[1])
-    latent_frames(frames)
-    if history is not None and history.shape[1] >= frames:
-        raise ValueError(f"the given video has {history.shape[1]} frames; ask for more with frames=, found {frames}")
-    guidance, seeds = Guidance(**plain(cfg.guidance)), [cfg.seed + i for i in range(cfg.n)]
-    clips = generate_clips(
-        generator, tokenizer, [prompt] * cfg.n, seeds, guidance, cfg.temperature, frames, history, cfg.batch_size
-    )
-    folder, fps = Path(cfg.folder), cfg.fps or generator.clip["fps"]
-    stem = file_stem(prompt)
-    paths = [write_video(clip, folder / f"{stem}_seed{seed}.mp4", fps) for clip, seed in zip(clips, seeds)]
-    titles = [f"{prompt} (seed {seed})" for seed in seeds]
-    sheet = contact_sheet([{"sample": clip} for clip in clips], titles, folder / f"{stem}.png")
-    print("\n".join(map(str, [*paths, sheet])))
-    return paths
-
-
-def file_stem(prompt: str) -> str:
-    """A prompt as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:80] or "video"
-
-
-def prompt_of(cfg: DictConfig, kind: str) -> str:
-    """What to generate, from prompt= or label=, whichever the model was trained on.
-
-    Raises:
-        ValueError: if it is the other one, or both.
-    """
-    if cfg.prompt is not None and cfg.label is not None:
-        raise ValueError("give prompt= or label=, not both")
-    wanted, other = ("prompt", "label") if kind == "text" else ("label", "prompt")
-    if cfg[other] is not None:
-        raise ValueError(f"this generator was trained on {'captions' if kind == 'text' else 'classes'}: use {wanted}=")
-    if cfg[wanted] is None and kind == "class":
-        raise ValueError("this generator was trained on classes: give label=")
-    return cfg[wanted] or ""
-
-
-def history_of(cfg: DictConfig, clip: dict) -> Tensor | None:
-    """(3, T0, H, W) from image= or video=, at the size of the training clips; None without them."""
-    if cfg.image is None and cfg.video is None:
-        return None
-    if cfg.image is not None and cfg.video is not None:
-        raise ValueError("give image= or video=, not both")
-    frames = 1 if cfg.image is not None else cfg.history_frames
-    latent_frames(frames)
-    return read_clip_file(cfg.image or cfg.video, frames, clip["height"], clip["width"], clip["fps"], at_end=True)
 
 
 def reconstruct(cfg: DictConfig) -> dict:

@@ -82,6 +82,12 @@ def test_with_frames_keeps_the_scales():
     assert longer.blocks[:30] == UCF.blocks
 
 
+def test_history_repeats_the_finest_grid_after_each_frame():
+    longer = TALL.with_history()
+    assert longer.grids == (*TALL.grids, TALL.grid) and longer.frames == TALL.frames
+    assert longer.length == TALL.length + TALL.frames * 6
+
+
 def test_schedules_are_values():
     """Equal content is equal and hashable, whatever sequence type the grids came in."""
     same = ScaleSchedule(2, [[1, 1], [2, 1], [3, 2]])

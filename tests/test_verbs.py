@@ -20,9 +20,8 @@ from PIL import Image
 from kit.checkpoint import load_generator, load_tokenizer, model_hash, read_checkpoint
 from kit.cli import main
 from kit.data.shapes import Shapes
-from kit.generator.sampler import Guidance
 from kit.media import write_video
-from kit.verbs import generate_clips, per_scale
+from kit.verbs import per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
 
 PROMPT = "a red ball moving right over a green field"
@@ -35,63 +34,6 @@ def frames_of(path) -> int:
 
 def run(verb, pair, tmp_path, *overrides, model="generator") -> int:
     return main([verb, f"ckpt={getattr(pair, model)}", f"root={tmp_path}", "name=out", *overrides])
-
-
-def test_generate_writes_videos_and_a_contact_sheet(pair, tmp_path):
-    assert run("generate", pair, tmp_path, "prompt=it's a red, shiny [ball] = fun", "n=3", "seed=4") == 0
-    videos = sorted((tmp_path / "out").glob("*.mp4"))
-    assert [v.stem[-5:] for v in videos] == ["seed4", "seed5", "seed6"]
-    assert all(frames_of(v) == 5 for v in videos)
-    assert len(list((tmp_path / "out").glob("*.png"))) == 1
-
-
-def test_generate_longer_than_in_training(pair, tmp_path):
-    assert run("generate", pair, tmp_path, f"prompt={PROMPT}", "frames=13") == 0
-    assert frames_of(next((tmp_path / "out").glob("*.mp4"))) == 13
-
-
-def test_generate_goes_on_from_an_image_and_from_a_video(pair, tmp_path):
-    clip = Shapes("val", frames=9, height=32, width=32)[0]["video"]
-    pixels = ((clip[:, 0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
-    Image.fromarray(pixels).save(tmp_path / "first.png")
-    write_video(clip, tmp_path / "before.mp4", 8)
-    assert run("generate", pair, tmp_path, f"image={tmp_path / 'first.png'}", "prompt=x") == 0
-    video = ["history_frames=5", "frames=9", "name=more"]
-    assert run("generate", pair, tmp_path, f"video={tmp_path / 'before.mp4'}", "prompt=x", *video) == 0
-    assert frames_of(next((tmp_path / "more").glob("*.mp4"))) == 9
-
-
-def test_clip_begins_with_the_given_image(pair):
-    generator, tokenizer = load_generator(pair.generator)
-    image = Shapes("val", frames=1, height=32, width=32)[3]["video"]
-    clip = generate_clips(generator, tokenizer, ["x"], [0], Guidance(), 1.0, history=image)
-    first = tokenizer.model.reconstruct(image[None])
-    assert (clip[0, :, :1] - first[0]).abs().mean() < 0.02  # bfloat16
-
-
-def test_a_clip_is_the_same_in_any_batch(pair):
-    generator, tokenizer = load_generator(pair.generator)
-    how = (Guidance("constant", 2.0), 1.0)
-    together = generate_clips(generator, tokenizer, [PROMPT] * 3, [1, 2, 3], *how)
-    alone = generate_clips(generator, tokenizer, [PROMPT], [2], *how)
-    assert (together[1] - alone[0]).abs().mean() < 0.02  # bfloat16 may turn a bit that hangs in the balance
-    assert (together[1] - together[0]).abs().mean() > (together[1] - alone[0]).abs().mean()
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["label=ball"], "trained on captions: use prompt="),
-        (["prompt=x", "label=ball"], "not both"),
-        (["prompt=x", "frames=6"], "1 + 4n"),
-        (["prompt=x", "image=nowhere.png"], "no such file: nowhere.png"),
-        (["prompt=x", "temperature=-1"], "temperature must be 0 or more"),
-        (["prompt=x", "guidance.kind=strong"], "'rising', 'falling' or 'constant'"),
-    ],
-)
-def test_generate_explains_bad_input(pair, tmp_path, capsys, words, expected):
-    assert run("generate", pair, tmp_path, *words) == 1
-    assert expected in capsys.readouterr().err
 
 
 def test_wrong_tokenizer_is_refused_with_both_hashes(pair, tmp_path, capsys):

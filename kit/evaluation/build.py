@@ -9,12 +9,13 @@ from omegaconf import DictConfig
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.clips import FolderClips
 from kit.data.shapes import Shapes
-from kit.evaluation.candidates import PRECISIONS, Candidate, GivenVideos, Reconstructions, Samples
+from kit.evaluation.candidates import Candidate, GivenVideos, Reconstructions, Samples
 from kit.evaluation.clips import fingerprint, real_source
 from kit.evaluation.detectors import Detector, UnfitClips, load_detector
 from kit.evaluation.protocol import Network, Protocol
 from kit.generator.condition import ConditionConfig
-from kit.generator.sampler import Guidance
+from kit.generator.sampler import Sampling
+from kit.machine import autocast
 from kit.perceptual import Perceptual, load_perceptual
 from kit.run import plain
 from kit.scales import whole_groups
@@ -57,8 +58,7 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
     """
     if (cfg.ckpt is None) == (cfg.videos is None):
         raise ValueError("give ckpt=CHECKPOINT, of a tokenizer or a generator, or videos=DIR")
-    if cfg.precision not in PRECISIONS:
-        raise ValueError(f"precision={cfg.precision!r}; expected one of: {', '.join(PRECISIONS)}")
+    autocast(cfg.precision)  # is it one?
     if cfg.videos is not None:
         return _given_videos(cfg, protocol, source)
     if cfg.paired:
@@ -77,7 +77,7 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
     check_fit(generator.clip, generator.model.config.condition, protocol, source)
     check_size(tokenizer, shape)
     protocol = protocol.resolved(samples=protocol.samples or protocol.real.clips)
-    return Samples(generator, tokenizer, Guidance(**plain(cfg.guidance)), cfg.temperature, cfg.precision, shape), protocol
+    return Samples(generator, tokenizer, Sampling.of(plain(cfg)), cfg.precision, shape), protocol
 
 
 def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes) -> tuple[GivenVideos, Protocol]:

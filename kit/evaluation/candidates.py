@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,13 +13,12 @@ from kit.checkpoint import Loaded
 from kit.data.clips import FolderClips
 from kit.evaluation.clips import DrawnClips, FileClips, Together, Words, fingerprint, given_clips
 from kit.evaluation.protocol import Protocol
-from kit.generator.sampler import Guidance
-from kit.machine import device
-from kit.sampling import sample_clips, seed_of
+from kit.generation import stream_samples
+from kit.generator.sampler import Sampling
+from kit.machine import autocast, device
+from kit.sampling import seed_of
 from kit.scales import whole_groups
 from kit.tokenizer.streaming import pad_to
-
-PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,8 @@ class Reconstructions:
         video = batch["video"]
         frames = video.shape[2]
         padded = pad_to(video, whole_groups(frames), *video.shape[3:])
-        padded = padded if len(padded) > 1 else padded.expand(2, -1, -1, -1, -1)  # see `Samples.sample`
-        with _autocast(self.precision):
+        padded = padded if len(padded) > 1 else padded.expand(2, -1, -1, -1, -1)  # see `stream_samples`
+        with autocast(self.precision):
             output = self.tokenizer.model.to(device()).reconstruct(padded.to(device()))
         return output.float().cpu()[: len(video), :, :frames]
 
@@ -63,8 +61,7 @@ class Samples:
 
     generator: Loaded
     tokenizer: Loaded
-    guidance: Guidance
-    temperature: float
+    how: Sampling
     precision: str
     shape: tuple[int, int, int]
     row = "sample"
@@ -73,8 +70,7 @@ class Samples:
     def about(self) -> dict:
         return {
             "kind": "generator", "hash": self.generator.hash, "steps": self.generator.steps,
-            "tokenizer_hash": self.tokenizer.hash, "guidance": vars(self.guidance), "temperature": self.temperature,
-            "precision": self.precision,
+            "tokenizer_hash": self.tokenizer.hash, **asdict(self.how), "precision": self.precision,
         }  # fmt: skip
 
     @property
@@ -88,20 +84,10 @@ class Samples:
         return self.sample(self.generator.model.condition.prompts(batch), batch["seed"].tolist())
 
     def sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
-        """(n, 3, T, H, W) in [-1, 1] on the CPU.
-
-        A single clip is made twice: alone it would go through other kernels, which round otherwise. From two on, float32
-        clips come out the same in any batch.
-        """
-        wanted = len(prompts)
-        if wanted == 1:
-            prompts, seeds = prompts * 2, seeds * 2
-        generator, codec = self.generator.model.to(device()), self.tokenizer.model.to(device())
-        frames, height, width = self.shape
-        schedule = codec.schedule(whole_groups(frames), height, width)
-        with _autocast(self.precision):
-            clips = sample_clips(generator, codec, schedule, prompts, seeds, self.guidance, self.temperature)
-        return clips.float().cpu()[:wanted, :, :frames]
+        """(n, 3, T, H, W) in [-1, 1] on the CPU."""
+        size = (whole_groups(self.shape[0]), *self.shape[1:])
+        pieces = stream_samples(self.generator, self.tokenizer, prompts, seeds, size, self.how, self.precision)
+        return torch.cat(list(pieces), dim=2)[:, :, : self.shape[0]]
 
 
 class Seeded(Dataset):
@@ -156,7 +142,3 @@ class RealClips:
 
 
 Candidate = RealClips | Reconstructions | Samples | GivenVideos
-
-
-def _autocast(precision: str):
-    return torch.autocast(device().type, torch.bfloat16) if precision == "bfloat16" else nullcontext()

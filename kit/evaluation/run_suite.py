@@ -14,7 +14,7 @@ from kit.evaluation.report import words_of, write_page
 from kit.evaluation.suites import read_json, read_prompts, video_name, write_suite
 from kit.evaluation.vbench import read_vbench_results, vbench_scores, vbench_table
 from kit.files import write_json, written_aside
-from kit.generator.sampler import Guidance
+from kit.generator.sampler import Sampling
 from kit.machine import exact_float32
 from kit.media import contact_sheet
 from kit.run import plain
@@ -45,8 +45,7 @@ def make_suite(cfg: DictConfig) -> dict:
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
     clip = generator.clip
     shape = (suite.frames or clip["frames"], clip["height"], clip["width"])
-    guidance = Guidance(**plain(cfg.guidance))
-    candidate = Samples(generator, tokenizer, guidance, cfg.temperature, cfg.precision, shape)
+    candidate = Samples(generator, tokenizer, Sampling.of(plain(cfg)), cfg.precision, shape)
     settings = {"suite": suite.name, "size": list(shape), **candidate.about()}
     how = dict(seed=suite.seed, batch_size=cfg.batch_size, fps=clip["fps"])
     with exact_float32():

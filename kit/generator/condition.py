@@ -32,13 +32,16 @@ class ConditionConfig:
 class TextEncoder(Protocol):
     """What any text encoder has to offer; a pretrained one can stand here.
 
-    `forward` maps B texts to states (B, S, channels) and a mask (B, S), True where there is a word.
+    `forward` maps B texts to states (B, S, channels) and a mask (B, S), True where there is a word; `notes` says what a user
+    should know of a text before it is used.
     """
 
     channels: int
     length: int
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]: ...
+
+    def notes(self, text: str) -> list[str]: ...
 
 
 class WordEncoder(nn.Module):
@@ -52,22 +55,44 @@ class WordEncoder(nn.Module):
         super().__init__()
         self.channels, self.length = channels, length
         self.table = nn.Embedding(buckets, channels)
+        self.seen = nn.Buffer(torch.zeros(buckets, dtype=torch.bool))  # buckets of the words that were trained
+
+    @staticmethod
+    def split(text: str) -> list[str]:
+        """A text's words."""
+        return text.lower().replace(",", " ").replace(".", " ").split()
+
+    def bucket(self, word: str) -> int:
+        return zlib.crc32(word.encode()) % self.table.num_embeddings
 
     def words(self, texts: list[str]) -> Tensor:
         """(B, S) int64 on the CPU: bucket of each word, -1 where there is none."""
         ids = torch.full((len(texts), self.length), -1)
         for row, text in zip(ids, texts, strict=True):
-            words = text.lower().replace(",", " ").replace(".", " ").split()[: self.length]
-            row[: len(words)] = torch.tensor([zlib.crc32(w.encode()) % self.table.num_embeddings for w in words])
+            words = self.split(text)[: self.length]
+            row[: len(words)] = torch.tensor([self.bucket(w) for w in words])
         return ids
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        ids = self.words(texts).to(self.table.weight.device)
+        ids, device = self.words(texts), self.table.weight.device
+        if self.training:
+            self.seen[ids[ids >= 0].to(device)] = True
+        ids = ids.to(device)
         return self.table(ids.clamp(min=0)), ids >= 0
+
+    def notes(self, text: str) -> list[str]:
+        """What a user should know of a text before it is used: words that are not read, or were never trained."""
+        words, told = self.split(text), []
+        if len(words) > self.length:
+            told.append(f"of {text!r} the first {self.length} words are read, not: {' '.join(words[self.length :])}")
+        seen = self.seen.tolist()
+        if unknown := [w for w in dict.fromkeys(words[: self.length]) if not seen[self.bucket(w)]]:
+            told.append(f"never seen in training, so without a meaning: {', '.join(unknown)}")
+        return told
 
 
 class TextCondition(nn.Module):
-    """Texts -> (B, S, D). Places without a word, and dropped conditions, hold learned vectors."""
+    """Texts -> (B, S, D). Places without a word hold learned vectors; a text without words is no condition."""
 
     def __init__(self, encoder: nn.Module, width: int):
         super().__init__()
@@ -80,11 +105,16 @@ class TextCondition(nn.Module):
         """What a batch of data is conditioned on."""
         return batch["caption"]
 
+    def notes(self, text: str) -> list[str]:
+        """What a user should know of a prompt before it is used."""
+        return self.encoder.notes(text) if text.strip() else ["the prompt is empty: clips of any kind"]
+
     def forward(self, texts: list[str], dropped: Tensor | None = None) -> Tensor:
         """dropped: (B,) bool, whose condition is left out, for classifier-free guidance."""
         states, mask = self.encoder(texts)
         x = torch.where(mask[..., None], self.project(states), self.empty)
-        return x if dropped is None else torch.where(dropped.to(x.device)[:, None, None], self.null, x)
+        without = ~mask.any(dim=1) if dropped is None else ~mask.any(dim=1) | dropped.to(x.device)
+        return torch.where(without[:, None, None], self.null, x)
 
 
 class ClassCondition(nn.Module):
@@ -104,6 +134,9 @@ class ClassCondition(nn.Module):
 
     def prompts(self, batch: dict) -> list[str]:
         return [self.classes[label] for label in batch["label"].tolist()]
+
+    def notes(self, text: str) -> list[str]:
+        return []
 
     def forward(self, labels: list[str], dropped: Tensor | None = None) -> Tensor:
         """

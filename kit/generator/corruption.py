@@ -52,16 +52,17 @@ class FlipLaw:
 
 def training_sequence(
     feature: Tensor, schedule: ScaleSchedule, rates: Tensor | None, generator: torch.Generator | None,
-    inherit: str = "first",
-) -> tuple[Tensor, Tensor]:
+    inherit: str = "first", history: str = "scales",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What every block reads and should predict.
 
     Args:
         feature: (B, d, F, h, w), continuous, from the tokenizer's encoder.
         rates: (B, F, K) flip probabilities; None flips nothing.
-        inherit: `first` or `all` blocks read the frame before, see `GeneratorConfig`.
+        inherit, history: see `GeneratorConfig`.
     Returns:
-        inputs (B, L, d) or with `all` (B, L, 2 d) float32, zero for block (0, 0), and targets (B, L, d) bool.
+        inputs (B, L, d) float32, zero for block (0, 0), and targets (B, L, d) bool. Where all blocks inherit, the inputs have
+        2 d channels; with `history: full` each frame but the last has its history block's h * w tokens more.
     """
     B, _, F, _, _ = feature.shape
 
@@ -73,7 +74,13 @@ def training_sequence(
     steps = list(pyramid(frames_of(feature), schedule, None if rates is None else flip))
     finished = steps[-1].total.unflatten(0, (B, F))
     before = torch.cat([torch.zeros_like(finished[:, :1]), finished[:, :-1]], dim=1).flatten(0, 1)
-    totals = [before, *(step.total for step in steps[:-1])]
+    first = torch.zeros_like(before) if inherit == "none" else before
+    totals, grids = [first, *(step.total for step in steps[:-1])], schedule.grids
+    if history == "full":
+        totals, grids = [*totals, steps[-1].total], schedule.with_history().grids
     beside = before if inherit == "all" else None
-    inputs = [next_input(total, grid, beside) for total, grid in zip(totals, schedule.grids, strict=True)]
-    return sequence_of(inputs, B), sequence_of([step.label for step in steps], B)
+    inputs = [next_input(total, grid, beside) for total, grid in zip(totals, grids, strict=True)]
+    sequence = sequence_of(inputs, B)
+    if history == "full":  # nobody reads that of the last frame
+        sequence = sequence[:, : -inputs[-1].shape[1]]
+    return sequence, sequence_of([step.label for step in steps], B)

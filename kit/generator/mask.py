@@ -10,14 +10,24 @@ from kit.scales import ScaleSchedule
 CONDITION = -1  # the frame number that stands for the condition
 
 
-def visible(query_f: Tensor, query_k: Tensor, key_f: Tensor, key_k: Tensor, window: int | None = None) -> Tensor:
+def visible(
+    query_f: Tensor, query_k: Tensor, key_f: Tensor, key_k: Tensor, window: int | None = None, history_k: int | None = None
+) -> Tensor:
     """The rule. Arguments broadcast; returns bool.
 
     A token sees the condition; its own frame's coarser blocks and its own block; all blocks of the `window` frames
     before (None: of all frames before). The condition sees itself.
+
+    With `history: full` each frame ends with a history block, of scale `history_k`: it is all that later frames see of the
+    frame. It rides in the pass of the next frame's first block and sees the frames that this one sees, and itself.
     """
     own = (key_f == query_f) & (key_k <= query_k)
+    if history_k is not None:
+        own &= (query_k < history_k) | (key_k == history_k)
+        query_f = query_f + (query_k == history_k)
     past = (key_f < query_f) if window is None else (key_f < query_f) & (key_f >= query_f - window)
+    if history_k is not None:
+        past &= key_k == history_k
     return (key_f == CONDITION) | own | past
 
 
@@ -27,11 +37,13 @@ def draw_kept_frames(batch: int, frames: int, p_mask: float, generator: torch.Ge
 
 
 def attention_mask(
-    schedule: ScaleSchedule, condition_length: int, window: int | None = None, kept: Tensor | None = None
-) -> Tensor:
+    schedule: ScaleSchedule, condition_length: int, window: int | None = None, kept: Tensor | None = None,
+    history: str = "scales",
+) -> Tensor:  # fmt: skip
     """True where attention is allowed.
 
     Args:
+        schedule: with the history blocks, for `full` (`ScaleSchedule.with_history`).
         kept: (B, F) bool from `draw_kept_frames`; a frame always sees itself, and all see the condition.
     Returns:
         (S + L, S + L), or (B, 1, S + L, S + L) with `kept`. Rows are queries.
@@ -39,7 +51,8 @@ def attention_mask(
     f, k, _, _ = schedule.coordinates.unbind(1)
     condition = torch.full((condition_length,), CONDITION)
     f, k = torch.cat([condition, f]), torch.cat([torch.zeros_like(condition), k])
-    mask = visible(f[:, None], k[:, None], f[None], k[None], window)
+    history_k = schedule.scales - 1 if history == "full" else None
+    mask = visible(f[:, None], k[:, None], f[None], k[None], window, history_k)
     if kept is None:
         return mask
     mask = mask.to(kept.device)

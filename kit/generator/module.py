@@ -86,7 +86,7 @@ class GeneratorModule(L.LightningModule):
         B = len(feature)
         rng = torch.Generator().manual_seed(self.seed * 1_000_000_007 + int(batch["n"][0]))
         rates = self.law.draw(B, self.schedule, rng)
-        inputs, targets = training_sequence(feature, self.schedule, rates, rng, self.model.config.inherit)
+        inputs, targets = training_sequence(feature, self.schedule, rates, rng, **self.model.config.reads)
         kept = draw_kept_frames(B, self.schedule.frames, self.frame_mask, rng).to(feature.device)
         dropped = torch.rand(B, generator=rng) < self.drop_condition
         condition = self.model.condition(self.model.condition.prompts(batch), dropped)
@@ -108,7 +108,7 @@ class GeneratorModule(L.LightningModule):
     def teacher_forced(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Logits and labels, (B, L, d) each, with the true bits as history."""
         feature = self._encode(batch["video"])
-        inputs, targets = training_sequence(feature, self.schedule, None, None, self.model.config.inherit)
+        inputs, targets = training_sequence(feature, self.schedule, None, None, **self.model.config.reads)
         condition = self.model.condition(self.model.condition.prompts(batch))
         return self.model(inputs, self.schedule, condition), targets
 

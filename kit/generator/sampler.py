@@ -5,16 +5,19 @@ Shapes: B clips, R rows of the transformer (2B with guidance: conditioned, then 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kit.generator.transformer import Generator
-from kit.scales import ScaleSchedule
+from kit.scales import ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer.quantizer import next_input, residual_map, used_of
+
+DRAWS = 32  # of a token's bits, of which top_p takes one
 
 
 @dataclass(frozen=True)
@@ -53,44 +56,110 @@ class Guidance:
         return self.kind == "constant" and self.first == 1.0
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How bits are drawn.
+
+    Args:
+        temperature: of the bits; 0 takes the likelier ones.
+        top_p: share of a token's likeliest draws that are taken, see `draw_bits`; 1: all.
+        negative: what guidance leads away from, a text or class; None: no condition.
+        extend: how a video grows longer than the clips of the training: `reencode` its end and go on from that, see
+            `sampling.stream_video`, or go on in one sequence, at `positions` that were not trained.
+        overlap: pixel frames, 1 + 4n, that are encoded anew; None: about half a clip.
+    Raises:
+        ValueError: for a temperature below 0, a `top_p` outside of (0, 1], or another `extend`.
+    """
+
+    guidance: Guidance = Guidance()
+    temperature: float = 1.0
+    top_p: float = 1.0
+    negative: str | None = None
+    extend: str = "reencode"
+    overlap: int | None = None
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.extend not in ("reencode", "positions"):
+            raise ValueError(f"extend must be reencode or positions, got {self.extend!r}")
+
+    def window(self, trained: int, frames: int) -> tuple[int, int]:
+        """Pixel frames of a window and of its overlap with the next, for a video of `frames` and clips of `trained`."""
+        overlap = self.overlap or pixel_frames((latent_frames(trained) + 1) // 2)
+        return (frames if self.extend == "positions" else trained), overlap
+
+    @classmethod
+    def of(cls, values: Mapping) -> Sampling:
+        """From plain values of the same names, `guidance` those of `Guidance`; others are left aside."""
+        chosen = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        return cls(**{**chosen, "guidance": Guidance(**(values.get("guidance") or {}))})
+
+
 class Cache:
     """Keys and values of all that the current block may see, for every layer, already rotated.
 
     Layout along the tokens: condition, then up to `window` finished frames, then the frame at work. Once the window is
-    full a finished frame takes the place of the oldest, so cost and memory per frame stop growing.
+    full a finished frame takes the place of the oldest, so cost and memory per frame stop growing. A finished frame is all
+    its blocks, or with `history: full` its history block.
     """
 
     def __init__(self, model: Generator, schedule: ScaleSchedule, rows: int, dtype: torch.dtype):
-        config = model.config
-        self.condition, self.per_frame = model.condition.length, schedule.tokens_per_frame
+        config, (h, w) = model.config, schedule.grid
+        self.condition, self.full = model.condition.length, config.history == "full"
+        self.finished = h * w if self.full else schedule.tokens_per_frame  # tokens that a finished frame keeps
         past = schedule.frames - 1  # frames that the last one can look back at
         self.window = past if config.window is None else min(config.window, past)
-        length = self.condition + (self.window + 1) * self.per_frame
+        length = self.condition + self.window * self.finished + schedule.tokens_per_frame
         shape = (config.layers, rows, config.heads, length, config.width // config.heads)
         self.keys = torch.empty(shape, dtype=dtype, device=model.start.device)
         self.values = torch.empty_like(self.keys)
-        self.begin = 0  # where the next tokens go
+        self.places = slice(0, 0)  # of the tokens of this pass
+        self.history = slice(0, 0)  # of those of a history block, which come before them in the same pass
 
     def start_frame(self, f: int):
         """Opens frame f; what is older than the window gives way."""
-        home = self.condition + min(f, self.window) * self.per_frame
-        if f > self.window and self.window:  # the frame at work is finished: it moves over the oldest one
-            oldest = self.condition + (f - 1) % self.window * self.per_frame
+        home = self.condition + min(f, self.window) * self.finished
+        place = self.condition + (f - 1) % max(self.window, 1) * self.finished  # of the frame before
+        before = slice(place, place + self.finished)
+        if f and self.window and self.full:
+            self.history = before
+        elif f > self.window and self.window:  # the frame at work is finished: it moves over the oldest one
             for store in (self.keys, self.values):
-                finished = store[..., home : home + self.per_frame, :].clone()
-                store[..., oldest : oldest + self.per_frame, :] = finished
-        self.begin = home
+                store[..., before, :] = store[..., home : home + self.finished, :].clone()
+        self.places = slice(home, home)
+
+    def expect(self, tokens: int) -> Tensor | None:
+        """Makes room for a pass; returns its mask (tokens, all visible), None where each may see all that is there.
+
+        Args:
+            tokens: of the pass, those of a history block counted.
+        """
+        begin, read = self.places.stop, self.history.stop - self.history.start
+        self.places = slice(begin, begin + tokens - read)
+        if not read:
+            return None
+        mask = torch.ones(tokens, self.places.stop, dtype=torch.bool, device=self.keys.device)
+        mask[:read, begin:] = False  # a history block does not see the frame that it opens
+        return mask
 
     def layer(self, index: int):
         """`remember` of that layer: stores new keys and values and returns all visible ones."""
 
         def remember(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            end = self.begin + keys.shape[2]
-            self.keys[index, :, :, self.begin : end] = keys
-            self.values[index, :, :, self.begin : end] = values
-            return self.keys[index, :, :, :end], self.values[index, :, :, :end]
+            read = self.history.stop - self.history.start
+            for store, new in ((self.keys, keys), (self.values, values)):
+                store[index, :, :, self.history] = new[:, :, :read]
+                store[index, :, :, self.places] = new[:, :, read:]
+            return self.keys[index, :, :, : self.places.stop], self.values[index, :, :, : self.places.stop]
 
         return remember
+
+    def close(self):
+        """Ends a pass."""
+        self.history = slice(0, 0)
 
 
 class CachedGenerator:
@@ -101,50 +170,71 @@ class CachedGenerator:
     """
 
     def __init__(self, model: Generator, schedule: ScaleSchedule, condition: Tensor):
-        self.model, self.schedule = model, schedule
-        self.rotary = model.rotary(schedule)
-        self.cache = None
-        self.rows = condition.shape[0]
+        self.model, self.schedule, self.layout = model, schedule, model.layout(schedule)
+        self.rotary = model.rotary(self.layout)
+        dtype = condition.dtype
+        if torch.is_autocast_enabled(condition.device.type):
+            dtype = torch.get_autocast_dtype(condition.device.type)
+        self.cache = Cache(model, schedule, condition.shape[0], dtype)
+        self.earlier = None  # finished sum of the frame before the one before
         self._run(condition, 0)
 
     def block(self, f: int, k: int, total: Tensor, before: Tensor) -> Tensor:
         """Logits (R, h_k * w_k, d) of block (f, k); blocks must come in order.
 
         Args:
-            total: (R, d, h, w), sum of the frame's residual maps so far; for k = 0 that of the frame before.
-            before: (R, d, h, w), the finished sum of the frame before.
+            total: (R, d, h, w), sum of the frame's residual maps so far; for k = 0 it is not read.
+            before: (R, d, h, w), the finished sum of the frame before, zero for the first frame.
         """
-        b = self.schedule.block(f, k)
-        scale = torch.full((b.h * b.w,), k, device=total.device)
-        inputs = next_input(total, (b.h, b.w), before if self.model.config.inherit == "all" else None)
+        config, b = self.model.config, self.layout.block(f, k)
         if k == 0:
+            total = torch.zeros_like(before) if config.inherit == "none" else before
             self.cache.start_frame(f)
-        x = self.model.embed(inputs, scale, first=b.stop if b.start == 0 else 0)
-        return self.model.read(self._run(x, self.model.condition.length + b.start))
+        beside = before if config.inherit == "all" else None
+        blocks, inputs = [b], [next_input(total, (b.h, b.w), beside)]
+        if k == 0 and self.cache.history.stop:
+            blocks.insert(0, self.layout.block(f - 1, self.schedule.scales))
+            inputs.insert(0, next_input(before, self.schedule.grid, self.earlier if config.inherit == "all" else None))
+        if k == 0:
+            self.earlier = before
+        scale = self.layout.coordinates[blocks[0].start : b.stop, 1].to(before.device)
+        x = self.model.embed(torch.cat(inputs, dim=1), scale, first=b.stop if b.start == 0 else 0)
+        x = self._run(x, self.model.condition.length + blocks[0].start)
+        return self.model.read(x[:, -b.h * b.w :])
 
     def _run(self, x: Tensor, position: int) -> Tensor:
         """Hidden states (R, tokens, D) -> the same, seeing the cache and themselves."""
         rotary = tuple(t[position : position + x.shape[1]] for t in self.rotary)
-        if self.cache is None:
-            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-            self.cache = Cache(self.model, self.schedule, self.rows, dtype)
+        mask = self.cache.expect(x.shape[1])
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, rotary, None, self.cache.layer(i))
-        self.cache.begin += x.shape[1]
+            x = layer(x, rotary, mask, self.cache.layer(i))
+        self.cache.close()
         return x
 
 
-def draw_bits(logits: Tensor, temperature: float, generators: list[torch.Generator]) -> Tensor:
+def draw_bits(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:
     """Bits from independent Bernoulli variables, (B, tokens, d) bool; the likelier ones at temperature 0.
+
+    With `top_p` below 1 a token's d bits are drawn DRAWS times, and one is taken by lot among the share `top_p` of these
+    draws, rounded up, that is likeliest as a whole: a sample of the nucleus of their joint distribution over 2^d codes.
 
     Each clip draws from its own generator, so it comes out the same in any batch.
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if temperature == 0:
         return logits > 0
-    u = torch.stack([torch.rand(logits.shape[1:], generator=g) for g in generators]).to(logits.device)
-    return u < torch.sigmoid(logits / temperature)
+    p = torch.sigmoid(logits / temperature)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.stack([torch.rand(shape, generator=g) for g in generators]).to(logits.device)
+
+    if top_p == 1:
+        return uniform(*p.shape[1:]) < p
+    bits = uniform(DRAWS, *p.shape[1:]) < p[:, None]  # (B, DRAWS, tokens, d)
+    likelihood = torch.where(bits, p[:, None], 1 - p[:, None]).log().sum(-1)
+    best_first = likelihood.argsort(dim=1, descending=True, stable=True)
+    lot = (uniform(1, p.shape[1]) * math.ceil(top_p * DRAWS)).long()
+    chosen = best_first.gather(1, lot)[..., None].expand(-1, -1, -1, p.shape[2])
+    return bits.gather(1, chosen)[:, 0]
 
 
 class Frame(NamedTuple):
@@ -158,17 +248,18 @@ class Frame(NamedTuple):
 def sample_frames(
     model: Generator,
     schedule: ScaleSchedule,
-    prompts: list[str],
-    seeds: list[int],
-    guidance: Guidance = Guidance(),
-    temperature: float = 1.0,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    how: Sampling = Sampling(),
     history: Tensor | None = None,
+    on_block: Callable[[], None] = lambda: None,
 ) -> Iterator[Frame]:
     """Generates clips, latent frame by latent frame.
 
     Args:
         prompts: B texts or class names. seeds: B numbers; a clip depends on its own seed only.
         history: (B, tokens of the given frames, d) bool, bits of the first frames, for image-to-video and continuation.
+        on_block: called after each block.
     Yields:
         a `Frame` for each of the schedule's frames, the given ones first.
     Raises:
@@ -187,9 +278,10 @@ def sample_frames(
                 f"history must be bits ({B}, tokens, d) of up to {schedule.frames} whole frames of "
                 f"{schedule.tokens_per_frame} tokens, got {tuple(history.shape)}"
             )
-    condition = model.condition(prompts)
-    if not guidance.neutral:
-        condition = torch.cat([condition, model.condition(prompts, torch.ones(B, dtype=torch.bool))])
+    condition = model.condition(list(prompts))
+    if not how.guidance.neutral:
+        free = list(prompts) if how.negative is None else [how.negative] * B
+        condition = torch.cat([condition, model.condition(free, torch.full((B,), how.negative is None))])
     rows = condition.shape[0] // B
     cached = CachedGenerator(model, schedule, condition)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -205,8 +297,9 @@ def sample_frames(
             else:
                 if rows == 2:
                     conditioned, free = logits.chunk(2)
-                    logits = free + guidance.gamma(f, k, schedule) * (conditioned - free)
-                bits.append(used_of(draw_bits(logits, temperature, generators), k, schedule))
+                    logits = free + how.guidance.gamma(f, k, schedule) * (conditioned - free)
+                bits.append(used_of(draw_bits(logits, how.temperature, how.top_p, generators), k, schedule))
             residual = residual_map(bits[-1], k, schedule)
             total = residual if k == 0 else total + residual
+            on_block()
         yield Frame(torch.cat(bits, dim=1), total)

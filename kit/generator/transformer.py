@@ -26,7 +26,9 @@ class GeneratorConfig:
         bits: d, and `scales`: K, both those of the tokenizer.
         window: how many frames back attention reaches; None: all.
         inherit: who reads the finished frame before: the `first` block of a frame in place of a sum of its own (the paper),
-            or `all` blocks, beside the sum of their frame.
+            `all` blocks, beside the sum of their frame, or `none`.
+        history: what is attended to of the frames before: the blocks of all their `scales` (the paper), or one block of each
+            frame with its `full` sum, see `ScaleSchedule.with_history`.
         align: where coarse grids sit, see `rope.positions`.
         condition: what is generated from, see `ConditionConfig`.
     """
@@ -39,6 +41,7 @@ class GeneratorConfig:
     window: int | None = None
     align: str = "grid"
     inherit: str = "first"
+    history: str = "scales"
     condition: ConditionConfig = ConditionConfig()
 
     def __post_init__(self):
@@ -48,8 +51,10 @@ class GeneratorConfig:
             )
         if self.align not in ALIGN:
             raise ValueError(f"align must be one of {', '.join(ALIGN)}, got {self.align!r}")
-        if self.inherit not in ("first", "all"):
-            raise ValueError(f"inherit must be first or all, got {self.inherit!r}")
+        if self.inherit not in ("first", "all", "none"):
+            raise ValueError(f"inherit must be first, all or none, got {self.inherit!r}")
+        if self.history not in ("scales", "full"):
+            raise ValueError(f"history must be scales or full, got {self.history!r}")
         if self.window is not None and self.window < 0:
             raise ValueError(f"window must be null or a number of latent frames, 0 or more, got {self.window}")
 
@@ -57,6 +62,11 @@ class GeneratorConfig:
     def inputs(self) -> int:
         """Channels that a token reads."""
         return self.bits * (2 if self.inherit == "all" else 1)
+
+    @property
+    def reads(self) -> dict[str, str]:
+        """What `corruption.training_sequence` has to know."""
+        return {"inherit": self.inherit, "history": self.history}
 
     def as_dict(self) -> dict:
         """Plain values, for a checkpoint."""
@@ -141,7 +151,7 @@ class Generator(nn.Module):
         D = config.width
         self.condition = build_condition(config.condition, D)
         self.project = nn.Linear(config.inputs, D, bias=False)
-        self.scale_embedding = nn.Embedding(config.scales, D)
+        self.scale_embedding = nn.Embedding(config.scales + (config.history == "full"), D)
         self.start = nn.Parameter(torch.zeros(D))
         self.layers = nn.ModuleList(Layer(D, config.heads) for _ in range(config.layers))
         self.norm = RMSNorm(D)
@@ -174,9 +184,13 @@ class Generator(nn.Module):
             x = torch.cat([x[:, :first] + self.start, x[:, first:]], dim=1)
         return x
 
-    def rotary(self, schedule: ScaleSchedule) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the condition and the whole schedule, (S + L, D / N / 2) each, on the model's device."""
-        where = positions(schedule, self.condition.length, self.config.align).to(self.start.device)
+    def layout(self, schedule: ScaleSchedule) -> ScaleSchedule:
+        """The blocks of this generator's sequence: those of the schedule, and history blocks where it has them."""
+        return schedule.with_history() if self.config.history == "full" else schedule
+
+    def rotary(self, layout: ScaleSchedule) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the condition and the whole layout, (S + L, D / N / 2) each, on the model's device."""
+        where = positions(layout, self.condition.length, self.config.align).to(self.start.device)
         return rotary_table(where, self.config.width // self.config.heads)
 
     def read(self, x: Tensor) -> Tensor:
@@ -187,17 +201,18 @@ class Generator(nn.Module):
         """The whole clip at once, as in training.
 
         Args:
-            inputs: (B, L, d or 2 d) from `corruption.training_sequence`.
+            inputs: from `corruption.training_sequence`.
             condition: (B, S, D) from `self.condition`.
             kept: (B, F) bool, the Random Frame Mask.
         Returns:
             logits (B, L, d); True bits are those with positive logits.
         """
-        device = inputs.device
-        scale = schedule.coordinates[:, 1].to(device)
-        x = torch.cat([condition, self.embed(inputs, scale, first=schedule.blocks[0].stop)], dim=1)
-        rotary = self.rotary(schedule)
-        mask = attention_mask(schedule, condition.shape[1], self.config.window, kept).to(device)
+        device, S, L, layout = inputs.device, condition.shape[1], inputs.shape[1], self.layout(schedule)
+        scale = layout.coordinates[:L, 1].to(device)
+        x = torch.cat([condition, self.embed(inputs, scale, first=layout.blocks[0].stop)], dim=1)
+        rotary = tuple(table[: S + L] for table in self.rotary(layout))
+        mask = attention_mask(layout, S, self.config.window, kept, self.config.history).to(device)[..., : S + L, : S + L]
         for layer in self.layers:
             x = layer(x, rotary, mask)
-        return self.read(x[:, condition.shape[1] :])
+        x = x[:, S:]
+        return self.read(x if layout is schedule else x[:, scale < schedule.scales])

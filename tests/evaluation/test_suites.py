@@ -24,10 +24,10 @@ from kit.evaluation.suites import (
     video_table,
     write_suite,
 )
-from kit.generator.sampler import Guidance
+from kit.generation import sample_videos
+from kit.generator.sampler import Guidance, Sampling
 from kit.media import write_video
 from kit.sampling import seed_of
-from kit.verbs import generate_clips
 
 PROMPTS = [Prompt("a cat", 2), Prompt("a dog, close-up", 3), Prompt("in/out", 2)]
 SETTINGS = {"model": "0123456789abcdef", "guidance": {"kind": "constant", "first": 3.0}, "size": (16, 16)}
@@ -295,7 +295,7 @@ def test_a_suite_of_a_trained_pair(pair, tmp_path):
     guidance = Guidance("constant", 2.0)
 
     def sample(prompts: list[str], seeds: list[int]) -> torch.Tensor:
-        return generate_clips(generator, tokenizer, prompts, seeds, guidance, 1.0)
+        return sample_videos(generator, tokenizer, prompts, seeds, (5, 32, 32), Sampling(guidance), "float32", len(prompts))
 
     captions = ["a red ball moving right over a green field", "a blue cube growing over a dark background", "up/down"]
     prompts = read_prompts(written(tmp_path / "suite.txt", "\n".join(captions)), samples=2)

@@ -47,6 +47,30 @@ def test_truth_table_written_out():
     assert visible(torch.tensor(2), torch.tensor(0), f, k).tolist() == [True] * 6 + [False] * 3
 
 
+def may_see_with_history(query: tuple[int, int], key: tuple[int, int], window: int | None) -> bool:
+    """The rule in words where block (f, 3) repeats the whole frame f: later frames see that block alone."""
+    if key[0] == CONDITION or query[0] == CONDITION:
+        return key[0] == CONDITION
+    if query[1] == 3:  # a history block
+        return key == query or (key[1] == 3 and key[0] < query[0] and (window is None or query[0] - key[0] < window))
+    if key[0] == query[0]:
+        return key[1] <= query[1]
+    return key[1] == 3 and key[0] < query[0] and (window is None or query[0] - key[0] <= window)
+
+
+@pytest.mark.parametrize("kept", [None, [[True, False, True, True], [False] * 4]])
+@pytest.mark.parametrize("window", [None, 1, 2, 9])
+def test_full_history_is_the_rule_for_every_pair(window, kept):
+    layout = SCHEDULE.with_history()
+    places = [(CONDITION, 0)] * S + [(b.f, b.k) for b in layout.blocks for _ in range(b.h * b.w)]
+    mask = attention_mask(layout, S, window, None if kept is None else torch.tensor(kept), history="full")
+    for sample, row in enumerate(kept or [[True] * 4]):
+        expected = [
+            [may_see_with_history(q, k, window) and (k[0] in (CONDITION, q[0]) or row[k[0]]) for k in places] for q in places
+        ]
+        assert (mask if kept is None else mask[sample, 0]).tolist() == expected
+
+
 def test_without_a_condition():
     assert torch.equal(attention_mask(SCHEDULE, 0), attention_mask(SCHEDULE, S)[S:, S:])
 

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from kit.generator.corruption import training_sequence
-from kit.generator.sampler import Cache, CachedGenerator, Frame, Guidance, draw_bits, sample_frames
-from kit.sampling import sample_clips, stream_clips
+from kit.generator.sampler import Cache, CachedGenerator, Frame, Guidance, Sampling, draw_bits, sample_frames
+from kit.sampling import sample_clips, seed_of, stream_clips, stream_video, windows
 from kit.scales import ScaleSchedule
 from kit.tokenizer.quantizer import bits_to_feature, next_input
 
@@ -32,7 +32,9 @@ def seen(monkeypatch):
 
     def spy(self, f, k, total, before):
         logits = block(self, f, k, total, before)
-        beside = before if self.model.config.inherit == "all" else None
+        config = self.model.config
+        beside = before if config.inherit == "all" else None
+        total = 0 * total if k == 0 and config.inherit == "none" else total
         calls.append((f, k, next_input(total, self.schedule.grids[k], beside), logits))
         return logits
 
@@ -40,31 +42,36 @@ def seen(monkeypatch):
     return calls
 
 
-def sample(model, prompts=PROMPTS, seeds=(0, 1), schedule=SCHEDULE, **options) -> torch.Tensor:
-    """Bits (B, L, d) of whole clips."""
-    return torch.cat([frame.bits for frame in sample_frames(model, schedule, list(prompts), list(seeds), **options)], 1)
+def sample(model, prompts=PROMPTS, seeds=(0, 1), schedule=SCHEDULE, history=None, **how) -> torch.Tensor:
+    """Bits (B, L, d) of whole clips; `how` as for `Sampling`."""
+    frames = sample_frames(model, schedule, list(prompts), list(seeds), Sampling(**how), history)
+    return torch.cat([frame.bits for frame in frames], 1)
 
 
-def inputs_from(bits: torch.Tensor, schedule: ScaleSchedule = SCHEDULE, inherit: str = "first") -> torch.Tensor:
+def inputs_from(
+    bits: torch.Tensor, schedule: ScaleSchedule = SCHEDULE, inherit: str = "first", history: str = "scales"
+) -> torch.Tensor:
     """What every block reads, built from the finished bits: partial sums of its frame, or all of the frame before.
 
-    With `all` the frame before stands beside every block's sum, zero for the first frame.
+    With `all` the frame before stands beside every block's sum, zero for the first frame. With history `full` the finished
+    sum of each frame but the last follows its blocks.
     """
     partial = [bits_to_feature(bits, schedule, scales=k + 1) for k in range(schedule.scales)]
-    inputs = []
-    for b in schedule.blocks:
-        before = partial[-1][:, :, b.f - 1] if b.f else 0 * partial[-1][:, :, 0]
-        total = partial[b.k - 1][:, :, b.f] if b.k else before
-        if inherit == "all":
-            total = torch.cat([total, before], 1)
-        inputs.append(F.interpolate(total, (b.h, b.w), mode="area").flatten(2).transpose(1, 2))
+    nothing, inputs = torch.zeros_like(partial[-1][:, :, 0]), []
+    for f in range(schedule.frames):
+        before = partial[-1][:, :, f - 1] if f else nothing
+        totals = [nothing if inherit == "none" else before, *(part[:, :, f] for part in partial)]
+        grids = [*schedule.grids, schedule.grid] if history == "full" and f + 1 < schedule.frames else schedule.grids
+        for total, grid in zip(totals, grids):
+            read = torch.cat([total, before], 1) if inherit == "all" else total
+            inputs.append(F.interpolate(read, grid, mode="area").flatten(2).transpose(1, 2))
     return torch.cat(inputs, 1)
 
 
 def full_logits(model, bits: torch.Tensor, dropped: bool = False, prompts=PROMPTS, schedule=SCHEDULE) -> torch.Tensor:
     """Logits (B, L, d) of the masked forward over the whole clip."""
     condition = model.condition(list(prompts), torch.full((len(prompts),), dropped))
-    return model(inputs_from(bits, schedule, model.config.inherit), schedule, condition)
+    return model(inputs_from(bits, schedule, **model.config.reads), schedule, condition)
 
 
 def random_bits(tokens: int, batch: int = 2, d: int = 4) -> torch.Tensor:
@@ -76,10 +83,11 @@ def random_bits(tokens: int, batch: int = 2, d: int = 4) -> torch.Tensor:
 
 @pytest.mark.parametrize("guidance", [Guidance(), RISING], ids=["free", "guided"])
 @pytest.mark.parametrize("window", [None, 0, 1, 2])
-@pytest.mark.parametrize("align, inherit", [("grid", "first"), ("center", "first"), ("grid", "all")])
-def test_cached_logits_are_those_of_the_full_forward(make_generator, seen, window, guidance, align, inherit):
+@pytest.mark.parametrize("align, inherit", [("grid", "first"), ("center", "first"), ("grid", "all"), ("grid", "none")])
+@pytest.mark.parametrize("history", ["scales", "full"])
+def test_cached_logits_are_those_of_the_full_forward(make_generator, seen, window, guidance, align, inherit, history):
     """At every (frame, scale), conditioned and unconditioned rows alike."""
-    model = make_generator(window=window, align=align, inherit=inherit)
+    model = make_generator(window=window, align=align, inherit=inherit, history=history)
     bits = sample(model, guidance=guidance)
     rows = [full_logits(model, bits)] + ([] if guidance.neutral else [full_logits(model, bits, dropped=True)])
     expected, inputs = torch.cat(rows), inputs_from(bits, inherit=inherit)
@@ -89,9 +97,10 @@ def test_cached_logits_are_those_of_the_full_forward(make_generator, seen, windo
         torch.testing.assert_close(logits, expected[:, b.slice], **CLOSE, msg=lambda m: f"block {b.f, b.k}: {m}")
 
 
+@pytest.mark.parametrize("history", ["scales", "full"])
 @pytest.mark.parametrize("window", [None, 1])
-def test_cached_logits_in_mixed_precision(make_generator, seen, window):
-    model = make_generator(window=window)
+def test_cached_logits_in_mixed_precision(make_generator, seen, window, history):
+    model = make_generator(window=window, history=history)
     with torch.autocast("cpu", torch.bfloat16):
         bits = sample(model, guidance=RISING)
         expected = torch.cat([full_logits(model, bits), full_logits(model, bits, dropped=True)])
@@ -102,26 +111,32 @@ def test_cached_logits_in_mixed_precision(make_generator, seen, window):
     assert not torch.equal(expected, exact) and (expected - exact).abs().mean() < 0.05 * exact.std()
 
 
-def test_window_matters(make_generator):
+@pytest.mark.parametrize("history", ["scales", "full"])
+def test_window_matters(make_generator, history):
     """The comparisons above are not of models that see nothing anyway."""
     bits = random_bits(SCHEDULE.length)
-    logits = [full_logits(make_generator(window=window), bits)[:, SCHEDULE.frame(4)] for window in (None, 2, 1, 0)]
+    models = [make_generator(window=window, history=history) for window in (None, 2, 1, 0)]
+    logits = [full_logits(model, bits)[:, SCHEDULE.frame(4)] for model in models]
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(logits, logits[1:]))
 
 
-@pytest.mark.parametrize("inherit", ["first", "all"])
+@pytest.mark.parametrize("inherit", ["first", "all", "none"])
 def test_training_and_sampling_read_the_same_inputs(make_generator, seen, inherit):
     """The bits of a real feature as history: exactly what the trainer feeds for that feature."""
     feature = torch.randn(2, 4, 5, 2, 3, generator=torch.Generator().manual_seed(3))
     inputs, bits = training_sequence(feature, SCHEDULE, None, None, inherit)
     assert torch.equal(sample(make_generator(inherit=inherit), history=bits), bits)
     assert torch.equal(torch.cat([read for *_, read, _ in seen], 1), inputs)
+    with_history, same = training_sequence(feature, SCHEDULE, None, None, inherit, "full")
+    assert torch.equal(same, bits)
+    torch.testing.assert_close(with_history, inputs_from(bits, inherit=inherit, history="full"), **CLOSE)
 
 
+@pytest.mark.parametrize("history", ["scales", "full"])
 @pytest.mark.parametrize("inherit", ["first", "all"])
-def test_bits_of_a_block_move_later_logits_only(make_generator, inherit):
+def test_bits_of_a_block_move_later_logits_only(make_generator, inherit, history):
     """From the bits through what the blocks read to the logits, for every block."""
-    model, bits = make_generator(inherit=inherit), random_bits(SCHEDULE.length)
+    model, bits = make_generator(inherit=inherit, history=history), random_bits(SCHEDULE.length)
     clean = full_logits(model, bits)
     for b in SCHEDULE.blocks:
         other = bits.clone()
@@ -131,7 +146,8 @@ def test_bits_of_a_block_move_later_logits_only(make_generator, inherit):
         assert moved[b.stop :].any() or b.stop == SCHEDULE.length, (b.f, b.k)
 
 
-def test_cache_does_not_grow_with_the_clip(make_generator, monkeypatch):
+@pytest.mark.parametrize("history, kept", [("scales", SCHEDULE.tokens_per_frame), ("full", 6)])
+def test_cache_does_not_grow_with_the_clip(make_generator, monkeypatch, history, kept):
     """With a window, its size and the keys a block attends to are those of window + 1 frames, however long the clip."""
     made, attended, layer = [], [], Cache.layer
 
@@ -147,14 +163,15 @@ def test_cache_does_not_grow_with_the_clip(make_generator, monkeypatch):
         return counted
 
     monkeypatch.setattr(Cache, "layer", spy)
-    model = make_generator(window=2)
+    model = make_generator(window=2, history=history)
     for frames in (3, 7, 20):
         made.clear(), attended.clear()
         sample(model, schedule=SCHEDULE.with_frames(frames))
         caches = {id(cache): cache for cache in made}
         assert len(caches) == 1
-        assert made[0].keys.shape == made[0].values.shape == (2, 2, 2, 3 + 3 * SCHEDULE.tokens_per_frame, 16)
-        assert max(attended) == 3 + 3 * SCHEDULE.tokens_per_frame
+        most = 3 + 2 * kept + SCHEDULE.tokens_per_frame
+        assert made[0].keys.shape == made[0].values.shape == (2, 2, 2, most, 16)
+        assert max(attended) == most
 
 
 # --- guidance --------------------------------------------------------------------------------------------------------
@@ -226,7 +243,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 def test_bits_are_drawn_at_the_temperature(temperature, logit):
     """Share of ones: sigmoid(logit / temperature), within 5 standard errors."""
     n = 20_000
-    share = draw_bits(torch.full((1, n, 1), logit), temperature, generators(0)).float().mean().item()
+    share = draw_bits(torch.full((1, n, 1), logit), temperature, 1.0, generators(0)).float().mean().item()
     p = 1 / (1 + torch.tensor(-logit / temperature).exp().item())
     assert abs(share - p) < 5 * (p * (1 - p) / n) ** 0.5 + 1e-9
 
@@ -235,14 +252,48 @@ def test_temperature_ends_at_greedy_and_at_noise():
     """Degenerate logits: sure bits stay sure at any usual temperature, and a huge one makes them a coin."""
     logits = torch.where(random_bits(5000, batch=1), 30.0, -30.0)
     for temperature in (0.0, 1e-3, 1.0):
-        assert torch.equal(draw_bits(logits, temperature, generators(0)), logits > 0)
-    wrong = (draw_bits(logits, 1e6, generators(0)) != (logits > 0)).float().mean()
+        assert torch.equal(draw_bits(logits, temperature, 1.0, generators(0)), logits > 0)
+    wrong = (draw_bits(logits, 1e6, 1.0, generators(0)) != (logits > 0)).float().mean()
     assert abs(wrong - 0.5) < 5 * 0.5 / logits.numel() ** 0.5
 
 
-def test_negative_temperature_is_refused():
-    with pytest.raises(ValueError, match="temperature must be 0 or more, got -1"):
-        draw_bits(torch.zeros(1, 1, 1), -1, generators(0))
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ({"temperature": -1}, "temperature must be 0 or more, got -1"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ({"extend": "more"}, "extend must be reencode or positions, got 'more'"),
+    ],
+)
+def test_impossible_sampling_is_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**value)
+
+
+@pytest.mark.parametrize("top_p, likeliest, others", [(1.0, 0.54, 0.10), (0.9, 0.60, 0.03), (0.5, 0.99, 0.0)])
+def test_top_p_keeps_to_the_likeliest_codes(top_p, likeliest, others):
+    """Two bits of .9 and .6 make codes of .54, .36, .06 and .04: of the nucleus of .9 the last two are no part."""
+    p = torch.tensor([0.9, 0.6])
+    bits = draw_bits((p / (1 - p)).log().expand(1, 20_000, 2), 1.0, top_p, generators(0))[0]
+    assert abs(bits.all(-1).float().mean() - likeliest) < 0.03
+    assert (~bits[:, 0]).float().mean() <= others + 0.01
+
+
+def test_top_p_weighs_the_bits_of_a_token_together():
+    """Many coins: no code is likelier than another, so a nucleus of codes leaves each bit a coin."""
+    bits = draw_bits(torch.zeros(1, 2000, 16), 1.0, 0.3, generators(0))
+    assert abs(bits.float().mean() - 0.5) < 5 * 0.5 / bits.numel() ** 0.5
+
+
+def test_guidance_leads_away_from_a_negative_prompt(make_generator):
+    model = make_generator()
+    bits = sample(model, guidance=Guidance("constant", first=3.0), temperature=0.0, negative="a green cube")
+    conditioned, against = full_logits(model, bits), full_logits(model, bits, prompts=["a green cube"] * 2)
+    guided = against + 3 * (conditioned - against)
+    sure = guided.abs() > 1e-4
+    assert torch.equal((guided > 0)[sure], bits[sure])
+    assert not torch.equal(bits, sample(model, guidance=Guidance("constant", first=3.0), temperature=0.0))
 
 
 def test_temperature_zero_is_greedy_and_needs_no_seed(make_generator):
@@ -266,6 +317,9 @@ def test_a_clip_depends_on_its_own_seed_alone(make_generator, guidance):
     assert torch.equal(swapped, both.flip(0))
     assert torch.equal(sample(model, guidance=guidance), both)
     assert not torch.equal(sample(model, seeds=(0, 2), guidance=guidance)[1], both[1])
+    nucleus = sample(model, guidance=guidance, top_p=0.8)
+    assert torch.equal(sample(model, PROMPTS[1:], (1,), guidance=guidance, top_p=0.8), nucleus[1:])
+    assert not torch.equal(nucleus, both)
 
 
 def test_prompts_matter(make_generator):
@@ -331,13 +385,13 @@ def tiny_pair(make_generator, make_tokenizer):
 
 def test_streamed_pixels_are_those_of_the_whole_feature(tiny_pair):
     model, tokenizer, schedule = tiny_pair
-    chunks = list(stream_clips(model, tokenizer, schedule, PROMPTS, [0, 1], guidance=RISING))
+    chunks = list(stream_clips(model, tokenizer, schedule, PROMPTS, [0, 1], Sampling(RISING)))
     assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4, 4, 4]
     bits = sample(model, schedule=schedule, guidance=RISING)
     video = torch.cat(chunks, 2)
     torch.testing.assert_close(video, tokenizer.decode_bits(bits, schedule), **CLOSE)
     assert video.shape == (2, 3, 17, 8, 12) and video.abs().max() <= 1
-    assert torch.equal(sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], guidance=RISING), video)
+    assert torch.equal(sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], Sampling(RISING)), video)
 
 
 @pytest.mark.parametrize("frames", [1, 9, 17])
@@ -345,7 +399,66 @@ def test_given_pixels_come_back_as_the_tokenizer_sees_them(tiny_pair, frames):
     """Image-to-video (one frame) and continuation."""
     model, tokenizer, schedule = tiny_pair
     start = torch.rand(2, 3, frames, 8, 12, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    video = sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], temperature=0.0, history=start)
+    video = sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], Sampling(temperature=0.0), start)
     torch.testing.assert_close(video[:, :, :frames], tokenizer.reconstruct(start), **CLOSE)
     bits = sample(model, schedule=schedule, temperature=0.0, history=tokenizer.bits(start))
     torch.testing.assert_close(video, tokenizer.decode_bits(bits, schedule), **CLOSE)
+
+
+# --- videos of any length --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "frames, longest, overlap, expected",
+    [
+        (17, 17, 9, [17]), (9, 17, 9, [9]), (25, 17, 9, [17, 17]), (33, 17, 1, [17, 17]), (37, 17, 13, [17] * 6),
+        (29, 17, 9, [17, 17, 13]),
+    ],
+)  # fmt: skip
+def test_windows_make_up_the_video(frames, longest, overlap, expected):
+    assert windows(frames, longest, overlap) == expected
+    assert sum(expected) - overlap * (len(expected) - 1) == frames
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [((18, 17, 9), "1 . 4n"), ((25, 17, 8), "1 . 4n"), ((25, 17, 17), "overlap=17 leaves nothing to add to clips of 17")],
+)
+def test_impossible_windows_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        windows(*values)
+
+
+@pytest.mark.parametrize("overlap", [1, 5, None])
+def test_a_long_video_is_windows_that_go_on_from_each_other(tiny_pair, overlap):
+    """Each window, made alone from the pixels before it, is what the stream shows; shown once, in any batch."""
+    model, tokenizer, schedule = tiny_pair
+    how = Sampling(RISING, overlap=overlap)
+    pieces = list(stream_video(model, tokenizer, schedule, PROMPTS, [0, 1], 41, how))
+    video, kept = torch.cat(pieces, 2), overlap or 9
+    assert video.shape == (2, 3, 41, 8, 12) and max(piece.shape[2] for piece in pieces) == 4
+    first = sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], how)
+    assert torch.equal(video[:, :, :17], first)
+    again = [seed_of(seed, 1) for seed in (0, 1)]
+    second = sample_clips(model, tokenizer, schedule, PROMPTS, again, how, first[:, :, -kept:])
+    torch.testing.assert_close(video[:, :, 17 : 34 - kept], second[:, :, kept:], **CLOSE)
+    alone = torch.cat(list(stream_video(model, tokenizer, schedule, PROMPTS[1:], [1], 41, how)), 2)
+    torch.testing.assert_close(alone, video[1:], **CLOSE)
+
+
+def test_a_long_video_in_one_sequence(tiny_pair):
+    model, tokenizer, schedule = tiny_pair
+    how = Sampling(extend="positions")
+    video = torch.cat(list(stream_video(model, tokenizer, schedule, PROMPTS, [0, 1], 33, how)), 2)
+    assert torch.equal(video, sample_clips(model, tokenizer, schedule.with_frames(9), PROMPTS, [0, 1], how))
+
+
+def test_each_window_costs_the_same(tiny_pair):
+    """Blocks between frames shown: those of a window, however many came before."""
+    model, tokenizer, schedule = tiny_pair
+    blocks, counts = [0], []
+    stream = stream_video(model, tokenizer, schedule, PROMPTS, [0, 1], 81, on_block=lambda: blocks.append(0))
+    for _ in stream:
+        counts.append(len(blocks))
+        blocks.clear()
+    assert counts == [3, 2, 2, 2, 2] + [8, 2] * 8

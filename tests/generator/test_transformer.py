@@ -87,6 +87,20 @@ def test_a_masked_frame_is_unseen_by_later_frames(make_generator):
     torch.testing.assert_close(clean[:1], model(inputs[:1], SCHEDULE, condition[:1]), **CLOSE)
 
 
+@pytest.mark.parametrize("part, reached", [(0, [0]), (1, [0]), (2, [0]), (3, [1, 2])])
+def test_with_full_history_later_frames_see_the_finished_frame_alone(make_generator, part, reached):
+    """One layer, no inherited feature: which frames' logits move with part of frame 0, a scale or its history block."""
+    model = make_generator(layers=1, history="full", inherit="none")
+    layout, condition = model.layout(SCHEDULE), model.condition(["a red ball"])
+    inputs = torch.randn(1, layout.length - 6, 4, generator=torch.Generator().manual_seed(0)) / 2
+    clean = model(inputs, SCHEDULE, condition)
+    assert clean.shape == (1, SCHEDULE.length, 4)
+    other = inputs.clone()
+    other[:, layout.block(0, part).slice] += 1.0
+    moved = touched(clean, model(other, SCHEDULE, condition), SCHEDULE)
+    assert sorted({b.f for b, m in zip(SCHEDULE.blocks, moved) if m}) == reached
+
+
 @pytest.mark.parametrize("condition", [ConditionConfig(length=3, buckets=64), CLASSES], ids=["text", "class"])
 def test_batch_is_samples_side_by_side(make_generator, condition):
     model, inputs = make_generator(condition=condition), inputs_of(batch=3)
@@ -188,9 +202,19 @@ def test_a_dropped_condition_is_the_same_for_all_and_unlike_any_other(make_gener
     assert torch.equal(condition(texts, torch.zeros(3, dtype=torch.bool)), kept)
 
 
-def test_dropped_text_is_not_the_empty_text(make_generator):
+def test_empty_text_is_no_condition(make_generator):
     condition = make_generator().condition
-    assert not torch.allclose(condition([""]), condition(["a red ball"], torch.tensor([True])))
+    assert torch.equal(condition([""]), condition(["a red ball"], torch.tensor([True])))
+    assert not torch.allclose(condition([""]), condition(["a red ball"]))
+
+
+def test_words_not_read_or_never_trained_are_told(make_generator):
+    condition = make_generator().condition
+    condition.train()(["a red ball"]), condition.eval()(["a blue star"])
+    assert condition.notes("A red ball.") == []
+    assert condition.notes("a blue ball") == ["never seen in training, so without a meaning: blue"]
+    assert condition.notes("a red ball in blue") == ["of 'a red ball in blue' the first 3 words are read, not: in blue"]
+    assert condition.notes("  ") == ["the prompt is empty: clips of any kind"]
 
 
 def test_conditions_read_their_part_of_a_batch(make_generator):
@@ -213,9 +237,16 @@ def test_errors_name_what_is_known(make_generator):
         make_generator(condition=ConditionConfig(kind="sound"))
 
 
-def test_who_inherits_is_one_of_two():
-    with pytest.raises(ValueError, match="inherit must be first or all, got 'none'"):
-        GeneratorConfig(layers=1, width=32, heads=2, bits=4, scales=3, inherit="none")
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ({"inherit": "some"}, "inherit must be first, all or none, got 'some'"),
+        ({"history": "short"}, "history must be scales or full, got 'short'"),
+    ],
+)
+def test_unknown_choices_are_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        GeneratorConfig(layers=1, width=32, heads=2, bits=4, scales=3, **value)
 
 
 @pytest.mark.parametrize("width, heads", [(30, 4), (36, 3), (8, 2)])

@@ -1,0 +1,209 @@
+"""generate: videos, their settings beside them, pictures and videos to go on from, and what is told of bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import av
+import pytest
+import torch
+from PIL import Image
+
+from kit.checkpoint import load_generator
+from kit.cli import main
+from kit.data.shapes import Shapes
+from kit.generation import sample_videos, stream_samples
+from kit.generator.sampler import Guidance, Sampling
+from kit.media import write_video
+from kit.sampling import sample_clips
+
+PROMPT = "a red ball moving right over a green field"
+GUIDED = Sampling(Guidance("constant", 2.0), temperature=1.0)
+
+
+def frames_of(path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def run(pair, tmp_path, *words, name="out") -> int:
+    return main(["generate", f"ckpt={pair.generator}", f"root={tmp_path}", f"name={name}", *words])
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.mp4")}
+
+
+@pytest.fixture
+def loaded(pair):
+    return load_generator(pair.generator)
+
+
+def test_writes_videos_and_a_contact_sheet(pair, tmp_path):
+    assert run(pair, tmp_path, "prompt=it's a red, shiny [ball] = fun", "n=3", "seed=4") == 0
+    videos = sorted((tmp_path / "out").glob("*.mp4"))
+    assert [v.stem[-5:] for v in videos] == ["seed4", "seed5", "seed6"]
+    assert all(frames_of(v) == 5 for v in videos)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1
+
+
+def test_goes_on_from_an_image_and_from_a_video(pair, tmp_path):
+    clip = Shapes("val", frames=9, height=32, width=32)[0]["video"]
+    pixels = ((clip[:, 0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+    Image.fromarray(pixels).save(tmp_path / "first.png")
+    write_video(clip, tmp_path / "before.mp4", 8)
+    assert run(pair, tmp_path, f"image={tmp_path / 'first.png'}", "prompt=x") == 0
+    more = ["history_frames=1", "frames=9", "overlap=1"]
+    assert run(pair, tmp_path, f"video={tmp_path / 'before.mp4'}", "prompt=x", *more, name="more") == 0
+    assert frames_of(next((tmp_path / "more").glob("*.mp4"))) == 9
+
+
+def test_clip_begins_with_the_given_image(loaded):
+    image = Shapes("val", frames=1, height=32, width=32)[3]["video"]
+    clip = sample_videos(*loaded, ["x"], [0], (5, 32, 32), GUIDED, "float32", 16, image)
+    torch.testing.assert_close(clip[0, :, :1], loaded[1].model.reconstruct(image[None])[0].clamp(-1, 1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("how", [GUIDED, Sampling(top_p=0.9), Sampling(GUIDED.guidance, overlap=1)], ids=str)
+def test_a_clip_is_the_same_in_any_batch(loaded, how):
+    """In float32: bit for bit, alone, in a batch of two, and among five."""
+    size = (5 if how.overlap is None else 13, 32, 32)
+    prompts, seeds = [PROMPT, "a blue star", ""] * 2, [0, 1, 2, 3, 4, 0]
+    together = sample_videos(*loaded, prompts, seeds, size, how, "float32", 6)
+    for batch in (1, 2, 5):
+        assert torch.equal(sample_videos(*loaded, prompts, seeds, size, how, "float32", batch), together), batch
+    assert not torch.equal(together[0], together[3])
+
+
+def test_bfloat16_is_near(loaded):
+    words = ([PROMPT], [3], (5, 32, 32), Sampling(temperature=0.0))
+    exact, rounded = (sample_videos(*loaded, *words, precision, 1) for precision in ("float32", "bfloat16"))
+    assert 0 < (exact - rounded).abs().mean() < 0.05
+
+
+def test_mixed_precision_ends_with_each_piece(loaded):
+    for _ in stream_samples(*loaded, [PROMPT], [0], (5, 32, 32), Sampling(), "bfloat16"):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_samples_are_those_of_the_models(loaded):
+    generator, tokenizer = loaded
+    prompts = [PROMPT, "a blue star"]
+    clips = sample_videos(*loaded, prompts, [0, 1], (5, 32, 32), GUIDED, "float32", 2)
+    expected = sample_clips(generator.model, tokenizer.model, tokenizer.model.schedule(5, 32, 32), prompts, [0, 1], GUIDED)
+    assert torch.equal(clips, expected)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_a_video_is_made_again_from_its_settings(pair, tmp_path):
+    """Of a batch, with an image, away from the defaults; byte for byte."""
+    Image.new("RGB", (32, 32), "orange").save(tmp_path / "first.png")
+    words = [f"prompt={PROMPT}", "n=3", "seed=5", "top_p=0.9", "negative=a blue star", "guidance.kind=rising", "fps=10"]
+    assert run(pair, tmp_path, *words, f"image={tmp_path / 'first.png'}", "frames=9", "overlap=1") == 0
+    made = contents(tmp_path / "out")
+    sidecar = json.loads((tmp_path / "out" / "a_red_ball_moving_right_over_a_green_field_seed6.json").read_text())
+    assert sidecar["settings"]["seed"] == 6 and len(sidecar["given_sha256"]) == 64
+    for name in made:
+        again = [f"settings={tmp_path / 'out' / name.replace('mp4', 'json')}", f"root={tmp_path}", f"name=again_{name[-5]}"]
+        assert main(["generate", *again]) == 0
+    repeated = {k: v for n in (5, 6, 7) for k, v in contents(tmp_path / f"again_{n}").items() if f"seed{n}" in k}
+    found = {k: v for folder in tmp_path.glob("again_*") for k, v in contents(folder).items()}
+    assert found == made and len(made) == 3 and set(repeated) <= set(made)
+
+
+def test_settings_of_other_models_are_refused(pair, tmp_path, capsys):
+    assert run(pair, tmp_path, f"prompt={PROMPT}") == 0
+    path = next((tmp_path / "out").glob("*.json"))
+    sidecar = json.loads(path.read_text())
+    path.write_text(json.dumps(sidecar | {"generator_hash": "0123"}))
+    assert main(["generate", f"settings={path}", f"root={tmp_path}", "name=again"]) == 1
+    assert "generator_hash 0123" in (error := capsys.readouterr().err) and "ckpt=" in error
+    moved = shutil.copy(pair.generator, tmp_path / "moved.ckpt")
+    path.write_text(json.dumps(sidecar | {"settings": sidecar["settings"] | {"ckpt": "/gone.ckpt"}}))
+    assert main(["generate", f"settings={path}", f"ckpt={moved}", f"root={tmp_path}", "name=again"]) == 0
+
+
+def test_what_is_there_already_is_kept(pair, tmp_path, capsys):
+    """A list of prompts that was stopped goes on; other settings make all anew."""
+    (tmp_path / "list.txt").write_text(f"{PROMPT}\n\n  a blue star\na red ball\n")
+    words = [f"prompts={tmp_path / 'list.txt'}", "n=2"]
+    assert run(pair, tmp_path, *words) == 0
+    out = tmp_path / "out"
+    whole, names = contents(out), sorted(path.name for path in out.glob("*.mp4"))
+    assert names[2:4] == ["0001_a_blue_star_seed0.mp4", "0001_a_blue_star_seed1.mp4"] and len(names) == 6
+    (out / names[1]).unlink(), (out / names[4]).with_suffix(".json").unlink()
+    kept = (out / names[0]).stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(pair, tmp_path, *words) == 0
+    assert "4 of 6 videos are there already" in capsys.readouterr().out
+    assert contents(out) == whole and (out / names[0]).stat().st_mtime_ns == kept
+    assert run(pair, tmp_path, *words, "temperature=1.0") == 0
+    assert "there already" not in capsys.readouterr().out and contents(out) != whole
+
+
+def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
+    stream = stream_samples
+
+    def stopped(*args, **kwargs):
+        yield next(stream(*args, **kwargs))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kit.generation.stream_samples", stopped)
+    assert run(pair, tmp_path, f"prompt={PROMPT}") != 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config"]
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["label=ball"], "trained on captions: use prompt="),
+        (["prompt=x", "label=ball"], "not both prompt= and label="),
+        (["prompt=x", "frames=6"], "1 + 4n"),
+        (["prompt=x", "image=nowhere.png"], "no such file: nowhere.png"),
+        (["prompt=x", "temperature=-1"], "temperature must be 0 or more"),
+        (["prompt=x", "top_p=0"], "top_p must be above 0"),
+        (["prompt=x", "guidance.kind=strong"], "'rising', 'falling' or 'constant'"),
+        (["prompt=x", "precision=half"], "expected float32 or bfloat16"),
+        (["prompt=x", "frames=33", "overlap=5"], "overlap=5 leaves nothing to add to clips of 5 frames"),
+        (["prompts=nowhere.txt"], "prompts=nowhere.txt: no such file; it holds one prompt a line"),
+        (["settings=nowhere.json"], "settings=nowhere.json: no such file"),
+    ],
+)
+def test_explains_bad_input(pair, tmp_path, capsys, words, expected):
+    assert run(pair, tmp_path, *words) == 1
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.mp4")) and not list(tmp_path.rglob("*.part*"))
+
+
+def test_explains_bad_files(pair, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert run(pair, tmp_path, f"prompts={tmp_path / 'empty.txt'}") == 1
+    assert "holds no prompt; write one a line" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text("[]")
+    assert run(pair, tmp_path, f"settings={tmp_path / 'other.json'}") == 1
+    assert "is not the JSON beside a video" in capsys.readouterr().err
+    write_video(Shapes("val", frames=5, height=32, width=32)[0]["video"], tmp_path / "short.mp4", 8)
+    assert run(pair, tmp_path, "prompt=x", f"video={tmp_path / 'short.mp4'}", "history_frames=9", "frames=13") == 1
+    assert "too short for 9 frames" in (error := capsys.readouterr().err) and "history_frames=" in error
+    assert run(pair, tmp_path, "prompt=x", f"video={tmp_path / 'short.mp4'}", "history_frames=5", "frames=9") == 1
+    assert "go on from 1 or fewer" in capsys.readouterr().err
+    assert main(["generate", f"root={tmp_path}", "prompt=x"]) == 1
+    assert "give ckpt=PATH" in capsys.readouterr().err
+
+
+def test_notes_tell_what_is_done_with_odd_input(pair, tmp_path, capsys):
+    Image.new("RGB", (40, 30), "orange").save(tmp_path / "wide.png")
+    words = [f"image={tmp_path / 'wide.png'}", "prompt=a red zeppelin", "frames=9", "extend=positions"]
+    assert run(pair, tmp_path, *words) == 0
+    told = capsys.readouterr().out
+    assert "never seen in training, so without a meaning: zeppelin" in told
+    assert "wide.png is 40 x 30: scaled, and cut in the centre to 32 x 32" in told
+    assert "9 frames in one sequence, 5 were trained" in told
+    assert run(pair, tmp_path, "prompt=", name="empty") == 0
+    assert "the prompt is empty" in capsys.readouterr().out
