@@ -20,7 +20,7 @@ from kit.tokenizer import Tokenizer, TokenizerConfig
 PACKAGES = {  # package -> what lacks without it
     "torch": "", "lightning": "", "hydra-core": "", "torchmetrics": "", "av": "", "decord2": "data.source.backend=decord",
     "wandb": "logger=wandb", "tensorboard": "logger=tensorboard", "torchvision": "", "xformers": "",
-    "transformers": "protocol.detector.kind=videomae",
+    "transformers": "protocol.detector.kind=videomae and condition.encoder",
 }  # fmt: skip
 BYTES_TRAINED = 20  # per parameter: float32 weights, gradients, two AdamW moments, EMA
 

@@ -12,6 +12,7 @@ from kit.checkpoint import AtomicCheckpointIO, check_resume, load_tokenizer
 from kit.data.datamodule import ClipDataModule
 from kit.data.features import encode_clips
 from kit.generator.module import GeneratorModule
+from kit.generator.pretrained import open_encoder
 from kit.machine import fast_float32_products, keep_freed_memory
 from kit.tokenizer.inflate import inflate, take_over
 from kit.tokenizer.module import TokenizerModule
@@ -78,6 +79,9 @@ def condition_of(condition: dict, data: ClipDataModule) -> dict:
     kind = condition["kind"]
     if kind == "auto":
         kind = "class" if data.classes and not data.captioned else "text"
+    if kind == "text" and condition["encoder"] is not None:
+        _, encoder, condition["revision"] = open_encoder(condition["encoder"], condition["revision"] or "")
+        condition["channels"] = encoder.config.hidden_size
     return {**condition, "kind": kind, "classes": list(data.classes) if kind == "class" else []}
 
 

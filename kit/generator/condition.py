@@ -9,14 +9,17 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from kit.generator.pretrained import PretrainedEncoder
+
 
 @dataclass(frozen=True)
 class ConditionConfig:
     """Args:
     kind: `text` or `class`.
     classes: names, for kind `class`.
-    length: S, words read of a text.
+    length: S, words or tokens read of a text.
     buckets, channels: words and size of their vectors in the table of the built-in text encoder.
+    encoder, revision: a pretrained text encoder in its place, see `pretrained.open_encoder`; `channels` are its hidden size.
     """
 
     kind: str = "text"
@@ -24,6 +27,8 @@ class ConditionConfig:
     length: int = 16
     buckets: int = 4096
     channels: int = 64
+    encoder: str | None = None
+    revision: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(self.classes))
@@ -158,7 +163,11 @@ def build_condition(config: ConditionConfig, width: int) -> TextCondition | Clas
         ValueError: for another kind than `text` and `class`.
     """
     if config.kind == "text":
-        return TextCondition(WordEncoder(config.channels, config.length, config.buckets), width)
+        if config.encoder is None:
+            encoder = WordEncoder(config.channels, config.length, config.buckets)
+        else:
+            encoder = PretrainedEncoder(config.encoder, config.revision or "", config.channels, config.length)
+        return TextCondition(encoder, width)
     if config.kind == "class":
         return ClassCondition(config.classes, width)
     raise ValueError(f"condition.kind must be 'text' or 'class', got {config.kind!r}")

