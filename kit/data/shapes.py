@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from kit.data.paraphrase import caption_words, paraphrase
+
 COLOURS = {
     "red": (225, 40, 40), "orange": (245, 140, 30), "yellow": (250, 225, 40), "green": (45, 205, 75),
     "cyan": (40, 210, 220), "blue": (45, 85, 235), "purple": (145, 55, 205), "pink": (250, 120, 190),
@@ -59,12 +61,12 @@ class Attributes:
 
 
 def parse_caption(caption: str) -> Attributes:
-    """The attributes a caption names; the inverse of `Attributes.caption`.
+    """The attributes a caption or a paraphrase names; the inverse of `Attributes.caption`.
 
     Raises:
-        ValueError: if the caption is not one of the grammar "a COLOUR SHAPE [MOTION] BACKGROUND".
+        ValueError: if the caption does not name one COLOUR, SHAPE and BACKGROUND, and one MOTION or none.
     """
-    text = " ".join(caption.lower().split())
+    text = caption_words(caption)
 
     def find(kind: str, options) -> str:
         hits = [option for option in options if f" {option} " in f" {text} "]
@@ -242,6 +244,7 @@ class Shapes(Dataset):
         split: `train` (combinations of training) or `val` (the held-out tenth).
         frames: T, 1 gives images. height, width: pixels. fps: frames per second.
         seed: another seed is another endless set of clips.
+        paraphrased: whether captions say the same in other words (`kit.data.paraphrase`).
     """
 
     split: str = "train"
@@ -250,6 +253,7 @@ class Shapes(Dataset):
     width: int = 64
     fps: float = 8.0
     seed: int = 0
+    paraphrased: bool = False
 
     classes = SHAPES  # `label` is the shape, for class-conditional models
     captioned = True
@@ -259,7 +263,14 @@ class Shapes(Dataset):
         return attributes_of(self._rng(n), self.split)
 
     def caption(self, n: int) -> str:
-        return self.attributes(n).caption(still=self.frames == 1)
+        return self._caption(self.attributes(n), n)
+
+    def _caption(self, shown: Attributes, n: int) -> str:
+        still = self.frames == 1
+        if not self.paraphrased:
+            return shown.caption(still)
+        rng = np.random.default_rng((*self._place(n), 1))
+        return paraphrase(shown.colour, shown.shape, None if still else shown.motion, shown.background, rng)
 
     def __getitem__(self, n: int) -> dict:
         rng = self._rng(n)
@@ -267,12 +278,15 @@ class Shapes(Dataset):
         video = render(shown, rng, self.frames, self.height, self.width, self.fps)
         return {
             "video": torch.from_numpy(video),
-            "caption": shown.caption(still=self.frames == 1),
+            "caption": self._caption(shown, n),
             "label": SHAPES.index(shown.shape),
         }
 
     def _rng(self, n: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, 0 if self.split == "train" else 1, n))
+        return np.random.default_rng(self._place(n))
+
+    def _place(self, n: int) -> tuple[int, int, int]:
+        return self.seed, 0 if self.split == "train" else 1, n
 
 
 def as_targets(attributes: Attributes) -> dict[str, str]:

@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from kit.data.paraphrase import caption_words
 from kit.data.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -123,7 +124,7 @@ def caption_accuracy(
 def caption_hits(video: torch.Tensor | np.ndarray, caption: str, fps: float = 8.0) -> dict[str, bool]:
     """Which of the things that a caption names a clip shows, and `all` of them. Arguments as for `caption_accuracy`."""
     targets = as_targets(parse_caption(caption))
-    if targets["motion"] not in " ".join(caption.lower().split()):  # an image's: `parse_caption` fills in a motion
+    if targets["motion"] not in caption_words(caption):  # an image's: `parse_caption` fills in a motion
         del targets["motion"]
     reading = read_clip(video, fps)
     hits = {name: getattr(reading, name) == value for name, value in targets.items()}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kit.data.paraphrase import OTHER_WORDS
 from kit.data.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -67,6 +68,33 @@ def test_captions_and_attributes_are_inverse():
         assert parse_caption(attributes.caption()) == attributes
     assert parse_caption("A  blue star growing on a dark background").motion == "growing"
     assert Attributes("orange", "ball", "growing", "in a blue sky").caption() == "an orange ball growing in a blue sky"
+
+
+def test_no_other_word_is_ambiguous():
+    """None has a word of the captions (but left and right), or contains another; every phrase has some."""
+    phrases = [*COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS]
+    others = [other for words in OTHER_WORDS.values() for other in words]
+    assert sorted(OTHER_WORDS) == sorted(phrases) and len(set(others)) == len(others)
+    words = {word for phrase in phrases for word in phrase.split()} - {"a", "on", "in", "left", "right"}
+    assert not words & {word for other in others for word in other.split()}
+    assert all(a == b or f" {a} " not in f" {b} " for a, b in itertools.product(others, others))
+
+
+@pytest.mark.parametrize("frames", [17, 1])
+def test_paraphrases_say_the_same_in_other_words(frames):
+    plain, other = (Shapes("val", frames=frames, height=16, width=16, paraphrased=p) for p in (False, True))
+    said = set()
+    for n in range(300):
+        attributes, caption = plain.attributes(n), other.caption(n)
+        found = parse_caption(caption)
+        assert found == attributes if frames > 1 else found.caption(still=True) == attributes.caption(still=True)
+        assert not set(caption.replace(",", "").split()) & {*COLOURS, *SHAPES, "moving", "growing", "sky", "field", "beach"}
+        assert len(caption.split()) <= 16  # words that the default condition reads
+        said.add(caption)
+    assert len(said) > 250
+    item = other[3]
+    assert item["caption"] == other.caption(3) == other[3]["caption"]
+    assert torch.equal(item["video"], plain[3]["video"])
 
 
 @pytest.mark.parametrize("caption", ["a red dog running", "a red blue ball growing on a dark background", ""])
