@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import default_collate
 
 from kit.generator.sampler import Sampling
+from kit.inspection import forced_and_free
 from kit.media import contact_sheet, write_video
-from kit.sampling import sample_clips
 
 
 class VideoLogger(L.Callback):
@@ -53,13 +53,4 @@ class VideoLogger(L.Callback):
         video = batch["video"]
         if module.kind == "tokenizer":
             return {"real": video, "reconstruction": module.model.reconstruct(video)}
-        tokenizer = module.tokenizer
-        logits, _ = module.teacher_forced(batch)
-        prompts = module.model.condition.prompts(batch)
-        free = sample_clips(module.model, tokenizer, module.schedule, prompts, range(len(prompts)), self.sampling)
-        return {
-            "real": video,
-            "reconstruction": tokenizer.reconstruct(video),
-            "teacher-forced": tokenizer.decode_bits(logits > 0, module.schedule),
-            "free sample": free,
-        }
+        return forced_and_free(module.model, module.tokenizer, video, module.model.condition.prompts(batch), self.sampling)

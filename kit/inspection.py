@@ -1,4 +1,4 @@
-"""How the bits of a tokenizer are used."""
+"""What a model makes of real clips: how its bits are used, and what it predicts with and without the true history."""
 
 from __future__ import annotations
 
@@ -8,7 +8,29 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from kit.generator.corruption import training_sequence
+from kit.generator.sampler import Sampling
+from kit.generator.transformer import Generator
+from kit.sampling import sample_clips
 from kit.scales import ScaleSchedule
+from kit.tokenizer import Tokenizer
+
+
+@torch.no_grad()
+def forced_and_free(
+    model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: list[str], how: Sampling
+) -> dict[str, Tensor]:
+    """Name -> (B, 3, T, H, W): the real clips, their reconstructions, each block predicted from the true earlier ones and
+    decoded, and free samples of the prompts, with seeds 0, 1, and so on."""
+    schedule = tokenizer.schedule_of(video)
+    inputs, _ = training_sequence(tokenizer.encode(video), schedule, None, None, **model.config.reads)
+    logits = model(inputs, schedule, model.condition(prompts))
+    return {
+        "real": video,
+        "reconstruction": tokenizer.reconstruct(video),
+        "teacher-forced": tokenizer.decode_bits(logits > 0, schedule),
+        "free sample": sample_clips(model, tokenizer, schedule, prompts, range(len(prompts)), how),
+    }
 
 
 def bit_use(bits: Tensor, schedule: ScaleSchedule) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,12 +22,15 @@ from kit.generation import file_stem, sample_videos
 from kit.generator.corruption import training_sequence
 from kit.generator.module import accuracy_by_scale
 from kit.generator.sampler import Sampling
-from kit.inspection import bit_use, bit_use_picture
+from kit.inspection import bit_use, bit_use_picture, forced_and_free
 from kit.machine import device, inference_precision
 from kit.media import contact_sheet, write_video
 from kit.reconstruction import Scores, reconstruct_file
 from kit.run import build_data, plain
+from kit.self_check import self_check
 from kit.tokenizer.module import psnr
+
+CHECKED = 8  # clips that `inspect` tries the self-check on, and samples
 
 
 def data_for(cfg: DictConfig, clip: dict) -> ClipDataModule:
@@ -194,7 +198,8 @@ def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[s
 
 
 def inspect(cfg: DictConfig) -> dict:
-    """Scale-by-scale pictures, bit use, and for a generator predicted against true bits."""
+    """Scale-by-scale pictures and bit use; for a generator predicted against true bits, the self-check, and samples with and
+    without the true history."""
     is_generator = kind_of(cfg.ckpt) == "generator"
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer) if is_generator else (None, load_tokenizer(cfg.ckpt))
     data = data_for(cfg, (generator or tokenizer).clip)
@@ -215,7 +220,19 @@ def inspect(cfg: DictConfig) -> dict:
     report = {"schedule": str(schedule), "by_scale": by_scale, "bit_entropy": [round(e.item(), 4) for e in entropy]}
     if generator is not None:
         report |= teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size)
+        few = {key: value[:CHECKED] for key, value in batch.items()}
+        those = (generator.model.to(device()), tokenizer.model.to(device()), few["video"].to(device()))
+        prompts = generator.model.condition.prompts(few)
+        checks = self_check(*those, prompts)
+        report["self_check"] = {check.name: asdict(check) for check in checks}
+        told = "\n".join(check.line() for check in checks)
+        with inference_precision():
+            shown = forced_and_free(*those, prompts, Sampling.of(plain(cfg)))
+        groups = [{name: videos[i].float().cpu() for name, videos in shown.items()} for i in range(len(prompts))]
+        contact_sheet(groups, prompts, folder / "samples.png")
     write_json(folder / "inspect.json", report)
-    print(json.dumps(report, indent=2))
-    print(f"in {folder}: scales.png, bit_use.png, inspect.json")
+    print(json.dumps({key: value for key, value in report.items() if key != "self_check"}, indent=2))
+    if generator is not None:
+        print(told)
+    print(f"in {folder}: scales.png, bit_use.png, {'samples.png, ' if generator is not None else ''}inspect.json")
     return report

@@ -1,0 +1,155 @@
+"""Where it is at fault when "the loss falls but samples are noise": the equivalences and effects that must hold, on a user's
+own checkpoint and clips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kit.generator.corruption import training_sequence
+from kit.generator.module import bit_weights
+from kit.generator.rope import positions, rotary_table
+from kit.generator.sampler import CachedGenerator
+from kit.generator.transformer import Generator
+from kit.scales import ScaleSchedule
+from kit.tokenizer import Tokenizer
+from kit.tokenizer.module import psnr
+from kit.tokenizer.quantizer import bits_to_feature
+
+ROUNDING = 2e-3  # of a logit's spread: what float32 may differ by on two ways to the same value
+SHIFT = 5.0  # positions that everything is moved by
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was looked at, whether it is as it must be, what was found, and what a fault means."""
+
+    name: str
+    ok: bool
+    found: str
+    fault: str
+
+    def line(self) -> str:
+        return f"{'ok   ' if self.ok else 'FAULT'} {self.name:<13} {self.found}" + ("" if self.ok else f"; {self.fault}")
+
+
+@torch.no_grad()
+def self_check(model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: list[str]) -> list[Check]:
+    """
+    Args:
+        video: (B, 3, T, H, W) in [-1, 1], real clips, and their prompts; a few are enough. All on the models' device, which
+            compute in float32 here.
+    """
+    schedule = tokenizer.schedule_of(video)
+    with torch.autocast(video.device.type, enabled=False):
+        feature = tokenizer.encode(video)
+        inputs, bits = training_sequence(feature, schedule, None, None, **model.config.reads)
+        logits = model(inputs, schedule, model.condition(prompts))
+        return [
+            check_tokenizer(tokenizer, video, bits, schedule),
+            check_streaming(tokenizer, bits, schedule),
+            check_bits(logits, bits, schedule),
+            check_conditioning(model, inputs, bits, prompts, schedule),
+            check_cache(model, bits, logits, prompts, schedule),
+            check_batch(model, inputs, logits, prompts, schedule),
+            check_positions(model, inputs, logits, prompts, schedule),
+        ]
+
+
+def check_tokenizer(tokenizer: Tokenizer, video: Tensor, bits: Tensor, schedule: ScaleSchedule) -> Check:
+    """Does each scale add to the picture, and is all of them far better than one colour?"""
+    by_scale = [psnr(tokenizer.decode_bits(bits, schedule, k + 1), video).item() for k in range(schedule.scales)]
+    colour = psnr(video.mean(dim=(2, 3, 4), keepdim=True).expand_as(video), video).item()
+    ok = by_scale[-1] > colour + 4 and all(later > sooner - 0.5 for sooner, later in zip(by_scale, by_scale[1:]))
+    found = f"PSNR by scale {' '.join(f'{value:.1f}' for value in by_scale)} dB; one colour has {colour:.1f}"
+    return Check("tokenizer", ok, found, "samples cannot be better: train the tokenizer longer, on such clips")
+
+
+def check_streaming(tokenizer: Tokenizer, bits: Tensor, schedule: ScaleSchedule) -> Check:
+    """Do frames decoded one after another, as in sampling, equal the clip decoded whole?"""
+    whole, stream, pieces = tokenizer.decode_bits(bits, schedule), {}, []
+    feature = bits_to_feature(bits, schedule)
+    for f in range(schedule.frames):
+        pieces.append(tokenizer.decode(feature[:, :, f : f + 1], stream))
+    difference = (torch.cat(pieces, dim=2).clamp(-1, 1) - whole).abs().max().item()
+    found = f"decoded frame by frame: pixels differ by {difference:.1e}"
+    return Check("streaming", difference < 1e-3, found, "the decoder is not causal")
+
+
+def check_bits(logits: Tensor, bits: Tensor, schedule: ScaleSchedule) -> Check:
+    """Does the generator, shown the true history, guess bits better than by their commoner value?"""
+    scale, right, common = schedule.coordinates[:, 1].to(bits.device), [], []
+    for k, d in enumerate(schedule.bits or (bits.shape[-1],) * schedule.scales):
+        those = bits[:, scale == k, :d].float()
+        right.append(((logits[:, scale == k, :d] > 0) == (those > 0)).float().mean().item())
+        share = those.mean(dim=(0, 1))
+        common.append(torch.maximum(share, 1 - share).mean().item())
+    found = f"right by scale {' '.join(f'{r:.3f}' for r in right)}; the commoner value {' '.join(f'{c:.3f}' for c in common)}"
+    ok = sum(right) > sum(common)
+    return Check("bits", ok, found, "the generator has learned nothing yet")
+
+
+def check_conditioning(
+    model: Generator, inputs: Tensor, bits: Tensor, prompts: list[str], schedule: ScaleSchedule
+) -> Check:
+    """Are bits likelier given their own prompt than given another clip's, or none?"""
+    others = prompts[1:] + prompts[:1]
+    if len(set(prompts)) == 1:
+        return Check("conditioning", True, "not tried: all clips have the same prompt", "")
+    weights = bit_weights(schedule, bits.shape[-1], "uniform").to(bits.device)
+
+    def loss(words: list[str], dropped: bool = False) -> float:
+        condition = model.condition(words, torch.full((len(words),), dropped))
+        return F.binary_cross_entropy_with_logits(model(inputs, schedule, condition), bits.float(), weight=weights).item()
+
+    own, other, none = loss(prompts), loss(others), loss(prompts, dropped=True)
+    found = f"loss {own:.4f} with their prompts, {other:.4f} with others', {none:.4f} with none"
+    return Check("conditioning", own < min(other, none), found, "prompts are not heeded")
+
+
+def check_cache(
+    model: Generator, bits: Tensor, logits: Tensor, prompts: list[str], schedule: ScaleSchedule
+) -> Check:
+    """Does sampling, block by block with the cache, compute what training computed of the whole clip?"""
+    cached = CachedGenerator(model, schedule, model.condition(prompts))
+    partial = [bits_to_feature(bits, schedule, scales=k + 1) for k in range(schedule.scales)]
+    nothing, found = torch.zeros_like(partial[-1][:, :, 0]), []
+    for b in schedule.blocks:
+        before = partial[-1][:, :, b.f - 1] if b.f else nothing
+        found.append(cached.block(b.f, b.k, partial[b.k - 1][:, :, b.f] if b.k else before, before))
+    return _same("cache", torch.cat(found, dim=1), logits, "cached and whole", "sampling does not compute what was trained")
+
+
+def check_batch(model: Generator, inputs: Tensor, logits: Tensor, prompts: list[str], schedule: ScaleSchedule) -> Check:
+    """Is a clip's result its own, whatever else is in the batch?"""
+    alone = [model(inputs[i : i + 1], schedule, model.condition(prompts[i : i + 1])) for i in range(len(prompts))]
+    return _same("batch", torch.cat(alone), logits, "alone and in a batch", "clips of a batch mix")
+
+
+def check_positions(model: Generator, inputs: Tensor, logits: Tensor, prompts: list[str], schedule: ScaleSchedule) -> Check:
+    """Do only distances count, and do they: all positions moved change nothing, those of time stretched do."""
+    condition = model.condition(prompts)
+
+    def moved(stretch: float, shift: float) -> Tensor:
+        where = positions(model.layout(schedule), model.condition.length, model.config.align).to(inputs.device)
+        where = where * torch.tensor([stretch, 1.0, 1.0], device=inputs.device) + shift
+        model.rotary = lambda layout: rotary_table(where, model.config.width // model.config.heads)
+        try:
+            return model(inputs, schedule, condition)
+        finally:
+            del model.rotary  # back to the method
+
+    spread = logits.std().item()
+    shifted, stretched = ((moved(*how) - logits).abs().max().item() / spread for how in ((1.0, SHIFT), (2.0, 0.0)))
+    found = f"all moved: logits differ by {shifted:.1e} of their spread; time stretched: by {stretched:.1e}"
+    ok = shifted < ROUNDING * 10 and (stretched > ROUNDING * 10 or schedule.frames == 1)
+    return Check("positions", ok, found, "positions are absolute, or not seen")
+
+
+def _same(name: str, a: Tensor, b: Tensor, what: str, fault: str) -> Check:
+    difference = (a - b).abs().max().item() / b.std().item()
+    return Check(name, difference < ROUNDING, f"{what}: logits differ by {difference:.1e} of their spread", fault)
+

@@ -1,0 +1,103 @@
+"""The self-check of `inspect`: all is well with a healthy model, and each fault is found where it is."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kit.checkpoint import load_generator
+from kit.cli import main
+from kit.data.shapes import Shapes
+from kit.generator import transformer
+from kit.generator.sampler import Cache
+from kit.scales import ScaleSchedule
+from kit.self_check import check_tokenizer, self_check
+from kit.tokenizer.causal import CausalConv3d
+
+HARDLY_LEARNED = {"tokenizer", "conditioning"}  # by the tiny pair, in 150 and 50 steps
+
+
+@pytest.fixture
+def found(pair):
+    """Names of the checks that find a fault in the tiny pair, which is trained too briefly to know captions."""
+    generator, tokenizer = load_generator(pair.generator)
+    clips = [Shapes("train", 5, 32, 32)[n] for n in range(6)]
+    video = torch.stack([clip["video"] for clip in clips])
+
+    def run(prompts: list[str] | None = None) -> set[str]:
+        checks = self_check(generator.model, tokenizer.model, video, prompts or [clip["caption"] for clip in clips])
+        return {check.name for check in checks if not check.ok}
+
+    run.generator, run.tokenizer = generator.model, tokenizer.model
+    return run
+
+
+def test_a_healthy_model_has_no_fault(found):
+    assert not found() - HARDLY_LEARNED
+
+
+@pytest.mark.parametrize(
+    "detail, ok", [((0.3, 0.7, 0.9), True), ((0.3, 0.9, 0.7), False), ((0.0, 0.0, 0.1), False), ((0.9, 0.9, 0.9), True)]
+)
+def test_scales_must_add_to_the_picture(detail, ok):
+    """Of each scale, how much it shows of what differs from one colour."""
+    video, schedule = torch.rand(2, 3, 5, 8, 8) * 2 - 1, ScaleSchedule(2, ((1, 1), (1, 2), (2, 2)))
+    colour = video.mean(dim=(2, 3, 4), keepdim=True)
+    tokenizer = SimpleNamespace(decode_bits=lambda bits, schedule, scales: colour + detail[scales - 1] * (video - colour))
+    check = check_tokenizer(tokenizer, video, torch.zeros(0), schedule)
+    assert check.ok is ok and ("train the tokenizer longer" in check.line()) is not ok
+
+
+def test_a_decoder_that_forgets_what_came_before(found, monkeypatch):
+    forward = CausalConv3d.forward
+    monkeypatch.setattr(CausalConv3d, "forward", lambda self, x, stream=None: forward(self, x, None))
+    torch.manual_seed(0)
+    for module in found.tokenizer.decoder.modules():
+        if isinstance(module, CausalConv3d) and module.past:
+            torch.nn.init.normal_(module.weight, std=0.1)
+    assert "streaming" in found()
+
+
+def test_a_generator_that_knows_nothing(found):
+    torch.nn.init.normal_(found.generator.head.weight)
+    assert "bits" in found()
+
+
+def test_prompts_that_are_not_heeded(found):
+    for parameter in found.generator.condition.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert "conditioning" in found()
+    assert "conditioning" not in found(["the same"] * 6)
+
+
+def test_a_cache_that_loses_a_frame(found, monkeypatch):
+    start = Cache.start_frame
+
+    def lose(self, f):
+        start(self, f)
+        self.keys[..., self.condition : self.places.start, :] = 0
+
+    monkeypatch.setattr(Cache, "start_frame", lose)
+    assert found() - HARDLY_LEARNED == {"cache"}
+
+
+def test_positions_that_are_not_seen(found, monkeypatch):
+    monkeypatch.setattr(transformer, "rotate", lambda x, table: x)
+    assert "positions" in found() and "cache" not in found()
+
+
+def test_positions_that_are_absolute(found, monkeypatch):
+    monkeypatch.setattr(transformer, "rotate", lambda x, table: x + table[0].repeat(1, 2))
+    assert "positions" in found() and "cache" not in found()
+
+
+def test_inspect_tells(pair, tmp_path, capsys):
+    assert main(["inspect", f"ckpt={pair.generator}", f"root={tmp_path}", "name=out", "clips=4"]) == 0
+    told = capsys.readouterr().out
+    assert "ok    cache " in told and "ok    streaming " in told
+    report = json.loads((tmp_path / "out" / "inspect.json").read_text())["self_check"]
+    assert set(report) == {"tokenizer", "streaming", "bits", "conditioning", "cache", "batch", "positions"}
+    assert report["cache"]["ok"] is True
