@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 import yaml
 from omegaconf import OmegaConf
 
@@ -134,6 +135,25 @@ def test_rates_fit_their_clips(rate, tokens):
     assert tokenizer.schedule(cfg.data.frames, cfg.data.height, cfg.data.width).tokens_per_frame == tokens
 
 
+def test_methods_add_one_thing_after_another():
+    """Of each step of the ablation, what differs from the one before; `paper` is the paper, whatever the size."""
+    keys = ("align", "correction.p_max", "correction.delta", "correction.inherit", "frame_mask", "history")
+    before, changed = None, {}
+    for method in ("standard", "rope", "flips", "inherited", "paper", "full", "center"):
+        cfg = composed("ablation", f"method={method}", "size=tiny")
+        now = {key: OmegaConf.select(cfg, key) for key in keys}
+        changed[method] = {key: value for key, value in now.items() if before and value != before[key]}
+        assert (cfg.generator.inherit, cfg.loss.scale_weights, cfg.name) == ("first", "uniform", f"ablation_{method}_0")
+        before = now
+    assert changed == {
+        "standard": {}, "rope": {"align": "grid"}, "flips": {"correction.p_max": 0.1, "correction.delta": 0.01},
+        "inherited": {"correction.inherit": True}, "paper": {"frame_mask": 0.1}, "full": {"history": "full"},
+        "center": {"align": "center"},
+    }  # fmt: skip
+    default = composed("stage2_generator", "size=L")
+    assert all(OmegaConf.select(default, key) == OmegaConf.select(composed("ablation", "size=L"), key) for key in keys)
+
+
 def test_doctor_reports_and_finds_a_configs_problem(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["doctor", "check=stage2_generator"]) == 0
@@ -142,9 +162,10 @@ def test_doctor_reports_and_finds_a_configs_problem(capsys, tmp_path, monkeypatc
     assert "no checkpoint at runs/stage1_tokenizer/checkpoints/last.ckpt" in text
 
 
-def test_sweep_commands_run_as_an_agent_would_call_them(pair, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["generator", "ablation"])
+def test_sweep_commands_run_as_an_agent_would_call_them(pair, tmp_path, monkeypatch, name):
     """W&B puts key=value for ${args_no_hyphens}; here the first value of each parameter."""
-    sweep = yaml.safe_load((CONF / "sweep" / "generator.yaml").read_text())
+    sweep = yaml.safe_load((CONF / "sweep" / f"{name}.yaml").read_text())
     words = [word for word in sweep["command"] if word not in ("${env}", "python", "-m", "kit")]
     values = [f"{key}={parameter['values'][0]}" for key, parameter in sweep["parameters"].items()]
     at = words.index("${args_no_hyphens}")
@@ -154,7 +175,9 @@ def test_sweep_commands_run_as_an_agent_would_call_them(pair, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     small = [*CLIP, *TOKENIZER, *GENERATOR, *QUICK, "recipe.generator.steps=2", "trainer.val_check_interval=2"]
     assert main([*words, *small, f"tokenizer_ckpt={pair.tokenizer}"]) == 0
-    assert (tmp_path / "runs" / "sweep_generator" / "run1" / "checkpoints" / "last.ckpt").is_file()
+    wandb.finish()  # in a sweep each run is a process of its own
+    folder = {"generator": "sweep_generator", "ablation": "ablation_standard_0"}[name]
+    assert (tmp_path / "runs" / folder / "run1" / "checkpoints" / "last.ckpt").is_file()
 
 
 @pytest.mark.parametrize("logger", ["csv", "tensorboard"])
@@ -166,12 +189,13 @@ def test_loggers(logger, tmp_path):
 
 
 def test_options_reach_the_model(pair, tmp_path):
-    """window, align, frame mask, loss weights and a class condition train and are kept in the checkpoint."""
-    words = ["window=1", "align=center", "loss.scale_weights=early", "condition.kind=class", "correction.p_max=0.1"]
-    words += ["recipe.generator.steps=2", "trainer.val_check_interval=2", "frame_mask=0.5"]
+    """window, history, align, frame mask, loss weights and a class condition train and are kept in the checkpoint."""
+    words = ["window=1", "history=full", "align=center", "loss.scale_weights=early", "condition.kind=class"]
+    words += ["correction.p_max=0.1", "recipe.generator.steps=2", "trainer.val_check_interval=2", "frame_mask=0.5"]
     assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == 0
     saved = torch.load(tmp_path / "generator" / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]
     assert saved["generator"]["window"] == 1 and saved["generator"]["align"] == "center"
+    assert saved["generator"]["history"] == "full"
     assert saved["generator"]["condition"]["kind"] == "class" and len(saved["generator"]["condition"]["classes"]) == 5
     assert saved["correction"]["p_max"] == 0.1
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kit.scales import ScaleSchedule
 
-ALIGN = ("grid", "center")
+ALIGN = ("grid", "center", "sequence")
 
 
 def positions(schedule: ScaleSchedule, condition_length: int, align: str = "grid") -> Tensor:
@@ -20,12 +20,15 @@ def positions(schedule: ScaleSchedule, condition_length: int, align: str = "grid
 
     Args:
         align: `grid` is the paper: raw indices, so a coarse grid lies in the corner of the plane. `center` puts each
-            coarse cell at the centre of what it covers on the finest grid.
+            coarse cell at the centre of what it covers on the finest grid. `sequence` is ordinary RoPE, the place in the
+            sequence on all axes: what the paper's ablation compares with, as far as it says.
     Raises:
         ValueError: for another `align`.
     """
     if align not in ALIGN:
         raise ValueError(f"align must be one of {', '.join(ALIGN)}, got {align!r}")
+    if align == "sequence":
+        return torch.arange(condition_length + schedule.length, dtype=torch.float32)[:, None].expand(-1, 3)
     condition = torch.arange(condition_length, dtype=torch.float32)[:, None].expand(-1, 3)
     f, k, y, x = schedule.coordinates.unbind(1)
     tokens = torch.stack([f, y, x], dim=1).float()

@@ -40,8 +40,12 @@ def test_centred_grids_lie_in_the_middle_of_what_they_cover():
     assert torch.equal(where[3:][finest], positions(schedule, 0)[finest])
 
 
+def test_ordinary_positions_are_places_in_the_sequence():
+    assert positions(SMALL, 5, align="sequence").tolist() == [[i, i, i] for i in range(15)]
+
+
 def test_unknown_align_is_refused():
-    with pytest.raises(ValueError, match="grid, center, got 'corner'"):
+    with pytest.raises(ValueError, match="grid, center, sequence, got 'corner'"):
         positions(SMALL, 5, align="corner")
 
 

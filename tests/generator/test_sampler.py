@@ -83,7 +83,7 @@ def random_bits(tokens: int, batch: int = 2, d: int = 4) -> torch.Tensor:
 
 @pytest.mark.parametrize("guidance", [Guidance(), RISING], ids=["free", "guided"])
 @pytest.mark.parametrize("window", [None, 0, 1, 2])
-@pytest.mark.parametrize("align, inherit", [("grid", "first"), ("center", "first"), ("grid", "all"), ("grid", "none")])
+@pytest.mark.parametrize("align, inherit", [("grid", "first"), ("center", "first"), ("sequence", "all"), ("grid", "none")])
 @pytest.mark.parametrize("history", ["scales", "full"])
 def test_cached_logits_are_those_of_the_full_forward(make_generator, seen, window, guidance, align, inherit, history):
     """At every (frame, scale), conditioned and unconditioned rows alike."""
