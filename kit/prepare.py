@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -17,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kit.checkpoint import save_tokenizer
+from kit.data.clips import list_videos
 from kit.evaluation.detectors import I3D_FILE
 from kit.files import file_sha256, written_aside
+from kit.fluent_emoji import prepare_fluent_emoji
 from kit.machine import cache_folder
 from kit.tokenizer.infinity_weights import load_infinity
 
@@ -180,13 +183,21 @@ def prepare_infinity(source: Path | None = None) -> Path:
     return target
 
 
-PREPARES = {"i3d": prepare_i3d, "infinity": prepare_infinity}
+PREPARES = {"i3d": prepare_i3d, "infinity": prepare_infinity, "fluent_emoji": prepare_fluent_emoji}
+
+
+def use_of(path: Path) -> str:
+    """What is told of what was made: the hash of a file, or how to train on a folder of clips."""
+    if path.is_file():
+        return f"sha256 {file_sha256(path)}"
+    root = shlex.quote(f"data.root={path}")
+    return f"{len(list_videos(path))} clips; to train on them:\npython -m kit fit conf=stage1_tokenizer data=clips {root}"
 
 
 def prepare(cfg: DictConfig) -> Path:
-    """Makes `cfg.what` ready; prints where it lies and its hash."""
+    """Makes `cfg.what` ready; prints where it lies, and its hash or its use."""
     if cfg.what not in PREPARES:
         raise ValueError(f"prepare what? found {cfg.what}, expected one of: {', '.join(PREPARES)}")
     path = PREPARES[cfg.what](Path(cfg.source) if cfg.source else None)
-    print(f"{path}\nsha256 {file_sha256(path)}")
+    print(f"{path}\n{use_of(path)}")
     return path
