@@ -4,7 +4,8 @@
 
 One JSON line for 5, 50 and 500 latent frames, each measured in a process of its own: neither may grow with the length. Frames
 are sampled, decoded and written to an mp4, as the command does. A later window encodes the frames that it begins with anew
-and shows what it adds, so a latent frame's seconds are those of its window over the latent frames that this adds.
+and shows what it adds, so a latent frame's seconds are those of its window over the latent frames that this adds. A single
+video is computed twice over, as the command does for the sake of its bits (`stream_samples`).
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def fresh_pair(words: list[str]) -> tuple[Loaded, Loaded, Sampling, str]:
         cfg = compose("stage2_generator", ["size=tiny", *of_model])
         how = compose("generate", [word for word in words if word not in of_model])
     values = TokenizerConfig(**plain(cfg.tokenizer))
-    config = GeneratorConfig(**plain(cfg.generator), bits=values.bits, scales=len(values.scales), history=cfg.history)
+    chosen = {"history": cfg.history, "window": cfg.window}
+    config = GeneratorConfig(**plain(cfg.generator), bits=values.bits, scales=len(values.scales), **chosen)
     clip = {key: cfg.data[key] for key in ("frames", "height", "width", "fps")}
     models = (Generator(config).eval().requires_grad_(False), Tokenizer(values).eval().requires_grad_(False))
     return *(Loaded(model, clip, Path("fresh"), 0, "") for model in models), Sampling.of(plain(how)), how.precision

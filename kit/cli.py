@@ -39,7 +39,7 @@ VERBS = {
 
 
 FREE_TEXT = ("prompt", "label", "negative", "settings", "image", "video", "videos", "real", "prompts", "data.root")
-PATHS = ("ckpt", "tokenizer", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source")
+PATHS = ("ckpt", "tokenizer", "condition.encoder", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source")
 
 # What a user can mend; told without a traceback.
 MENDABLE = (ValueError, OSError, ImportError, MemoryError, UnreadableVideo)

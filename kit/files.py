@@ -53,3 +53,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict):
         raise ValueError(f"{path} holds {type(weights).__name__}, expected a dict of weights")
     return weights
+
+
+def read_text(path: Path) -> str:
+    """Raises: ValueError naming the line that is not UTF-8."""
+    data = path.read_bytes()
+    try:
+        return data.decode().removeprefix("\ufeff")  # a mark that some editors put first
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8; save the file in that encoding") from error
+
+
+def read_json(path: Path):
+    """Raises: ValueError naming the line that is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}); the file may be cut off") from error

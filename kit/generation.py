@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kit import __version__
 from kit.checkpoint import Loaded, load_generator
 from kit.data.read import open_clip_file
-from kit.files import file_sha256, write_json
+from kit.files import file_sha256, read_json, read_text, write_json
 from kit.generator.sampler import Sampling
 from kit.machine import autocast, device, exact_float32
 from kit.media import contact_sheet, spread, video_writer
@@ -35,7 +35,7 @@ def stream_samples(
     """`stream_video` with trained models, on this machine's device.
 
     A single clip is made twice: alone it would go through other kernels, which round otherwise. From two on, float32 clips
-    come out the same in any batch.
+    come out the same in any batch on a CPU, to the last bit (on a GPU this has not been tried).
 
     Args:
         size: T, H, W. precision: `float32` or `bfloat16`. history: (3, T0, H, W), the same for all.
@@ -79,16 +79,28 @@ def progress(clips: int, frames: int, generator: Loaded, how: Sampling, batch_si
     return tqdm(total=batches * latents * generator.model.config.scales, desc="generate", unit="block", disable=None)
 
 
+SETTINGS = (  # keys of conf/generate.yaml that decide how a video looks, prompt or label and seed besides
+    "ckpt", "tokenizer", "image", "video", "history_frames", "frames", "fps", "precision",
+    "guidance", "negative", "temperature", "top_p", "extend", "overlap",
+)  # fmt: skip
+WHOLE_NUMBERS = {"n": 1, "batch_size": 1, "seed": 0, "frames": 1, "history_frames": 1, "overlap": 1}  # key -> the least
+
+
 @dataclass(frozen=True)
 class Job:
-    """A video to make, and all that decides how it looks. `settings` are keys of conf/generate.yaml."""
+    """A video to make, and all that decides how it looks.
+
+    Args:
+        settings: values of conf/generate.yaml. about: what they meant: versions, and hashes of models and of a given file.
+    """
 
     prompt: str
     seed: int
     settings: dict
-    about: dict  # what the settings meant: hashes, versions
+    about: dict
     path: Path
 
+    @property
     def sidecar(self) -> dict:
         return {**self.about, "settings": {**self.settings, "seed": self.seed}}
 
@@ -100,7 +112,7 @@ class Job:
     def done(self) -> bool:
         """Whether this very video is there."""
         try:
-            return self.path.is_file() and json.loads(self.sidecar_path.read_text()) == self.sidecar()
+            return self.path.is_file() and read_json(self.sidecar_path) == self.sidecar
         except (OSError, ValueError):
             return False
 
@@ -111,162 +123,182 @@ def generate(cfg: DictConfig) -> list[Path]:
     Beside each mp4 lies a JSON with its settings, from which `settings=FILE` makes it again. Videos that are there, made with
     the same settings, are kept. Frames are written as they come: memory does not grow with the length.
     """
-    cfg, expected = with_settings(cfg)
-    if cfg.ckpt is None:
+    values, expected = with_settings(plain(cfg))
+    check_numbers(values)
+    if values["ckpt"] is None:
         raise ValueError("give ckpt=PATH, a generator's checkpoint, or settings=FILE, of a video made before")
-    generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
-    check_models(expected, generator, tokenizer)
-    condition, clip = generator.model.condition, generator.clip
-    key, prompts = prompts_of(cfg, generator.model.config.condition.kind)
-    how = Sampling.of(plain(cfg))
-    for prompt in dict.fromkeys([*prompts, *([] if how.negative is None else [how.negative])]):
-        for note in condition.notes(prompt):
-            print(f"note: {note}")
-    history, given = history_of(cfg, clip)
-    frames = cfg.frames or max(clip["frames"], 0 if history is None else history.shape[1])
-    check_length(frames, history, how, clip["frames"])
-
-    fps, size = cfg.fps or clip["fps"], (frames, clip["height"], clip["width"])
-    files = {"ckpt": generator.path, "tokenizer": tokenizer.path, "image": cfg.image, "video": cfg.video}
-    settings = {name: None if path is None else str(Path(path).resolve()) for name, path in files.items()}
-    settings |= {"history_frames": cfg.history_frames, "frames": frames, "fps": fps, "precision": cfg.precision}
-    settings |= asdict(how)
+    generator, tokenizer = load_generator(values["ckpt"], values["tokenizer"])
+    condition, clip, how = generator.model.condition, generator.clip, Sampling.of(values)
+    key, prompts = prompts_of(values, generator.model.config.condition.kind)
+    for note in notes_on(prompts, how, condition.notes):
+        print(f"note: {note}")
+    history, given = history_of(values, clip)
     about = {
         "kit": __version__, "torch": torch.__version__, "device": device().type, "generator_hash": generator.hash,
         "tokenizer_hash": tokenizer.hash, **given,
     }  # fmt: skip
-    folder = Path(cfg.folder)
-    jobs = []
-    for number, prompt in enumerate(prompts):
-        stem = file_stem(prompt) if cfg.prompts is None else f"{number:04d}_{file_stem(prompt)}"
-        for seed in range(cfg.seed, cfg.seed + cfg.n):
-            jobs.append(Job(prompt, seed, {**settings, key: prompt}, about, folder / f"{stem}_seed{seed}.mp4"))
-    open_jobs = [job for job in jobs if not job.done]
-    if len(open_jobs) < len(jobs):
-        print(f"{len(jobs) - len(open_jobs)} of {len(jobs)} videos are there already, made with the same settings")
+    check_same(expected, about)
+    frames = values["frames"] or max(clip["frames"], 0 if history is None else history.shape[1])
+    check_length(frames, history, how, clip["frames"])
 
-    shown: dict[str, Tensor] = {}
-    with progress(len(open_jobs), frames, generator, how, cfg.batch_size) as bar:
-        for start in range(0, len(open_jobs), cfg.batch_size):
-            batch = open_jobs[start : start + cfg.batch_size]
+    files = {"ckpt": generator.path, "tokenizer": tokenizer.path, "image": values["image"], "video": values["video"]}
+    settings = {name: values[name] for name in SETTINGS} | {"frames": frames, "fps": values["fps"] or clip["fps"]}
+    settings |= {name: None if path is None else str(Path(path).resolve()) for name, path in files.items()}
+    seeds, folder = range(values["seed"], values["seed"] + values["n"]), Path(cfg.folder)
+    jobs = [
+        Job(prompt, seed, {**settings, key: prompt}, about, folder / f"{file_stem(prompt)}_seed{seed}.mp4")
+        for prompt in prompts
+        for seed in seeds
+    ]
+    missing = [job for job in jobs if not job.done]
+    if len(missing) < len(jobs):
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} videos are there already, made with the same settings")
+    size = (frames, clip["height"], clip["width"])
+    with progress(len(missing), frames, generator, how, values["batch_size"]) as bar:
+        for start in range(0, len(missing), values["batch_size"]):
+            batch = missing[start : start + values["batch_size"]]
             words = [job.prompt for job in batch], [job.seed for job in batch]
-            pieces = stream_samples(generator, tokenizer, *words, size, how, cfg.precision, history, bar.update)
-            shown |= write_videos(batch, pieces, frames, fps)
-    for job in open_jobs:
-        print(job.path)
-    if shown:
-        groups = [{"sample": clip} for clip in shown.values()][:SHOWN]
-        stem = "contact_sheet" if cfg.prompts is not None else file_stem(prompts[0])
-        print(contact_sheet(groups, list(shown)[:SHOWN], folder / f"{stem}.png"))
+            write_videos(
+                batch, stream_samples(generator, tokenizer, *words, size, how, values["precision"], history, bar.update)
+            )
+    sheet = folder / f"{file_stem(prompts[0]) if len(prompts) == 1 else 'contact_sheet'}.png"
+    print("\n".join(map(str, [*(job.path for job in missing), show(jobs[:SHOWN], sheet)])))
     return [job.path for job in jobs]
 
 
-def write_videos(jobs: list[Job], pieces: Iterator[Tensor], frames: int, fps: float) -> dict[str, Tensor]:
-    """Writes the videos of a batch and then their sidecars; none of them if a piece fails.
-
-    Returns:
-        title -> (3, n, H, W), frames for the contact sheet.
-    """
-    picks, seen, begin = spread(frames), [], 0
+def write_videos(jobs: list[Job], pieces: Iterator[Tensor]):
+    """Writes the videos of a batch and then their sidecars; none of them if a piece fails."""
     with ExitStack() as stack:
-        writers = None
+        writers = []
         for piece in pieces:
-            if writers is None:
-                writers = [stack.enter_context(video_writer(job.path, fps, *piece.shape[-2:])) for job in jobs]
+            if not writers:
+                for job in jobs:
+                    writers.append(stack.enter_context(video_writer(job.path, job.settings["fps"], *piece.shape[-2:])))
             for write, video in zip(writers, piece):
                 write(video)
-            seen.append(piece[:, :, [p - begin for p in picks if begin <= p < begin + piece.shape[2]]])
-            begin += piece.shape[2]
         for job in jobs:  # of the video that this one takes the place of
             job.sidecar_path.unlink(missing_ok=True)
     for job in jobs:
-        write_json(job.sidecar_path, job.sidecar())
-    return {f"{job.prompt} (seed {job.seed})": video for job, video in zip(jobs, torch.cat(seen, dim=2))}
+        write_json(job.sidecar_path, job.sidecar)
 
 
-def with_settings(cfg: DictConfig) -> tuple[DictConfig, dict]:
-    """`cfg` with the values of the video whose sidecar `settings` names; and that sidecar, empty without one.
+def show(jobs: list[Job], path: Path) -> Path:
+    """A contact sheet of videos that are there."""
+    groups = []
+    for job in jobs:
+        file = open_clip_file(job.path, None, 0)
+        few = replace(file, numbers=file.numbers[spread(len(file))])
+        groups.append({"sample": few.read(*file.size)})
+    return contact_sheet(groups, [f"{job.prompt} (seed {job.seed})" for job in jobs], path)
+
+
+def with_settings(values: dict) -> tuple[dict, dict]:
+    """`values` of conf/generate.yaml with those of the video whose sidecar `settings` names; and that sidecar, empty without
+    one.
 
     `ckpt` and `tokenizer`, where they are given, say where the checkpoints are now.
     Raises:
-        FileNotFoundError, ValueError: if there is no such file, or it is no sidecar.
+        FileNotFoundError, ValueError: if there is no such file, or it is no sidecar of this version.
     """
-    if cfg.settings is None:
-        return cfg, {}
-    path = Path(cfg.settings)
+    if values["settings"] is None:
+        return values, {}
+    path = Path(values["settings"])
     if not path.is_file():
         raise FileNotFoundError(f"settings={path}: no such file; it is the JSON beside a video that `generate` has made")
-    try:
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
-        values = dict(sidecar["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"settings={path} is not the JSON beside a video that `generate` has made") from error
-    cfg = cfg.copy()
-    for name in ("ckpt", "tokenizer"):
-        if cfg[name] is not None:
-            values.pop(name, None)
-    if unknown := sorted(set(values) - set(cfg)):
-        raise ValueError(f"settings={path}: unknown settings {', '.join(map(str, unknown))}; it is of another version of kit")
-    for name, value in {"prompt": None, "label": None, "prompts": None, "n": 1, **values}.items():
-        cfg[name] = value
-    return cfg, sidecar
+    sidecar = read_json(path)
+    found = sidecar.get("settings") if isinstance(sidecar, dict) else None
+    known = isinstance(found, dict) and {"seed", *SETTINGS} <= set(found) <= {"seed", "prompt", "label", *SETTINGS}
+    if not known or not isinstance(found["guidance"], dict):
+        raise ValueError(f"settings={path} is not the JSON beside a video that `generate` of this version of kit has made")
+    for name in ("image", "video"):
+        if found[name] is not None and not Path(found[name]).is_file():
+            raise FileNotFoundError(f"settings={path} is of a video that begins with {found[name]}, which is not there")
+    print(f"note: all but where the checkpoints are is taken from {path}")
+    moved = {name: values[name] for name in ("ckpt", "tokenizer") if values[name] is not None}
+    return {**values, "prompt": None, "label": None, "prompts": None, "n": 1, **found, **moved}, sidecar
 
 
-def check_models(expected: dict, generator: Loaded, tokenizer: Loaded):
+def check_numbers(values: dict):
     """
     Raises:
-        ValueError: if a sidecar names other models than those loaded.
+        ValueError: for a key that is not such a number, naming it.
     """
-    for key, loaded in (("generator_hash", generator), ("tokenizer_hash", tokenizer)):
-        if expected.get(key, loaded.hash) != loaded.hash:
-            raise ValueError(
-                f"the settings are of a model with {key} {expected[key]}, {loaded.path} has {loaded.hash}; say with "
-                f"{key.removesuffix('_hash').replace('generator', 'ckpt')}= where the one is that it was made with"
-            )
+    for name, least in WHOLE_NUMBERS.items():
+        value, optional = values[name], name in ("frames", "history_frames", "overlap")
+        if not (optional and value is None) and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{name}={value}: expected a whole number, {least} or more")
 
 
-def prompts_of(cfg: DictConfig, kind: str) -> tuple[str, list[str]]:
-    """What to generate: `prompt` or `label`, whichever the model was trained on, and the texts.
+def check_same(expected: dict, about: dict):
+    """
+    Raises:
+        ValueError: if a sidecar names other models, or another given file, than there are.
+    """
+    ways = {"generator_hash": "ckpt=", "tokenizer_hash": "tokenizer=", "given_sha256": None}
+    for key, way in ways.items():
+        if expected and expected.get(key) != about.get(key):
+            mend = f"say with {way} where the one is that it was made with" if way else "the picture or video has changed"
+            raise ValueError(f"the settings are of a video with {key} {expected.get(key)}, found {about.get(key)}: {mend}")
+
+
+def prompts_of(values: dict, kind: str) -> tuple[str, list[str]]:
+    """What to generate: `prompt` or `label`, whichever the model was trained on, and the texts, each once.
 
     Raises:
         ValueError: if it is the other one, if several are given, or a file of prompts has none. FileNotFoundError.
     """
-    given = [name for name in ("prompt", "label", "prompts") if cfg[name] is not None]
+    given = [name for name in ("prompt", "label", "prompts") if values[name] is not None]
     if len(given) > 1:
         raise ValueError(f"give one of prompt=, label= and prompts=, not both {' and '.join(f'{name}=' for name in given)}")
     wanted, other = ("prompt", "label") if kind == "text" else ("label", "prompt")
-    if cfg[other] is not None:
+    if values[other] is not None:
         raise ValueError(f"this generator was trained on {'captions' if kind == 'text' else 'classes'}: use {wanted}=")
-    if cfg.prompts is not None:
-        path = Path(cfg.prompts)
+    if values["prompts"] is not None:
+        path = Path(values["prompts"])
         if not path.is_file():
             raise FileNotFoundError(f"prompts={path}: no such file; it holds one {wanted} a line")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(path).split("\n")]
         if not any(lines):
             raise ValueError(f"prompts={path} holds no {wanted}; write one a line")
-        return wanted, [line for line in lines if line]
-    if cfg[wanted] is None and kind == "class":
+        return wanted, list(dict.fromkeys(line for line in lines if line))
+    if values[wanted] is None and kind == "class":
         raise ValueError("this generator was trained on classes: give label=")
-    return wanted, [cfg[wanted] or ""]
+    return wanted, [str(values[wanted] or "")]
+
+
+def notes_on(prompts: list[str], how: Sampling, notes: Callable[[str], list[str]]) -> list[str]:
+    """What a user should know of the prompts before hours are spent on them.
+
+    Raises:
+        ValueError: for a class that the model does not know, the first of all.
+    """
+    told = [note for prompt in prompts for note in notes(prompt)]
+    if how.negative is not None:
+        told += [f"negative: {note}" for note in notes(how.negative)]
+        if how.guidance.neutral:
+            told.append("negative has no effect without guidance (guidance.first=1)")
+    return list(dict.fromkeys(told))
 
 
 def file_stem(prompt: str) -> str:
-    """A prompt as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:80] or "video"
+    """A prompt as part of a file name; what that leaves out of it is told apart by a hash."""
+    stem = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")
+    whole = len(stem) <= 80 and sum(map(str.isalnum, prompt)) == sum(map(str.isalnum, stem))
+    return (stem if whole else f"{stem[:72]}_{zlib.crc32(prompt.encode()):08x}".strip("_")) or "video"
 
 
-def history_of(cfg: DictConfig, clip: dict) -> tuple[Tensor | None, dict]:
+def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
     """(3, T0, H, W) from image= or video=, at the size of the training clips, and what it was; None and nothing without.
 
     Raises:
         ValueError: for both, or a video too short; as `open_clip_file`.
     """
-    if cfg.image is None and cfg.video is None:
+    if values["image"] is None and values["video"] is None:
         return None, {}
-    if cfg.image is not None and cfg.video is not None:
+    if values["image"] is not None and values["video"] is not None:
         raise ValueError("give image= or video=, not both")
-    path = Path(cfg.image or cfg.video)
-    frames = 1 if cfg.image is not None else cfg.history_frames
+    path = Path(values["image"] or values["video"])
+    frames = 1 if values["image"] is not None else values["history_frames"] or max(1, min(9, clip["frames"] - TAU))
     latent_frames(frames)
     try:
         file = open_clip_file(path, frames, clip["fps"], at_end=True)
@@ -286,12 +318,12 @@ def check_length(frames: int, history: Tensor | None, how: Sampling, trained: in
     latent_frames(frames)
     longest, overlap = how.window(trained, frames)
     windows(frames, longest, overlap)
-    if history is not None and history.shape[1] >= frames:
-        raise ValueError(f"the given video has {history.shape[1]} frames; ask for more with frames=, found {frames}")
-    if history is not None and history.shape[1] >= longest:
-        raise ValueError(
-            f"{history.shape[1]} frames are given, but this generator makes clips of {longest}: go on from "
-            f"{max(1, longest - TAU)} or fewer (history_frames=)"
-        )
+    taken = 0 if history is None else history.shape[1]
+    if taken >= longest:
+        least = max(1, longest - TAU)
+        told = f"{taken} frames are given, but this generator makes clips of {longest}"
+        raise ValueError(f"{told}: use history_frames={least} or less")
+    if taken >= frames:
+        raise ValueError(f"frames={frames}, of which {taken} are given: ask for more frames, or take fewer history_frames")
     if frames > trained and how.extend == "positions":
         print(f"note: {frames} frames in one sequence, {trained} were trained; extend=reencode stays within what was trained")

@@ -44,14 +44,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def autocast(precision: str):
-    """A context in which models compute in `float32` or `bfloat16`.
-
-    Raises:
-        ValueError: for another precision.
-    """
+def check_precision(precision: str):
+    """Raises: ValueError: for another than float32 and bfloat16."""
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision={precision!r}; expected float32 or bfloat16")
+
+
+def autocast(precision: str):
+    """A context in which models compute in `float32` or `bfloat16`. Raises as `check_precision`."""
+    check_precision(precision)
     return torch.autocast(device().type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
@@ -73,6 +74,15 @@ def precision() -> str:
 def devices() -> int | str:
     """GPUs to train on, or one CPU process, whose threads use all cores."""
     return "auto" if torch.cuda.is_available() else 1
+
+
+def from_all_ranks(x: torch.Tensor) -> torch.Tensor:
+    """(n, ...) of each process of a distributed training -> (ranks * n, ...), in their order; x itself where there is one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x
+    found = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, x)
+    return torch.cat(found)
 
 
 def installed_version(package: str) -> str | None:

@@ -12,7 +12,7 @@ from kit.checkpoint import AtomicCheckpointIO, check_resume, load_tokenizer
 from kit.data.datamodule import ClipDataModule
 from kit.data.features import encode_clips
 from kit.generator.module import GeneratorModule
-from kit.generator.pretrained import open_encoder
+from kit.generator.pretrained import find_encoder
 from kit.machine import fast_float32_products, keep_freed_memory
 from kit.tokenizer.inflate import inflate, take_over
 from kit.tokenizer.module import TokenizerModule
@@ -80,8 +80,9 @@ def condition_of(condition: dict, data: ClipDataModule) -> dict:
     if kind == "auto":
         kind = "class" if data.classes and not data.captioned else "text"
     if kind == "text" and condition["encoder"] is not None:
-        _, encoder, condition["revision"] = open_encoder(condition["encoder"], condition["revision"] or "")
-        condition["channels"] = encoder.config.hidden_size
+        name = condition["encoder"]
+        place = find_encoder(str(Path(name).resolve()) if Path(name).is_dir() else name, condition["revision"])
+        condition |= {"encoder": place.name, "revision": place.revision, "channels": place.channels}
     return {**condition, "kind": kind, "classes": list(data.classes) if kind == "class" else []}
 
 

@@ -57,7 +57,8 @@ def windows(frames: int, longest: int, overlap: int) -> list[int]:
     """
     latent_frames(frames), latent_frames(overlap)
     if overlap >= longest and frames > longest:
-        raise ValueError(f"overlap={overlap} leaves nothing to add to clips of {longest} frames; use less")
+        mend = "use less" if longest > 1 else "extend=positions makes more than a picture"
+        raise ValueError(f"overlap={overlap} leaves nothing to add to clips of {longest} frames; {mend}")
     lengths, made = [min(frames, longest)], min(frames, longest)
     while made < frames:
         lengths.append(min(longest, overlap + frames - made))
@@ -80,14 +81,14 @@ def stream_video(
         (B, 3, n, H, W), the frames in their order.
     """
     longest, overlap = how.window(pixel_frames(schedule.frames), frames)
-    tail, recent = history, deque(maxlen=latent_frames(overlap))
+    recent: deque[Tensor] = deque(maxlen=latent_frames(overlap))
     for number, length in enumerate(windows(frames, longest, overlap)):
         part = schedule.with_frames(latent_frames(length))
         those = [seed_of(seed, number) if number else seed for seed in seeds]
         again = overlap if number else 0  # frames of this window that were shown already
-        for pixels in stream_clips(model, tokenizer, part, prompts, those, how, tail, on_block):
+        given = torch.cat(list(recent), dim=2)[:, :, -overlap:] if number else history
+        for pixels in stream_clips(model, tokenizer, part, prompts, those, how, given, on_block):
             recent.append(pixels)
             if pixels.shape[2] > again:
                 yield pixels[:, :, again:]
             again = max(0, again - pixels.shape[2])
-        tail = torch.cat(list(recent), dim=2)[:, :, -overlap:]

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kit.generator.corruption import training_sequence
-from kit.generator.module import bit_weights
 from kit.generator.rope import positions, rotary_table
 from kit.generator.sampler import CachedGenerator
 from kit.generator.transformer import Generator
+from kit.machine import exact_float32
 from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
 from kit.tokenizer.module import psnr
@@ -21,6 +21,7 @@ from kit.tokenizer.quantizer import bits_to_feature
 
 ROUNDING = 2e-3  # of a logit's spread: what float32 may differ by on two ways to the same value
 SHIFT = 5.0  # positions that everything is moved by
+FEW = 6  # clips that tell nothing about prompts
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def self_check(model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: l
             compute in float32 here.
     """
     schedule = tokenizer.schedule_of(video)
-    with torch.autocast(video.device.type, enabled=False):
+    with torch.autocast(video.device.type, enabled=False), exact_float32():
         feature = tokenizer.encode(video)
         inputs, bits = training_sequence(feature, schedule, None, None, **model.config.reads)
         logits = model(inputs, schedule, model.condition(prompts))
@@ -80,34 +81,46 @@ def check_streaming(tokenizer: Tokenizer, bits: Tensor, schedule: ScaleSchedule)
 
 
 def check_bits(logits: Tensor, bits: Tensor, schedule: ScaleSchedule) -> Check:
-    """Does the generator, shown the true history, guess bits better than by their commoner value?"""
-    scale, right, common = schedule.coordinates[:, 1].to(bits.device), [], []
-    for k, d in enumerate(schedule.bits or (bits.shape[-1],) * schedule.scales):
-        those = bits[:, scale == k, :d].float()
-        right.append(((logits[:, scale == k, :d] > 0) == (those > 0)).float().mean().item())
-        share = those.mean(dim=(0, 1))
-        common.append(torch.maximum(share, 1 - share).mean().item())
-    found = f"right by scale {' '.join(f'{r:.3f}' for r in right)}; the commoner value {' '.join(f'{c:.3f}' for c in common)}"
-    ok = sum(right) > sum(common)
-    return Check("bits", ok, found, "the generator has learned nothing yet")
+    """Does the generator, shown the true history, guess bits better than by their commoner value in the other clips?"""
+    used = schedule.used_bits(bits.shape[-1]).to(bits.device)
+    right = (((logits > 0) == bits) & used).float()
+    ones = bits.float()
+    others = (ones.sum(0) - ones) / max(1, len(bits) - 1) if len(bits) > 1 else torch.full_like(ones, 0.5)
+    common = (((others > 0.5) == bits) & used).float()
+    scale = schedule.coordinates[:, 1].to(bits.device)
+
+    def by_scale(hits: Tensor) -> str:
+        shares = [hits[:, scale == k].sum() / (used[scale == k].sum() * len(hits)) for k in range(schedule.scales)]
+        return " ".join(f"{share.item():.3f}" for share in shares)
+
+    found = f"right by scale {by_scale(right)}; by the commoner value in the other clips {by_scale(common)}"
+    return Check("bits", (right.sum() > common.sum()).item(), found, "the generator has learned nothing yet")
 
 
 def check_conditioning(
     model: Generator, inputs: Tensor, bits: Tensor, prompts: list[str], schedule: ScaleSchedule
 ) -> Check:
-    """Are bits likelier given their own prompt than given another clip's, or none?"""
+    """Are a clip's bits likelier given its own prompt than given another clip's, and than given none, beyond chance?"""
     others = prompts[1:] + prompts[:1]
-    if len(set(prompts)) == 1:
-        return Check("conditioning", True, "not tried: all clips have the same prompt", "")
-    weights = bit_weights(schedule, bits.shape[-1], "uniform").to(bits.device)
+    if len(prompts) < FEW or len(set(prompts)) == 1:
+        why = f"{len(prompts)} clips are too few" if len(prompts) < FEW else "all clips have the same prompt"
+        return Check("conditioning", True, f"not tried: {why}", "")
+    used = schedule.used_bits(bits.shape[-1]).float().to(bits.device)
 
-    def loss(words: list[str], dropped: bool = False) -> float:
+    def losses(words: list[str], dropped: bool = False) -> Tensor:
         condition = model.condition(words, torch.full((len(words),), dropped))
-        return F.binary_cross_entropy_with_logits(model(inputs, schedule, condition), bits.float(), weight=weights).item()
+        logits = model(inputs, schedule, condition)
+        each = F.binary_cross_entropy_with_logits(logits, bits.float(), reduction="none") * used
+        return each.sum(dim=(1, 2)) / used.sum()
 
-    own, other, none = loss(prompts), loss(others), loss(prompts, dropped=True)
-    found = f"loss {own:.4f} with their prompts, {other:.4f} with others', {none:.4f} with none"
-    return Check("conditioning", own < min(other, none), found, "prompts are not heeded")
+    own, other, none = losses(prompts), losses(others), losses(prompts, dropped=True)
+    found = f"loss {own.mean():.4f} with their prompts, {other.mean():.4f} with others', {none.mean():.4f} with none"
+    return Check("conditioning", _above(other - own) and _above(none - own), found, "prompts are not heeded, as far as seen")
+
+
+def _above(differences: Tensor) -> bool:
+    """Whether numbers (n,) lie above 0 on average, by more than two standard errors."""
+    return (differences.mean() > 2 * differences.std() / len(differences) ** 0.5).item()
 
 
 def check_cache(

@@ -23,10 +23,11 @@ from kit.generator.corruption import training_sequence
 from kit.generator.module import accuracy_by_scale
 from kit.generator.sampler import Sampling
 from kit.inspection import bit_use, bit_use_picture, forced_and_free
-from kit.machine import device, inference_precision
+from kit.machine import autocast, device, inference_precision
 from kit.media import contact_sheet, write_video
 from kit.reconstruction import Scores, reconstruct_file
 from kit.run import build_data, plain
+from kit.sampling import sample_clips
 from kit.self_check import self_check
 from kit.tokenizer.module import psnr
 
@@ -125,11 +126,12 @@ def validate_generator(cfg: DictConfig) -> dict:
 def seconds_for_one(
     generator: Loaded, tokenizer: Loaded, prompt: str, size: tuple[int, int, int], how: Sampling, precision: str
 ) -> float:
-    """Seconds to sample and decode one clip: the median of three, after one to warm up."""
-    seconds = []
+    """Seconds to sample and decode a batch of one clip: the median of three, after one to warm up."""
+    model, codec, seconds = generator.model.to(device()), tokenizer.model.to(device()), []
     for _ in range(4):
         begin = time.perf_counter()
-        sample_videos(generator, tokenizer, [prompt], [0], size, how, precision, 1)
+        with autocast(precision):
+            sample_clips(model, codec, codec.schedule(*size), [prompt], [0], how).cpu()
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds[1:])
 
@@ -226,7 +228,7 @@ def inspect(cfg: DictConfig) -> dict:
         checks = self_check(*those, prompts)
         report["self_check"] = {check.name: asdict(check) for check in checks}
         told = "\n".join(check.line() for check in checks)
-        with inference_precision():
+        with autocast(cfg.precision):
             shown = forced_and_free(*those, prompts, Sampling.of(plain(cfg)))
         groups = [{name: videos[i].float().cpu() for name, videos in shown.items()} for i in range(len(prompts))]
         contact_sheet(groups, prompts, folder / "samples.png")

@@ -13,7 +13,7 @@ from PIL import Image
 from kit.checkpoint import load_generator
 from kit.cli import main
 from kit.data.shapes import Shapes
-from kit.generation import sample_videos, stream_samples
+from kit.generation import file_stem, sample_videos, stream_samples
 from kit.generator.sampler import Guidance, Sampling
 from kit.media import write_video
 from kit.sampling import sample_clips
@@ -73,7 +73,7 @@ def test_a_clip_is_the_same_in_any_batch(loaded, how):
     together = sample_videos(*loaded, prompts, seeds, size, how, "float32", 6)
     for batch in (1, 2, 5):
         assert torch.equal(sample_videos(*loaded, prompts, seeds, size, how, "float32", batch), together), batch
-    assert not torch.equal(together[0], together[3])
+    assert not torch.equal(together[0], together[3])  # another seed
 
 
 def test_bfloat16_is_near(loaded):
@@ -87,6 +87,15 @@ def test_mixed_precision_ends_with_each_piece(loaded):
         assert not torch.is_autocast_enabled("cpu")
 
 
+def test_float32_is_exact_while_a_piece_is_made(loaded, monkeypatch):
+    seen = []
+    for model in (loaded[0].model, loaded[1].model.decoder):
+        flag = lambda *_: seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))  # noqa: E731
+        model.register_forward_pre_hook(flag)
+    list(stream_samples(*loaded, [PROMPT], [0], (5, 32, 32), Sampling(), "float32"))
+    assert set(seen) == {(False, "highest")}
+
+
 def test_samples_are_those_of_the_models(loaded):
     generator, tokenizer = loaded
     prompts = [PROMPT, "a blue star"]
@@ -98,10 +107,12 @@ def test_samples_are_those_of_the_models(loaded):
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-def test_a_video_is_made_again_from_its_settings(pair, tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_video_is_made_again_from_its_settings(pair, tmp_path, precision):
     """Of a batch, with an image, away from the defaults; byte for byte."""
     Image.new("RGB", (32, 32), "orange").save(tmp_path / "first.png")
     words = [f"prompt={PROMPT}", "n=3", "seed=5", "top_p=0.9", "negative=a blue star", "guidance.kind=rising", "fps=10"]
+    words.append(f"precision={precision}")
     assert run(pair, tmp_path, *words, f"image={tmp_path / 'first.png'}", "frames=9", "overlap=1") == 0
     made = contents(tmp_path / "out")
     sidecar = json.loads((tmp_path / "out" / "a_red_ball_moving_right_over_a_green_field_seed6.json").read_text())
@@ -109,9 +120,7 @@ def test_a_video_is_made_again_from_its_settings(pair, tmp_path):
     for name in made:
         again = [f"settings={tmp_path / 'out' / name.replace('mp4', 'json')}", f"root={tmp_path}", f"name=again_{name[-5]}"]
         assert main(["generate", *again]) == 0
-    repeated = {k: v for n in (5, 6, 7) for k, v in contents(tmp_path / f"again_{n}").items() if f"seed{n}" in k}
-    found = {k: v for folder in tmp_path.glob("again_*") for k, v in contents(folder).items()}
-    assert found == made and len(made) == 3 and set(repeated) <= set(made)
+    assert {k: v for folder in tmp_path.glob("again_*") for k, v in contents(folder).items()} == made and len(made) == 3
 
 
 def test_settings_of_other_models_are_refused(pair, tmp_path, capsys):
@@ -126,20 +135,74 @@ def test_settings_of_other_models_are_refused(pair, tmp_path, capsys):
     assert main(["generate", f"settings={path}", f"ckpt={moved}", f"root={tmp_path}", "name=again"]) == 0
 
 
+def test_settings_are_data(pair, tmp_path, capsys):
+    """A prompt is what it says, and nothing but a video's settings is taken from the file."""
+    odd = "a red ${oc.env:HOME} ball ${nope}"
+    (tmp_path / "list.txt").write_text(f"\ufeff{odd}\n", encoding="utf-8")
+    assert run(pair, tmp_path, f"prompts={tmp_path / 'list.txt'}") == 0
+    path = next((tmp_path / "out").glob("*.json"))
+    sidecar = json.loads(path.read_text())
+    assert sidecar["settings"]["prompt"] == odd
+    assert main(["generate", f"settings={path}", f"root={tmp_path}", "name=again"]) == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    for change in ({"folder": str(tmp_path / "elsewhere")}, {"guidance": 3}):
+        path.write_text(json.dumps(sidecar | {"settings": sidecar["settings"] | change}))
+        assert main(["generate", f"settings={path}", f"root={tmp_path}", "name=evil"]) == 1
+        assert "is not the JSON beside a video" in capsys.readouterr().err
+    path.write_text(json.dumps(sidecar | {"settings": sidecar["settings"] | {"frames": "five"}}))
+    assert main(["generate", f"settings={path}", f"root={tmp_path}", "name=evil"]) == 1
+    assert "frames=five: expected a whole number, 1 or more" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_another_picture_is_another_video(pair, tmp_path, capsys):
+    Image.new("RGB", (32, 32), "orange").save(tmp_path / "first.png")
+    assert run(pair, tmp_path, f"prompt={PROMPT}", f"image={tmp_path / 'first.png'}") == 0
+    path = next((tmp_path / "out").glob("*.json"))
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "first.png")
+    assert main(["generate", f"settings={path}", f"root={tmp_path}", "name=again"]) == 1
+    assert "the picture or video has changed" in capsys.readouterr().err
+    (tmp_path / "first.png").unlink()
+    assert main(["generate", f"settings={path}", f"root={tmp_path}", "name=again"]) == 1
+    assert "first.png, which is not there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "prompt, stem",
+    [("A red, ball!", "a_red_ball"), ("", "video"), ("猫", "85deb210"), ("un café", "un_caf_"), ("x" * 99, "x" * 72)],
+)
+def test_file_names_tell_prompts_apart(prompt, stem):
+    assert file_stem(prompt).startswith(stem) and len(file_stem(prompt)) <= 81
+    assert file_stem(prompt) != file_stem(prompt + "é")
+
+
+def test_a_video_left_without_its_settings_is_made_again(pair, tmp_path, monkeypatch):
+    """As by a kill between the two; the settings of the video that was there before do not stand beside the new one."""
+    assert run(pair, tmp_path, f"prompt={PROMPT}") == 0
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr("kit.generation.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(pair, tmp_path, f"prompt={PROMPT}", "temperature=1.5") != 0
+    monkeypatch.undo()
+    assert contents(tmp_path / "out") != before and not list((tmp_path / "out").glob("*.json"))
+    assert run(pair, tmp_path, f"prompt={PROMPT}") == 0 and contents(tmp_path / "out") == before
+
+
 def test_what_is_there_already_is_kept(pair, tmp_path, capsys):
-    """A list of prompts that was stopped goes on; other settings make all anew."""
-    (tmp_path / "list.txt").write_text(f"{PROMPT}\n\n  a blue star\na red ball\n")
+    """A list of prompts that was stopped goes on; other settings make all anew. The contact sheet shows all of them."""
+    (tmp_path / "list.txt").write_text(f"{PROMPT}\n\n  a blue star\na red ball\n a red ball")
     words = [f"prompts={tmp_path / 'list.txt'}", "n=2"]
     assert run(pair, tmp_path, *words) == 0
     out = tmp_path / "out"
     whole, names = contents(out), sorted(path.name for path in out.glob("*.mp4"))
-    assert names[2:4] == ["0001_a_blue_star_seed0.mp4", "0001_a_blue_star_seed1.mp4"] and len(names) == 6
+    assert names[:2] == ["a_blue_star_seed0.mp4", "a_blue_star_seed1.mp4"] and len(names) == 6
+    sheet = (out / "contact_sheet.png").read_bytes()
     (out / names[1]).unlink(), (out / names[4]).with_suffix(".json").unlink()
     kept = (out / names[0]).stat().st_mtime_ns
     capsys.readouterr()
     assert run(pair, tmp_path, *words) == 0
     assert "4 of 6 videos are there already" in capsys.readouterr().out
     assert contents(out) == whole and (out / names[0]).stat().st_mtime_ns == kept
+    assert (out / "contact_sheet.png").read_bytes() == sheet
     assert run(pair, tmp_path, *words, "temperature=1.0") == 0
     assert "there already" not in capsys.readouterr().out and contents(out) != whole
 
@@ -172,6 +235,11 @@ def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
         (["prompt=x", "precision=half"], "expected float32 or bfloat16"),
         (["prompt=x", "frames=33", "overlap=5"], "overlap=5 leaves nothing to add to clips of 5 frames"),
         (["prompts=nowhere.txt"], "prompts=nowhere.txt: no such file; it holds one prompt a line"),
+        (["prompt=x", "overlap=8"], "overlap must be 1 + 4n frames, got 8"),
+        (["prompt=x", "overlap=0"], "overlap=0: expected a whole number, 1 or more"),
+        (["prompt=x", "n=0"], "n=0: expected a whole number, 1 or more"),
+        (["prompt=x", "batch_size=0"], "batch_size=0: expected a whole number, 1 or more"),
+        (["prompt=x", "seed=-1"], "seed=-1: expected a whole number, 0 or more"),
         (["settings=nowhere.json"], "settings=nowhere.json: no such file"),
     ],
 )
@@ -185,6 +253,9 @@ def test_explains_bad_files(pair, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text(" \n")
     assert run(pair, tmp_path, f"prompts={tmp_path / 'empty.txt'}") == 1
     assert "holds no prompt; write one a line" in capsys.readouterr().err
+    (tmp_path / "latin.txt").write_bytes(b"a ball\n\xe9t\xe9\n")
+    assert run(pair, tmp_path, f"prompts={tmp_path / 'latin.txt'}") == 1
+    assert "latin.txt, line 2: not UTF-8" in capsys.readouterr().err
     (tmp_path / "other.json").write_text("[]")
     assert run(pair, tmp_path, f"settings={tmp_path / 'other.json'}") == 1
     assert "is not the JSON beside a video" in capsys.readouterr().err
@@ -192,7 +263,7 @@ def test_explains_bad_files(pair, tmp_path, capsys):
     assert run(pair, tmp_path, "prompt=x", f"video={tmp_path / 'short.mp4'}", "history_frames=9", "frames=13") == 1
     assert "too short for 9 frames" in (error := capsys.readouterr().err) and "history_frames=" in error
     assert run(pair, tmp_path, "prompt=x", f"video={tmp_path / 'short.mp4'}", "history_frames=5", "frames=9") == 1
-    assert "go on from 1 or fewer" in capsys.readouterr().err
+    assert "use history_frames=1 or less" in capsys.readouterr().err
     assert main(["generate", f"root={tmp_path}", "prompt=x"]) == 1
     assert "give ckpt=PATH" in capsys.readouterr().err
 
@@ -207,3 +278,5 @@ def test_notes_tell_what_is_done_with_odd_input(pair, tmp_path, capsys):
     assert "9 frames in one sequence, 5 were trained" in told
     assert run(pair, tmp_path, "prompt=", name="empty") == 0
     assert "the prompt is empty" in capsys.readouterr().out
+    assert run(pair, tmp_path, f"prompt={PROMPT}", "negative=x", "guidance.first=1", name="neutral") == 0
+    assert "negative has no effect without guidance" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from kit.data.shapes import Shapes
 from kit.generator import transformer
 from kit.generator.sampler import Cache
 from kit.scales import ScaleSchedule
-from kit.self_check import check_tokenizer, self_check
+from kit.self_check import check_conditioning, check_tokenizer, self_check
 from kit.tokenizer.causal import CausalConv3d
 
 HARDLY_LEARNED = {"tokenizer", "conditioning"}  # by the tiny pair, in 150 and 50 steps
@@ -68,9 +68,23 @@ def test_a_generator_that_knows_nothing(found):
 
 def test_prompts_that_are_not_heeded(found):
     for parameter in found.generator.condition.parameters():
-        torch.nn.init.zeros_(parameter)
+        torch.nn.init.normal_(parameter, std=0.02)
     assert "conditioning" in found()
-    assert "conditioning" not in found(["the same"] * 6)
+    assert "conditioning" not in found(["the same"] * 6)  # there is nothing to heed
+
+
+def test_prompts_that_are_heeded():
+    """Of a model that knows each clip's first bit from its prompt; and by too few clips nothing is said."""
+    schedule, prompts = ScaleSchedule(1, ((1, 1),)), ["yes", "no"] * 4
+    bits = torch.tensor([prompt == "yes" for prompt in prompts])[:, None, None].expand(-1, 1, 4)
+
+    def model(inputs, schedule, condition):
+        return condition[:, :, None].expand(-1, 1, 4)
+
+    model.condition = lambda words, dropped: torch.tensor([[1.0 if w == "yes" else -1.0] for w in words]) * ~dropped[:, None]
+    assert check_conditioning(model, None, bits, prompts, schedule).ok
+    assert not check_conditioning(model, None, ~bits, prompts, schedule).ok
+    assert "too few" in check_conditioning(model, None, ~bits[:2], prompts[:2], schedule).found
 
 
 def test_a_cache_that_loses_a_frame(found, monkeypatch):

@@ -15,7 +15,7 @@ from kit.evaluation.detectors import Detector, UnfitClips, load_detector
 from kit.evaluation.protocol import Network, Protocol
 from kit.generator.condition import ConditionConfig
 from kit.generator.sampler import Sampling
-from kit.machine import autocast
+from kit.machine import check_precision
 from kit.perceptual import Perceptual, load_perceptual
 from kit.run import plain
 from kit.scales import whole_groups
@@ -58,7 +58,7 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
     """
     if (cfg.ckpt is None) == (cfg.videos is None):
         raise ValueError("give ckpt=CHECKPOINT, of a tokenizer or a generator, or videos=DIR")
-    autocast(cfg.precision)  # is it one?
+    check_precision(cfg.precision)
     if cfg.videos is not None:
         return _given_videos(cfg, protocol, source)
     if cfg.paired:

@@ -11,9 +11,9 @@ from kit.data.read import read_clip_file
 from kit.evaluation.candidates import Samples
 from kit.evaluation.protocol import digest
 from kit.evaluation.report import words_of, write_page
-from kit.evaluation.suites import read_json, read_prompts, video_name, write_suite
+from kit.evaluation.suites import read_prompts, video_name, write_suite
 from kit.evaluation.vbench import read_vbench_results, vbench_scores, vbench_table
-from kit.files import write_json, written_aside
+from kit.files import read_json, write_json, written_aside
 from kit.generator.sampler import Sampling
 from kit.machine import exact_float32
 from kit.media import contact_sheet

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from kit.files import write_json
+from kit.files import read_json, read_text, write_json
 from kit.media import write_video
 from kit.sampling import seed_of
 
@@ -58,31 +58,13 @@ def read_prompts(path: str | Path, samples: int = SAMPLES, flickering_samples: i
     if path.suffix.lower() == ".json":
         found = [(text, flickering_samples if FLICKERING in names else samples) for text, names in _read_full_info(path)]
     else:
-        found = [(line.strip(), samples) for line in _read_text(path).split("\n") if line.strip()]
+        found = [(line.strip(), samples) for line in read_text(path).split("\n") if line.strip()]
     if not found:
         raise ValueError(f"{path} holds no prompt; write one a line")
     wanted: dict[str, int] = {}
     for text, count in found:
         wanted[text] = max(count, wanted.get(text, 0))
     return [Prompt(text, count) for text, count in wanted.items()]
-
-
-def _read_text(path: Path) -> str:
-    """Raises: ValueError naming the line that is not UTF-8."""
-    data = path.read_bytes()
-    try:
-        return data.decode().removeprefix("\ufeff")  # a mark that some editors put first
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8; save the file in that encoding") from error
-
-
-def read_json(path: Path):
-    """Raises: ValueError naming the line that is not JSON."""
-    try:
-        return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}); the file may be cut off") from error
 
 
 def _read_full_info(path: Path) -> list[tuple[str, list[str]]]:

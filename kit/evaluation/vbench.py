@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kit.evaluation.suites import FLICKERING, read_json
+from kit.evaluation.suites import FLICKERING
+from kit.files import read_json
 
 # Lowest and highest raw value of each dimension, which become 0 and 1, and its weight.
 QUALITY = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.generator.pretrained import PretrainedEncoder
+from kit.machine import from_all_ranks
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class ConditionConfig:
     classes: names, for kind `class`.
     length: S, words or tokens read of a text.
     buckets, channels: words and size of their vectors in the table of the built-in text encoder.
-    encoder, revision: a pretrained text encoder in its place, see `pretrained.open_encoder`; `channels` are its hidden size.
+    encoder, revision: a pretrained text encoder in its place, see `pretrained.find_encoder`; `channels` are its hidden size.
     """
 
     kind: str = "text"
@@ -80,8 +81,9 @@ class WordEncoder(nn.Module):
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         ids, device = self.words(texts), self.table.weight.device
-        if self.training:
-            self.seen[ids[ids >= 0].to(device)] = True
+        if self.training:  # DDP gives all ranks the buffers of the first: it has to know what the others read
+            read = from_all_ranks(ids.to(device)).cpu()
+            self.seen[read[read >= 0].to(device)] = True
         ids = ids.to(device)
         return self.table(ids.clamp(min=0)), ids >= 0
 
@@ -141,9 +143,11 @@ class ClassCondition(nn.Module):
         return [self.classes[label] for label in batch["label"].tolist()]
 
     def notes(self, text: str) -> list[str]:
+        """None; of a class there is nothing to say. Raises ValueError for an unknown one."""
+        self.check([text])
         return []
 
-    def forward(self, labels: list[str], dropped: Tensor | None = None) -> Tensor:
+    def check(self, labels: list[str]):
         """
         Raises:
             ValueError: for an unknown class.
@@ -151,6 +155,10 @@ class ClassCondition(nn.Module):
         unknown = sorted(set(labels) - set(self.classes))
         if unknown:
             raise ValueError(f"unknown class {unknown[0]!r}; this model knows: {', '.join(self.classes)}")
+
+    def forward(self, labels: list[str], dropped: Tensor | None = None) -> Tensor:
+        """Raises as `check`."""
+        self.check(labels)
         ids = torch.tensor([self.classes.index(label) for label in labels], device=self.table.weight.device)
         if dropped is not None:
             ids = torch.where(dropped.to(ids.device), len(self.classes), ids)

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kit.generator.transformer import Generator
-from kit.scales import ScaleSchedule, latent_frames, pixel_frames
-from kit.tokenizer.quantizer import next_input, residual_map, used_of
+from kit.scales import TAU, ScaleSchedule, latent_frames, pixel_frames
+from kit.tokenizer.quantizer import next_input, residual_map
 
 DRAWS = 32  # of a token's bits, of which top_p takes one
 
@@ -85,10 +86,12 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.extend not in ("reencode", "positions"):
             raise ValueError(f"extend must be reencode or positions, got {self.extend!r}")
+        if self.overlap is not None and (self.overlap < 1 or (self.overlap - 1) % TAU):
+            raise ValueError(f"overlap must be 1 + {TAU}n frames, got {self.overlap}")
 
     def window(self, trained: int, frames: int) -> tuple[int, int]:
         """Pixel frames of a window and of its overlap with the next, for a video of `frames` and clips of `trained`."""
-        overlap = self.overlap or pixel_frames((latent_frames(trained) + 1) // 2)
+        overlap = pixel_frames((latent_frames(trained) + 1) // 2) if self.overlap is None else self.overlap
         return (frames if self.extend == "positions" else trained), overlap
 
     @classmethod
@@ -298,7 +301,9 @@ def sample_frames(
                 if rows == 2:
                     conditioned, free = logits.chunk(2)
                     logits = free + how.guidance.gamma(f, k, schedule) * (conditioned - free)
-                bits.append(used_of(draw_bits(logits, how.temperature, how.top_p, generators), k, schedule))
+                used = schedule.bits[k] if schedule.bits else logits.shape[-1]
+                drawn = draw_bits(logits[..., :used], how.temperature, how.top_p, generators)
+                bits.append(F.pad(drawn, (0, logits.shape[-1] - used)))
             residual = residual_map(bits[-1], k, schedule)
             total = residual if k == 0 else total + residual
             on_block()

@@ -59,7 +59,7 @@ def may_see_with_history(query: tuple[int, int], key: tuple[int, int], window: i
 
 
 @pytest.mark.parametrize("kept", [None, [[True, False, True, True], [False] * 4]])
-@pytest.mark.parametrize("window", [None, 1, 2, 9])
+@pytest.mark.parametrize("window", [None, 0, 1, 2, 9])
 def test_full_history_is_the_rule_for_every_pair(window, kept):
     layout = SCHEDULE.with_history()
     places = [(CONDITION, 0)] * S + [(b.f, b.k) for b in layout.blocks for _ in range(b.h * b.w)]

@@ -25,7 +25,7 @@ from kit.checkpoint import load_generator
 from kit.cli import main
 from kit.generator import pretrained
 from kit.generator.condition import ConditionConfig, build_condition
-from kit.generator.pretrained import PretrainedEncoder, folder_revision, open_encoder
+from kit.generator.pretrained import PretrainedEncoder, find_encoder, folder_revision
 from tests.fixtures import fit_generator
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] a red blue ball star on the green field".split()
@@ -85,8 +85,10 @@ def test_states_are_those_of_transformers(tmp_path, kind):
 
 def test_a_caption_is_encoded_once(bert, cache, monkeypatch):
     first = encoder_of(bert)([CAPTION, "a star"])
-    monkeypatch.setattr(pretrained, "open_encoder", lambda *a: pytest.fail("the encoder was loaded again"))
-    again = encoder_of(bert)(["a star", CAPTION])
+    monkeypatch.setattr(pretrained, "open_model", lambda *a: pytest.fail("the encoder was loaded again"))
+    encoder = encoder_of(bert)
+    assert encoder.notes(CAPTION) == []
+    again = encoder(["a star", CAPTION])
     assert all(torch.equal(a, b.flip(0)) for a, b in zip(first, again))
     (store,) = (cache / "text").glob("*.sqlite")
     with sqlite3.connect(store) as kept:
@@ -106,11 +108,22 @@ def test_long_texts_are_cut_and_told(bert):
 
 
 def test_another_revision_is_refused(bert):
-    revision = open_encoder(str(bert))[2]
-    assert revision == folder_revision(bert) and len(revision) == 16
+    revision = find_encoder(str(bert)).revision
+    assert revision == folder_revision(bert) and len(revision) == 22
     encoder_of(bert, revision=revision)([CAPTION])
-    with pytest.raises(ValueError, match=f"is of revision {revision}, the generator was trained with 0123"):
-        encoder_of(bert, revision="0123")([CAPTION])
+    with pytest.raises(ValueError, match=f"is of revision {revision}, the generator was trained with files-0123"):
+        encoder_of(bert, revision="files-0123")([CAPTION])
+    encoder_of(bert, revision="a" * 40)([CAPTION])  # a commit of the hub, which a folder does not have
+    (bert / "tokenizer_config.json").write_text("{}")
+    assert folder_revision(bert) != revision
+
+
+def test_a_broken_cache_is_named(bert, cache):
+    encoder = encoder_of(bert)
+    encoder([CAPTION])
+    encoder.store.write_bytes(b"no data base" * 100)
+    with pytest.raises(OSError, match=r"cache of captions .*\.sqlite cannot be used: .*; remove it"):
+        encoder_of(bert)([CAPTION])
 
 
 def test_what_is_no_encoder_is_told(tmp_path, bert, monkeypatch):
@@ -118,10 +131,10 @@ def test_what_is_no_encoder_is_told(tmp_path, bert, monkeypatch):
     (tmp_path / "empty").mkdir()
     for name in (tmp_path / "empty", "kit-tests/no-such-encoder"):
         with pytest.raises(FileNotFoundError, match="no text encoder .*condition.encoder=.*KIT_TEXT_ENCODER"):
-            open_encoder(str(name))
-    (bert / "model.safetensors").rename(bert / "weights.safetensors")
+            find_encoder(str(name))
+    (bert / "model.safetensors").rename(bert / "weights.bin")
     with pytest.raises(FileNotFoundError, match="no text encoder"):
-        open_encoder(str(bert))
+        encoder_of(bert)([CAPTION])
 
 
 def test_weights_stay_out_of_the_model(bert):
@@ -133,7 +146,8 @@ def test_weights_stay_out_of_the_model(bert):
 
 def test_a_generator_is_trained_and_used_with_it(pair, bert, tmp_path, monkeypatch, capsys):
     """The checkpoint names encoder and revision; moved, the encoder is found by KIT_TEXT_ENCODER."""
-    words = [f"condition.encoder={bert}", "recipe.generator.steps=2", "trainer.val_check_interval=2"]
+    monkeypatch.chdir(tmp_path)
+    words = ["condition.encoder=bert", "recipe.generator.steps=2", "trainer.val_check_interval=2"]
     assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == 0
     ckpt = tmp_path / "generator" / "checkpoints" / "last.ckpt"
     config = load_generator(ckpt)[0].model.config.condition

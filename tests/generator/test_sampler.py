@@ -264,6 +264,7 @@ def test_temperature_ends_at_greedy_and_at_noise():
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"extend": "more"}, "extend must be reencode or positions, got 'more'"),
+        ({"overlap": 8}, "overlap must be 1 . 4n frames, got 8"),
     ],
 )
 def test_impossible_sampling_is_refused(value, message):
@@ -278,6 +279,19 @@ def test_top_p_keeps_to_the_likeliest_codes(top_p, likeliest, others):
     bits = draw_bits((p / (1 - p)).log().expand(1, 20_000, 2), 1.0, top_p, generators(0))[0]
     assert abs(bits.all(-1).float().mean() - likeliest) < 0.03
     assert (~bits[:, 0]).float().mean() <= others + 0.01
+
+
+def test_top_p_minds_only_the_bits_that_a_scale_has(make_generator, monkeypatch):
+    seen = []
+
+    def greedy(logits, *how):
+        seen.append(logits.shape[-1])
+        return logits > 0
+
+    monkeypatch.setattr("kit.generator.sampler.draw_bits", greedy)
+    schedule = ScaleSchedule(2, SCHEDULE.grids, (2, 3, 4))
+    bits = sample(make_generator(), schedule=schedule, top_p=0.5)
+    assert seen == [2, 3, 4] * 2 and not bits[:, ~schedule.used_bits(4)].any()
 
 
 def test_top_p_weighs_the_bits_of_a_token_together():
@@ -422,7 +436,10 @@ def test_windows_make_up_the_video(frames, longest, overlap, expected):
 
 @pytest.mark.parametrize(
     "values, message",
-    [((18, 17, 9), "1 . 4n"), ((25, 17, 8), "1 . 4n"), ((25, 17, 17), "overlap=17 leaves nothing to add to clips of 17")],
+    [
+        ((18, 17, 9), "1 . 4n"), ((25, 17, 8), "1 . 4n"), ((25, 17, 17), "overlap=17 leaves nothing to add to clips of 17"),
+        ((5, 1, 1), "extend=positions makes more than a picture"),
+    ],
 )
 def test_impossible_windows_are_refused(values, message):
     with pytest.raises(ValueError, match=message):

@@ -208,6 +208,23 @@ def test_empty_text_is_no_condition(make_generator):
     assert not torch.allclose(condition([""]), condition(["a red ball"]))
 
 
+def read_on_a_rank(rank: int, folder: str):
+    """What a process of a distributed training does with its captions; DDP then gives it the buffers of rank 0."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    encoder = WordEncoder(8, 3, 64).train()
+    encoder([["a red ball", "blue"], ["a star", "on sand"]][rank])
+    torch.save(encoder.seen, f"{folder}/seen{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_all_ranks_know_the_words_of_each(tmp_path):
+    torch.multiprocessing.spawn(read_on_a_rank, (str(tmp_path),), nprocs=2)
+    seen = [torch.load(tmp_path / f"seen{rank}") for rank in range(2)]
+    alone = WordEncoder(8, 3, 64).train()
+    alone(["a red ball", "blue", "a star", "on sand"])
+    assert torch.equal(seen[0], alone.seen) and torch.equal(seen[1], alone.seen)
+
+
 def test_words_not_read_or_never_trained_are_told(make_generator):
     condition = make_generator().condition
     condition.train()(["a red ball"]), condition.eval()(["a blue star"])
