@@ -45,9 +45,9 @@ def device() -> torch.device:
 
 
 def check_precision(precision: str):
-    """Raises: ValueError: for another than float32 and bfloat16."""
+    """Raises: ValueError for another than float32 and bfloat16."""
     if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision={precision!r}; expected float32 or bfloat16")
+        raise ValueError(f"precision={precision!r}; expected one of: float32, bfloat16")
 
 
 def autocast(precision: str):
@@ -76,13 +76,17 @@ def devices() -> int | str:
     return "auto" if torch.cuda.is_available() else 1
 
 
-def from_all_ranks(x: torch.Tensor) -> torch.Tensor:
-    """(n, ...) of each process of a distributed training -> (ranks * n, ...), in their order; x itself where there is one."""
+def from_all_ranks(x: torch.Tensor, through: torch.device) -> torch.Tensor:
+    """(n, ...) of each process of a distributed training -> (ranks * n, ...), in their order; x itself where there is one.
+
+    Args:
+        x: on the CPU, as the result. through: the device that the processes exchange tensors on.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return x
-    found = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(found, x)
-    return torch.cat(found)
+    found = [torch.empty_like(x, device=through) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, x.to(through))
+    return torch.cat(found).cpu()
 
 
 def installed_version(package: str) -> str | None:

@@ -232,7 +232,7 @@ def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
         (["prompt=x", "temperature=-1"], "temperature must be 0 or more"),
         (["prompt=x", "top_p=0"], "top_p must be above 0"),
         (["prompt=x", "guidance.kind=strong"], "'rising', 'falling' or 'constant'"),
-        (["prompt=x", "precision=half"], "expected float32 or bfloat16"),
+        (["prompt=x", "precision=half"], "expected one of: float32, bfloat16"),
         (["prompt=x", "frames=33", "overlap=5"], "overlap=5 leaves nothing to add to clips of 5 frames"),
         (["prompts=nowhere.txt"], "prompts=nowhere.txt: no such file; it holds one prompt a line"),
         (["prompt=x", "overlap=8"], "overlap must be 1 + 4n frames, got 8"),

@@ -82,7 +82,7 @@ class WordEncoder(nn.Module):
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         ids, device = self.words(texts), self.table.weight.device
         if self.training:  # DDP gives all ranks the buffers of the first: it has to know what the others read
-            read = from_all_ranks(ids.to(device)).cpu()
+            read = from_all_ranks(ids, device)
             self.seen[read[read >= 0].to(device)] = True
         ids = ids.to(device)
         return self.table(ids.clamp(min=0)), ids >= 0

@@ -127,7 +127,7 @@ def test_a_broken_cache_is_named(bert, cache):
 
 
 def test_what_is_no_encoder_is_told(tmp_path, bert, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     for name in (tmp_path / "empty", "kit-tests/no-such-encoder"):
         with pytest.raises(FileNotFoundError, match="no text encoder .*condition.encoder=.*KIT_TEXT_ENCODER"):

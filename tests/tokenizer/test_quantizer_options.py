@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kit.cli import main
 from kit.generator.corruption import FlipLaw, training_sequence
 from kit.generator.module import accuracy_by_scale, bit_weights
-from kit.generator.sampler import sample_frames
+from kit.generator.sampler import Sampling, sample_frames
 from kit.inspection import bit_use
 from kit.run import plain
 from kit.scales import ScaleSchedule
@@ -213,7 +213,7 @@ def test_by_command(tmp_path):
 def test_samples_have_no_bit_that_a_scale_lacks(make_generator):
     """And they are those of the full forward: greedy, each is its logits' sign where the scale has the bit."""
     model = make_generator(bits=6, scales=3)
-    greedy = torch.cat([frame.bits for frame in sample_frames(model, FEWER, ["a"], [0], temperature=0.0)], 1)
+    greedy = torch.cat([frame.bits for frame in sample_frames(model, FEWER, ["a"], [0], Sampling(temperature=0.0))], 1)
     inputs, _ = training_sequence(bits_to_feature(greedy, FEWER), FEWER, None, None, model.config.inherit)
     partial = [bits_to_feature(greedy, FEWER, k + 1) for k in range(3)]  # what the blocks read, whatever its own bits are
     for b in FEWER.blocks:
