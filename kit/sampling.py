@@ -89,6 +89,7 @@ def stream_video(
         given = torch.cat(list(recent), dim=2)[:, :, -overlap:] if number else history
         for pixels in stream_clips(model, tokenizer, part, prompts, those, how, given, on_block):
             recent.append(pixels)
-            if pixels.shape[2] > again:
-                yield pixels[:, :, again:]
-            again = max(0, again - pixels.shape[2])
+            if again:  # 1 + 4n frames, as the pieces add up to
+                again -= pixels.shape[2]
+            else:
+                yield pixels

@@ -1,0 +1,115 @@
+"""From bits to pixels: streamed clips, given pictures and videos, and videos of any length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kit.generator.sampler import Guidance, Sampling, sample_frames
+from kit.sampling import sample_clips, seed_of, stream_clips, stream_video, windows
+
+PROMPTS = ["a red ball", "a blue star"]
+RISING = Guidance("rising", first=1.0, last=5.0, fine=10.0)
+CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def tiny_pair(make_generator, make_tokenizer):
+    """A generator and the tokenizer whose bits it speaks, with the schedule of 17 frames of 8 x 12 pixels."""
+    tokenizer = make_tokenizer(scales=(1, 2))
+    return make_generator(scales=2), tokenizer, tokenizer.schedule(17, 8, 12)
+
+
+def sampled_bits(model, schedule, how: Sampling, history: torch.Tensor | None = None) -> torch.Tensor:
+    """(2, L, d) of whole clips of PROMPTS."""
+    return torch.cat([frame.bits for frame in sample_frames(model, schedule, PROMPTS, [0, 1], how, history)], 1)
+
+
+def test_streamed_pixels_are_those_of_the_whole_feature(tiny_pair):
+    model, tokenizer, schedule = tiny_pair
+    chunks = list(stream_clips(model, tokenizer, schedule, PROMPTS, [0, 1], Sampling(RISING)))
+    assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4, 4, 4]
+    bits = sampled_bits(model, schedule, Sampling(RISING))
+    video = torch.cat(chunks, 2)
+    torch.testing.assert_close(video, tokenizer.decode_bits(bits, schedule), **CLOSE)
+    assert video.shape == (2, 3, 17, 8, 12) and video.abs().max() <= 1
+    assert torch.equal(sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], Sampling(RISING)), video)
+
+
+@pytest.mark.parametrize("frames", [1, 9, 17])
+def test_given_pixels_come_back_as_the_tokenizer_sees_them(tiny_pair, frames):
+    """Image-to-video (one frame) and continuation."""
+    model, tokenizer, schedule = tiny_pair
+    start = torch.rand(2, 3, frames, 8, 12, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    video = sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], Sampling(temperature=0.0), start)
+    torch.testing.assert_close(video[:, :, :frames], tokenizer.reconstruct(start), **CLOSE)
+    bits = sampled_bits(model, schedule, Sampling(temperature=0.0), tokenizer.bits(start))
+    torch.testing.assert_close(video, tokenizer.decode_bits(bits, schedule), **CLOSE)
+
+
+# --- videos of any length --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "frames, longest, overlap, expected",
+    [
+        (17, 17, 9, [17]), (9, 17, 9, [9]), (25, 17, 9, [17, 17]), (33, 17, 1, [17, 17]), (37, 17, 13, [17] * 6),
+        (29, 17, 9, [17, 17, 13]),
+    ],
+)  # fmt: skip
+def test_windows_make_up_the_video(frames, longest, overlap, expected):
+    assert windows(frames, longest, overlap) == expected
+    assert sum(expected) - overlap * (len(expected) - 1) == frames
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ((18, 17, 9), "1 . 4n"), ((25, 17, 8), "1 . 4n"), ((25, 17, 17), "overlap=17 leaves nothing to add to clips of 17"),
+        ((5, 1, 1), "extend=positions makes more than a picture"),
+    ],
+)
+def test_impossible_windows_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        windows(*values)
+
+
+@pytest.mark.parametrize("overlap", [1, 5, None])
+def test_a_long_video_is_windows_that_go_on_from_each_other(tiny_pair, overlap):
+    """Each window, made alone from the pixels before it, is what the stream shows; shown once, in any batch."""
+    model, tokenizer, schedule = tiny_pair
+    how = Sampling(RISING, overlap=overlap)
+    pieces = list(stream_video(model, tokenizer, schedule, PROMPTS, [0, 1], 41, how))
+    video, kept = torch.cat(pieces, 2), overlap or 9
+    assert video.shape == (2, 3, 41, 8, 12) and max(piece.shape[2] for piece in pieces) == 4
+    first = sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], how)
+    assert torch.equal(video[:, :, :17], first)
+    again = [seed_of(seed, 1) for seed in (0, 1)]
+    second = sample_clips(model, tokenizer, schedule, PROMPTS, again, how, first[:, :, -kept:])
+    torch.testing.assert_close(video[:, :, 17 : 34 - kept], second[:, :, kept:], **CLOSE)
+    alone = torch.cat(list(stream_video(model, tokenizer, schedule, PROMPTS[1:], [1], 41, how)), 2)
+    torch.testing.assert_close(alone, video[1:], **CLOSE)
+
+
+def test_a_long_video_in_one_sequence(tiny_pair):
+    model, tokenizer, schedule = tiny_pair
+    how = Sampling(extend="positions")
+    video = torch.cat(list(stream_video(model, tokenizer, schedule, PROMPTS, [0, 1], 33, how)), 2)
+    assert torch.equal(video, sample_clips(model, tokenizer, schedule.with_frames(9), PROMPTS, [0, 1], how))
+
+
+def test_each_window_costs_the_same(tiny_pair):
+    """Blocks between frames shown: those of a window, however many came before."""
+    model, tokenizer, schedule = tiny_pair
+    blocks, counts = [0], []
+    stream = stream_video(model, tokenizer, schedule, PROMPTS, [0, 1], 81, on_block=lambda: blocks.append(0))
+    for _ in stream:
+        counts.append(len(blocks))
+        blocks.clear()
+    assert counts == [3, 2, 2, 2, 2] + [8, 2] * 8
