@@ -181,7 +181,18 @@ def load_generator(path: str | os.PathLike, tokenizer: str | os.PathLike | None 
             f"wrong tokenizer: {partner.path} has hash {partner.hash}, but the generator {path} was trained on the "
             f"tokenizer {values['tokenizer_hash']} ({values['tokenizer_path']}); give that one as tokenizer=PATH"
         )
-    return _loaded(Generator(GeneratorConfig.from_dict(values["generator"])), checkpoint, path, True), partner
+    return _generator(checkpoint, path), partner
+
+
+def load_generator_alone(path: str | os.PathLike) -> tuple[Loaded, str]:
+    """A trained `Generator`, and the hash of the tokenizer it was trained on. Raises as `read_checkpoint`."""
+    checkpoint = read_checkpoint(path, "generator")
+    return _generator(checkpoint, path), checkpoint["hyper_parameters"]["tokenizer_hash"]
+
+
+def _generator(checkpoint: dict, path: str | os.PathLike) -> Loaded:
+    config = GeneratorConfig.from_dict(checkpoint["hyper_parameters"]["generator"])
+    return _loaded(Generator(config), checkpoint, path, True)
 
 
 def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike, averaged: bool) -> Loaded:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from kit.checkpoint import AtomicCheckpointIO, check_resume, load_tokenizer
@@ -14,10 +15,8 @@ from kit.data.features import encode_clips
 from kit.generator.module import GeneratorModule
 from kit.generator.pretrained import find_encoder
 from kit.machine import fast_float32_products, keep_freed_memory
-from kit.tokenizer.inflate import inflate, take_over
+from kit.start import start
 from kit.tokenizer.module import TokenizerModule
-
-STARTS = {"scratch": None, "inflate": inflate, "weights": take_over}  # init.how -> given tokenizer, ours
 
 
 def plain(node: DictConfig) -> dict:
@@ -38,18 +37,10 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
         raise ValueError("the tokenizer accumulates and clips by itself: use optimizer.accumulate= and optimizer.clip=")
     if str(cfg.trainer.precision).startswith("16"):
         raise ValueError(f"trainer.precision={cfg.trainer.precision}: the tokenizer trains in bf16-mixed or 32-true")
-    module = TokenizerModule(
+    return TokenizerModule(
         plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), data.clip, cfg.trainer.max_steps,
         plain(cfg.scale_dropout), cfg.seed,
     )  # fmt: skip
-    if cfg.init.how not in STARTS:
-        raise ValueError(f"init.how={cfg.init.how}; expected one of {', '.join(STARTS)}")
-    start = STARTS[cfg.init.how]
-    if start is not None and (OmegaConf.is_missing(cfg.init, "ckpt") or cfg.init.ckpt is None):
-        raise ValueError(f"init.how={cfg.init.how} needs init.ckpt=PATH, the checkpoint of a tokenizer to start from")
-    if start is not None and checkpoint_to_resume(cfg) is None:
-        start(load_tokenizer(cfg.init.ckpt).model, module.model)
-    return module
 
 
 def encoded_clips_of(cfg: DictConfig) -> Path:
@@ -59,9 +50,6 @@ def encoded_clips_of(cfg: DictConfig) -> Path:
 
 def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorModule:
     tokenizer = load_tokenizer(cfg.tokenizer_ckpt)
-    if cfg.encoded_clips:
-        about = {**data.clip, "source": {k: v for k, v in plain(cfg.data.source).items() if k != "_partial_"}}
-        data.train = encode_clips(data.train, tokenizer, cfg.encoded_clips, data.workers, encoded_clips_of(cfg), about)
     values = tokenizer.model.config
     generator = {
         **plain(cfg.generator), "bits": values.bits, "scales": len(values.scales), "window": cfg.window,
@@ -72,6 +60,13 @@ def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorMo
         data.clip, cfg.trainer.max_steps, cfg.seed,
         tokenizer_hash=tokenizer.hash, tokenizer_path=str(tokenizer.path.resolve()), tokenizer=tokenizer.model,
     )  # fmt: skip
+
+
+def encode_ahead(cfg: DictConfig, data: ClipDataModule, module: GeneratorModule):
+    """Puts encoded clips in the place of those of the training."""
+    about = {**data.clip, "source": {k: v for k, v in plain(cfg.data.source).items() if k != "_partial_"}}
+    about["tokenizer"] = module.hparams.tokenizer_hash
+    data.train = encode_clips(data.train, module.tokenizer, cfg.encoded_clips, data.workers, encoded_clips_of(cfg), about)
 
 
 def condition_of(condition: dict, data: ClipDataModule) -> dict:
@@ -128,6 +123,10 @@ def fit(cfg: DictConfig) -> L.Trainer:
     module = BUILDERS[cfg.module](cfg, data)
     if resume is not None:
         check_resume(resume, module.kind, module.model, dict(module.hparams.loss))
+    for note in start(plain(cfg.init), module, resumed=resume is not None):
+        rank_zero_info(f"  {note}")
+    if cfg.module == "generator" and cfg.encoded_clips:
+        encode_ahead(cfg, data, module)
     trainer = build_trainer(cfg)
     if trainer.world_size > 1 and getattr(module, "discriminator", None) is not None and cfg.trainer.get("strategy") is None:
         raise ValueError(

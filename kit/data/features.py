@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from kit.checkpoint import AtomicCheckpointIO, Loaded
+from kit.checkpoint import AtomicCheckpointIO
 from kit.machine import device, inference_precision
+from kit.tokenizer import Tokenizer
 
 
 class EncodedClips(Dataset):
@@ -29,22 +30,22 @@ class EncodedClips(Dataset):
         return {"feature": self.features[n], "caption": self.captions[n], "label": self.labels[n]}
 
 
-def encode_clips(source: Dataset, tokenizer: Loaded, clips: int, workers: int, path: Path, about: dict) -> EncodedClips:
+def encode_clips(source: Dataset, tokenizer: Tokenizer, clips: int, workers: int, path: Path, about: dict) -> EncodedClips:
     """Features of clips 0 to `clips` - 1 of a source, kept in a file and taken from it the next time.
 
     Args:
-        about: plain values that say what the clips are; a file about other clips, or of another tokenizer, is replaced.
+        about: plain values that say what the clips are, and of which tokenizer; a file about others is replaced.
     Raises:
         ValueError: if there are fewer clips than one.
     """
     if clips < 1:
         raise ValueError(f"encoded_clips={clips}; expected a number of clips, or 0 for fresh ones")
-    about = json.loads(json.dumps({**about, "clips": clips, "tokenizer": tokenizer.hash}))
+    about = json.loads(json.dumps({**about, "clips": clips}))
     if path.exists():
         kept = torch.load(path, map_location="cpu", weights_only=True)
         if kept.pop("about") == about:
             return EncodedClips(**kept)
-    model = tokenizer.model.to(device()).eval()
+    model = tokenizer.to(device()).eval()
     features, captions, labels = [], [], []
     loader = DataLoader(Subset(source, range(clips)), batch_size=16, num_workers=workers)
     with torch.no_grad(), tqdm(total=clips, desc="encode", unit="clip", disable=None) as bar:

@@ -15,9 +15,9 @@ from tests.test_training import losses
 @pytest.fixture
 def encode(pair, tmp_path, monkeypatch):
     """Encodes clips of 5 x 32 x 32 and says how many the tokenizer saw."""
-    tokenizer = load_tokenizer(pair.tokenizer)
-    seen, original = [], tokenizer.model.encode
-    monkeypatch.setattr(tokenizer.model, "encode", lambda video: seen.append(len(video)) or original(video))
+    tokenizer = load_tokenizer(pair.tokenizer).model
+    seen, original = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda video: seen.append(len(video)) or original(video))
 
     def run(clips=20, **about):
         seen.clear()
@@ -32,7 +32,7 @@ def test_items_are_the_features_of_the_clips_and_repeat(encode):
     encoded, seen, tokenizer, source = encode()
     assert seen == 20
     for n in (0, 19):
-        expected = tokenizer.model.encode(source[n]["video"][None])[0]
+        expected = tokenizer.encode(source[n]["video"][None])[0]
         torch.testing.assert_close(encoded[n]["feature"].float(), expected, atol=0.02, rtol=0.02)
         for item in (encoded[n], encoded[n + 20]):
             assert (item["caption"], item["label"]) == (source[n]["caption"], source[n]["label"])

@@ -1,0 +1,62 @@
+"""Where a training starts: from random weights, or from those of a trained model (conf/init)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kit.checkpoint import differences, load_generator_alone, load_tokenizer
+from kit.generator.module import GeneratorModule
+from kit.tokenizer.inflate import inflate, take_over
+from kit.tokenizer.module import TokenizerModule
+
+
+def start_tokenizer(how: str, path: str, module: TokenizerModule) -> list[str]:
+    """Raises ValueError if the given tokenizer is of another architecture."""
+    {"inflate": inflate, "weights": take_over}[how](load_tokenizer(path).model, module.model)
+    return []
+
+
+def start_generator(how: str, path: str, module: GeneratorModule) -> list[str]:
+    """The weights of a trained generator; those of the condition start anew where it is another one, as with other classes.
+
+    Raises:
+        ValueError: if the two differ in anything else that weights depend on, naming each difference.
+    """
+    given, tokenizer_hash = load_generator_alone(path)
+    ours, notes = module.model, []
+    theirs, own = ({k: v for k, v in m.config.as_dict().items() if k not in ("window", "align")} for m in (given.model, ours))
+    weights = given.model.state_dict()
+    if told := differences(theirs.pop("condition"), own.pop("condition")):
+        weights |= {name: w for name, w in ours.state_dict().items() if name.startswith("condition.")}
+        notes.append(f"the condition is another one ({'; '.join(told)}) and starts anew")
+    if told := differences(theirs, own):
+        told = "; ".join(told)
+        raise ValueError(f"init.ckpt has another architecture than the generator to train: {told}; make them alike")
+    ours.load_state_dict(weights)
+    if tokenizer_hash != module.hparams.tokenizer_hash:
+        notes.append("init.ckpt spoke the bits of another tokenizer, and has to learn those of tokenizer_ckpt")
+    return notes
+
+
+STARTS = {  # kind of module -> what init.how can be, random weights aside, and what it does
+    "tokenizer": {"inflate": start_tokenizer, "weights": start_tokenizer},
+    "generator": {"weights": start_generator},
+}
+
+
+def start(init: Mapping, module: TokenizerModule | GeneratorModule, resumed: bool) -> list[str]:
+    """Sets a module's weights as `init`, plain values of conf/init, says; returns what a user should know of it.
+
+    Args:
+        resumed: whether the training only goes on, so that its weights come from its own checkpoint.
+    Raises:
+        ValueError: for another `how`, or one without `ckpt`; else as those above, or as `read_checkpoint`.
+    """
+    how, path, starts = init["how"], init.get("ckpt"), STARTS[module.kind]
+    if how == "scratch":
+        return []
+    if how not in starts:
+        raise ValueError(f"init.how={how}; expected for a {module.kind} one of scratch, {', '.join(starts)}")
+    if path in (None, "???"):
+        raise ValueError(f"init.how={how} needs init.ckpt=PATH, the checkpoint of a {module.kind} to start from")
+    return [] if resumed else starts[how](how, path, module)
