@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-METHODS = ("standard", "rope", "flips", "inherited", "paper", "full", "center")
+METHODS = ("standard", "rope", "flips", "inherited", "masked", "full", "center", "paper")
 CLIPS, LONG_CLIPS, LONG = 64, 32, 65  # that are scored of each length, and the frames of the long ones
 
 

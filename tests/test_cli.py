@@ -137,21 +137,24 @@ def test_rates_fit_their_clips(rate, tokens):
 
 def test_methods_add_one_thing_after_another():
     """Of each step of the ablation, what differs from the one before; `paper` is the paper, whatever the size."""
-    keys = ("align", "correction.p_max", "correction.delta", "correction.inherit", "frame_mask", "history")
+    recipe = ("generator.inherit", "loss.scale_weights")
+    keys = (*recipe, "align", "correction.p_max", "correction.delta", "correction.inherit", "frame_mask", "history")
     before, changed = None, {}
-    for method in ("standard", "rope", "flips", "inherited", "paper", "full", "center"):
+    for method in ("standard", "rope", "flips", "inherited", "masked", "full", "center"):
         cfg = composed("ablation", f"method={method}", "size=tiny")
         now = {key: OmegaConf.select(cfg, key) for key in keys}
         changed[method] = {key: value for key, value in now.items() if before and value != before[key]}
-        assert (cfg.generator.inherit, cfg.loss.scale_weights, cfg.name) == ("first", "uniform", f"ablation_{method}_0")
+        assert [now[key] for key in recipe] == ["all", "early"] and cfg.name == f"ablation_{method}_0"
         before = now
     assert changed == {
         "standard": {}, "rope": {"align": "grid"}, "flips": {"correction.p_max": 0.1, "correction.delta": 0.01},
-        "inherited": {"correction.inherit": True}, "paper": {"frame_mask": 0.1}, "full": {"history": "full"},
+        "inherited": {"correction.inherit": True}, "masked": {"frame_mask": 0.1}, "full": {"history": "full"},
         "center": {"align": "center"},
     }  # fmt: skip
-    default = composed("stage2_generator", "size=L")
-    assert all(OmegaConf.select(default, key) == OmegaConf.select(composed("ablation", "size=L"), key) for key in keys)
+    large = composed("stage2_generator", "size=L")
+    for size in ("tiny", "L"):
+        paper = composed("stage2_generator", "method=paper", f"size={size}")
+        assert {key: OmegaConf.select(paper, key) for key in keys} == {key: OmegaConf.select(large, key) for key in keys}
 
 
 def test_doctor_reports_and_finds_a_configs_problem(capsys, tmp_path, monkeypatch):
