@@ -1,0 +1,80 @@
+"""Fine-tuning on one's own captioned clips: what a generator draws for the names it was trained on.
+
+    python benchmarks/finetuning.py FOLDER CLIPS TOKENIZER GENERATOR [names=64] [picture=FILE.png] [key=value ...]
+
+CLIPS is a folder with captions, such as `python -m kit prepare fluent_emoji` makes; TOKENIZER and GENERATOR are the
+checkpoints to start from, such as the demo's. Runs docs/finetuning.md's three commands in FOLDER (stopped, it goes on there;
+further words go to both trainings), and asks of each sample which clip it is likest: small time averages of all of them are
+compared. Prints one JSON line: how often the named clip is the likest, and among the five likest; for chance 1 and 5 of all
+clips, and for what the tokenizer alone gives, the clips' reconstructions.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kit.checkpoint import load_generator
+from kit.data.clips import FolderClips
+from kit.generation import sample_videos
+from kit.generator.sampler import Guidance, Sampling
+from kit.media import contact_sheet
+from kit.verbs import reconstruct_batches
+
+SIDE = 16  # pixels of the averages
+SHOWN = 12
+HOW = Sampling(guidance=Guidance("constant", 2.0), temperature=0.7)  # conf/sampling.yaml
+
+
+def tune(stage: str, folder: Path, name: str, clips: str, start: str, words: list[str]) -> Path:
+    """Trains what is left of a run that starts from given weights; returns its checkpoint."""
+    data = ["data=clips", f"data.root={clips}", "data.source.val_every=100"]
+    run = [f"conf={stage}", "size=tiny", f"root={folder}", f"name={name}", "ckpt=last", "init=weights", f"init.ckpt={start}"]
+    subprocess.run([sys.executable, "-m", "kit", "fit", *run, *data, *words], check=True, stdout=sys.stderr)
+    return folder / name / "checkpoints" / "last.ckpt"
+
+
+def small(videos: Tensor) -> Tensor:
+    """(n, 3, T, H, W) -> (n, 3 * SIDE * SIDE), time averages."""
+    return F.interpolate(videos.mean(2), (SIDE, SIDE), mode="area").flatten(1)
+
+
+def likest(videos: Tensor, clips: Tensor, names: list[int]) -> dict[str, float]:
+    """Share of videos whose own clip, by number, is the likest of all clips, and among the five likest."""
+    order = torch.cdist(small(videos), small(clips)).argsort(dim=1)[:, :5]
+    right = order == torch.tensor(names)[:, None]
+    return {"top1": round(right[:, 0].float().mean().item(), 3), "top5": round(right.any(1).float().mean().item(), 3)}
+
+
+def main(folder: Path, clips: str, tokenizer: str, generator: str, *words: str):
+    chosen = dict(word.split("=", 1) for word in words if word.split("=")[0] in ("names", "picture"))
+    rest = [word for word in words if word.split("=")[0] not in ("names", "picture")]
+    codec = tune("stage1_tokenizer", folder, "tokenizer", clips, tokenizer, rest)
+    model = tune("stage2_generator", folder, "generator", clips, generator, [f"tokenizer_ckpt={codec}", *rest])
+    loaded, partner = load_generator(model)
+    clip = loaded.clip
+    train = FolderClips(clips, "train", clip["frames"], clip["height"], clip["width"], clip["fps"], val_every=100)
+    items = [train[n] for n in range(len(train.files))]  # each file once, in an order of its own
+    videos, captions = torch.stack([item["video"] for item in items]), [item["caption"] for item in items]
+    names = list(range(min(int(chosen.get("names", 64)), len(items))))
+    asked = [captions[n] for n in names]
+    size = tuple(videos.shape[2:])
+    samples = sample_videos(loaded, partner, asked, names, size, HOW, "float32", 16)
+    again = reconstruct_batches(partner, videos[: len(names)], 16)
+    if "picture" in chosen:
+        rows = zip(videos, again, samples)
+        groups = [{"real": v, "reconstruction": r, "sample": s} for v, r, s in rows][:SHOWN]
+        contact_sheet(groups, asked[:SHOWN], Path(chosen["picture"]))
+    counts = {"clips": len(items), "names": len(names)}
+    found = {"samples": likest(samples, videos, names), "reconstructions": likest(again, videos, names)}
+    print(json.dumps({**counts, **found, "words": rest, "torch": torch.__version__}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
