@@ -29,8 +29,12 @@ class CompileLayers(L.Callback):
             layer.compile(dynamic=False)
         self.compiled = True
 
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if self.compiled:
+            torch.compiler.set_stance("default")
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if self.compiled:  # what has been compiled is all that shall be
+        if self.compiled:  # whatever else the layers are given
             torch.compiler.set_stance("eager_on_recompile")
 
     def on_fit_end(self, trainer, module):

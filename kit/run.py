@@ -37,6 +37,11 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
         raise ValueError("the tokenizer accumulates and clips by itself: use optimizer.accumulate= and optimizer.clip=")
     if str(cfg.trainer.precision).startswith("16"):
         raise ValueError(f"trainer.precision={cfg.trainer.precision}: the tokenizer trains in bf16-mixed or 32-true")
+    if data.image_share:
+        raise ValueError(
+            "data.image_share is for generators; conf=stage0_image_tokenizer trains a tokenizer on images, and init=inflate "
+            "goes on from it with video"
+        )
     return TokenizerModule(
         plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), data.clip, cfg.trainer.max_steps,
         plain(cfg.scale_dropout), cfg.seed,

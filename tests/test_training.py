@@ -73,9 +73,10 @@ def test_resumed_run_gives_the_uninterrupted_loss_to_the_last_bit(part, compiled
 
 @pytest.mark.skipif(not can_compile(), reason="torch.compile has no C++ compiler here")
 def test_compiled_layers_train_alike(pair, tmp_path):
-    """Up to rounding, over steps and validations; afterwards nothing stays compiled."""
+    """Up to rounding, over batches of clips and of images and validations; afterwards nothing stays compiled."""
     def fit(name, least_steps):
-        words = ["trainer.precision=32-true", "recipe.generator.steps=6", "trainer.val_check_interval=3", f"name={name}"]
+        joint = ["trainer.precision=32-true", "data.image_share=0.5"]
+        words = [*joint, "recipe.generator.steps=6", "trainer.val_check_interval=3", f"name={name}"]
         assert fit_generator(tmp_path, *words, f"callbacks.compile.least_steps={least_steps}", tokenizer=pair.tokenizer) == 0
         return torch.tensor(losses(tmp_path / name))
 
@@ -178,9 +179,44 @@ def test_failed_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
 
 
 def test_ranks_share_the_stream_without_overlap():
-    def take(sampler, n):
-        return [i for i, _ in zip(sampler, range(n))]
+    both = [batches(StreamSampler(2, 3, rank, 2, 17), 2) for rank in (0, 1)]
+    assert sorted(sum(sum(both, []), [])) == [(n, 17) for n in range(12, 20)]
+    assert batches(StreamSampler(4, 0, 0, 1, 17), 3)[1:] == batches(StreamSampler(4, 1, 0, 1, 17), 2)
 
-    both = [take(StreamSampler(2, 3, rank, 2), 4) for rank in (0, 1)]
-    assert sorted(sum(both, [])) == list(range(12, 20))
-    assert take(StreamSampler(4, 0, 0, 1), 12)[4:] == take(StreamSampler(4, 1, 0, 1), 8)
+
+def batches(sampler, n):
+    return [batch for batch, _ in zip(sampler, range(n))]
+
+
+@pytest.mark.parametrize("share", [0.25, 0.3, 1.0])
+def test_images_and_clips_are_streams_of_their_own(share):
+    """A share of the batches holds first frames; each stream is whole, and a later beginning goes on in both."""
+    stream = batches(StreamSampler(2, 0, 0, 1, 17, share, 6), 40)
+    images, clips = ([b for b in stream if b[0][1] == frames] for frames in (1, 17))
+    assert len(images) == int(40 * share) and {len(b) for b in images} == {6} and {len(b) for b in clips} <= {2}
+    for kind, frames in ((images, 1), (clips, 17)):
+        assert sum(kind, []) == [(n, frames) for n in range(sum(map(len, kind)))]
+    assert batches(StreamSampler(2, 17, 0, 1, 17, share, 6), 23) == stream[17:]
+
+
+def test_images_and_video_jointly(pair, tmp_path):
+    """Every other batch holds as many images as a batch of clips has latent frames: the loss of the whole is in between, and
+    it is the same whether clips are encoded ahead or as they come."""
+
+    def fit(name, *words):
+        steps = [f"name={name}", "recipe.generator.steps=6", "trainer.precision=32-true", "optimizer.lr=0"]
+        assert fit_generator(tmp_path, *steps, *words, tokenizer=pair.tokenizer) == 0
+        return torch.tensor(losses(tmp_path / name))
+
+    joint = fit("joint", "data.image_share=0.5")
+    torch.testing.assert_close(joint[::2], fit("clips")[:3])
+    torch.testing.assert_close(joint[1::2], fit("images", "data.image_share=1")[:3])
+    fresh = fit("fresh", "data.image_share=0.5", "recipe.generator.encoded_clips=0")
+    torch.testing.assert_close(joint, fresh, atol=2e-3, rtol=2e-3)
+
+
+def test_image_share_is_for_generators(tmp_path, capsys):
+    assert fit_tokenizer(tmp_path, "data.image_share=0.5") == 1
+    assert "data.image_share is for generators; conf=stage0_image_tokenizer trains" in capsys.readouterr().err
+    assert fit_tokenizer(tmp_path, "data.image_share=2") == 1
+    assert "data.image_share=2; expected a share from 0 to 1" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,30 +13,49 @@ from kit.data.features import EncodedClips
 from kit.scales import latent_frames
 
 
-class StreamSampler(Sampler[int]):
-    """Clip numbers of one rank, from a given batch on, without end.
+class StreamSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of one rank, from a given one on, without end: lists of (clip number, how many of its frames).
 
-    Batch i holds clips [i, i + 1) * batch_size * ranks of the stream, so the place in the data is one number.
+    Clips and images are streams of their own. With m batches of images before it, batch i holds clips [i - m, i - m + 1) *
+    batch_size * ranks, whole, or the first frames of clips [m, m + 1) * image_batch * ranks: the place in the data is one
+    number.
+
+    Args:
+        frames: of a clip. image_share: of the batches, in [0, 1], that hold images.
     """
 
-    def __init__(self, batch_size: int, first_batch: int, rank: int, ranks: int):
+    def __init__(
+        self, batch_size: int, first_batch: int, rank: int, ranks: int, frames: int,
+        image_share: float = 0.0, image_batch: int = 0,
+    ):  # fmt: skip
         self.batch_size, self.first_batch, self.rank, self.ranks = batch_size, first_batch, rank, ranks
+        self.frames, self.image_share, self.image_batch = frames, image_share, image_batch
 
-    def __iter__(self) -> Iterator[int]:
-        n = self.first_batch * self.batch_size * self.ranks + self.rank
-        while True:
-            yield n
-            n += self.ranks
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for i in itertools.count(self.first_batch):
+            images = int(i * self.image_share)  # batches of images before this one
+            if int((i + 1) * self.image_share) > images:
+                yield self._batch(images, self.image_batch, 1)
+            else:
+                yield self._batch(i - images, self.batch_size, self.frames)
+
+    def _batch(self, number: int, size: int, frames: int) -> list[tuple[int, int]]:
+        return [((number * size + j) * self.ranks + self.rank, frames) for j in range(size)]
 
 
 class Numbered(Dataset):
-    """A source whose items carry their number `n`."""
+    """Clips of a source by (number, frames): so many of their first frames, and the number as `n`."""
 
     def __init__(self, source: Dataset):
         self.source = source
 
-    def __getitem__(self, n: int) -> dict:
-        return {**self.source[n], "n": n}
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        n, frames = key
+        item = {**self.source[n], "n": n}
+        for name, used in (("video", frames), ("feature", latent_frames(frames))):
+            if name in item:
+                item[name] = item[name][:, :used]
+        return item
 
 
 class ClipDataModule(L.LightningDataModule):
@@ -47,14 +67,20 @@ class ClipDataModule(L.LightningDataModule):
         frames: T = 1 + 4n. height, width: pixels. fps: frames per second; 0: the files' own.
         batch_size: clips per rank and step. val_clips: clips of the validation split to use.
         workers: processes that make clips.
+        image_share: of the training's batches, that hold first frames of clips alone, as many as there are latent frames in
+            a batch of clips: images and video jointly, as in the paper's stage I.
+    Raises:
+        ValueError: if `frames` is not 1 + 4n, or `image_share` is not in [0, 1].
     """
 
     def __init__(
         self, source: Callable[..., Dataset], frames: int, height: int, width: int, fps: float,
-        batch_size: int, val_clips: int, workers: int,
+        batch_size: int, val_clips: int, workers: int, image_share: float = 0.0,
     ):  # fmt: skip
         super().__init__()
-        latent_frames(frames)  # complains about a wrong length before anything starts
+        if not 0 <= image_share <= 1:
+            raise ValueError(f"data.image_share={image_share}; expected a share from 0 to 1")
+        self.image_share, self.image_batch = image_share, batch_size * latent_frames(frames)
         self.frames, self.height, self.width = frames, height, width
         self.batch_size, self.val_clips, self.workers = batch_size, val_clips, workers
         shape = dict(frames=frames, height=height, width=width, fps=fps)
@@ -76,20 +102,20 @@ class ClipDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
-        sampler = StreamSampler(self.batch_size, self.batches_done, trainer.global_rank, trainer.world_size)
-        return self._loader(self.train, sampler, 0 if isinstance(self.train, EncodedClips) else self.workers)
+        where = (self.batches_done, trainer.global_rank, trainer.world_size)
+        stream = StreamSampler(self.batch_size, *where, self.frames, self.image_share, self.image_batch)
+        return self._loader(self.train, 0 if isinstance(self.train, EncodedClips) else self.workers, batch_sampler=stream)
 
     def val_dataloader(self) -> DataLoader:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if self.val_clips < ranks:
             raise ValueError(f"data.val_clips={self.val_clips} leaves some of the {ranks} devices without a clip; raise it")
-        return self._loader(self.val, range(rank, self.val_clips, ranks), self.workers)
+        keys = [(n, self.frames) for n in range(rank, self.val_clips, ranks)]
+        return self._loader(self.val, self.workers, batch_size=self.batch_size, sampler=keys)
 
-    def _loader(self, dataset: Dataset, sampler, workers: int) -> DataLoader:
-        return DataLoader(
-            Numbered(dataset), self.batch_size, sampler=sampler, num_workers=workers,
-            persistent_workers=False, prefetch_factor=4 if workers else None,
-        )  # fmt: skip
+    def _loader(self, dataset: Dataset, workers: int, **order) -> DataLoader:
+        prefetch = 4 if workers else None
+        return DataLoader(Numbered(dataset), num_workers=workers, persistent_workers=False, prefetch_factor=prefetch, **order)
 
     def state_dict(self) -> dict:
         """The place in the data: batches that training has used up."""

@@ -83,17 +83,18 @@ class GeneratorModule(L.LightningModule):
 
     def training_step(self, batch: dict, _) -> Tensor:
         feature = batch["feature"].float() if "feature" in batch else self._encode(batch["video"])
-        B = len(feature)
+        B, schedule = len(feature), self.schedule.with_frames(feature.shape[2])  # images are clips of one frame
+        weights = self.weights[: schedule.length]  # each frame's are alike
         rng = torch.Generator().manual_seed(self.seed * 1_000_000_007 + int(batch["n"][0]))
-        rates = self.law.draw(B, self.schedule, rng)
-        inputs, targets = training_sequence(feature, self.schedule, rates, rng, **self.model.config.reads)
-        kept = draw_kept_frames(B, self.schedule.frames, self.frame_mask, rng).to(feature.device)
+        rates = self.law.draw(B, schedule, rng)
+        inputs, targets = training_sequence(feature, schedule, rates, rng, **self.model.config.reads)
+        kept = draw_kept_frames(B, schedule.frames, self.frame_mask, rng).to(feature.device)
         dropped = torch.rand(B, generator=rng) < self.drop_condition
         condition = self.model.condition(self.model.condition.prompts(batch), dropped)
-        logits = self.model(inputs, self.schedule, condition, kept)
-        loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=self.weights)
+        logits = self.model(inputs, schedule, condition, kept)
+        loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=weights)
         self.log("train/loss", loss, prog_bar=True)
-        used = self.weights > 0
+        used = weights > 0
         self.log("train/bit_accuracy", (((logits > 0) == targets) & used).sum() / (B * used.sum()))
         return loss
 
