@@ -1,0 +1,107 @@
+"""What to expect of a generator's training: loss, right bits and samples at given steps.
+
+    python benchmarks/curves.py FOLDER TOKENIZER [every=500] [clips=64] [plot=FILE.png] [key=value ...]
+
+Trains in FOLDER (stopped, it goes on there), keeps a checkpoint at each `every` steps, and looks at each as `inspect` and
+`validate` do: held-out loss as logged, share of right bits by scale with the true history, and, where captions can be read,
+what free samples show. One JSON line for each checkpoint. Samples beside what is predicted from the true history lie in
+FOLDER/inspect_STEP/samples.png. Further words go to `fit`, those about data to the others too. The plot needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+NAME = "curves"
+
+
+def kit(*words: str):
+    """Runs a verb."""
+    subprocess.run([sys.executable, "-m", "kit", *words], check=True, stdout=sys.stderr)
+
+
+def train(folder: Path, tokenizer: str, every: int, words: list[str]) -> list[Path]:
+    """Trains what is left, and returns the checkpoints by step."""
+    kept = (folder / NAME / "steps").as_posix()
+    keep = (
+        "+callbacks.keep={_target_: lightning.pytorch.callbacks.ModelCheckpoint, "
+        f"dirpath: {kept}, filename: '{{step}}', every_n_train_steps: {every}, save_top_k: -1}}"
+    )
+    run = ["conf=stage2_generator", f"root={folder}", f"name={NAME}", f"tokenizer_ckpt={tokenizer}", "ckpt=last"]
+    kit("fit", *run, f"trainer.val_check_interval={every}", "callbacks.video_logger.clips=0", keep, *words)
+    return sorted(Path(kept).glob("step=*.ckpt"), key=step_of)
+
+
+def step_of(ckpt: Path) -> int:
+    return int(ckpt.stem.split("=")[1])
+
+
+def logged(folder: Path) -> dict[int, float]:
+    """Held-out loss by step, of all starts of the run."""
+    found = {}
+    for file in sorted((folder / NAME / "logs").glob("version_*/metrics.csv")):
+        for row in csv.DictReader(file.open()):
+            if row.get("val/loss"):
+                found[int(row["step"]) + 1] = round(float(row["val/loss"]), 4)
+    return found
+
+
+def look(folder: Path, ckpt: Path, clips: int, data: list[str]) -> dict:
+    """What `inspect` and `validate` say of a checkpoint, now or before."""
+    step = step_of(ckpt)
+    for verb, report in (("inspect", "inspect.json"), ("validate", "metrics.json")):
+        if not (folder / f"{verb}_{step}" / report).exists():
+            kit(verb, f"ckpt={ckpt}", f"root={folder}", f"name={verb}_{step}", f"clips={clips}", *data)
+    found = json.loads((folder / f"validate_{step}" / "metrics.json").read_text())
+    return {"step": step, **{key: found[key] for key in ("bit_accuracy", "caption_accuracy") if key in found}}
+
+
+def draw(rows: list[dict], path: str):
+    """Loss, right bits and samples over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [row["step"] for row in rows]
+    scored = "caption_accuracy" in rows[0]
+    figure, axes = plt.subplots(1, 2 + scored, figsize=(4 * (2 + scored), 3), layout="constrained")
+    axes[0].plot(steps, [row.get("val_loss") for row in rows], marker=".")
+    axes[0].set_title("held-out loss (nats per bit)")
+    for k, _ in enumerate(rows[0]["bit_accuracy"]):
+        axes[1].plot(steps, [row["bit_accuracy"][k] for row in rows], marker=".", label=f"scale {k + 1}")
+    axes[1].set_title("right bits, true history")
+    if scored:
+        for name in ("colour", "background", "motion", "shape"):
+            axes[2].plot(steps, [row["caption_accuracy"][name] for row in rows], marker=".", label=name)
+        axes[2].set_title("free samples show what they should")
+        axes[2].set_ylim(0, 1.02)
+    for axis in axes:
+        axis.set_xlabel("steps")
+        axis.grid(alpha=0.3)
+    for axis in axes[1:]:
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def main(folder: Path, tokenizer: str, *words: str):
+    own = ("every", "clips", "plot")
+    chosen = dict(word.split("=", 1) for word in words if word.split("=")[0] in own)
+    rest = [word for word in words if word.split("=")[0] not in own]
+    data = [word for word in rest if word.startswith("data")]
+    checkpoints = train(folder, tokenizer, int(chosen.get("every", 500)), rest)
+    losses, rows = logged(folder), []
+    for ckpt in checkpoints:
+        found = look(folder, ckpt, int(chosen.get("clips", 64)), data)
+        rows.append({**found, "val_loss": losses.get(found["step"]), "words": rest})
+        print(json.dumps(rows[-1]), flush=True)
+    if "plot" in chosen:
+        draw(rows, chosen["plot"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
