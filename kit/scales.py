@@ -109,8 +109,12 @@ class ScaleSchedule:
         return self.grids[-1]
 
     @property
+    def tokens_per_scale(self) -> list[int]:
+        return [h * w for h, w in self.grids]
+
+    @property
     def tokens_per_frame(self) -> int:
-        return sum(h * w for h, w in self.grids)
+        return sum(self.tokens_per_scale)
 
     @property
     def length(self) -> int:

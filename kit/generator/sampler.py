@@ -5,6 +5,7 @@ Shapes: B clips, R rows of the transformer (2B with guidance: conditioned, then 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -134,19 +135,20 @@ class Cache:
                 store[..., before, :] = store[..., home : home + self.finished, :].clone()
         self.places = slice(home, home)
 
-    def expect(self, tokens: int) -> Tensor | None:
+    def expect(self, blocks: Sequence[int]) -> Tensor | None:
         """Makes room for a pass; returns its mask (tokens, all visible), None where each may see all that is there.
 
         Args:
-            tokens: of the pass, those of a history block counted.
+            blocks: tokens of each block of the frame at work, a history block before them not counted.
         """
         begin, read = self.places.stop, self.history.stop - self.history.start
-        self.places = slice(begin, begin + tokens - read)
-        if not read:
+        ends = list(itertools.accumulate(blocks, initial=begin))
+        self.places = slice(begin, ends[-1])
+        if not read and len(blocks) == 1:
             return None
-        mask = torch.ones(tokens, self.places.stop, dtype=torch.bool, device=self.keys.device)
-        mask[:read, begin:] = False  # a history block does not see the frame that it opens
-        return mask
+        # how many keys each token sees: a history block not the frame that it opens, a block not those after it
+        seen = torch.repeat_interleave(torch.tensor(ends), torch.tensor([read, *blocks]))
+        return (torch.arange(ends[-1]) < seen[:, None]).to(self.keys.device)
 
     def layer(self, index: int):
         """`remember` of that layer: stores new keys and values and returns all visible ones."""
@@ -180,7 +182,7 @@ class CachedGenerator:
             dtype = torch.get_autocast_dtype(condition.device.type)
         self.cache = Cache(model, schedule, condition.shape[0], dtype)
         self.earlier = None  # finished sum of the frame before the one before
-        self._run(condition, 0)
+        self._run(condition, 0, [condition.shape[1]])
 
     def block(self, f: int, k: int, total: Tensor, before: Tensor) -> Tensor:
         """Logits (R, h_k * w_k, d) of block (f, k); blocks must come in order.
@@ -189,26 +191,32 @@ class CachedGenerator:
             total: (R, d, h, w), sum of the frame's residual maps so far; for k = 0 it is not read.
             before: (R, d, h, w), the finished sum of the frame before, zero for the first frame.
         """
-        config, b = self.model.config, self.layout.block(f, k)
-        if k == 0:
-            total = torch.zeros_like(before) if config.inherit == "none" else before
+        return self.blocks(f, k, [total], before)
+
+    def blocks(self, f: int, first: int, totals: Sequence[Tensor], before: Tensor) -> Tensor:
+        """Logits (R, tokens, d) of blocks (f, first), (f, first + 1), ..., one for each of the totals, in one pass: of a
+        frame that is given all of them are known. Otherwise as `block`."""
+        config, blocks = self.model.config, [self.layout.block(f, first + i) for i in range(len(totals))]
+        if first == 0:
+            totals = [torch.zeros_like(before) if config.inherit == "none" else before, *totals[1:]]
             self.cache.start_frame(f)
         beside = before if config.inherit == "all" else None
-        blocks, inputs = [b], [next_input(total, (b.h, b.w), beside)]
-        if k == 0 and self.cache.history.stop:
-            blocks.insert(0, self.layout.block(f - 1, self.schedule.scales))
+        inputs = [next_input(total, (b.h, b.w), beside) for total, b in zip(totals, blocks, strict=True)]
+        begin, sizes = blocks[0].start, [b.h * b.w for b in blocks]
+        if first == 0 and self.cache.history.stop:
+            begin = self.layout.block(f - 1, self.schedule.scales).start
             inputs.insert(0, next_input(before, self.schedule.grid, self.earlier if config.inherit == "all" else None))
-        if k == 0:
+        if first == 0:
             self.earlier = before
-        scale = self.layout.coordinates[blocks[0].start : b.stop, 1].to(before.device)
-        x = self.model.embed(torch.cat(inputs, dim=1), scale, first=b.stop if b.start == 0 else 0)
-        x = self._run(x, self.model.condition.length + blocks[0].start)
-        return self.model.read(x[:, -b.h * b.w :])
+        scale = self.layout.coordinates[begin : blocks[-1].stop, 1].to(before.device)
+        x = self.model.embed(torch.cat(inputs, dim=1), scale, first=blocks[0].stop if begin == 0 else 0)
+        x = self._run(x, self.model.condition.length + begin, sizes)
+        return self.model.read(x[:, -sum(sizes) :])
 
-    def _run(self, x: Tensor, position: int) -> Tensor:
-        """Hidden states (R, tokens, D) -> the same, seeing the cache and themselves."""
+    def _run(self, x: Tensor, position: int, blocks: Sequence[int]) -> Tensor:
+        """Hidden states (R, tokens, D) -> the same, seeing the cache and themselves; `blocks` as for `Cache.expect`."""
         rotary = tuple(t[position : position + x.shape[1]] for t in self.rotary)
-        mask = self.cache.expect(x.shape[1])
+        mask = self.cache.expect(blocks)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, rotary, mask, self.cache.layer(i))
         self.cache.close()
@@ -274,6 +282,7 @@ def sample_frames(
         raise ValueError(f"each of the {B} prompts needs a seed, got {len(seeds)}")
     if schedule.scales != model.config.scales:
         raise ValueError(f"this generator speaks {model.config.scales} scales, the schedule has {schedule.scales}")
+    given = 0  # frames
     if history is not None:
         given, rest = divmod(history.shape[1], schedule.tokens_per_frame)
         if len(history) != B or rest or given > schedule.frames:
@@ -290,20 +299,29 @@ def sample_frames(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     total = condition.new_zeros(B, model.config.bits, h, w, dtype=torch.float32)
 
-    for f in range(schedule.frames):
+    def repeated(feature: Tensor) -> Tensor:
+        return feature.repeat(rows, 1, 1, 1)
+
+    for f in range(given):
+        totals = [total]  # of the frame before, then of this one's scales
+        for k, bits in enumerate(history[:, schedule.frame(f)].split(schedule.tokens_per_scale, dim=1)):
+            residual = residual_map(bits, k, schedule)
+            totals.append(residual if k == 0 else totals[-1] + residual)
+            on_block()
+        cached.blocks(f, 0, [repeated(each) for each in totals[:-1]], repeated(total))
+        total = totals[-1]
+        yield Frame(history[:, schedule.frame(f)], total)
+
+    for f in range(given, schedule.frames):
         bits, before = [], total
         for k in range(schedule.scales):
-            logits = cached.block(f, k, total.repeat(rows, 1, 1, 1), before.repeat(rows, 1, 1, 1))
-            b = schedule.block(f, k)
-            if history is not None and b.stop <= history.shape[1]:
-                bits.append(history[:, b.slice])
-            else:
-                if rows == 2:
-                    conditioned, free = logits.chunk(2)
-                    logits = free + how.guidance.gamma(f, k, schedule) * (conditioned - free)
-                used = schedule.bits[k] if schedule.bits else logits.shape[-1]
-                drawn = draw_bits(logits[..., :used], how.temperature, how.top_p, generators)
-                bits.append(F.pad(drawn, (0, logits.shape[-1] - used)))
+            logits = cached.block(f, k, repeated(total), repeated(before))
+            if rows == 2:
+                conditioned, free = logits.chunk(2)
+                logits = free + how.guidance.gamma(f, k, schedule) * (conditioned - free)
+            used = schedule.bits[k] if schedule.bits else logits.shape[-1]
+            drawn = draw_bits(logits[..., :used], how.temperature, how.top_p, generators)
+            bits.append(F.pad(drawn, (0, logits.shape[-1] - used)))
             residual = residual_map(bits[-1], k, schedule)
             total = residual if k == 0 else total + residual
             on_block()

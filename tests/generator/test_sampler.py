@@ -27,17 +27,19 @@ def no_grad():
 @pytest.fixture
 def seen(monkeypatch):
     """Everything that goes through the cached generator: list of (f, k, input, logits)."""
-    calls, block = [], CachedGenerator.block
+    calls, blocks = [], CachedGenerator.blocks
 
-    def spy(self, f, k, total, before):
-        logits = block(self, f, k, total, before)
+    def spy(self, f, first, totals, before):
+        logits = blocks(self, f, first, totals, before)
         config = self.model.config
         beside = before if config.inherit == "all" else None
-        total = 0 * total if k == 0 and config.inherit == "none" else total
-        calls.append((f, k, next_input(total, self.schedule.grids[k], beside), logits))
+        sizes = self.schedule.tokens_per_scale[first : first + len(totals)]
+        for k, (total, part) in enumerate(zip(totals, logits.split(sizes, dim=1), strict=True), start=first):
+            total = 0 * total if k == 0 and config.inherit == "none" else total
+            calls.append((f, k, next_input(total, self.schedule.grids[k], beside), part))
         return logits
 
-    monkeypatch.setattr(CachedGenerator, "block", spy)
+    monkeypatch.setattr(CachedGenerator, "blocks", spy)
     return calls
 
 
@@ -94,6 +96,22 @@ def test_cached_logits_are_those_of_the_full_forward(make_generator, seen, windo
     for b, (_, _, read, logits) in zip(SCHEDULE.blocks, seen):
         torch.testing.assert_close(read, inputs[:, b.slice].repeat(len(rows), 1, 1), **CLOSE)
         torch.testing.assert_close(logits, expected[:, b.slice], **CLOSE, msg=lambda m: f"block {b.f, b.k}: {m}")
+
+
+@pytest.mark.parametrize("given", [1, 2, 5])
+@pytest.mark.parametrize("window", [None, 0, 1, 2])
+@pytest.mark.parametrize("inherit", ["first", "all", "none"])
+@pytest.mark.parametrize("history", ["scales", "full"])
+def test_a_given_frame_goes_through_in_one_pass(make_generator, seen, monkeypatch, window, inherit, history, given):
+    """Its logits and those of what follows are the full forward's; only the frames to make take a pass for each scale."""
+    model, bits = make_generator(window=window, inherit=inherit, history=history), random_bits(SCHEDULE.length)
+    passes, run = [], CachedGenerator._run
+    monkeypatch.setattr(CachedGenerator, "_run", lambda self, *args: passes.append(args) or run(self, *args))
+    made = sample(model, history=bits[:, : given * SCHEDULE.tokens_per_frame], guidance=RISING)
+    assert len(passes) == 1 + given + (SCHEDULE.frames - given) * SCHEDULE.scales
+    expected = torch.cat([full_logits(model, made), full_logits(model, made, dropped=True)])
+    logits = torch.cat([part for *_, part in seen], 1)
+    torch.testing.assert_close(logits, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("history", ["scales", "full"])
