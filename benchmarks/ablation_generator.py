@@ -11,17 +11,13 @@ where captions can be read, and the share of right bits by scale with the true h
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+from runs import kit, parted
+
 METHODS = ("standard", "rope", "flips", "inherited", "masked", "full", "center", "paper")
 CLIPS, LONG_CLIPS, LONG = 64, 32, 65  # that are scored of each length, and the frames of the long ones
-
-
-def kit(*words: str):
-    """Runs a verb."""
-    subprocess.run([sys.executable, "-m", "kit", *words], check=True, stdout=sys.stderr)
 
 
 def scores(folder: Path, ckpt: Path, name: str, frames: int | None, data: list[str]) -> dict:
@@ -63,8 +59,7 @@ def measure(folder: Path, tokenizer: str, method: str, seed: int, words: list[st
 
 
 def main(folder: Path, tokenizer: str, *words: str):
-    chosen = dict(word.split("=", 1) for word in words if word.split("=")[0] in ("methods", "seeds"))
-    rest = [word for word in words if word.split("=")[0] not in ("methods", "seeds")]
+    chosen, rest = parted(words, "methods", "seeds")
     for seed in map(int, chosen.get("seeds", "0,1,2").split(",")):
         for method in chosen.get("methods", ",".join(METHODS)).split(","):
             found = measure(folder, tokenizer, method, seed, rest)

@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+from runs import kit, parted
+
 NAME = "curves"
-
-
-def kit(*words: str):
-    """Runs a verb."""
-    subprocess.run([sys.executable, "-m", "kit", *words], check=True, stdout=sys.stderr)
 
 
 def train(folder: Path, tokenizer: str, every: int, words: list[str]) -> list[Path]:
@@ -89,9 +85,7 @@ def draw(rows: list[dict], path: str):
 
 
 def main(folder: Path, tokenizer: str, *words: str):
-    own = ("every", "clips", "plot")
-    chosen = dict(word.split("=", 1) for word in words if word.split("=")[0] in own)
-    rest = [word for word in words if word.split("=")[0] not in own]
+    chosen, rest = parted(words, "every", "clips", "plot")
     data = [word for word in rest if word.startswith("data")]
     checkpoints = train(folder, tokenizer, int(chosen.get("every", 500)), rest)
     losses, rows = logged(folder), []

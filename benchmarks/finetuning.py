@@ -12,7 +12,6 @@ clips, and for what the tokenizer alone gives, the clips' reconstructions.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from kit.generation import sample_videos
 from kit.generator.sampler import Guidance, Sampling
 from kit.media import contact_sheet
 from kit.verbs import reconstruct_batches
+from runs import kit, parted
 
 SIDE = 16  # pixels of the averages
 SHOWN = 12
@@ -36,7 +36,7 @@ def tune(stage: str, folder: Path, name: str, clips: str, start: str, words: lis
     """Trains what is left of a run that starts from given weights; returns its checkpoint."""
     data = ["data=clips", f"data.root={clips}", "data.source.val_every=100"]
     run = [f"conf={stage}", "size=tiny", f"root={folder}", f"name={name}", "ckpt=last", "init=weights", f"init.ckpt={start}"]
-    subprocess.run([sys.executable, "-m", "kit", "fit", *run, *data, *words], check=True, stdout=sys.stderr)
+    kit("fit", *run, *data, *words)
     return folder / name / "checkpoints" / "last.ckpt"
 
 
@@ -53,8 +53,7 @@ def likest(videos: Tensor, clips: Tensor, names: list[int]) -> dict[str, float]:
 
 
 def main(folder: Path, clips: str, tokenizer: str, generator: str, *words: str):
-    chosen = dict(word.split("=", 1) for word in words if word.split("=")[0] in ("names", "picture"))
-    rest = [word for word in words if word.split("=")[0] not in ("names", "picture")]
+    chosen, rest = parted(words, "names", "picture")
     codec = tune("stage1_tokenizer", folder, "tokenizer", clips, tokenizer, rest)
     model = tune("stage2_generator", folder, "generator", clips, generator, [f"tokenizer_ckpt={codec}", *rest])
     loaded, partner = load_generator(model)

@@ -1,0 +1,17 @@
+"""What the benchmarks that train share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def kit(*words: str):
+    """Runs a verb; what it prints goes to stderr, beside the benchmark's own lines."""
+    subprocess.run([sys.executable, "-m", "kit", *words], check=True, stdout=sys.stderr)
+
+
+def parted(words: tuple[str, ...], *own: str) -> tuple[dict[str, str], list[str]]:
+    """A benchmark's own words, key=value, as a dictionary, and the others, which are for a verb."""
+    chosen = [word for word in words if word.split("=")[0] in own]
+    return dict(word.split("=", 1) for word in chosen), [word for word in words if word not in chosen]
