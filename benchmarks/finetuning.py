@@ -4,9 +4,9 @@
 
 CLIPS is a folder with captions, such as `python -m kit prepare fluent_emoji` makes; TOKENIZER and GENERATOR are the
 checkpoints to start from, such as the demo's. Runs docs/finetuning.md's three commands in FOLDER (stopped, it goes on there;
-further words go to both trainings), and asks of each sample which clip it is likest: small time averages of all of them are
-compared. Prints one JSON line: how often the named clip is the likest, and among the five likest; for chance 1 and 5 of all
-clips, and for what the tokenizer alone gives, the clips' reconstructions.
+further words go to both trainings), and asks of each sample which clip it is nearest to: small time averages of all of them
+are compared. Prints one JSON line: how often the named clip is the nearest, and among the five nearest (by chance that
+would be 1 and 5 of all clips), and the same of the clips' reconstructions, which is what the tokenizer allows.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def small(videos: Tensor) -> Tensor:
     return F.interpolate(videos.mean(2), (SIDE, SIDE), mode="area").flatten(1)
 
 
-def likest(videos: Tensor, clips: Tensor, names: list[int]) -> dict[str, float]:
-    """Share of videos whose own clip, by number, is the likest of all clips, and among the five likest."""
+def nearest(videos: Tensor, clips: Tensor, names: list[int]) -> dict[str, float]:
+    """Share of videos whose own clip, by number, is the nearest of all clips, and among the five nearest."""
     order = torch.cdist(small(videos), small(clips)).argsort(dim=1)[:, :5]
     right = order == torch.tensor(names)[:, None]
     return {"top1": round(right[:, 0].float().mean().item(), 3), "top5": round(right.any(1).float().mean().item(), 3)}
@@ -71,7 +71,7 @@ def main(folder: Path, clips: str, tokenizer: str, generator: str, *words: str):
         groups = [{"real": v, "reconstruction": r, "sample": s} for v, r, s in rows][:SHOWN]
         contact_sheet(groups, asked[:SHOWN], Path(chosen["picture"]))
     counts = {"clips": len(items), "names": len(names)}
-    found = {"samples": likest(samples, videos, names), "reconstructions": likest(again, videos, names)}
+    found = {"samples": nearest(samples, videos, names), "reconstructions": nearest(again, videos, names)}
     print(json.dumps({**counts, **found, "words": rest, "torch": torch.__version__}), flush=True)
 
 
