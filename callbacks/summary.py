@@ -40,7 +40,11 @@ class RunSummary(L.Callback):
             f"({', '.join(f'{name} {million(n)}' for name, n in largest if n)})",
             "clip": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",
             "steps": f"{trainer.max_steps} of {batch} clips on {trainer.world_size} device(s), "
-            f"{trainer.max_steps * batch * trainer.world_size} clips in all",
+            + (
+                f"{data.image_share:.0%} of them of {data.image_batch} images instead"
+                if data.image_share
+                else f"{trainer.max_steps * batch * trainer.world_size} clips in all"
+            ),
             "memory": f"up to {16 * trained / 1e9:.2f} GB for weights, gradients and optimizer, "
             f"{4 * averaged / 1e9:.2f} GB for EMA, and the activations",
             "precision": f"{trainer.precision} on {trainer.strategy.root_device}",

@@ -199,7 +199,7 @@ def test_images_and_clips_are_streams_of_their_own(share):
     assert batches(StreamSampler(2, 17, 0, 1, 17, share, 6), 23) == stream[17:]
 
 
-def test_images_and_video_jointly(pair, tmp_path):
+def test_images_and_video_jointly(pair, tmp_path, caplog):
     """Every other batch holds as many images as a batch of clips has latent frames: the loss of the whole is in between, and
     it is the same whether clips are encoded ahead or as they come."""
 
@@ -209,6 +209,7 @@ def test_images_and_video_jointly(pair, tmp_path):
         return torch.tensor(losses(tmp_path / name))
 
     joint = fit("joint", "data.image_share=0.5")
+    assert "6 of 4 clips on 1 device(s), 50% of them of 8 images instead" in caplog.text
     torch.testing.assert_close(joint[::2], fit("clips")[:3])
     torch.testing.assert_close(joint[1::2], fit("images", "data.image_share=1")[:3])
     fresh = fit("fresh", "data.image_share=0.5", "recipe.generator.encoded_clips=0")
