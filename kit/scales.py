@@ -110,6 +110,7 @@ class ScaleSchedule:
 
     @property
     def tokens_per_scale(self) -> list[int]:
+        """Of one frame, from coarse to fine."""
         return [h * w for h, w in self.grids]
 
     @property

@@ -48,6 +48,13 @@ def videomae(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def no_grad():
+    """For a whole file: pytestmark = pytest.mark.usefixtures("no_grad")."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
 def shared() -> Path:
     """The folder of files shared between checkouts, beside this one."""
     folder = Path(__file__).resolve().parents[1].parent / "shared"

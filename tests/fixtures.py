@@ -10,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from kit.cli import CONF, main, register_resolvers
+from kit.generator.sampler import Guidance
 
 CLIP = ["trainer.accelerator=cpu", "trainer.devices=1", "data.frames=5", "data.height=32", "data.width=32", "data.workers=0"]
 TOKENIZER = [
@@ -21,6 +22,11 @@ QUICK = [
     "data.val_clips=4", "data.batch_size=4",
 ]  # fmt: skip
 
+
+# of what is sampled with models of random weights
+PROMPTS = ["a red ball", "a blue star"]
+RISING = Guidance("rising", first=1.0, last=5.0, fine=10.0)
+CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 
 INFINITY = {"bits": 8, "widths": (32, 32, 64), "blocks": 2}  # a tiny tokenizer of Infinity's kind, 4 x 4 pixels per token
 

@@ -5,18 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kit.generator.sampler import Guidance, Sampling, sample_frames
+from kit.generator.sampler import Sampling, sample_frames
 from kit.sampling import sample_clips, seed_of, stream_clips, stream_video, windows
+from tests.fixtures import CLOSE, PROMPTS, RISING
 
-PROMPTS = ["a red ball", "a blue star"]
-RISING = Guidance("rising", first=1.0, last=5.0, fine=10.0)
-CLOSE = {"atol": 2e-5, "rtol": 2e-5}
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture

@@ -10,18 +10,12 @@ from kit.generator.corruption import training_sequence
 from kit.generator.sampler import Cache, CachedGenerator, Frame, Guidance, Sampling, draw_bits, sample_frames
 from kit.scales import ScaleSchedule
 from kit.tokenizer.quantizer import bits_to_feature, next_input
+from tests.fixtures import CLOSE, PROMPTS, RISING
 
 SCHEDULE = ScaleSchedule(5, ((1, 1), (2, 2), (2, 3)))
-PROMPTS = ["a red ball", "a blue star"]
-RISING = Guidance("rising", first=1.0, last=5.0, fine=10.0)
 FALLING = Guidance("falling", first=5.0, last=3.0)
-CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture
