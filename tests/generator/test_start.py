@@ -62,9 +62,10 @@ def test_what_cannot_start(pair, tmp_path, capsys, words, message):
 
 
 def test_a_continued_run_keeps_its_own_weights(pair, tmp_path):
+    """And does not ask any more for those it started from."""
     assert start(pair, tmp_path, "optimizer.lr=1e-2") == 0
     last = tmp_path / "tuned" / "checkpoints" / "last.ckpt"
     before = weights(last)
-    assert start(pair, tmp_path, "ckpt=last") == 0  # at its last step already: nothing to train
+    assert start(pair, tmp_path, "ckpt=last", "init.ckpt=gone.ckpt") == 0  # at its last step already: nothing to train
     for name, weight in weights(last).items():
         assert torch.equal(weight, before[name]), name
