@@ -13,6 +13,8 @@ from kit.generator.pretrained import PretrainedEncoder
 from kit.machine import from_all_ranks
 
 
+SIZE = 0.5  # root mean square of new condition tokens: bits come in at 1, and far smaller words would be learned late
+
 @dataclass(frozen=True)
 class ConditionConfig:
     """Args:
@@ -62,6 +64,7 @@ class WordEncoder(nn.Module):
         self.channels, self.length = channels, length
         self.table = nn.Embedding(buckets, channels)
         self.seen = nn.Buffer(torch.zeros(buckets, dtype=torch.bool))  # buckets of the words that were trained
+        nn.init.normal_(self.table.weight, std=SIZE)
 
     @staticmethod
     def split(text: str) -> list[str]:
@@ -105,8 +108,9 @@ class TextCondition(nn.Module):
         super().__init__()
         self.encoder, self.length = encoder, encoder.length
         self.project = nn.Linear(encoder.channels, width, bias=False)
-        self.empty = nn.Parameter(torch.randn(self.length, width) * 0.02)
-        self.null = nn.Parameter(torch.randn(self.length, width) * 0.02)
+        nn.init.normal_(self.project.weight, std=encoder.channels**-0.5)  # keeps the size of the encoder's states
+        self.empty = nn.Parameter(torch.randn(self.length, width) * SIZE)
+        self.null = nn.Parameter(torch.randn(self.length, width) * SIZE)
 
     def prompts(self, batch: dict) -> list[str]:
         """What a batch of data is conditioned on."""
@@ -138,6 +142,7 @@ class ClassCondition(nn.Module):
             )
         self.classes = classes
         self.table = nn.Embedding(len(classes) + 1, width)
+        nn.init.normal_(self.table.weight, std=SIZE)
 
     def prompts(self, batch: dict) -> list[str]:
         return [self.classes[label] for label in batch["label"].tolist()]

@@ -159,7 +159,8 @@ class Generator(nn.Module):
         self._initialise()
 
     def _initialise(self):
-        for module in self.modules():
+        """All but the condition, which knows its own."""
+        for module in (self.scale_embedding, *self.layers.modules()):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
         for layer in self.layers:  # the residual stream keeps its size with depth
