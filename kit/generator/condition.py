@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from kit.generator.pretrained import PretrainedEncoder
 from kit.machine import from_all_ranks
 
-
 SIZE = 0.5  # root mean square of new condition tokens: bits come in at 1, and far smaller words would be learned late
+
 
 @dataclass(frozen=True)
 class ConditionConfig:

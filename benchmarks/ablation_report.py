@@ -1,0 +1,105 @@
+"""Mean and spread over seeds of what benchmarks/ablation_generator.py printed, as a table, and as a picture where asked for.
+
+    python benchmarks/ablation_report.py LINES.jsonl [FILE.png]
+
+The table is Markdown. The picture needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+SCALES = slice(-2, None)  # whose bits the table names: the coarser ones are right nearly always
+LAST = 8  # frames at the end of a long clip that are taken together
+
+Runs = dict[str, list[dict]]
+
+
+def read(path: str) -> Runs:
+    """Runs by method, each method's and seed's last line."""
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    last = {(line["method"], line["seed"]): line for line in lines}
+    runs: Runs = {}
+    for (method, _), line in last.items():
+        runs.setdefault(method, []).append(line)
+    return runs
+
+
+def columns(run: dict) -> dict[str, float]:
+    """A run's numbers, by the heads of the table; shares in percent."""
+    found = {f"bits, scale {k + 1}": 100 * run["bit_accuracy"][k] for k in range(len(run["bit_accuracy"]))[SCALES]}
+    for name, scores in (("short", run["trained_length"]), ("long", run.get("long"))):
+        if scores:
+            found[f"FVD, {name}"] = scores["fvd"]
+            found |= {f"{key}, {name}": 100 * scores[key] for key in ("colour", "shape", "motion") if key in scores}
+            if name == "long":
+                found |= {f"{key}, its end": 100 * sum(by[-LAST:]) / LAST for key, by in drift(scores).items()}
+    return found
+
+
+def drift(scores: dict) -> dict[str, list[float]]:
+    """What can be read of each frame, but for the background, which is always right."""
+    return {key: by for key, by in scores.get("by_frame", {}).items() if key != "background"}
+
+
+def table(runs: Runs) -> str:
+    """Mean and standard deviation of each number and method."""
+    found = {method: [columns(run) for run in of] for method, of in runs.items()}
+    heads = list(next(iter(found.values()))[0])
+    rows = [["method", "seeds", *heads], ["---"] * (2 + len(heads))]
+    for method, of in found.items():
+        values = torch.tensor([[run[head] for head in heads] for run in of])
+        spread = values.std(dim=0) if len(of) > 1 else [None] * len(heads)
+        cells = [f"{mean:.{places(head)}f}" + ("" if sd is None else f" ± {sd:.{places(head)}f}")
+                 for head, mean, sd in zip(heads, values.mean(dim=0), spread, strict=True)]  # fmt: skip
+        rows.append([method, str(len(of)), *cells])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def places(head: str) -> int:
+    """Digits after the point that mean something."""
+    return 1 if head.startswith("bits") else 0
+
+
+def draw(runs: Runs, path: str):
+    """Accuracy of each frame of the long clips, and of the motion of both lengths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    colours = {method: f"C{i}" for i, method in enumerate(runs)}
+    for axis, kind in zip(axes, ("colour", "shape")):
+        for method, of in runs.items():
+            values = torch.tensor([drift(run["long"])[kind] for run in of])
+            mean, spread = values.mean(dim=0), values.std(dim=0) if len(of) > 1 else torch.zeros(values.shape[1])
+            frames = range(1, len(mean) + 1)
+            axis.plot(frames, mean, color=colours[method], label=method)
+            axis.fill_between(frames, mean - spread, mean + spread, color=colours[method], alpha=0.12, linewidth=0)
+        axis.set_title(f"{kind} of each frame, trained on 17")
+        axis.set_xlabel("frame")
+        axis.set_ylim(0, 1.02)
+        axis.axvline(17, color="0.6", linewidth=0.8)
+    axes[0].legend(fontsize=8)
+    for i, (method, of) in enumerate(runs.items()):
+        for length, marker in (("trained_length", "o"), ("long", "x")):
+            values = [run[length]["motion"] for run in of]
+            axes[2].plot([i] * len(values), values, marker, color=colours[method])
+    axes[2].set_title("motion of the clip: o 17 frames, x 65")
+    axes[2].set_xticks(range(len(runs)), list(runs), rotation=30)
+    axes[2].set_ylim(0, 1.02)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    found = read(sys.argv[1])
+    print(table(found))
+    if len(sys.argv) > 2:
+        draw(found, sys.argv[2])
