@@ -9,9 +9,10 @@ and evaluates in FOLDER, goes on there when stopped, and prints one JSON line fo
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+from runs import kit
 
 SEEDS = 3
 STEPS = 150
@@ -25,11 +26,6 @@ VARIANTS = {
     "scale dropout": ["scale_dropout.last=2", "scale_dropout.p=0.1"],
     "scale_bits": ["tokenizer.scale_bits=[4,8,16,16]"],
 }
-
-
-def kit(*words: str):
-    """Runs a verb."""
-    subprocess.run([sys.executable, "-m", "kit", *words], check=True, stdout=sys.stderr)
 
 
 def measure(folder: Path, data: str, variant: str, seed: int, real: Path, lpips: Path, words: list[str]) -> dict:

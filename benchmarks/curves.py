@@ -10,12 +10,11 @@ FOLDER/inspect_STEP/samples.png. Further words go to `fit`, those about data to 
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from pathlib import Path
 
-from runs import kit, parted
+from runs import kit, logged, parted
 
 NAME = "curves"
 
@@ -34,16 +33,6 @@ def train(folder: Path, tokenizer: str, every: int, words: list[str]) -> list[Pa
 
 def step_of(ckpt: Path) -> int:
     return int(ckpt.stem.split("=")[1])
-
-
-def logged(folder: Path) -> dict[int, float]:
-    """Held-out loss by step, of all starts of the run."""
-    found = {}
-    for file in sorted((folder / NAME / "logs").glob("version_*/metrics.csv")):
-        for row in csv.DictReader(file.open()):
-            if row.get("val/loss"):
-                found[int(row["step"]) + 1] = round(float(row["val/loss"]), 4)
-    return found
 
 
 def look(folder: Path, ckpt: Path, clips: int, data: list[str]) -> dict:
@@ -88,7 +77,7 @@ def main(folder: Path, tokenizer: str, *words: str):
     chosen, rest = parted(words, "every", "clips", "plot")
     data = [word for word in rest if word.startswith("data")]
     checkpoints = train(folder, tokenizer, int(chosen.get("every", 500)), rest)
-    losses, rows = logged(folder), []
+    losses, rows = logged(folder / NAME, "val/loss"), []
     for ckpt in checkpoints:
         found = look(folder, ckpt, int(chosen.get("clips", 64)), data)
         rows.append({**found, "val_loss": losses.get(found["step"]), "words": rest})

@@ -7,15 +7,15 @@ Trains in FOLDER, goes on there when stopped, and prints one JSON line for each 
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+
+from runs import kit, logged
 
 SEEDS, IMAGE_STEPS, STEPS, EVERY = 3, 400, 400, 50
 
@@ -24,18 +24,8 @@ def train(folder: Path, conf: str, name: str, steps: int, *words: str) -> Path:
     """Runs a stage, or what is left of it; returns its checkpoint."""
     short = [f"recipe.tokenizer.steps={steps}", f"trainer.val_check_interval={EVERY}", "callbacks.video_logger.clips=0"]
     run = [f"conf={conf}", f"root={folder}", f"name={name}", "ckpt=last", *short, *words]
-    subprocess.run([sys.executable, "-m", "kit", "fit", *run], check=True, stdout=sys.stderr)
+    kit("fit", *run)
     return folder / name / "checkpoints" / "last.ckpt"
-
-
-def curve(folder: Path, name: str) -> dict[int, float]:
-    """Iteration -> val/psnr, from all starts of a run."""
-    found = {}
-    for log in sorted((folder / name / "logs").glob("version_*/metrics.csv")):
-        for row in csv.DictReader(log.open()):
-            if row.get("val/psnr"):
-                found[int(row["step"]) + 1] = float(row["val/psnr"])
-    return found
 
 
 def main(folder: Path, *words: str):
@@ -46,7 +36,7 @@ def main(folder: Path, *words: str):
         train(folder, "stage1_tokenizer", f"scratch_{seed}", STEPS, *at)
         train(folder, "stage1_tokenizer", f"inflated_{seed}", STEPS, "init=inflate", f"init.ckpt={image}", *at)
         for way, found in curves.items():
-            found.append(curve(folder, f"{way}_{seed}"))
+            found.append(logged(folder / f"{way}_{seed}", "val/psnr"))
     for way, found in curves.items():
         mean = {step: round(statistics.fmean(c[step] for c in found), 2) for step in found[0]}
         spread = {step: round(statistics.stdev(c[step] for c in found), 2) for step in found[0]}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from kit.checkpoint import load_tokenizer
 from kit.data.clips import FolderClips
 from kit.media import contact_sheet, to_uint8
 from kit.tokenizer.module import psnr
+from runs import kit
 
 RATES = [(latent, bits) for latent in ("4x16x16", "4x8x8") for bits in (16, 32, 48)]
 FRAMES, SIDE, FPS = 17, 128, 25
@@ -40,7 +40,7 @@ def train(folder: Path, real: Path, latent: str, bits: int, steps: int) -> Path:
     recipe = [f"recipe.tokenizer.{key}={value}" for key, value in {**RECIPE, "steps": steps}.items()]
     run = ["conf=stage1_tokenizer", "size=small", f"rate={latent}", f"tokenizer.bits={bits}", f"root={folder}"]
     words = [*run, f"name={name}", "ckpt=last", *data, *more, *recipe, f"trainer.val_check_interval={steps}"]
-    subprocess.run([sys.executable, "-m", "kit", "fit", *words], check=True, stdout=sys.stderr)
+    kit("fit", *words)
     return folder / name / "checkpoints" / "last.ckpt"
 
 

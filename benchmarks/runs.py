@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
+from pathlib import Path
 
 
 def kit(*words: str):
@@ -15,3 +17,12 @@ def parted(words: tuple[str, ...], *own: str) -> tuple[dict[str, str], list[str]
     """A benchmark's own words, key=value, as a dictionary, and the others, which are for a verb."""
     chosen = [word for word in words if word.split("=")[0] in own]
     return dict(word.split("=", 1) for word in chosen), [word for word in words if word not in chosen]
+
+
+def logged(run: Path, metric: str) -> dict[int, float]:
+    """Iteration -> what a run's folder logged of a metric, over all its starts."""
+    found = {}
+    for log in sorted((run / "logs").glob("version_*/metrics.csv")):
+        with log.open() as lines:
+            found |= {int(row["step"]) + 1: round(float(row[metric]), 4) for row in csv.DictReader(lines) if row.get(metric)}
+    return found

@@ -316,11 +316,11 @@ def test_weights_and_plain_config_are_the_whole_model(make_generator):
     assert torch.equal(again(inputs, SCHEDULE, again.condition(["jump"])), expected)
 
 
-@pytest.mark.parametrize("values, prompts", [({}, ["a red ball", ""]), ({"kind": "class", "classes": ("a", "b")}, ["a", "b"])])
-def test_new_condition_tokens_are_of_one_size(values, prompts):
+@pytest.mark.parametrize("condition, prompts", [(ConditionConfig(), ["a red ball", ""]), (CLASSES, ["run", "jump"])])
+def test_new_condition_tokens_are_of_one_size(condition, prompts):
     """Words, places without a word, no condition at all, and classes; the size is that of a pretrained encoder's states."""
     torch.manual_seed(0)
-    config = GeneratorConfig(layers=1, width=192, heads=3, bits=4, scales=2, condition=ConditionConfig(**values))
+    config = GeneratorConfig(layers=1, width=192, heads=3, bits=4, scales=2, condition=condition)
     condition = Generator(config).condition
     for dropped in (False, True):
         tokens = condition(prompts, torch.tensor([dropped, dropped]))
