@@ -45,7 +45,7 @@ class UnreadableVideo(RuntimeError):
         others = " or ".join(f"backend={name!r}" for name in BACKENDS if name != self.backend)
         return (
             f"cannot read the video {self.path} with backend={self.backend!r}: {self.reason}. "
-            f"Check, re-encode or remove the file, or try {others}."
+            f"Check, re-encode or remove the file; of a data set it may also be read with {others}."
         )
 
 
