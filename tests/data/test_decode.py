@@ -233,7 +233,7 @@ def test_broken_files_are_one_clear_error(broken, kind, backend):
         open_video(broken[kind], backend)
     error, other = caught.value, {"decord": "pyav", "pyav": "decord"}[backend]
     assert error.path == broken[kind] and error.backend == backend and error.reason
-    for part in (str(broken[kind]), f"backend={backend!r}", error.reason, f"a data set it may also be read with backend={other!r}"):
+    for part in (str(broken[kind]), f"backend={backend!r}", error.reason, f"it may also be read with backend={other!r}"):
         assert part in str(error)
 
 
