@@ -1,0 +1,74 @@
+"""What long samples on `shapes` show of their captions, frame by frame and by kind of motion, beside the real clips.
+
+    python benchmarks/long_captions.py GENERATOR [clips=128] [frames=65] [key=value ...]     such as temperature=1
+
+Some motions go on for ever as they began; others do something new after some seconds: what moves leaves the picture and
+enters again, what grows or shrinks starts again. A generator that was trained on short clips has seen all of the first kind
+only. A JSON line for each kind, of every eighth frame: the share of clips in which that frame shows what it should.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from kit.checkpoint import load_generator
+from kit.cli import CONF, register_resolvers
+from kit.data.shapes import Shapes
+from kit.evaluation.shapes_score import caption_hits
+from kit.generation import stream_samples
+from kit.generator.sampler import Sampling
+from kit.run import plain
+from kit.sampling import seed_of
+from runs import parted
+
+KINDS = {
+    "goes on": ("bouncing", "circling", "standing still"),
+    "leaves and returns": ("moving left", "moving right", "moving up", "moving down"),
+    "starts again": ("growing", "shrinking"),
+}
+BATCH, EVERY = 32, 8
+
+
+def readings(video: torch.Tensor, caption: str, fps: float) -> dict:
+    """What single frames and the whole clip (3, T, H, W) show of a caption, each 0 or 1."""
+    single = [caption_hits(video[:, f : f + 1], caption, fps) for f in range(0, video.shape[1], EVERY)]
+    return {key: [float(hit[key]) for hit in single] for key in ("colour", "shape")} | {
+        "motion": float(caption_hits(video, caption, fps)["motion"])
+    }
+
+
+def mean(found: list[dict]) -> dict:
+    means = {key: torch.tensor([one[key] for one in found], dtype=torch.float64).mean(dim=0) for key in found[0]}
+    return {key: value.round(decimals=3).tolist() for key, value in means.items()}
+
+
+def main(checkpoint: str, *words: str):
+    chosen, rest = parted(words, "clips", "frames")
+    clips, frames = int(chosen.get("clips", 128)), int(chosen.get("frames", 65))
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        how = compose("generate", rest)
+    generator, tokenizer = load_generator(checkpoint)
+    size = (frames, generator.clip["height"], generator.clip["width"])
+    data = Shapes("val", *size, fps=generator.clip["fps"])
+    found: dict[str, dict[str, list]] = {kind: {"samples": [], "real": []} for kind in KINDS}
+    for begin in range(0, clips, BATCH):
+        batch = [data[n] for n in range(begin, min(begin + BATCH, clips))]
+        captions, seeds = [clip["caption"] for clip in batch], [seed_of(0, 0, begin + i) for i in range(len(batch))]
+        pieces = stream_samples(generator, tokenizer, captions, seeds, size, Sampling.of(plain(how)), how.precision)
+        for i, video in enumerate(torch.cat(list(pieces), dim=2)):
+            motion = data.attributes(begin + i).motion
+            kind = next(kind for kind, motions in KINDS.items() if motion in motions)
+            for name, clip in (("samples", video), ("real", batch[i]["video"])):
+                found[kind][name].append(readings(clip, captions[i], data.fps))
+    for kind, of in found.items():
+        of = {name: mean(hits) for name, hits in of.items() if hits}
+        print(json.dumps({"motion": kind, "clips": len(found[kind]["real"]), "frames": frames, "words": rest, **of}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *sys.argv[2:])
