@@ -5,7 +5,8 @@ from callbacks.compile import CompileLayers
 from callbacks.ema import EMA
 from callbacks.guard import NonFiniteGuard
 from callbacks.last_checkpoint import LastCheckpoint
+from callbacks.stage_switch import StageSwitch
 from callbacks.summary import RunSummary
 from callbacks.video_logger import VideoLogger
 
-__all__ = ["CodeUse", "CompileLayers", "EMA", "LastCheckpoint", "NonFiniteGuard", "RunSummary", "VideoLogger"]
+__all__ = ["CodeUse", "CompileLayers", "EMA", "LastCheckpoint", "NonFiniteGuard", "RunSummary", "StageSwitch", "VideoLogger"]

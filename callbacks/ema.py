@@ -22,7 +22,7 @@ class EMA(L.Callback):
 
     @torch.no_grad()
     def on_fit_start(self, trainer, module):
-        live = dict(self._trained(module))
+        live = dict(self._averaged(module))
         if self.average is None:
             self.average = {name: p.detach().clone() for name, p in live.items()}
         self.average = {name: a.to(live[name].device) for name, a in self.average.items()}
@@ -33,7 +33,7 @@ class EMA(L.Callback):
             return
         self.steps = trainer.global_step
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        live = [p.detach() for _, p in self._trained(module)]
+        live = [p.detach() for _, p in self._averaged(module)]
         torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
 
     def on_validation_start(self, trainer, module):
@@ -58,10 +58,10 @@ class EMA(L.Callback):
     def _swap(self, module):
         if self.average is None:
             return
-        for name, p in self._trained(module):
+        for name, p in self._averaged(module):
             p.data, self.average[name] = self.average[name], p.data
 
     @staticmethod
-    def _trained(module):
-        """Of the model; a discriminator is needed as it is."""
-        return [(f"model.{name}", p) for name, p in module.model.named_parameters() if p.requires_grad]
+    def _averaged(module):
+        """Weights of the model, also those that a stage leaves as they are; a discriminator is needed as it is."""
+        return [(f"model.{name}", p) for name, p in module.model.named_parameters()]

@@ -23,6 +23,11 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step and trainer.global_step % self.every == 0:
             self._save(trainer)
 
+    def on_validation_end(self, trainer, module):
+        if trainer.global_step and trainer.global_step == self.saved:  # once more, with what the validation told others
+            self.saved = None
+            self._save(trainer)
+
     def on_train_end(self, trainer, module):
         self._save(trainer)
 

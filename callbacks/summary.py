@@ -5,6 +5,9 @@ from __future__ import annotations
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from callbacks.stage_switch import batches_of_a_step
+from kit.data.datamodule import StagedClips
+
 
 def million(n: int) -> str:
     return f"{n / 1e6:.2f} M"
@@ -32,19 +35,25 @@ class RunSummary(L.Callback):
         if trained > averaged:
             parts["discriminators"] = trained - averaged
         data = trainer.datamodule
-        # clips of an optimizer step, on one device; under manual optimization the module accumulates
-        batch = data.batch_size * module.hparams.optimizer.get("accumulate", trainer.accumulate_grad_batches)
+        # clips of an optimizer step, on one device
+        batch = data.batch_size * batches_of_a_step(trainer, module)
         largest = sorted(parts.items(), key=lambda item: -item[1])[:4]
+        if isinstance(data, StagedClips):  # StageSwitch tells of each
+            steps = {f"stage {s.name}": f"{s.steps} steps" for s in data.plan.stages}
+        else:
+            steps = {
+                "clip": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",
+                "steps": f"{trainer.max_steps} of {batch} clips on {trainer.world_size} device(s), "
+                + (
+                    f"{data.image_share:.0%} of them of {data.image_batch} images instead"
+                    if data.image_share
+                    else f"{trainer.max_steps * batch * trainer.world_size} clips in all"
+                ),
+            }
         return {
             "model": f"{module.kind}, {million(averaged)} parameters "
             f"({', '.join(f'{name} {million(n)}' for name, n in largest if n)})",
-            "clip": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",
-            "steps": f"{trainer.max_steps} of {batch} clips on {trainer.world_size} device(s), "
-            + (
-                f"{data.image_share:.0%} of them of {data.image_batch} images instead"
-                if data.image_share
-                else f"{trainer.max_steps * batch * trainer.world_size} clips in all"
-            ),
+            **steps,
             "memory": f"up to {16 * trained / 1e9:.2f} GB for weights, gradients and optimizer, "
             f"{4 * averaged / 1e9:.2f} GB for EMA, and the activations",
             "precision": f"{trainer.precision} on {trainer.strategy.root_device}",

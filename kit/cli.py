@@ -61,8 +61,15 @@ def usage() -> str:
 
 
 def confs() -> list[str]:
-    """Names that conf= takes for `fit`."""
-    return sorted(path.stem for path in CONF.glob("*.yaml") if "module:" in path.read_text())
+    """Names that conf= takes for `fit`: those that say what to train, and those built on them."""
+    import yaml
+
+    def trains(path: Path) -> bool:
+        values = yaml.safe_load(path.read_text()) or {}
+        below = [name for name in values.get("defaults", []) if isinstance(name, str) and name != "_self_"]
+        return "module" in values or any(trains(CONF / f"{name}.yaml") for name in below)
+
+    return sorted(path.stem for path in CONF.glob("*.yaml") if trains(path))
 
 
 def describe(verb: str, conf: str) -> str:

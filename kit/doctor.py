@@ -12,9 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from kit import machine
 from kit.cli import CONF, confs
+from kit.costs import generator_cost, gpu_hours, stage_cost, tokenizer_cost
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.perceptual import GET_VGG16, vgg16_path
+from kit.scales import latent_frames
+from kit.stages import StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
 PACKAGES = {  # package -> what lacks without it
@@ -23,6 +26,7 @@ PACKAGES = {  # package -> what lacks without it
     "transformers": "protocol.detector.kind=videomae and condition.encoder",
 }  # fmt: skip
 BYTES_TRAINED = 20  # per parameter: float32 weights, gradients, two AdamW moments, EMA
+COLUMNS = "{:<12}{:>14}{:>8}{:>9}{:>14}{:>8}{:>14}{:>12}{:>11}"  # of what stages cost
 
 
 def versions() -> dict[str, str]:
@@ -83,32 +87,99 @@ def presets() -> list[str]:
     return rows + ["(weights, gradients, AdamW and EMA; activations come on top and grow with batch and tokens)"]
 
 
-def problems(name: str) -> list[str]:
-    """What is wrong with a conf on this machine, as far as can be seen without running it."""
+def stages_of(cfg: DictConfig) -> list[tuple[str, int, dict]]:
+    """Name, steps and data of each stage; a training without stages is one."""
+    if not cfg.stages:
+        return [(cfg.name, cfg.trainer.max_steps, OmegaConf.to_container(cfg.data))]
+    stages = StagePlan.of(OmegaConf.to_container(cfg.stages, resolve=True)).stages
+    return [(stage.name, stage.steps, {**OmegaConf.to_container(cfg.data), **stage.data}) for stage in stages]
+
+
+def generator_config(cfg: DictConfig, tokenizer: TokenizerConfig) -> GeneratorConfig:
+    """Of the generator that a training's config describes, on the default condition."""
+    own = {"window": cfg.window, "history": cfg.history, "align": cfg.align, **OmegaConf.to_container(cfg.generator)}
+    return GeneratorConfig(**own, bits=tokenizer.bits, scales=len(tokenizer.scales))
+
+
+def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
+    """A table of what each stage of a training costs, and of the days it takes on some numbers of GPUs.
+
+    Raises:
+        ValueError: if the tokenizer cannot take the clips.
+    """
+    tokenizer = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
+    is_generator = cfg.module == "generator"
+    generator = generator_config(cfg, tokenizer) if is_generator else None
+    devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
+    devices *= cfg.trainer.get("num_nodes", 1)
+    per_step = devices * cfg.optimizer.get("accumulate", cfg.trainer.accumulate_grad_batches)
+
+    def cost(frames: int, data: dict):
+        size = (frames, data["height"], data["width"])
+        return (
+            generator_cost(generator, tokenizer, *size, bool(cfg.encoded_clips))
+            if is_generator
+            else tokenizer_cost(tokenizer, *size)
+        )
+
+    rows, total = (
+        [COLUMNS.format("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")],
+        0.0,
+    )
+    for name, steps, data in stages_of(cfg):
+        clip, share = cost(data["frames"], data), data["image_share"]
+        batch = (data["batch_tokens"] // clip.tokens if data["batch_tokens"] else data["batch_size"]) * per_step
+        latents = latent_frames(data["frames"])
+        whole = stage_cost(clip, cost(1, data) if share else None, steps * batch, share, latents)
+        hours = gpu_hours(whole.flops, doctor.tflops, doctor.utilisation)
+        total += hours
+        size = f"{data['frames']}x{data['height']}x{data['width']}"
+        figures = (f"{clip.flops / 1e9:,.1f}", f"{whole.flops / 1e18:,.4g}", f"{hours:,.4g}")
+        rows.append(COLUMNS.format(name, size, clip.tokens, steps, batch, f"{share:.0%}", *figures))
+    rows.append(
+        f"in all {total:,.4g} GPU-hours at {doctor.utilisation:.0%} of {doctor.tflops:g} TFLOP/s: "
+        + ", ".join(f"{days(total / n)} on {n}" for n in doctor.gpus)
+    )
+    return rows
+
+
+def days(hours: float) -> str:
+    return f"{hours / 24:,.3g} days" if hours >= 48 else f"{hours:.3g} h"
+
+
+def compose(name: str) -> DictConfig:
+    """
+    Raises:
+        ValueError: if it is no conf for training, or does not compose.
+    """
     import hydra
 
-    from kit.run import build_data, build_trainer
-
     if name not in confs():
-        return [f"not a training conf; choose from {', '.join(confs())}"]
+        raise ValueError(f"not a training conf; choose from {', '.join(confs())}")
     try:
         cfg = hydra.compose(name)
         OmegaConf.resolve(cfg)
     except Exception as error:  # whatever hydra or omegaconf raise, it is the config's problem
-        return [f"does not compose: {error}"]
+        raise ValueError(f"does not compose: {error}") from error
+    return cfg
+
+
+def problems(cfg: DictConfig) -> list[str]:
+    """What is wrong with a training's config on this machine, as far as can be seen without running it."""
+    from kit.run import build_data, build_trainer
+
     found = []
     for what, build in (("data", build_data), ("trainer", build_trainer)):
         try:
             build(cfg)
         except Exception as error:  # a problem of any part is what we are here to report
             found.append(f"{what}: {error}")
-    try:
-        values = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
-        with torch.device("meta"):
-            schedule = Tokenizer(values).schedule(cfg.data.frames, cfg.data.height, cfg.data.width)
-        print(f"clips: {schedule}")
-    except ValueError as error:
-        found.append(f"tokenizer and clips: {error}")
+    values = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
+    for stage, _, data in stages_of(cfg):
+        try:
+            print(f"clips of {stage}: {values.schedule(data['frames'], data['height'], data['width'])}")
+        except ValueError as error:
+            found.append(f"tokenizer and clips of {stage}: {error}")
     if cfg.module == "generator" and not Path(cfg.tokenizer_ckpt).is_file():
         found.append(f"tokenizer_ckpt: no checkpoint at {cfg.tokenizer_ckpt}; run conf=stage1_tokenizer first")
     return found
@@ -119,7 +190,14 @@ def doctor(cfg: DictConfig) -> None:
     for title, facts in (("this machine", hardware()), ("packages", versions()), ("metric networks", metric_networks())):
         print(f"{title}\n" + "\n".join(f"  {name:<14}{value}" for name, value in facts.items()))
     print("memory\n" + "\n".join(f"  {row}" for row in presets()))
-    if cfg.check is not None:
-        found = problems(cfg.check)
-        print(f"conf={cfg.check}: " + ("no problem found" if not found else ""))
-        print("\n".join(f"  - {problem}" for problem in found))
+    if cfg.check is None:
+        return
+    try:
+        checked = compose(cfg.check)
+        found = problems(checked)
+        if not any(problem.startswith("tokenizer and clips") for problem in found):
+            print("cost, on paper\n" + "\n".join(f"  {row}" for row in costs(checked, cfg)))
+    except ValueError as error:
+        found = [str(error)]
+    print(f"conf={cfg.check}: " + ("no problem found" if not found else ""))
+    print("\n".join(f"  - {problem}" for problem in found))

@@ -112,13 +112,30 @@ def build_optimizer(
     raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {name!r}")
 
 
-def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, steps: int, floor: float = 0.01):
-    """Learning rate factor: linear from 0 over `warmup` steps, then a cosine down to `floor` at `steps`."""
+class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
+    """Learning rate: linear from 0 over `warmup` steps, then a cosine down to `floor` of the peak at `steps`."""
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    def __init__(self, optimizer: torch.optim.Optimizer, warmup: int, steps: int, floor: float = 0.01):
+        self.warmup, self.steps, self.floor, self.began = warmup, steps, floor, 0
+        super().__init__(optimizer)
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    def begin(self, lr: float, warmup: int, steps: int, began: int):
+        """Another course, of peak `lr`, that began when `began` steps were done; the next step follows it."""
+        self.warmup, self.steps, self.began = warmup, steps, began
+        self.base_lrs = [lr] * len(self.base_lrs)
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr()):
+            group["lr"] = rate
+
+    def get_lr(self) -> list[float]:
+        return [lr * self.factor(self.last_epoch - self.began) for lr in self.base_lrs]
+
+    def factor(self, step: int) -> float:
+        """Of the peak, when so many steps of the course are done."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def state_dict(self) -> dict:
+        """Where it is; what course it follows is the config's to say."""
+        return {key: value for key, value in super().state_dict().items() if key not in ("warmup", "steps", "floor")}

@@ -8,14 +8,17 @@ import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from kit.checkpoint import AtomicCheckpointIO, check_resume, load_tokenizer
-from kit.data.datamodule import ClipDataModule
+from kit.data.datamodule import ClipDataModule, StagedClips
 from kit.data.features import encode_clips
 from kit.generator.module import GeneratorModule
 from kit.generator.pretrained import find_encoder
 from kit.machine import fast_float32_products, keep_freed_memory
+from kit.stages import Stage, StagePlan
 from kit.start import start
+from kit.tokenizer import TokenizerConfig
 from kit.tokenizer.module import TokenizerModule
 
 
@@ -24,8 +27,55 @@ def plain(node: DictConfig) -> dict:
     return OmegaConf.to_container(node, resolve=True)
 
 
-def build_data(cfg: DictConfig) -> ClipDataModule:
-    return instantiate({k: v for k, v in plain(cfg.data).items() if k != "root"})
+def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> ClipDataModule:
+    """
+    Args:
+        tokenizer: whose tokens `data.batch_tokens` counts; without one it is not looked at.
+    Raises:
+        ValueError: if so many tokens are less than a clip's; else as `ClipDataModule`.
+    """
+    values = {k: v for k, v in plain(cfg.data).items() if k not in ("root", "batch_tokens")}
+    if tokenizer is not None and cfg.data.batch_tokens is not None:
+        schedule = tokenizer.schedule(values["frames"], values["height"], values["width"])
+        values["batch_size"] = cfg.data.batch_tokens // schedule.length
+        if not values["batch_size"]:
+            raise ValueError(f"data.batch_tokens={cfg.data.batch_tokens}; a clip has {schedule.length}: {schedule}")
+    return instantiate(values)
+
+
+def of_stage(cfg: DictConfig, stage: Stage) -> DictConfig:
+    """The config with a stage's own data.
+
+    Raises:
+        ValueError: if `data` has no such key.
+    """
+    try:
+        return OmegaConf.merge(cfg, {"data": dict(stage.data)})
+    except OmegaConfBaseException as error:
+        raise ValueError(f"stages.{stage.name}.data: {str(error).splitlines()[0]}") from error
+
+
+def build_stages(cfg: DictConfig, plan: StagePlan, tokenizer: TokenizerConfig) -> StagedClips:
+    """The data of all stages, so that what is wrong with a later one is told at once.
+
+    Raises:
+        ValueError: if the tokenizer cannot take a stage's clips, or a generator's stages have different classes.
+    """
+    parts = [build_data(of_stage(cfg, stage), tokenizer) for stage in plan.stages]
+    for part in parts:
+        tokenizer.schedule(part.frames, part.height, part.width)
+    classes = {part.classes for part in parts}
+    if len(classes) > 1 and cfg.module == "generator":
+        raise ValueError(f"the stages' data have other classes: {'; '.join(', '.join(c) or 'none' for c in classes)}")
+    accumulate = cfg.optimizer.get("accumulate", cfg.trainer.accumulate_grad_batches)
+    return StagedClips(plan, parts, [stage.steps * accumulate for stage in plan.stages])
+
+
+def tokenizer_config(cfg: DictConfig) -> TokenizerConfig:
+    """Of the tokenizer to train, or the one whose bits a generator is trained on."""
+    if cfg.module == "tokenizer":
+        return TokenizerConfig(**plain(cfg.tokenizer))
+    return load_tokenizer(cfg.tokenizer_ckpt).model.config
 
 
 def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerModule:
@@ -48,9 +98,9 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
     )  # fmt: skip
 
 
-def encoded_clips_of(cfg: DictConfig) -> Path:
-    """Where a run keeps its encoded clips."""
-    return Path(cfg.folder) / "encoded_clips.pt"
+def encoded_clips_of(cfg: DictConfig, stage: str | None = None) -> Path:
+    """Where a run keeps its encoded clips, those of a stage in a file of their own."""
+    return Path(cfg.folder) / f"encoded_clips{'' if stage is None else f'_{stage}'}.pt"
 
 
 def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorModule:
@@ -67,11 +117,22 @@ def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorMo
     )  # fmt: skip
 
 
-def encode_ahead(cfg: DictConfig, data: ClipDataModule, module: GeneratorModule):
-    """Puts encoded clips in the place of those of the training."""
-    about = {**data.clip, "source": {k: v for k, v in plain(cfg.data.source).items() if k != "_partial_"}}
-    about["tokenizer"] = module.hparams.tokenizer_hash
-    data.train = encode_clips(data.train, module.tokenizer, cfg.encoded_clips, data.workers, encoded_clips_of(cfg), about)
+def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: GeneratorModule):
+    """Training shall read encoded clips in place of those of the source: `encoded_clips`, or as many as it comes to."""
+    staged = isinstance(data, StagedClips)
+    stages = data.plan.stages if staged else [None]
+    for stage, part in zip(stages, data.parts if staged else [data], strict=True):
+        source = plain((of_stage(cfg, stage) if stage else cfg).data.source)
+        about = {**part.clip, "source": {k: v for k, v in source.items() if k != "_partial_"}}
+        about["tokenizer"] = module.hparams.tokenizer_hash
+        steps = stage.steps if stage else cfg.trainer.max_steps
+        used = steps * cfg.trainer.accumulate_grad_batches * max(part.batch_size, part.image_batch if part.image_share else 0)
+
+        def encode(source, ranks, used=used, part=part, path=encoded_clips_of(cfg, stage and stage.name), about=about):
+            clips = min(cfg.encoded_clips, used * ranks)
+            return encode_clips(source, module.tokenizer, clips, part.workers, path, about)
+
+        part.encode_ahead(encode)
 
 
 def condition_of(condition: dict, data: ClipDataModule) -> dict:
@@ -123,8 +184,15 @@ def fit(cfg: DictConfig) -> L.Trainer:
     L.seed_everything(cfg.seed, verbose=False)
     keep_freed_memory()
     if resume is None:  # the files behind the clips may have changed since
-        encoded_clips_of(cfg).unlink(missing_ok=True)
-    data = build_data(cfg)
+        for path in Path(cfg.folder).glob("encoded_clips*.pt"):
+            path.unlink()
+    codec = tokenizer_config(cfg)
+    if cfg.stages:
+        plan = StagePlan.of(plain(cfg.stages))
+        cfg.trainer.max_steps = plan.steps
+        data = build_stages(cfg, plan, codec)
+    else:
+        data = build_data(cfg, codec)
     module = BUILDERS[cfg.module](cfg, data)
     if resume is not None:
         check_resume(resume, module.kind, module.model, dict(module.hparams.loss))

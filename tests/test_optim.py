@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kit.optim import Muon, build_optimizer, orthogonalise, orthogonalise_all, warmup_cosine
+from kit.optim import Muon, WarmupCosine, build_optimizer, orthogonalise, orthogonalise_all
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -150,7 +150,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv3d(2, 4, 2), nn.LayerNorm(4), nn.Linear(4, 6), nn.Embedding(5, 3))
         optimizer = build_optimizer(model, name, lr=0.01)
-        return model, optimizer, warmup_cosine(optimizer, 2, 10)
+        return model, optimizer, WarmupCosine(optimizer, 2, 10)
 
     def go(model, optimizer, scheduler, steps, first=0):
         for step in range(first, first + steps):
@@ -211,7 +211,7 @@ def test_unknown_optimizer_is_refused():
 
 def course(warmup: int, steps: int, until: int, **options) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = warmup_cosine(optimizer, warmup, steps, **options)
+    scheduler = WarmupCosine(optimizer, warmup, steps, **options)
     rates = []
     for _ in range(until):
         rates.append(optimizer.param_groups[0]["lr"] / 2.0)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kit.data.features import EncodedClips
 from kit.scales import latent_frames
+from kit.stages import StagePlan, place, starts
 
 
 class StreamSampler(Sampler[list[tuple[int, int]]]):
@@ -88,7 +89,11 @@ class ClipDataModule(L.LightningDataModule):
         self.fps = fps or self.train.native_fps
         self.sources = (self.train, self.val)
         self.classes, self.captioned = tuple(self.train.classes), self.train.captioned
-        self.batches_done = 0
+        self.encode, self.batches_done = None, 0
+
+    def encode_ahead(self, encode: Callable[[Dataset, int], EncodedClips]):
+        """Training shall read encoded clips: at its start `encode` makes or finds those of the source for so many ranks."""
+        self.encode = encode
 
     @property
     def unreadable(self) -> list[Path]:
@@ -102,6 +107,12 @@ class ClipDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
+        if self.encode is not None:
+            if not trainer.is_global_zero:
+                trainer.strategy.barrier()  # the first process leaves them in a file
+            self.train, self.encode = self.encode(self.train, trainer.world_size), None
+            if trainer.is_global_zero:
+                trainer.strategy.barrier()
         where = (self.batches_done, trainer.global_rank, trainer.world_size)
         stream = StreamSampler(self.batch_size, *where, self.frames, self.image_share, self.image_batch)
         return self._loader(self.train, 0 if isinstance(self.train, EncodedClips) else self.workers, batch_sampler=stream)
@@ -123,3 +134,94 @@ class ClipDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state: dict):
         self.batches_done = state["batches_done"]
+
+
+class Endless:
+    """What is iterated over anew each time; Lightning takes it for a loader that does not know its length."""
+
+    def __init__(self, begin: Callable[[], Iterator[dict]]):
+        self.begin = begin
+
+    def __iter__(self) -> Iterator[dict]:
+        return self.begin()
+
+
+class StagedClips(L.LightningDataModule):
+    """Clips of one stage after another. Whatever else a `ClipDataModule` knows, it knows of the stage being trained.
+
+    The data leads and `StageSwitch` follows: batches carry the number of their stage as `stage`.
+
+    Args:
+        plan: its stages. parts: a DataModule for each. batches: how many each has, on a rank, where none ends early.
+    """
+
+    def __init__(self, plan: StagePlan, parts: list[ClipDataModule], batches: list[int]):
+        super().__init__()
+        self.plan, self.parts, self.planned = plan, parts, batches
+        self.stage = 0  # the one being trained
+        self.ended: dict[int, int] = {}  # batches of stages that are over, or whose end is decided
+        self.batches_done, self.handed_out = 0, 0
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or "parts" not in self.__dict__:  # while unpickling or copying
+            raise AttributeError(name)
+        return getattr(self.parts[self.stage], name)
+
+    def setup(self, stage: str):
+        for part in self.parts:
+            part.trainer = self.trainer
+
+    @property
+    def batches(self) -> list[int]:
+        """How many each stage has, as far as is known."""
+        return [self.ended.get(i, n) for i, n in enumerate(self.planned)]
+
+    @property
+    def began(self) -> int:
+        """Batches of the stages before the one being trained."""
+        return starts(self.batches)[self.stage]
+
+    def enter(self, stage: int):
+        """Goes on with another stage."""
+        self.ended |= {i: self.batches[i] for i in range(stage)}
+        self.stage = stage
+
+    def end_stage(self, multiple: int):
+        """The stage being trained ends with the batches that are already under way, rounded up to a multiple."""
+        batches = -(-(self.handed_out - self.began) // multiple) * multiple
+        self.ended[self.stage] = min(batches, self.batches[self.stage])
+
+    @property
+    def finished(self) -> bool:
+        """Whether no stage has a batch left."""
+        return place(self.batches, self.batches_done) is None
+
+    @property
+    def unreadable(self) -> list[Path]:
+        return [path for part in self.parts for path in part.unreadable]
+
+    def train_dataloader(self) -> Endless:
+        return Endless(self._train_batches)
+
+    def val_dataloader(self) -> Endless:
+        return Endless(lambda: iter(self.parts[self.stage].val_dataloader()))
+
+    def _train_batches(self) -> Iterator[dict]:
+        self.handed_out = self.batches_done
+        while (where := place(self.batches, self.handed_out)) is not None:
+            stage, self.parts[where[0]].batches_done = where
+            for batch in self.parts[stage].train_dataloader():
+                self.handed_out += 1
+                yield {**batch, "stage": stage}
+                if self.handed_out >= starts(self.batches)[stage + 1]:
+                    break
+
+    def state_dict(self) -> dict:
+        """The place in the data: batches that training has used up, the stage, and how long the ones before it were."""
+        return {
+            "batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,
+            "stage": self.stage, "ended": dict(self.ended),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict):
+        self.batches_done, self.stage, self.ended = state["batches_done"], state["stage"], dict(state["ended"])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kit.draws import Draws
 from kit.scales import ScaleSchedule
 from kit.tokenizer.quantizer import frames_of, next_input, pyramid, sequence_of
 
@@ -35,13 +36,12 @@ class FlipLaw:
         if not (0 <= self.p_min <= self.p_max <= 1 and self.delta >= 0):
             raise ValueError(f"flip probabilities need 0 <= p_min <= p_max <= 1 and delta >= 0, got {self}")
 
-    def draw(self, batch: int, schedule: ScaleSchedule, generator: torch.Generator) -> Tensor:
+    def draw(self, schedule: ScaleSchedule, draws: Draws) -> Tensor:
         """(B, F, K) flip probabilities."""
         F, K = schedule.frames, schedule.scales
         step = self.delta * torch.arange(F, dtype=torch.float32)[None, :, None]
         low, high = (self.p_min + step).clamp(max=MOST), (self.p_max + step).clamp(max=MOST)
-        low = low.expand(batch, F, K).clone()
-        u = torch.rand(batch, F, K, generator=generator)
+        u = draws.rand(F, K)
         rates = low + u * (high - low)
         if self.inherit:
             for f in range(1, F):  # in order: with a single scale a frame's first block is also its last
@@ -51,14 +51,14 @@ class FlipLaw:
 
 
 def training_sequence(
-    feature: Tensor, schedule: ScaleSchedule, rates: Tensor | None, generator: torch.Generator | None,
+    feature: Tensor, schedule: ScaleSchedule, rates: Tensor | None, draws: Draws | None,
     inherit: str = "first", history: str = "scales",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What every block reads and should predict.
 
     Args:
         feature: (B, d, F, h, w), continuous, from the tokenizer's encoder.
-        rates: (B, F, K) flip probabilities; None flips nothing.
+        rates: (B, F, K) flip probabilities; None flips nothing. draws: what decides.
         inherit, history: see `GeneratorConfig`.
     Returns:
         inputs (B, L, d) float32, zero for block (0, 0), and targets (B, L, d) bool. Where all blocks inherit, the inputs have
@@ -68,7 +68,7 @@ def training_sequence(
 
     def flip(k: int, label: Tensor) -> Tensor:
         p = rates[:, :, k].reshape(B * F, 1, 1).to(label.device)
-        u = torch.rand(label.shape, generator=generator).to(label.device)
+        u = draws.rand(F, *label.shape[1:]).flatten(0, 1).to(label.device)
         return label ^ (u < p)
 
     steps = list(pyramid(frames_of(feature), schedule, None if rates is None else flip))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kit.draws import Draws
 from kit.scales import ScaleSchedule
 
 CONDITION = -1  # the frame number that stands for the condition
@@ -31,9 +32,9 @@ def visible(
     return (key_f == CONDITION) | own | past
 
 
-def draw_kept_frames(batch: int, frames: int, p_mask: float, generator: torch.Generator) -> Tensor:
+def draw_kept_frames(frames: int, p_mask: float, draws: Draws) -> Tensor:
     """(B, F) bool: which frames may be seen by later ones; each is dropped with probability `p_mask`. Training only."""
-    return torch.rand(batch, frames, generator=generator) >= p_mask
+    return draws.rand(frames) >= p_mask
 
 
 def attention_mask(

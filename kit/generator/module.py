@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kit.draws import Draws
 from kit.generator.corruption import FlipLaw, training_sequence
 from kit.generator.mask import draw_kept_frames
 from kit.generator.transformer import Generator, GeneratorConfig
-from kit.optim import build_optimizer, warmup_cosine
+from kit.optim import WarmupCosine, build_optimizer
 from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
 
@@ -71,9 +72,14 @@ class GeneratorModule(L.LightningModule):
         self.__dict__["tokenizer"] = tokenizer  # past nn.Module, which would register it as a part of this module
         if tokenizer is not None:
             tokenizer.eval().requires_grad_(False)
-            self.schedule = tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
-            weights = bit_weights(self.schedule, self.model.config.bits, loss["scale_weights"])
-            self.register_buffer("weights", weights, persistent=False)
+            self.enter(clip)
+
+    def enter(self, clip: dict):
+        """Goes on with clips of this shape."""
+        self.hparams["clip"] = clip
+        self.schedule = self.tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
+        weights = bit_weights(self.schedule, self.model.config.bits, self.loss["scale_weights"])
+        self.register_buffer("weights", weights.to(self.device), persistent=False)
 
     def on_fit_start(self):
         self.tokenizer.to(self.device)
@@ -85,11 +91,11 @@ class GeneratorModule(L.LightningModule):
         feature = batch["feature"].float() if "feature" in batch else self._encode(batch["video"])
         B, schedule = len(feature), self.schedule.with_frames(feature.shape[2])  # images are clips of one frame
         weights = self.weights[: schedule.length]  # each frame's are alike
-        rng = torch.Generator().manual_seed(self.seed * 1_000_000_007 + int(batch["n"][0]))
-        rates = self.law.draw(B, schedule, rng)
-        inputs, targets = training_sequence(feature, schedule, rates, rng, **self.model.config.reads)
-        kept = draw_kept_frames(B, schedule.frames, self.frame_mask, rng).to(feature.device)
-        dropped = torch.rand(B, generator=rng) < self.drop_condition
+        draws = Draws(self.seed, batch["n"])
+        rates = self.law.draw(schedule, draws)
+        inputs, targets = training_sequence(feature, schedule, rates, draws, **self.model.config.reads)
+        kept = draw_kept_frames(schedule.frames, self.frame_mask, draws).to(feature.device)
+        dropped = draws.rand() < self.drop_condition
         condition = self.model.condition(self.model.condition.prompts(batch), dropped)
         logits = self.model(inputs, schedule, condition, kept)
         loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=weights)
@@ -116,7 +122,7 @@ class GeneratorModule(L.LightningModule):
     def configure_optimizers(self):
         warmup = self.optimizer["warmup"]
         optimizer = build_optimizer(self.model, **{k: v for k, v in self.optimizer.items() if k != "warmup"})
-        schedule = {"scheduler": warmup_cosine(optimizer, warmup, self.steps), "interval": "step"}
+        schedule = {"scheduler": WarmupCosine(optimizer, warmup, self.steps), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     @torch.no_grad()

@@ -208,7 +208,7 @@ class CachedGenerator:
             inputs.insert(0, next_input(before, self.schedule.grid, self.earlier if config.inherit == "all" else None))
         if first == 0:
             self.earlier = before
-        scale = self.layout.coordinates[begin : blocks[-1].stop, 1].to(before.device)
+        scale = self.model.scales_of(self.layout)[begin : blocks[-1].stop].to(before.device)
         x = self.model.embed(torch.cat(inputs, dim=1), scale, first=blocks[0].stop if begin == 0 else 0)
         x = self._run(x, self.model.condition.length + begin, sizes)
         return self.model.read(x[:, -sum(sizes) :])
@@ -275,12 +275,12 @@ def sample_frames(
         a `Frame` for each of the schedule's frames, the given ones first.
     Raises:
         ValueError: if numbers of prompts, seeds and given clips differ, the given frames are not whole or too many, or
-            the schedule has not the model's number of scales.
+            the schedule has more scales than the model.
     """
     B, h, w = len(prompts), *schedule.grid
     if len(seeds) != B:
         raise ValueError(f"each of the {B} prompts needs a seed, got {len(seeds)}")
-    if schedule.scales != model.config.scales:
+    if schedule.scales > model.config.scales:
         raise ValueError(f"this generator speaks {model.config.scales} scales, the schedule has {schedule.scales}")
     given = 0  # frames
     if history is not None:

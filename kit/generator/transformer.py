@@ -23,7 +23,7 @@ class GeneratorConfig:
 
     Args:
         layers, width, heads: of the transformer.
-        bits: d, and `scales`: K, both those of the tokenizer.
+        bits: d, and `scales`: K, both those of the tokenizer; smaller clips have fewer scales.
         window: how many frames back attention reaches; None: all.
         inherit: who reads the finished frame before: the `first` block of a frame in place of a sum of its own (the paper),
             `all` blocks, beside the sum of their frame, or `none`.
@@ -46,9 +46,7 @@ class GeneratorConfig:
 
     def __post_init__(self):
         if self.width % self.heads or (self.width // self.heads) % 8:
-            raise ValueError(
-                f"width / heads must be a multiple of 8 for the rotary axes, got {self.width} / {self.heads}"
-            )
+            raise ValueError(f"width / heads must be a multiple of 8 for the rotary axes, got {self.width} / {self.heads}")
         if self.align not in ALIGN:
             raise ValueError(f"align must be one of {', '.join(ALIGN)}, got {self.align!r}")
         if self.inherit not in ("first", "all", "none"):
@@ -189,6 +187,12 @@ class Generator(nn.Module):
         """The blocks of this generator's sequence: those of the schedule, and history blocks where it has them."""
         return schedule.with_history() if self.config.history == "full" else schedule
 
+    def scales_of(self, layout: ScaleSchedule) -> Tensor:
+        """(L,) the learned scale of each token of a layout: k, and for history blocks the last one, however many scales the
+        clip has."""
+        k = layout.coordinates[:, 1]
+        return k if self.config.history == "scales" else torch.where(k == layout.scales - 1, self.config.scales, k)
+
     def rotary(self, layout: ScaleSchedule) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the condition and the whole layout, (S + L, D / N / 2) each, on the model's device."""
         where = positions(layout, self.condition.length, self.config.align).to(self.start.device)
@@ -209,11 +213,13 @@ class Generator(nn.Module):
             logits (B, L, d); True bits are those with positive logits.
         """
         device, S, L, layout = inputs.device, condition.shape[1], inputs.shape[1], self.layout(schedule)
-        scale = layout.coordinates[:L, 1].to(device)
+        scale = self.scales_of(layout)[:L].to(device)
         x = torch.cat([condition, self.embed(inputs, scale, first=layout.blocks[0].stop)], dim=1)
         rotary = tuple(table[: S + L] for table in self.rotary(layout))
         mask = attention_mask(layout, S, self.config.window, kept, self.config.history).to(device)[..., : S + L, : S + L]
         for layer in self.layers:
             x = layer(x, rotary, mask)
         x = x[:, S:]
-        return self.read(x if layout is schedule else x[:, scale < schedule.scales])
+        if layout is not schedule:  # history blocks predict nothing
+            x = torch.cat([x[:, layout.frame(f)][:, : schedule.tokens_per_frame] for f in range(schedule.frames)], dim=1)
+        return self.read(x)

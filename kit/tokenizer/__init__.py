@@ -24,7 +24,8 @@ class TokenizerConfig:
 
     Args:
         bits: d, bits per token.
-        scales: shorter side of each scale's grid, coarse to fine, for a clip whose shorter side is `shorter_side`.
+        scales: shorter side of each scale's grid, coarse to fine, of the largest clips, whose shorter side is `shorter_side`.
+            Smaller ones have the scales below their latent's shorter side, and that.
         architecture: `fast`, or `infinity`, that of Infinity's tokenizer of images, which takes its public weights.
         patch: pixels per side folded into channels by the stem.
         widths: channels of each level, fine to coarse; each further level halves height and width.
@@ -66,6 +67,31 @@ class TokenizerConfig:
     def shorter_side(self) -> int:
         """Pixels of a clip's shorter side: what the last scale's grid covers."""
         return self.compression * self.scales[-1]
+
+    def schedule(self, frames: int, height: int, width: int) -> ScaleSchedule:
+        """The blocks of a clip of T x H x W pixels.
+
+        Raises:
+            ValueError: if T is not 1 + 4n, or not 1 for a tokenizer of images, or H or W is not a multiple of the
+                compression, or both are too large for the scales.
+        """
+        if frames > 1 and not self.temporal:
+            raise ValueError(
+                f"this is a tokenizer of images: it takes 1 frame, got {frames}; inflate it for video, or code frame by "
+                f"frame with kit.tokenizer.streaming, as `reconstruct video=FILE` does"
+            )
+        c = self.compression
+        if height % c or width % c or min(height, width) < c:
+            raise ValueError(f"height and width must be multiples of {c}, got {height} x {width}")
+        if min(height, width) > self.shorter_side:
+            raise ValueError(
+                f"this tokenizer's scales end at {self.scales[-1]}, so the shorter side must be at most {self.shorter_side} "
+                f"pixels, got {height} x {width}; give other scales or another size (`reconstruct video=FILE` takes any)"
+            )
+        grid = (height // c, width // c)
+        sides = [side for side in self.scales if side < min(grid)] + [min(grid)]
+        bits = (*self.scale_bits[: len(sides) - 1], self.bits) if self.scale_bits else ()
+        return ScaleSchedule.square(latent_frames(frames), sides, grid, bits)
 
     def as_dict(self) -> dict:
         """Plain values, for a checkpoint."""
@@ -113,27 +139,8 @@ class Tokenizer(nn.Module):
         self.to(memory_format=torch.channels_last)  # the layout that bfloat16 convolutions are fast in
 
     def schedule(self, frames: int, height: int, width: int) -> ScaleSchedule:
-        """The blocks of a clip of T x H x W pixels.
-
-        Raises:
-            ValueError: if T is not 1 + 4n, or not 1 for a tokenizer of images, or H or W is not a multiple of the
-                compression or too small for the scales.
-        """
-        if frames > 1 and not self.config.temporal:
-            raise ValueError(
-                f"this is a tokenizer of images: it takes 1 frame, got {frames}; inflate it for video, or code frame by "
-                f"frame with kit.tokenizer.streaming, as `reconstruct video=FILE` does"
-            )
-        c, short = self.config.compression, self.config.shorter_side
-        if height % c or width % c:
-            raise ValueError(f"height and width must be multiples of {c}, got {height} x {width}")
-        if min(height, width) != short:
-            raise ValueError(
-                f"this tokenizer's scales end at {self.config.scales[-1]}, so the shorter side must be {short} pixels, "
-                f"got {height} x {width}; give other scales or another size (`reconstruct video=FILE` takes any)"
-            )
-        grid = (height // c, width // c)
-        return ScaleSchedule.square(latent_frames(frames), self.config.scales, grid, self.config.scale_bits)
+        """The blocks of a clip of T x H x W pixels. Raises as `TokenizerConfig.schedule`."""
+        return self.config.schedule(frames, height, width)
 
     def schedule_of(self, video: Tensor) -> ScaleSchedule:
         """The blocks of a video (B, 3, T, H, W). Raises as `schedule` and `check_video`."""

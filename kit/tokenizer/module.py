@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from kit.optim import build_optimizer, warmup_cosine
+from kit.draws import Draws
+from kit.optim import WarmupCosine, build_optimizer
 from kit.perceptual import load_perceptual
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.discriminator import Discriminator
@@ -58,7 +59,7 @@ class TokenizerModule(L.LightningModule):
         self.save_hyperparameters()
         self.automatic_optimization = False
         self.model = Tokenizer(TokenizerConfig(**tokenizer))
-        self.schedule = self.model.schedule(clip["frames"], clip["height"], clip["width"])
+        self.enter(clip)
         self.loss, self.optimizer, self.steps, self.seed = loss, optimizer, steps, seed
         self.scale_dropout = scale_dropout
         if not (0 <= scale_dropout["last"] < self.schedule.scales and 0 <= scale_dropout["p"] < 1):
@@ -77,6 +78,11 @@ class TokenizerModule(L.LightningModule):
             self.discriminator = Discriminator(against["dims"], against["width"], against["layers"])
             self.start = round(against["start"] * steps)  # the discriminators' first iteration
             self.register_buffer("anchors", torch.zeros(len(against["dims"]), 2))  # LeCAM's
+
+    def enter(self, clip: dict):
+        """Goes on with clips of this shape."""
+        self.hparams["clip"] = clip
+        self.schedule = self.model.schedule(clip["frames"], clip["height"], clip["width"])
 
     def training_step(self, batch: dict, index: int):
         video = batch["video"]
@@ -111,8 +117,7 @@ class TokenizerModule(L.LightningModule):
         if not last or not p:
             return None
         kept = torch.ones(len(batch["n"]), self.schedule.scales, dtype=torch.bool)
-        rng = torch.Generator().manual_seed(self.seed * 1_000_000_007 + int(batch["n"][0]))
-        kept[:, -last:] = torch.rand(len(kept), last, generator=rng) >= p
+        kept[:, -last:] = Draws(self.seed, batch["n"]).rand(last) >= p
         return kept.to(self.device)
 
     @property
@@ -184,11 +189,11 @@ class TokenizerModule(L.LightningModule):
     def configure_optimizers(self):
         keys = ("name", "lr", "betas", "weight_decay")
         optimizers = [build_optimizer(self.model, **{key: self.optimizer[key] for key in keys})]
-        schedules = [warmup_cosine(optimizers[0], self.optimizer["warmup"], self.steps)]
+        schedules = [WarmupCosine(optimizers[0], self.optimizer["warmup"], self.steps)]
         if self.discriminator is not None:
             against = self.loss["adversarial"]
             optimizers.append(build_optimizer(self.discriminator, "adamw", against["lr"], against["betas"], 0.0))
-            schedules.append(warmup_cosine(optimizers[1], 0, self.steps - self.start))
+            schedules.append(WarmupCosine(optimizers[1], 0, self.steps - self.start))
         return optimizers, schedules
 
 

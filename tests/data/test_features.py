@@ -64,11 +64,12 @@ def test_a_new_run_encodes_anew_and_a_continued_one_does_not(pair, tmp_path):
         assert fit_generator(tmp_path, "name=run", *words, tokenizer=pair.tokenizer) == 0
         return kept.stat().st_ino
 
-    first = fit("recipe.generator.steps=2")
-    assert fit("recipe.generator.steps=3", "ckpt=last") == first
+    first = fit("recipe.generator.steps=6")
+    assert fit("recipe.generator.steps=7", "ckpt=last") == first
+    assert len(torch.load(kept, weights_only=True)["captions"]) == 24
     kept.write_bytes(b"of clips that are no more")
     fit("recipe.generator.steps=2", "overwrite=true")
-    assert len(torch.load(kept, weights_only=True)["captions"]) == 24
+    assert len(torch.load(kept, weights_only=True)["captions"]) == 8, "no more than are trained on"
 
 
 def test_a_negative_number_is_named(pair, tmp_path, capsys):

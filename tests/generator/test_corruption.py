@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kit.draws import Draws
 from kit.generator import corruption
 from kit.generator.corruption import FlipLaw, training_sequence
 from kit.scales import ScaleSchedule
@@ -15,12 +16,12 @@ SCHEDULE = ScaleSchedule(3, ((1, 1), (2, 2), (3, 4)))
 N = 4000  # samples of the statistics
 
 
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def draws_of(clips: int, seed: int = 0) -> Draws:
+    return Draws(seed, range(clips))
 
 
 def feature_of(schedule: ScaleSchedule, batch: int = 2, d: int = 6) -> torch.Tensor:
-    return torch.randn(batch, d, schedule.frames, *schedule.grid, generator=rng(7)) * 0.6
+    return torch.randn(batch, d, schedule.frames, *schedule.grid, generator=torch.Generator().manual_seed(7)) * 0.6
 
 
 def assert_uniform(x: torch.Tensor, low: float, high: float):
@@ -36,7 +37,7 @@ def assert_uniform(x: torch.Tensor, low: float, high: float):
 def test_rates_follow_the_law_in_every_block(law, inherit):
     """U(p_min + delta f, p_max + delta f), but for the first block of a later frame when rates are inherited."""
     law = FlipLaw(**law, inherit=inherit)
-    rates = law.draw(N, SCHEDULE, rng())
+    rates = law.draw(SCHEDULE, draws_of(N))
     assert rates.shape == (N, 3, 3)
     for f in range(3):
         for k in range(3):
@@ -52,7 +53,7 @@ def test_paper_is_the_default():
 def test_first_block_of_a_frame_inherits_from_the_last_one_before(scales):
     """(f, 0) ~ U(rate of (f - 1, K - 1), p_max + delta f): its place in that range is uniform, whatever the rate."""
     schedule = ScaleSchedule(4, SCHEDULE.grids[:scales])
-    rates = FlipLaw().draw(N, schedule, rng())
+    rates = FlipLaw().draw(schedule, draws_of(N))
     for f in range(1, 4):
         before, first, high = rates[:, f - 1, -1], rates[:, f, 0], 0.25 + 0.01 * f
         assert (first >= before - 1e-6).all()
@@ -62,23 +63,23 @@ def test_first_block_of_a_frame_inherits_from_the_last_one_before(scales):
 
 
 def test_rates_are_drawn_for_each_block_and_sample():
-    rates = FlipLaw(inherit=False).draw(N, SCHEDULE, rng()).flatten(1)
+    rates = FlipLaw(inherit=False).draw(SCHEDULE, draws_of(N)).flatten(1)
     assert (torch.corrcoef(rates.T) - torch.eye(9)).abs().max() < 5 / N**0.5
     assert rates.unique().numel() > 0.99 * rates.numel()
 
 
 def test_rates_end_at_one_half():
     """A bit flipped more often than not would tell the truth again."""
-    rates = FlipLaw(p_max=0.45, delta=0.2).draw(N, ScaleSchedule(5, SCHEDULE.grids), rng())
+    rates = FlipLaw(p_max=0.45, delta=0.2).draw(ScaleSchedule(5, SCHEDULE.grids), draws_of(N))
     assert rates.max() <= 0.5
     assert rates[:, 1].max() > 0.49
     assert (rates[:, 3:, 1:] == 0.5).all() and (rates[:, 4] == 0.5).all()  # (3, 0) may inherit a lower rate
 
 
 def test_rates_come_from_the_generator():
-    draws = [FlipLaw().draw(2, SCHEDULE, rng(seed)) for seed in (0, 0, 1)]
+    draws = [FlipLaw().draw(SCHEDULE, draws_of(2, seed)) for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    assert not FlipLaw(p_max=0.0, delta=0.0).draw(2, SCHEDULE, rng()).any()
+    assert not FlipLaw(p_max=0.0, delta=0.0).draw(SCHEDULE, draws_of(2)).any()
 
 
 def expected_sequence(feature: torch.Tensor, schedule: ScaleSchedule, rates: torch.Tensor, inherit: str = "first"):
@@ -107,8 +108,8 @@ def expected_sequence(feature: torch.Tensor, schedule: ScaleSchedule, rates: tor
 def test_inputs_and_targets_are_the_walk_with_flipped_bits(seed, inherit):
     """Each block flipped wholly or not at all: targets are taken against flipped sums, and inputs are those sums."""
     feature = feature_of(SCHEDULE)
-    rates = (torch.rand(2, 3, 3, generator=rng(seed)) < 0.5).float()
-    inputs, targets = training_sequence(feature, SCHEDULE, rates, rng(), inherit)
+    rates = (draws_of(2, seed).rand(3, 3) < 0.5).float()
+    inputs, targets = training_sequence(feature, SCHEDULE, rates, draws_of(2), inherit)
     expected_inputs, expected_targets = expected_sequence(feature, SCHEDULE, rates, inherit)
     torch.testing.assert_close(inputs, expected_inputs)
     assert torch.equal(targets, expected_targets)
@@ -118,7 +119,7 @@ def test_inputs_and_targets_are_the_walk_with_flipped_bits(seed, inherit):
 @pytest.mark.parametrize("rates", [None, torch.zeros(2, 3, 3)], ids=["None", "zero"])
 def test_without_flips_the_sequence_is_clean(rates):
     feature = feature_of(SCHEDULE)
-    inputs, targets = training_sequence(feature, SCHEDULE, rates, rng())
+    inputs, targets = training_sequence(feature, SCHEDULE, rates, draws_of(2))
     bits = feature_to_bits(feature, SCHEDULE)
     assert inputs.shape == targets.shape == (2, SCHEDULE.length, 6)
     assert inputs.dtype == torch.float32 and targets.dtype == torch.bool
@@ -147,8 +148,8 @@ def test_measured_flips_match_their_rates_in_every_block(monkeypatch):
 
     monkeypatch.setattr(corruption, "pyramid", spy)
     feature = feature_of(SCHEDULE, batch=3, d=2000)
-    rates = FlipLaw(p_max=0.4, delta=0.02).draw(3, SCHEDULE, rng())
-    training_sequence(feature, SCHEDULE, rates, rng(1))
+    rates = FlipLaw(p_max=0.4, delta=0.02).draw(SCHEDULE, draws_of(3))
+    training_sequence(feature, SCHEDULE, rates, draws_of(len(feature), 1))
     for k, flips in enumerate(seen):
         assert_rate(flips.unflatten(0, (3, 3)).flatten(2), rates[:, :, k])
 
@@ -157,8 +158,8 @@ def test_flipped_bits_are_what_the_next_frame_reads():
     """With one scale, block (f + 1, 0) reads the very bits of frame f as they were flipped."""
     schedule = ScaleSchedule(4, ((12, 12),))
     feature = feature_of(schedule, batch=3, d=16)
-    rates = FlipLaw(p_max=0.4, delta=0.02).draw(3, schedule, rng())
-    inputs, targets = training_sequence(feature, schedule, rates, rng(1))
+    rates = FlipLaw(p_max=0.4, delta=0.02).draw(schedule, draws_of(3))
+    inputs, targets = training_sequence(feature, schedule, rates, draws_of(len(feature), 1))
     for f in range(3):
         entered = inputs[:, schedule.frame(f + 1)] > 0
         assert_rate((entered ^ targets[:, schedule.frame(f)]).flatten(1), rates[:, f, 0])

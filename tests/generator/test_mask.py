@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kit.draws import Draws
 from kit.generator.mask import CONDITION, attention_mask, draw_kept_frames, visible
 from kit.scales import ScaleSchedule
 
@@ -95,7 +96,7 @@ def test_frame_mask_hides_whole_frames_from_later_frames_alone(window):
 def test_measured_visibility_of_past_frames(p_mask, window):
     """Share of samples in which frame f sees frame g < f: 1 - p_mask inside the window, within 4 standard errors."""
     n, schedule = 3000, ScaleSchedule(4, ((1, 1),))
-    kept = draw_kept_frames(n, 4, p_mask, torch.Generator().manual_seed(0))
+    kept = draw_kept_frames(4, p_mask, Draws(0, range(n)))
     share = attention_mask(schedule, 1, window, kept)[:, 0].float().mean(0)
     bound = 4 * (p_mask * (1 - p_mask) / n) ** 0.5 + 1e-6
     for f in range(4):
@@ -109,11 +110,11 @@ def test_measured_visibility_of_past_frames(p_mask, window):
 
 def test_frames_are_dropped_independently():
     """Over samples, the drops of two frames are uncorrelated (5 standard errors)."""
-    kept = draw_kept_frames(5000, 3, 0.3, torch.Generator().manual_seed(1)).float()
+    kept = draw_kept_frames(3, 0.3, Draws(1, range(5000))).float()
     correlation = torch.corrcoef(kept.T)
     assert (correlation - torch.eye(3)).abs().max() < 5 / 5000**0.5
 
 
 def test_frame_mask_is_reproducible():
-    draws = [draw_kept_frames(50, 5, 0.5, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    draws = [draw_kept_frames(5, 0.5, Draws(s, range(50))) for s in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -90,6 +92,24 @@ def test_cached_logits_are_those_of_the_full_forward(make_generator, seen, windo
     for b, (_, _, read, logits) in zip(SCHEDULE.blocks, seen):
         torch.testing.assert_close(read, inputs[:, b.slice].repeat(len(rows), 1, 1), **CLOSE)
         torch.testing.assert_close(logits, expected[:, b.slice], **CLOSE, msg=lambda m: f"block {b.f, b.k}: {m}")
+
+
+@pytest.mark.parametrize("history", ["scales", "full"])
+def test_a_smaller_clip_has_the_first_scales(make_generator, seen, history):
+    """The cache is right there too, and a history block is told from the scale that the clip has not."""
+    model, small = make_generator(history=history, align="center"), replace(SCHEDULE, grids=SCHEDULE.grids[:-1])
+    bits = sample(model, schedule=small)
+    expected = full_logits(model, bits, schedule=small)
+    for b, (*_, logits) in zip(small.blocks, seen, strict=True):
+        torch.testing.assert_close(logits, expected[:, b.slice], **CLOSE)
+    layout, used = model.layout(small), {*range(small.scales), *([model.config.scales] if history == "full" else [])}
+    assert set(model.scales_of(layout).tolist()) == used
+
+
+def test_a_larger_clip_than_the_model_knows_is_refused(make_generator):
+    large = replace(SCHEDULE, grids=(*SCHEDULE.grids, SCHEDULE.grid))
+    with pytest.raises(ValueError, match="speaks 3 scales, the schedule has 4"):
+        sample(make_generator(), schedule=large)
 
 
 @pytest.mark.parametrize("given", [1, 2, 5])

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from kit.cli import main
+from kit.draws import Draws
 from kit.generator.corruption import FlipLaw, training_sequence
 from kit.generator.module import accuracy_by_scale, bit_weights
 from kit.generator.sampler import Sampling, sample_frames
@@ -96,8 +97,8 @@ def test_bits_and_feature_agree_with_the_training_path():
 
 def test_bits_a_scale_lacks_are_neither_read_nor_predicted():
     feature = noise(2, 6, 2, 4, 4)
-    rates = FlipLaw(p_max=0.5).draw(2, FEWER, torch.Generator().manual_seed(0))
-    _, targets = training_sequence(feature, FEWER, rates, torch.Generator().manual_seed(1))
+    rates = FlipLaw(p_max=0.5).draw(FEWER, Draws(0, range(2)))
+    _, targets = training_sequence(feature, FEWER, rates, Draws(1, range(2)))
     used = FEWER.used_bits(6)
     assert not (targets & ~used).any() and targets[:, used].any()
     bits = feature_to_bits(feature, FEWER)

@@ -1,0 +1,111 @@
+"""Training in stages against one stage of equal compute, for long clips of `shapes`.
+
+    python benchmarks/stages.py FOLDER TOKENIZER [ways=staged,long,short] [seeds=0,1,2] [key=value ...]
+
+`staged` is conf=progressive; `long` trains on the clips of its last stage alone, `short` on those of the stage before, each
+for as many steps as cost the same floating point operations (`kit.costs`). Each is scored on held-out captions by `evaluate
+protocol=shapes` at 17, 33 and 65 frames; clips longer than those trained on are made by frame re-encoding. FOLDER keeps runs
+and scores; stopped, it goes on there. Further words go to `fit`. One JSON line for each run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import hydra
+from omegaconf import OmegaConf
+
+from kit.cli import CONF, register_resolvers
+from kit.costs import generator_cost, stage_cost
+from kit.doctor import generator_config, stages_of
+from kit.scales import latent_frames
+from kit.tokenizer import TokenizerConfig
+from runs import kit, parted
+
+LENGTHS, CLIPS = (17, 33, 65), 128  # frames and clips that are scored
+
+
+def composed(words: list[str]):
+    register_resolvers()
+    with hydra.initialize_config_dir(str(CONF), version_base=None):
+        cfg = hydra.compose("progressive", words)
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def flops_of_stages(words: list[str]) -> tuple[list[float], list[float], list[dict]]:
+    """Operations of each stage and of one clip in it, and its data."""
+    cfg = composed(words)
+    tokenizer = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
+    generator = generator_config(cfg, tokenizer)
+    whole, each, data = [], [], []
+    for _, steps, given in stages_of(cfg):
+        size = (given["height"], given["width"])
+        clip, image = (generator_cost(generator, tokenizer, frames, *size, encoded=True) for frames in (given["frames"], 1))
+        latents = latent_frames(given["frames"])
+        whole.append(stage_cost(clip, image, steps * given["batch_size"], given["image_share"], latents).flops)
+        each.append(clip.flops)
+        data.append(given)
+    return whole, each, data
+
+
+def words_of(way: str, words: list[str]) -> list[str]:
+    """What `fit` is told for a way."""
+    if way == "staged":
+        return ["conf=progressive"]
+    whole, each, data = flops_of_stages(words)
+    stage = {"long": -1, "short": -2}[way]
+    given = data[stage]
+    steps = round(sum(whole) / each[stage] / given["batch_size"])
+    clips = [f"data.{key}={given[key]}" for key in ("frames", "height", "width", "batch_size")]
+    return ["conf=stage2_generator", f"recipe.generator.steps={steps}", *clips]
+
+
+def scores(folder: Path, ckpt: Path, name: str, frames: int) -> dict:
+    """Share of held-out captions whose parts are seen in samples of so many frames."""
+    result = folder / name / "evaluation.json"
+    if not result.exists():
+        real = [f"protocol.frames={frames}", f"protocol.real.clips={CLIPS}", "protocol.samples=null", "protocol.folds=1"]
+        kit(
+            "evaluate",
+            f"ckpt={ckpt}",
+            f"root={folder}",
+            f"name={name}",
+            "protocol=shapes",
+            *real,
+            "metrics=[captions]",
+            "workers=0",
+        )
+    found = json.loads(result.read_text())["metrics"]["caption_accuracy"]
+    return {key: value for key, value in found.items() if key != "name"}
+
+
+def main(folder: Path, tokenizer: str, *words: str):
+    chosen, rest = parted(words, "ways", "seeds")
+    for seed in chosen.get("seeds", "0,1,2").split(","):
+        for way in chosen.get("ways", "staged,long,short").split(","):
+            name = f"{way}_{seed}"
+            told = words_of(way, [word for word in rest if not word.startswith("callbacks")])
+            begin = time.monotonic()
+            run = [f"name={name}", f"root={folder}", f"seed={seed}", f"tokenizer_ckpt={tokenizer}", "ckpt=last"]
+            kit(
+                "fit",
+                *told,
+                *run,
+                "callbacks.video_logger.clips=0",
+                *([word for word in rest if way == "staged" or "stages" not in word]),
+            )
+            seconds = round(time.monotonic() - begin)
+            ckpt = folder / name / "checkpoints" / "last.ckpt"
+            found = {str(n): scores(folder, ckpt, f"{name}_{n}_frames", n) for n in LENGTHS}
+            print(
+                json.dumps({"way": way, "seed": int(seed), "frames": found, "seconds": seconds, "fit": told, "words": rest}),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,131 @@
+"""Moves a training from one stage to the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from kit.stages import Stage, starts
+
+
+class StageSwitch(L.Callback):
+    """Follows the stages of `StagedClips`: with the first batch of a stage the module gets its clips' shape, the optimizer
+    its learning rate, and the parts that shall not learn are frozen; model and optimizer stay. A stage ends after its steps,
+    or on a plateau, and leaves a checkpoint of its name, with all that a training goes on with.
+
+    It stands behind the others that hold something of a step, such as EMA, so that they have it when it saves.
+
+    Args:
+        folder: of the checkpoints.
+        monitor, mode: the validation's metric that a plateau is seen by, and whether `min` or `max` is better.
+    """
+
+    def __init__(self, folder: str, monitor: str, mode: str = "min"):
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be min or max, got {mode!r}")
+        self.folder, self.monitor, self.sign = Path(folder), monitor, 1 if mode == "min" else -1
+        self.best, self.waited = float("inf"), 0
+
+    def on_fit_start(self, trainer, module):
+        """
+        Raises:
+            ValueError: if a stage shall train parts that there are not, or on several devices some of the parts.
+        """
+        chosen = [stage for stage in trainer.datamodule.plan.stages if stage.train is not None]
+        for stage in chosen:
+            check_parts(module, stage)
+        if chosen and trainer.world_size > 1 and not find_unused(trainer.strategy):
+            raise ValueError(
+                f"stages.{chosen[0].name}.train on several devices needs +trainer.strategy=ddp_find_unused_parameters_true"
+            )
+
+    def on_train_start(self, trainer, module):
+        self._enter(trainer, module)
+        trainer.should_stop = trainer.datamodule.finished
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch["stage"] != trainer.datamodule.stage:
+            trainer.datamodule.enter(batch["stage"])
+            self.best, self.waited = float("inf"), 0
+            self._enter(trainer, module)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        data = trainer.datamodule
+        module.log("stage", float(data.stage))
+        done = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        if done == data.began + data.batches[data.stage]:
+            trainer.save_checkpoint(self.folder / f"{data.plan.stages[data.stage].name}.ckpt", weights_only=False)
+            if data.stage == len(data.plan.stages) - 1:
+                trainer.should_stop = True
+            else:  # the next step's learning rate is logged before that step begins
+                self._set_learning_rate(trainer, module, data.stage + 1)
+
+    def on_validation_end(self, trainer, module):
+        data = trainer.datamodule
+        patience = data.plan.stages[data.stage].patience
+        if patience is None or trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            raise ValueError(f"callbacks.stage_switch.monitor={self.monitor} is not logged; choose from {known}")
+        found = self.sign * trainer.callback_metrics[self.monitor].item()
+        self.best, self.waited = (found, 0) if found < self.best else (self.best, self.waited + 1)
+        if self.waited == patience:
+            rank_zero_info(f"  {self.monitor} is no better than {patience} validations ago: this stage ends")
+            data.end_stage(batches_of_a_step(trainer, module))
+
+    def state_dict(self) -> dict:
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict):
+        self.best, self.waited = state["best"], state["waited"]
+
+    def _enter(self, trainer, module):
+        data = trainer.datamodule
+        stage = data.plan.stages[data.stage]
+        module.enter(data.clip)
+        self._set_learning_rate(trainer, module, data.stage)
+        learning = freeze_all_but(module, stage.train)
+        number = f"stage {data.stage + 1} of {len(data.plan.stages)}"
+        rank_zero_info(f"  {number}, {stage.name}: {module.schedule}, {data.batch_size} clips a step, {learning}")
+
+    def _set_learning_rate(self, trainer, module, number: int):
+        data, given = trainer.datamodule, module.hparams.optimizer
+        stage = data.plan.stages[number]
+        trainer.lr_scheduler_configs[0].scheduler.begin(
+            lr=given["lr"] if stage.lr is None else stage.lr,
+            warmup=given["warmup"] if stage.warmup is None else stage.warmup,
+            steps=stage.steps, began=starts(data.batches)[number] // batches_of_a_step(trainer, module),
+        )  # fmt: skip
+
+
+def batches_of_a_step(trainer, module) -> int:
+    """Under manual optimization the module accumulates."""
+    return module.hparams.optimizer.get("accumulate", trainer.accumulate_grad_batches)
+
+
+def find_unused(strategy) -> bool:
+    """Whether it lets parameters be without a gradient: all but DDP, unless it is told to."""
+    return not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters", False)
+
+
+def check_parts(module: L.LightningModule, stage: Stage):
+    """
+    Raises:
+        ValueError: if no parameter's name begins as the stage has it.
+    """
+    names = [name for name, _ in module.model.named_parameters()]
+    for beginning in stage.train:
+        if not any(name.startswith(beginning) for name in names):
+            parts = ", ".join(name for name, _ in module.model.named_children())
+            raise ValueError(f"stages.{stage.name}.train: no parameter's name begins with {beginning}; the parts are {parts}")
+
+
+def freeze_all_but(module: L.LightningModule, beginnings: tuple[str, ...] | None) -> str:
+    """Of the model's parameters those learn whose names begin so, or all; says which."""
+    for name, p in module.model.named_parameters():
+        p.requires_grad_(beginnings is None or name.startswith(tuple(beginnings)))
+    return "all weights learn" if beginnings is None else f"{', '.join(beginnings)} learn"

@@ -1,0 +1,84 @@
+"""A training in stages: what each trains on and how long, and where a step lies among them (method.md section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from itertools import accumulate
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a training. What it does not say is as in the rest of the config.
+
+    Args:
+        name: of the stage, and of the checkpoint at its end.
+        steps: optimizer steps; with `patience`, at most.
+        data: values of the config's `data`, such as frames, height, width, fps, image_share, batch_size or batch_tokens.
+        lr, warmup: peak of its learning rate and steps to it; then a cosine to 1 % at its last step.
+        train: beginnings of the names of the parameters that learn; the others stay. None: all.
+        patience: it ends after so many validations without a better one; None: after its steps.
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    name: str
+    steps: int
+    data: Mapping = field(default_factory=dict)
+    lr: float | None = None
+    warmup: int | None = None
+    train: tuple[str, ...] | None = None
+    patience: int | None = None
+
+    def __post_init__(self):
+        for key, least in (("steps", 1), ("warmup", 0), ("patience", 1)):
+            value = getattr(self, key)
+            if value is not None and not (isinstance(value, int) and value >= least):
+                raise ValueError(f"stages.{self.name}.{key}={value}; expected a whole number of {least} or more")
+        if self.lr is not None and self.lr <= 0:
+            raise ValueError(f"stages.{self.name}.lr={self.lr}; expected a number above 0")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Stages in their order."""
+
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Mapping]) -> StagePlan:
+        """From plain values: name -> the other values of a `Stage`.
+
+        Raises:
+            ValueError: for an unknown key, or one that is missing; else as `Stage`.
+        """
+        known, stages = {f.name for f in fields(Stage)} - {"name"}, []
+        for name, stage in values.items():
+            if unknown := sorted(set(stage) - known):
+                raise ValueError(f"stages.{name} has no {', '.join(unknown)}; its keys are {', '.join(sorted(known))}")
+            if "steps" not in stage:
+                raise ValueError(f"stages.{name} needs steps, how many optimizer steps it has")
+            stages.append(Stage(name=name, **stage))
+        return cls(tuple(stages))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all stages, at most."""
+        return sum(stage.steps for stage in self.stages)
+
+    def as_dict(self) -> dict[str, dict]:
+        """Plain values, as `of` takes them."""
+        return {stage.name: {k: v for k, v in asdict(stage).items() if k != "name"} for stage in self.stages}
+
+
+def starts(lengths: list[int]) -> list[int]:
+    """Where parts of these lengths begin, one after another, and where the last one ends."""
+    return list(accumulate(lengths, initial=0))
+
+
+def place(lengths: list[int], position: int) -> tuple[int, int] | None:
+    """Which part a position lies in, and how far in it; None behind the last one."""
+    for number, (start, stop) in enumerate(zip(starts(lengths), starts(lengths)[1:])):
+        if position < stop:
+            return number, position - start
+    return None

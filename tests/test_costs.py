@@ -1,0 +1,68 @@
+"""Costs on paper against formulas, and as the doctor tells them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kit.cli import main
+from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
+from kit.generator.transformer import Generator, GeneratorConfig
+from kit.tokenizer import Tokenizer, TokenizerConfig
+
+TOKENIZER = TokenizerConfig(bits=16, scales=(1, 2, 4, 8), patch=4, widths=(32, 64))
+GENERATOR = GeneratorConfig(layers=4, width=192, heads=3, bits=16, scales=4)
+
+
+@pytest.mark.parametrize("frames, side", [(17, 64), (33, 64), (1, 32)])
+def test_a_generators_step_is_six_operations_a_weight_and_token_and_attention(frames, side):
+    cost = generator_cost(GENERATOR, TOKENIZER, frames, side, side, encoded=True)
+    model = Generator(GENERATOR)
+    tokens = cost.tokens + model.condition.length
+    assert cost.tokens == TOKENIZER.schedule(frames, side, side).length
+    weights = sum(p.numel() for p in model.layers.parameters())
+    expected = 6 * weights * tokens + 12 * GENERATOR.layers * GENERATOR.width * tokens**2
+    assert cost.flops == pytest.approx(expected, rel=0.01)
+
+
+def test_encoding_is_one_forward_pass_of_the_encoder():
+    ahead, along = (generator_cost(GENERATOR, TOKENIZER, 5, 32, 64, encoded) for encoded in (True, False))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        Tokenizer(TOKENIZER).encode(torch.zeros(1, 3, 5, 32, 64))
+    assert along.flops - ahead.flops == counter.get_total_flops() > 0
+
+
+def test_history_blocks_cost_too():
+    full = GeneratorConfig(**{**vars(GENERATOR), "history": "full"})
+    costs = [generator_cost(config, TOKENIZER, 9, 32, 32, encoded=True) for config in (GENERATOR, full)]
+    assert costs[0].tokens == costs[1].tokens and costs[0].flops < costs[1].flops
+
+
+def test_a_tokenizers_step_on_meta_is_the_real_one():
+    with FlopCounterMode(display=False) as counter:
+        Tokenizer(TOKENIZER)(torch.zeros(1, 3, 5, 32, 32))[0].sum().backward()
+    assert tokenizer_cost(TOKENIZER, 5, 32, 32).flops == counter.get_total_flops()
+
+
+def test_images_replace_clips_frame_for_frame():
+    clip, image = ClipCost(50, 1000.0), ClipCost(10, 100.0)
+    assert stage_cost(clip, None, 8, 0.0, 5) == ClipCost(400, 8000.0)
+    assert stage_cost(clip, image, 8, 0.25, 5) == ClipCost(6 * 50 + 2 * 5 * 10, 6 * 1000.0 + 10 * 100.0)
+    assert gpu_hours(3.6e18, tflops=100, utilisation=0.5) == 20
+
+
+@pytest.mark.parametrize("conf, stages", [("progressive", 3), ("paper_plan", 4), ("stage1_tokenizer", 1)])
+def test_the_doctor_tells_what_each_stage_costs(conf, stages, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", f"check={conf}", "gpus=[1,16]"]) == 0
+    table = capsys.readouterr().out.split("cost, on paper\n")[1].splitlines()
+    hours = [float(line.split()[-1].replace(",", "")) for line in table[1 : 1 + stages]]
+    assert min(hours) > 0 and table[1 + stages].endswith(" on 16")
+    assert float(table[1 + stages].split()[2].replace(",", "")) == pytest.approx(sum(hours), rel=0.01)
+
+
+def test_the_doctor_tells_of_clips_that_do_not_fit(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "check=full"]) == 0
+    assert "not a training conf; choose from ablation, paper_plan, progressive, stage0" in capsys.readouterr().out

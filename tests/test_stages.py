@@ -1,0 +1,209 @@
+"""Trainings in stages: where each step lies, what changes with a stage and what stays, and how they stop and go on."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from kit.checkpoint import load_generator, read_checkpoint
+from kit.cli import main
+from kit.stages import Stage, StagePlan, place, starts
+from kit.tokenizer import TokenizerConfig
+from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER
+from tests.test_training import interrupt_after, losses
+
+PLAN = [
+    "+stages.low={steps:4,data:{height:16,width:16,image_share:0.25},lr:0.02,warmup:2}",
+    "+stages.high={steps:3}",
+    "+stages.long={steps:3,data:{frames:9,batch_size:2}}",
+]
+ALIKE = ["trainer.precision=32-true", "callbacks.compile.least_steps=-1"]
+
+
+def fit_stages(root: Path, tokenizer: Path, *words: str, name: str = "run", conf: str = "progressive") -> int:
+    run = [f"root={root}", f"name={name}", f"tokenizer_ckpt={tokenizer}"]
+    # what the example's own stages would add to the test's
+    own = [] if conf != "progressive" else ["~stages.low", "~stages.high", "~stages.long"]
+    return main(["fit", f"conf={conf}", *run, *own, *CLIP, *GENERATOR, *QUICK, *ALIKE, *words])
+
+
+def weights(folder: Path, which: str = "last") -> dict[str, torch.Tensor]:
+    return read_checkpoint(folder / "checkpoints" / f"{which}.ckpt", "generator")["state_dict"]
+
+
+def column(folder: Path, name: str, start: int = 0) -> list[float]:
+    rows = csv.DictReader((folder / "logs" / f"version_{start}" / "metrics.csv").open())
+    return [float(row[name]) for row in rows if row.get(name)]
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def test_place_of_a_step_among_stages():
+    lengths = [3, 1, 2]
+    assert starts(lengths) == [0, 3, 4, 6]
+    assert [place(lengths, i) for i in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)]
+    assert place(lengths, 6) is None
+
+
+def test_plan_from_plain_values_and_back():
+    values = {"a": {"steps": 3, "lr": 0.1}, "b": {"steps": 4, "data": {"frames": 9}, "train": ["layers"]}}
+    plan = StagePlan.of(values)
+    assert [stage.name for stage in plan.stages] == ["a", "b"] and plan.steps == 7
+    assert StagePlan.of(plan.as_dict()) == plan
+
+
+@pytest.mark.parametrize(
+    "stage, message",
+    [({"steps": 0}, "stages.a.steps=0; expected a whole number of 1 or more"),
+     ({}, "stages.a needs steps"),
+     ({"steps": 2, "lr": 0.0}, "stages.a.lr=0.0; expected a number above 0"),
+     ({"steps": 2, "patience": 0}, "stages.a.patience=0"),
+     ({"steps": 2, "speed": 3}, "stages.a has no speed; its keys are data, lr, patience, steps, train, warmup")],
+)  # fmt: skip
+def test_wrong_stages_are_refused(stage, message):
+    with pytest.raises(ValueError, match=message):
+        StagePlan.of({"a": stage})
+
+
+def test_smaller_clips_have_the_first_scales():
+    config = TokenizerConfig(bits=8, scales=(1, 2, 4, 8), patch=4, widths=(8, 8), scale_bits=(2, 4, 6, 8))
+    assert config.schedule(5, 64, 64).grids == ((1, 1), (2, 2), (4, 4), (8, 8))
+    assert config.schedule(5, 32, 32).grids == ((1, 1), (2, 2), (4, 4))
+    assert config.schedule(5, 32, 32).bits == (2, 4, 8), "what the finest scale codes, it codes with all bits"
+    assert config.schedule(5, 48, 64).grids == ((1, 1), (2, 3), (4, 5), (6, 8))
+    with pytest.raises(ValueError, match="at most 64 pixels, got 72 x 72"):
+        config.schedule(5, 72, 72)
+
+
+# --- trainings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(pair, tmp_path_factory) -> Path:
+    """The folder of a run of three stages."""
+    root = tmp_path_factory.mktemp("stages")
+    assert fit_stages(root, pair.tokenizer, *PLAN) == 0
+    return root / "run"
+
+
+def test_one_stage_is_the_plain_training(pair, tmp_path):
+    plain = ["recipe.generator.steps=5", "data.image_share=0.5"]
+    assert fit_stages(tmp_path, pair.tokenizer, *plain, name="plain", conf="stage2_generator") == 0
+    assert fit_stages(tmp_path, pair.tokenizer, "+stages.only={steps:5,data:{image_share:0.5}}", name="staged") == 0
+    assert losses(tmp_path / "staged") == losses(tmp_path / "plain")
+    a, b = weights(tmp_path / "staged"), weights(tmp_path / "plain")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_each_stage_has_its_clips_and_its_learning_rate(whole):
+    assert column(whole, "stage") == [0] * 4 + [1] * 3 + [2] * 3
+    lr = column(whole, [k for k in csv.DictReader((whole / "logs/version_0/metrics.csv").open()).fieldnames if "lr" in k][0])
+    assert lr[:2] == pytest.approx([0.01, 0.02]), "the first stage's own peak and warm-up"
+    assert lr[4] == pytest.approx(8e-3 / 40) and lr[7] == pytest.approx(8e-3 / 40), "then the config's, anew with each stage"
+    for name, frames, side in (("low", 5, 16), ("high", 5, 32), ("long", 9, 32)):
+        checkpoint = read_checkpoint(whole / "checkpoints" / f"{name}.ckpt", "generator")
+        clip = checkpoint["hyper_parameters"]["clip"]
+        assert (clip["frames"], clip["height"], clip["width"]) == (frames, side, side)
+        assert (whole / f"encoded_clips_{name}.pt").exists()
+    assert not (whole / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 7])
+def test_a_resumed_run_knows_its_stage_and_its_place(step, whole, pair, tmp_path, monkeypatch):
+    """Stopped within a stage and at its end, the rest is the uninterrupted run's to the last bit."""
+    words = [*PLAN, "callbacks.last.every=1"]
+    interrupt_after(step + 1, monkeypatch)
+    assert fit_stages(tmp_path, pair.tokenizer, *words) == 1
+    monkeypatch.undo()
+    assert fit_stages(tmp_path, pair.tokenizer, *words, "ckpt=last") == 0
+    assert losses(tmp_path / "run", start=1) == losses(whole)[step:]
+    a, b = (read_checkpoint(run / "checkpoints" / "last.ckpt", "generator") for run in (whole, tmp_path / "run"))
+    for key in ("state_dict", "ema"):
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+
+
+def test_a_stage_can_end_on_a_plateau(pair, tmp_path, monkeypatch, caplog):
+    """With next to no learning rate validations are alike but for rounding; resumed, the end stays where it was."""
+    plan = ["+stages.stuck={steps:40,lr:1.0e-30,patience:2}", "+stages.then={steps:3,data:{frames:9}}"]
+    words = [*plan, "trainer.val_check_interval=2", "callbacks.last.every=1"]
+    assert fit_stages(tmp_path, pair.tokenizer, *words, name="whole") == 0
+    stages = column(tmp_path / "whole", "stage")
+    stuck = stages.count(0)
+    assert 6 <= stuck < 40 and stages == [0] * stuck + [1] * 3
+    assert "val/loss is no better than 2 validations ago" in caplog.text
+    interrupt_after(stuck, monkeypatch)  # its end is decided, the next stage has not begun
+    assert fit_stages(tmp_path, pair.tokenizer, *words, name="resumed") == 1
+    monkeypatch.undo()
+    assert fit_stages(tmp_path, pair.tokenizer, *words, "ckpt=last", name="resumed") == 0
+    assert losses(tmp_path / "resumed", start=1) == losses(tmp_path / "whole")[stuck - 1 :]
+    assert fit_stages(tmp_path, pair.tokenizer, *words, "ckpt=last", name="resumed") == 0, "a finished one is left as it is"
+    assert read_checkpoint(tmp_path / "resumed/checkpoints/last.ckpt", "generator")["global_step"] == stuck + 3
+
+
+def test_a_stage_can_leave_parts_as_they_are(pair, tmp_path):
+    plan = ["+stages.all={steps:2}", "+stages.some={steps:2,train:[head,layers.1.]}", "+stages.again={steps:1}"]
+    assert fit_stages(tmp_path, pair.tokenizer, *plan) == 0
+    all_, some, again = (weights(tmp_path / "run", name) for name in ("all", "some", "again"))
+    for name in all_:
+        learns = name.startswith(("model.head", "model.layers.1."))
+        assert torch.equal(all_[name], some[name]) != learns, name
+        assert "condition" in name or not torch.equal(some[name], again[name]), name
+
+
+def test_wrong_plans_of_a_run_are_told(pair, tmp_path, capsys):
+    for plan, told in (
+        (["+stages.a={steps:2,train:[heads]}"], "stages.a.train: no parameter's name begins with heads; the parts are"),
+        (["+stages.a={steps:2}", "+stages.b={steps:2,data:{height:30}}"], "multiples of 8, got 30 x 32"),
+        (["+stages.a={steps:2,data:{batch_tokens:30}}"], "data.batch_tokens=30; a clip has 42"),
+        (["+stages.a={steps:2,data:{hight:16}}"], "hight"),
+    ):
+        assert fit_stages(tmp_path, pair.tokenizer, *plan, "overwrite=true") == 1
+        error = capsys.readouterr().err
+        assert told in error and "Traceback" not in error
+
+
+def test_a_budget_of_tokens_makes_the_batch(pair, tmp_path, caplog):
+    plan = ["+stages.low={steps:1,data:{height:16,width:16}}", "+stages.high={steps:1}"]
+    assert fit_stages(tmp_path, pair.tokenizer, *plan, "data.batch_tokens=100") == 0
+    assert "low: 2 latent frames x scales 1 2 = 10 tokens in 4 steps, 10 clips a step" in caplog.text
+    assert "high: 2 latent frames x scales 1 2 4 = 42 tokens in 6 steps, 2 clips a step" in caplog.text
+
+
+def test_a_tokenizer_in_stages_goes_on_too(tmp_path, monkeypatch):
+    def fit(name, *words):
+        plan = "stages={low:{steps:3,data:{height:16,width:16}},high:{steps:2,lr:1e-3}}"
+        switch = "_target_:callbacks.StageSwitch,folder:${folder}/checkpoints,monitor:val/psnr,mode:max"
+        run = [
+            f"root={tmp_path}",
+            f"name={name}",
+            plan,
+            f"+callbacks.stage_switch={{{switch}}}",
+            "optimizer.accumulate=2",
+            "callbacks.last.every=1",
+        ]
+        return main(["fit", "conf=stage1_tokenizer", *run, *CLIP, *TOKENIZER, *QUICK, *ALIKE, *words])
+
+    assert fit("whole") == 0
+    interrupt_after(2, monkeypatch)
+    assert fit("resumed") == 1
+    monkeypatch.undo()
+    assert fit("resumed", "ckpt=last") == 0
+    assert losses(tmp_path / "whole")[2:] == losses(tmp_path / "resumed", start=1)
+    assert column(tmp_path / "whole", "stage") == [0] * 6 + [1] * 4, "logged with each batch"
+
+
+def test_what_a_stage_leaves_can_be_sampled(whole, tmp_path):
+    generator, tokenizer = load_generator(whole / "checkpoints" / "low.ckpt")
+    assert tokenizer.model.schedule(5, 16, 16).scales == generator.model.config.scales - 1
+    words = ["prompt=a red ball", f"root={tmp_path}", "name=video"]
+    assert main(["generate", f"ckpt={whole / 'checkpoints' / 'low.ckpt'}", *words]) == 0
+    assert len(list((tmp_path / "video").rglob("*.mp4"))) == 1
+
+
+def test_a_stage_is_named_by_itself():
+    with pytest.raises(ValueError, match="stages.x.warmup=-1"):
+        Stage("x", 3, warmup=-1)
