@@ -5,6 +5,8 @@ from __future__ import annotations
 import lightning as L
 import torch
 
+from kit.sharding import as_sharded, local, whole
+
 
 class EMA(L.Callback):
     """Keeps a moving average of the trained weights, validates with it, and stores it in the checkpoint as `ema`.
@@ -21,11 +23,12 @@ class EMA(L.Callback):
         self.decay, self.steps, self.average = decay, 0, None
 
     @torch.no_grad()
-    def on_fit_start(self, trainer, module):
+    def on_train_start(self, trainer, module):
         live = dict(self._averaged(module))
         if self.average is None:
             self.average = {name: p.detach().clone() for name, p in live.items()}
-        self.average = {name: a.to(live[name].device) for name, a in self.average.items()}
+        else:  # of a checkpoint
+            self.average = {name: as_sharded(a, live[name]) for name, a in self.average.items()}
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -43,7 +46,8 @@ class EMA(L.Callback):
         self._swap(module)
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
-        checkpoint["ema"] = self.average
+        if self.average is not None:
+            checkpoint["ema"] = {name: whole(a).cpu() for name, a in self.average.items()}
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         self.average = checkpoint.get("ema")
@@ -59,7 +63,10 @@ class EMA(L.Callback):
         if self.average is None:
             return
         for name, p in self._averaged(module):
-            p.data, self.average[name] = self.average[name], p.data
+            live, average = local(p.detach()), local(self.average[name])
+            held = live.clone()
+            live.copy_(average)
+            average.copy_(held)
 
     @staticmethod
     def _averaged(module):

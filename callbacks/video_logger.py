@@ -6,12 +6,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import default_collate
 
 from kit.generator.sampler import Sampling
 from kit.inspection import forced_and_free
 from kit.media import contact_sheet, write_video
+from kit.sharding import whole_model
 
 
 class VideoLogger(L.Callback):
@@ -27,16 +27,20 @@ class VideoLogger(L.Callback):
     def __init__(self, folder: str, clips: int = 4, sampling: dict | None = None):
         self.folder, self.clips, self.sampling = Path(folder) / "media", clips, Sampling.of(sampling or {})
 
-    @rank_zero_only
-    @torch.no_grad()
     def on_validation_epoch_end(self, trainer, module):
-        data = trainer.datamodule
         if trainer.sanity_checking or not self.clips:
             return
+        model = whole_model(module.model, lambda: type(module.model)(module.model.config))
+        if trainer.is_global_zero:
+            self._show(trainer, module, model)
+
+    @torch.no_grad()
+    def _show(self, trainer, module, model):
+        data = trainer.datamodule
         batch = default_collate([data.val[n] for n in range(self.clips)])
         batch = {name: x.to(module.device) if torch.is_tensor(x) else x for name, x in batch.items()}
         with trainer.precision_plugin.val_step_context():
-            rows = self.rows(module, batch)
+            rows = self.rows(module, model, batch)
         step = trainer.global_step
         groups = [{name: videos[i] for name, videos in rows.items()} for i in range(self.clips)]
         titles = [str(c) for c in batch["caption"]]
@@ -48,9 +52,9 @@ class VideoLogger(L.Callback):
                 logger.log_image("samples", [str(picture)], step=step)
                 logger.log_video("samples_video", [str(video)], step=step, format=["mp4"])
 
-    def rows(self, module, batch: dict) -> dict[str, torch.Tensor]:
+    def rows(self, module, model, batch: dict) -> dict[str, torch.Tensor]:
         """What is shown: name -> (clips, 3, T, H, W)."""
         video = batch["video"]
         if module.kind == "tokenizer":
-            return {"real": video, "reconstruction": module.model.reconstruct(video)}
-        return forced_and_free(module.model, module.tokenizer, video, module.model.condition.prompts(batch), self.sampling)
+            return {"real": video, "reconstruction": model.reconstruct(video)}
+        return forced_and_free(model, module.tokenizer, video, model.condition.prompts(batch), self.sampling)

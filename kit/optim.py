@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from kit.sharding import share_of, whole
+
 
 def orthogonalise(x: Tensor, phases: tuple[int, ...] = (2, 3)) -> Tensor:
     """The matrices with the singular vectors of x (..., m, n) and all singular values about 1, by Newton-Schulz iterations.
@@ -75,10 +77,11 @@ class Muon(torch.optim.Optimizer):
         for p in parameters:
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 1 - group["momentum"])
-            updates.append(p.grad.lerp(momentum, group["momentum"]).flatten(1))
+            updates.append(whole(p.grad.lerp(momentum, group["momentum"])).flatten(1))
         for p, update in zip(parameters, orthogonalise_all(updates)):
             scale = 0.2 * max(update.shape) ** 0.5
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
+            update = share_of(update.reshape(p.shape), p)
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 
     def _adam(self, parameters: list[Tensor], group: dict):
         """Adam without decay (Kingma and Ba 2015, algorithm 1)."""

@@ -122,7 +122,7 @@ def test_ema_is_the_average_of_the_weights():
     module, ema = torch.nn.Module(), EMA(decay=0.5)
     module.model, module.discriminator = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     trainer = type("Trainer", (), {"global_step": 0})()
-    ema.on_fit_start(trainer, module)
+    ema.on_train_start(trainer, module)
     expected = module.model.weight.detach().clone()
     for step in range(1, 30):
         with torch.no_grad():

@@ -13,6 +13,7 @@ from kit.generator.mask import draw_kept_frames
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.optim import WarmupCosine, build_optimizer
 from kit.scales import ScaleSchedule
+from kit.sharding import ShardedStrategy
 from kit.tokenizer import Tokenizer
 
 
@@ -81,6 +82,10 @@ class GeneratorModule(L.LightningModule):
         weights = bit_weights(self.schedule, self.model.config.bits, self.loss["scale_weights"])
         self.register_buffer("weights", weights.to(self.device), persistent=False)
 
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.shard(self.model, [self.model.condition, *self.model.layers])
+
     def on_fit_start(self):
         self.tokenizer.to(self.device)
 
@@ -99,9 +104,10 @@ class GeneratorModule(L.LightningModule):
         condition = self.model.condition(self.model.condition.prompts(batch), dropped)
         logits = self.model(inputs, schedule, condition, kept)
         loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=weights)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         used = weights > 0
-        self.log("train/bit_accuracy", (((logits > 0) == targets) & used).sum() / (B * used.sum()))
+        right = (((logits > 0) == targets) & used).sum() / (B * used.sum())
+        self.log("train/bit_accuracy", right, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict, _):

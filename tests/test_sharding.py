@@ -1,0 +1,114 @@
+"""Sharded training on two processes is that of one: losses, averages, checkpoints, and going on with another number."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kit.checkpoint import load_generator, read_checkpoint
+from kit.cli import main
+from kit.sharding import ShardedStrategy
+from tests.fixtures import CLIP, GENERATOR, QUICK
+from tests.test_training import losses
+
+ROOT = Path(__file__).resolve().parents[1]
+ONE = ["trainer.precision=32-true", "trainer.devices=1", "data.batch_size=4"]
+TWO = ["trainer=fsdp", "trainer.strategy.param_dtype=null", "trainer.devices=2", "data.batch_size=2"]
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+STAGES = [  # with clipped and accumulated gradients, images, frozen parts, flips, masked frames and dropped conditions
+    "~stages.low", "~stages.high", "~stages.long", "+stages.low={steps:2,data:{height:16,width:16,image_share:0.5}}",
+    "+stages.some={steps:2,train:[head,layers.1.]}", "+stages.all={steps:2,data:{frames:9}}", "optimizer.name=adamw",
+    "trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=0.05", "frame_mask=0.3", "drop_condition=0.3",
+    "trainer.val_check_interval=4",
+]  # fmt: skip
+
+
+def fit(root: Path, name: str, tokenizer: Path, *words: str, conf: str = "stage2_generator") -> Path:
+    """Trains in processes of its own; returns the run's folder."""
+    small = [word for word in [*CLIP, *QUICK, *GENERATOR] if not word.startswith(("trainer.devices", "data.batch_size"))]
+    run = [f"root={root}", f"name={name}", f"tokenizer_ckpt={tokenizer}", "optimizer.warmup=2", "callbacks.last.every=100"]
+    command = [sys.executable, "-m", "kit", "fit", f"conf={conf}", *small, *run, *words]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root / name
+
+
+def averages(run: Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(run / "checkpoints" / "last.ckpt", "generator")["ema"]
+
+
+def assert_near(x: torch.Tensor, expected: torch.Tensor):
+    """As a whole: where a gradient is next to nothing, rounding decides which way Adam and Muon go."""
+    assert (x.float() - expected.float()).norm() <= 3e-2 * expected.float().norm()
+
+
+@pytest.fixture(scope="module")
+def runs(pair, tmp_path_factory) -> tuple[Path, Path]:
+    """Of one process and of two, in three stages."""
+    root = tmp_path_factory.mktemp("sharded")
+    return tuple(fit(root, n, pair.tokenizer, *way, *STAGES, conf="progressive") for n, way in (("one", ONE), ("two", TWO)))
+
+
+def test_the_loss_is_that_of_one_process(runs):
+    one, two = (torch.tensor(losses(run)) for run in runs)
+    assert len(one) == 6
+    torch.testing.assert_close(two, one, **CLOSE)
+
+
+def test_checkpoints_are_alike(runs):
+    one, two = (read_checkpoint(run / "checkpoints" / "last.ckpt", "generator") for run in runs)
+    for key in ("state_dict", "ema"):
+        assert one[key].keys() == two[key].keys()
+        for name, expected in one[key].items():
+            assert type(two[key][name]) is torch.Tensor and two[key][name].shape == expected.shape
+            assert_near(two[key][name], expected)
+    for a, b in zip(one["optimizer_states"][0]["param_groups"], two["optimizer_states"][0]["param_groups"], strict=True):
+        assert a["params"] == b["params"] and a["lr"] == pytest.approx(b["lr"])
+
+
+def test_what_it_leaves_is_looked_at_and_sampled(runs, tmp_path):
+    media = runs[1] / "media"
+    assert len(list(media.glob("step*.png"))) == len(list((runs[0] / "media").glob("step*.png"))) > 0
+    ckpt = runs[1] / "checkpoints" / "last.ckpt"
+    load_generator(ckpt)
+    assert main(["generate", f"ckpt={ckpt}", "prompt=a red ball", f"root={tmp_path}", "name=video"]) == 0
+    assert len(list((tmp_path / "video").rglob("*.mp4"))) == 1
+
+
+def test_a_run_goes_on_with_another_number_of_processes(pair, tmp_path):
+    """One of one process goes on with two, and one of two with one, as that of one goes on."""
+    words = ["optimizer.name=muon", "callbacks.video_logger.clips=0"]
+    begun = {"one": ONE, "two": TWO}
+    for name, way in begun.items():
+        fit(tmp_path, name, pair.tokenizer, *way, *words, "recipe.generator.steps=3")
+    shutil.copytree(tmp_path / "one", tmp_path / "expected")
+    expected = fit(tmp_path, "expected", pair.tokenizer, *ONE, *words, "recipe.generator.steps=6", "ckpt=last")
+    for name, way in (("one", TWO), ("two", ONE)):
+        resumed = fit(tmp_path, name, pair.tokenizer, *way, *words, "recipe.generator.steps=6", "ckpt=last")
+        assert len(losses(resumed, start=1)) == 3
+        torch.testing.assert_close(torch.tensor(losses(resumed, start=1)), torch.tensor(losses(expected, start=1)), **CLOSE)
+    for tensor, other in zip(averages(tmp_path / "one").values(), averages(expected).values(), strict=True):
+        assert_near(tensor, other)
+
+
+def test_bfloat16_is_near(pair, tmp_path, runs):
+    """Weights gathered as bfloat16, kept and reduced as float32."""
+    run = fit(tmp_path, "bf16", pair.tokenizer, *TWO, "trainer.strategy.param_dtype=bfloat16", *STAGES, conf="progressive")
+    torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(runs[0])), atol=2e-3, rtol=0)
+    assert all(w.dtype == torch.float32 for w in averages(run).values())
+
+
+def test_a_tokenizer_is_refused(tmp_path, capsys):
+    words = ["conf=stage1_tokenizer", "trainer=fsdp", "debug=smoke", f"root={tmp_path}", *CLIP]
+    assert main(["fit", *words]) == 1
+    assert "trainer=fsdp is for generators so far" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="param_dtype=float8"):
+        ShardedStrategy("float8")
