@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
+from kit.data.datamodule import StagedClips
 from kit.stages import Stage, starts
 
 
@@ -32,8 +33,11 @@ class StageSwitch(L.Callback):
     def on_fit_start(self, trainer, module):
         """
         Raises:
-            ValueError: if a stage shall train parts that there are not, or on several devices some of the parts.
+            ValueError: if there are no stages, or one shall train parts that there are not, or on several devices some of
+                the parts.
         """
+        if not isinstance(trainer.datamodule, StagedClips):
+            raise ValueError("callbacks.stage_switch is for trainings in stages: give stages, or callbacks.stage_switch=null")
         chosen = [stage for stage in trainer.datamodule.plan.stages if stage.train is not None]
         for stage in chosen:
             check_parts(module, stage)
@@ -44,7 +48,8 @@ class StageSwitch(L.Callback):
 
     def on_train_start(self, trainer, module):
         self._enter(trainer, module)
-        trainer.should_stop = trainer.datamodule.finished
+        if trainer.datamodule.finished:
+            trainer.should_stop = True
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if batch["stage"] != trainer.datamodule.stage:

@@ -188,6 +188,8 @@ def fit(cfg: DictConfig) -> L.Trainer:
             path.unlink()
     codec = tokenizer_config(cfg)
     if cfg.stages:
+        if not cfg.callbacks.get("stage_switch"):
+            raise ValueError("stages need the callback that moves on: callbacks.stage_switch as in conf/progressive.yaml")
         plan = StagePlan.of(plain(cfg.stages))
         cfg.trainer.max_steps = plan.steps
         data = build_stages(cfg, plan, codec)

@@ -166,6 +166,19 @@ def test_wrong_plans_of_a_run_are_told(pair, tmp_path, capsys):
         assert told in error and "Traceback" not in error
 
 
+def test_stages_and_their_switch_come_together(pair, tmp_path, capsys):
+    stage = "+stages.a={steps:2}"
+    for words, told in (
+        ([stage, "callbacks.stage_switch=null"], "stages need the callback that moves on"),
+        (["stages=null"], "callbacks.stage_switch is for trainings in stages"),
+    ):
+        own = ["~stages.low", "~stages.high", "~stages.long"] if stage in words else []
+        run = [f"root={tmp_path}", "name=run", f"tokenizer_ckpt={pair.tokenizer}", "overwrite=true", *own]
+        assert main(["fit", "conf=progressive", *run, *CLIP, *GENERATOR, *QUICK, *words]) == 1
+        error = capsys.readouterr().err
+        assert told in error and "Traceback" not in error
+
+
 def test_a_budget_of_tokens_makes_the_batch(pair, tmp_path, caplog):
     plan = ["+stages.low={steps:1,data:{height:16,width:16}}", "+stages.high={steps:1}"]
     assert fit_stages(tmp_path, pair.tokenizer, *plan, "data.batch_tokens=100") == 0
