@@ -126,6 +126,15 @@ def test_a_resumed_run_knows_its_stage_and_its_place(step, whole, pair, tmp_path
         assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
 
 
+def test_other_steps_of_a_stage_that_is_over_change_nothing(whole, pair, tmp_path, monkeypatch):
+    interrupt_after(6, monkeypatch)
+    assert fit_stages(tmp_path, pair.tokenizer, *PLAN, "callbacks.last.every=1") == 1
+    monkeypatch.undo()
+    longer = [PLAN[0].replace("steps:4", "steps:9"), *PLAN[1:]]
+    assert fit_stages(tmp_path, pair.tokenizer, *longer, "ckpt=last") == 0
+    assert losses(tmp_path / "run", start=1) == losses(whole)[5:]
+
+
 def test_a_stage_can_end_on_a_plateau(pair, tmp_path, monkeypatch, caplog):
     """With next to no learning rate validations are alike but for rounding; resumed, the end stays where it was."""
     plan = ["+stages.stuck={steps:40,lr:1.0e-30,patience:2}", "+stages.then={steps:3,data:{frames:9}}"]
