@@ -3,10 +3,10 @@
 from callbacks.code_use import CodeUse
 from callbacks.compile import CompileLayers
 from callbacks.ema import EMA
-from callbacks.guard import NonFiniteGuard
+from callbacks.guard import LossGuard
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.stage_switch import StageSwitch
 from callbacks.summary import RunSummary
 from callbacks.video_logger import VideoLogger
 
-__all__ = ["CodeUse", "CompileLayers", "EMA", "LastCheckpoint", "NonFiniteGuard", "RunSummary", "StageSwitch", "VideoLogger"]
+__all__ = ["CodeUse", "CompileLayers", "EMA", "LastCheckpoint", "LossGuard", "RunSummary", "StageSwitch", "VideoLogger"]

@@ -46,8 +46,10 @@ class EMA(L.Callback):
         self._swap(module)
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
-        if self.average is not None:
-            checkpoint["ema"] = {name: whole(a).cpu() for name, a in self.average.items()}
+        if self.average is None:
+            return
+        gathered = ((name, whole(a)) for name, a in self.average.items())  # one at a time, for the first process to keep
+        checkpoint["ema"] = {name: a.cpu() for name, a in gathered if trainer.is_global_zero}
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         self.average = checkpoint.get("ema")

@@ -1,34 +1,65 @@
-"""Stops a run whose loss is no longer a number, before it reaches the weights."""
+"""Stops a run whose loss is lost, before it reaches the weights."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import lightning as L
 import torch
 
+from kit.retries import LostLoss
 
-class NonFiniteGuard(L.Callback):
-    """Raises on a NaN or infinite loss, before the optimizer step, and saves the batch that made it.
+SPAN = 100  # losses that the running mean is over, about
+
+
+class LossGuard(L.Callback):
+    """Raises `LostLoss` on a loss that is no finite number, or far above the ones before it, before the optimizer step, and
+    saves the batch that made it.
 
     Args:
-        folder: where `nonfinite_step<N>.pt` goes.
+        folder: where `lost_loss_step<N>.pt` goes, of the first process whose loss it is.
+        explosion: how many times the running mean of the losses' sizes is too much, once there are 100; None: any is good.
+            Of an adversarial training both sides' losses count alike.
     """
 
-    def __init__(self, folder: str):
-        self.folder, self.batch = Path(folder), None
+    def __init__(self, folder: str, explosion: float | None = None):
+        self.folder, self.explosion, self.batch = Path(folder), explosion, None
+        self.mean, self.count = 0.0, 0
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.batch = batch
 
     def on_before_backward(self, trainer, module, loss):
-        if torch.isfinite(loss):
+        size = abs(loss.item())
+        limit = self.explosion * self.mean if self.explosion and self.count >= SPAN else math.inf
+        good = size <= limit and math.isfinite(size)
+        if good:
+            self.count += 1
+            self.mean += (size - self.mean) / min(self.count, SPAN)
+        where = [good] if trainer.world_size == 1 else self._of_all(trainer, good)
+        if all(where):
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"nonfinite_step{trainer.global_step}.pt"
-        torch.save(self.batch, path)
-        raise ValueError(
-            f"the loss is {loss.item()} at step {trainer.global_step}; training stopped before the weights were touched. "
-            f"The batch is in {path}, the last good checkpoint in {self.folder / 'checkpoints'}; a lower optimizer.lr or "
-            f"trainer.precision=32-true often helps"
+        path = self.folder / f"lost_loss_step{trainer.global_step}.pt"
+        if trainer.global_rank == where.index(False):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.batch, path)
+        far = f", {size / self.mean:.1f} times the mean of those before it," if math.isfinite(size) else ""
+        told = "the loss of another device is lost" if good else f"the loss is {loss.item():g}{far}"
+        raise LostLoss(
+            f"{told} at step {trainer.global_step}; training stopped before the weights were touched. The batch is in "
+            f"{path}, the last good checkpoint in {self.folder / 'checkpoints'}; a lower optimizer.lr or "
+            f"trainer.precision=32-true often helps",
+            place=trainer.datamodule.place_of(trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1),
         )
+
+    @staticmethod
+    def _of_all(trainer, good: bool) -> list[bool]:
+        flag = torch.tensor(good, device=trainer.strategy.root_device)
+        return trainer.strategy.all_gather(flag).flatten().tolist()
+
+    def state_dict(self) -> dict:
+        return {"mean": self.mean, "count": self.count}
+
+    def load_state_dict(self, state: dict):
+        self.mean, self.count = state["mean"], state["count"]

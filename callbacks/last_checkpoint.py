@@ -2,39 +2,92 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from kit.checkpoint import TrainingCheckpointIO
+from kit.optim import batches_of_a_step
+
+
+class Preempted(SystemExit):
+    """The run was told to end, and has saved. Its code is that of a process which the signal ended."""
+
+    def __init__(self):
+        super().__init__(128 + signal.SIGTERM)
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt` up to date: every so many optimizer steps, and when training ends.
+    """Keeps `last.ckpt` up to date: every so many optimizer steps, when training ends, and when the process is told to end
+    (SIGTERM, as schedulers send it before they take a machine away), after the step it is at.
 
     Being a `Checkpoint`, Lightning calls it after all other callbacks, so that it saves what they hold of this step.
 
     Args:
         folder: of the checkpoints. every: optimizer steps between two saves.
+        may_fail: saves in a row that may fail, for example on a full disk, before the run stops; the last of a training may
+            not.
     """
 
-    def __init__(self, folder: str, every: int):
-        self.path, self.every, self.saved = Path(folder) / "last.ckpt", every, None
+    def __init__(self, folder: str, every: int, may_fail: int = 0):
+        self.path, self.every, self.may_fail = Path(folder) / "last.ckpt", every, may_fail
+        self.saved = None
+        self.told_to_end, self.handler = False, None
+
+    def on_train_start(self, trainer, module):
+        if threading.current_thread() is threading.main_thread():  # in place of Lightning's, which ends within a step
+            self.handler = signal.signal(signal.SIGTERM, self._end)
+
+    def _end(self, *_):
+        self.told_to_end = True
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.batch_progress.total.processed % batches_of_a_step(trainer, module):
+            return  # the gradients gathered so far would be lost
+        if trainer.strategy.reduce_boolean_decision(self.told_to_end, all=False):
+            self._save(trainer, may_fail=0)
+            rank_zero_info(f"  told to end: {self.path} is of step {trainer.global_step}; ckpt=last goes on from there")
+            raise Preempted
         if trainer.global_step and trainer.global_step % self.every == 0:
-            self._save(trainer)
+            self._save(trainer, self.may_fail)
 
     def on_validation_end(self, trainer, module):
         if trainer.global_step and trainer.global_step == self.saved:  # once more, with what the validation told others
             self.saved = None
-            self._save(trainer)
+            self._save(trainer, self.may_fail)
+        else:
+            self._check(trainer, self.may_fail)  # other callbacks save here
 
     def on_train_end(self, trainer, module):
-        self._save(trainer)
+        self._save(trainer, may_fail=0)
+
+    def teardown(self, trainer, module, stage):
+        if self.handler is not None:
+            signal.signal(signal.SIGTERM, self.handler)
+            self.handler = None
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         self.saved = checkpoint["global_step"]
 
-    def _save(self, trainer):
+    def _save(self, trainer, may_fail: int):
         if trainer.global_step != self.saved:
-            self.saved = trainer.global_step
             trainer.save_checkpoint(self.path, weights_only=False)  # with optimizer and callbacks
+            if self._check(trainer, may_fail):
+                self.saved = trainer.global_step
+
+    def _check(self, trainer, may_fail: int) -> bool:
+        """Whether the last checkpoint of any kind has been saved.
+
+        Raises:
+            OSError: if not, on all processes, and more than `may_fail` in a row.
+        """
+        io = trainer.strategy.checkpoint_io
+        if not isinstance(io, TrainingCheckpointIO):  # any other raises
+            return True
+        failed, failure = trainer.strategy.broadcast((io.failed, io.failure))  # the first process alone writes
+        if failed > may_fail:
+            raise OSError(f"{failure}. Make room and go on with ckpt=last")
+        return not failed

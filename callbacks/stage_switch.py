@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from kit.data.datamodule import StagedClips
+from kit.optim import batches_of_a_step
 from kit.stages import Stage, starts
 
 
@@ -105,11 +106,6 @@ class StageSwitch(L.Callback):
             warmup=given["warmup"] if stage.warmup is None else stage.warmup,
             steps=stage.steps, began=starts(data.batches)[number] // batches_of_a_step(trainer, module),
         )  # fmt: skip
-
-
-def batches_of_a_step(trainer, module) -> int:
-    """Under manual optimization the module accumulates."""
-    return module.hparams.optimizer.get("accumulate", trainer.accumulate_grad_batches)
 
 
 def find_unused(strategy) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from callbacks.stage_switch import batches_of_a_step
 from kit.data.datamodule import StagedClips
+from kit.optim import batches_of_a_step
 
 
 def million(n: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 
-from kit.files import written_aside
+from kit.files import load_checked, save_checked
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
@@ -22,14 +22,27 @@ CONFIGS = {"generator": GeneratorConfig.from_dict, "tokenizer": lambda values: T
 KINDS = ("generator", "tokenizer")  # each is the name of the architecture's values in its checkpoint
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames, so that a kill or a full disk leaves the last checkpoint whole."""
+class TrainingCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that a kill or a full disk leaves whole, see `save_checked`. A save that fails is told and counted, for
+    `LastCheckpoint` to say when it is too many.
+
+    Attributes: failed, how many in a row; failure, why the last of them did.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.failed, self.failure = 0, None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options=None):
-        with written_aside(Path(path)) as aside, open(aside, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            save_checked(checkpoint, Path(path))
+            self.failed = 0
+        except OSError as error:
+            self.failed, self.failure = self.failed + 1, str(error)
+            warnings.warn(f"{error}; {self.failed} in a row", stacklevel=2)
+
+    def load_checkpoint(self, path: str | os.PathLike, map_location=None, weights_only: bool | None = True) -> dict[str, Any]:
+        return load_checked(Path(path), map_location)
 
 
 def save_tokenizer(model: Tokenizer, clip: dict, path: str | os.PathLike):
@@ -40,7 +53,7 @@ def save_tokenizer(model: Tokenizer, clip: dict, path: str | os.PathLike):
     """
     values = {"tokenizer": model.config.as_dict(), "clip": clip}
     weights = {f"model.{name}": w for name, w in model.state_dict().items()}
-    AtomicCheckpointIO().save_checkpoint({"hyper_parameters": values, "state_dict": weights, "global_step": 0}, path)
+    save_checked({"hyper_parameters": values, "state_dict": weights, "global_step": 0}, Path(path))
 
 
 def read_checkpoint(path: str | os.PathLike, kind: str) -> dict:
@@ -49,7 +62,7 @@ def read_checkpoint(path: str | os.PathLike, kind: str) -> dict:
     Args:
         kind: `tokenizer` or `generator`, what it should hold.
     Raises:
-        FileNotFoundError: if there is none. ValueError: if the file is broken, foreign, or of the other kind.
+        FileNotFoundError: if there is none. ValueError: if the file is broken, damaged, foreign, or of the other kind.
     """
     checkpoint, found = _read(path)
     if found != kind:
@@ -69,10 +82,7 @@ def _read(path: str | os.PathLike) -> tuple[dict, str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; train one with `python -m kit fit`, or give its path")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+    checkpoint = load_checked(path)
     values = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
     return checkpoint, next((kind for kind in KINDS if kind in values), "something else")
 

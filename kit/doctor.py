@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kit import machine
 from kit.cli import CONF, confs
-from kit.costs import generator_cost, gpu_hours, stage_cost, tokenizer_cost
+from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.perceptual import GET_VGG16, vgg16_path
@@ -108,24 +108,19 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
         ValueError: if the tokenizer cannot take the clips.
     """
     tokenizer = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
-    is_generator = cfg.module == "generator"
-    generator = generator_config(cfg, tokenizer) if is_generator else None
+    generator = generator_config(cfg, tokenizer) if cfg.module == "generator" else None
     devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
     devices *= cfg.trainer.get("num_nodes", 1)
     per_step = devices * cfg.optimizer.get("accumulate", cfg.trainer.accumulate_grad_batches)
 
-    def cost(frames: int, data: dict):
+    def cost(frames: int, data: dict) -> ClipCost:
         size = (frames, data["height"], data["width"])
-        return (
-            generator_cost(generator, tokenizer, *size, bool(cfg.encoded_clips))
-            if is_generator
-            else tokenizer_cost(tokenizer, *size)
-        )
+        if generator is None:
+            return tokenizer_cost(tokenizer, *size)
+        return generator_cost(generator, tokenizer, *size, encoded=bool(cfg.encoded_clips))
 
-    rows, total = (
-        [COLUMNS.format("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")],
-        0.0,
-    )
+    heads = ("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")
+    rows, total = [COLUMNS.format(*heads)], 0.0
     for name, steps, data in stages_of(cfg):
         clip, share = cost(data["frames"], data), data["image_share"]
         batch = (data["batch_tokens"] // clip.tokens if data["batch_tokens"] else data["batch_size"]) * per_step
@@ -166,12 +161,15 @@ def compose(name: str) -> DictConfig:
 
 def problems(cfg: DictConfig) -> list[str]:
     """What is wrong with a training's config on this machine, as far as can be seen without running it."""
-    from kit.run import build_data, build_trainer
+    from kit.run import build_data, build_trainer, of_stage
 
+    plan = StagePlan.of(OmegaConf.to_container(cfg.stages, resolve=True)) if cfg.stages else StagePlan(())
+    builds = [(f"data of stage {stage.name}", lambda stage=stage: build_data(of_stage(cfg, stage))) for stage in plan.stages]
+    builds = builds or [("data", lambda: build_data(cfg))]
     found = []
-    for what, build in (("data", build_data), ("trainer", build_trainer)):
+    for what, build in [*builds, ("trainer", lambda: build_trainer(cfg))]:
         try:
-            build(cfg)
+            build()
         except Exception as error:  # a problem of any part is what we are here to report
             found.append(f"{what}: {error}")
     values = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,74 @@ def written_aside(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+HASH = "sha256"  # entry of a file that `save_checked` wrote
+
+
+def save_checked(contents: dict, path: Path):
+    """Writes tensors and plain values, and a hash of them, to a file for `load_checked`; a kill, an error or a full disk
+    leaves what was there.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    try:
+        with written_aside(path) as aside, open(aside, "wb") as file:
+            torch.save({**contents, HASH: contents_hash(contents)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch tells of a full disk by either
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**20
+        before = "; the one before it is whole" if path.exists() else ""
+        raise OSError(f"{path} could not be saved: {cause.strerror} ({free:.0f} MiB free there){before}") from error
+
+
+def load_checked(path: Path, device=None, mmap: bool = False) -> dict:
+    """What `save_checked` wrote; nothing in it is executed.
+
+    Args:
+        device: where tensors go, the CPU if None. mmap: leave them in the file until they are used.
+    Raises:
+        ValueError: if the file is broken, holds something else than a dict, or not what was saved.
+    """
+    try:
+        contents = torch.load(path, device or "cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a readable file of tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} holds {type(contents).__name__}, expected what kit saves")
+    saved = contents.pop(HASH, None)  # files of other programs have none
+    if saved is not None and saved != contents_hash(contents):
+        raise ValueError(f"{path} is damaged: its contents are not those that were saved; take a copy, or another one")
+    return contents
+
+
+def contents_hash(contents: dict) -> str:
+    """SHA-256 of tensors and plain values, in their order."""
+    digest = hashlib.sha256()
+
+    def take(value):
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            digest.update(f"{len(value)} entries".encode())
+            for key, item in value.items():
+                digest.update(f"{key!r}:".encode())
+                take(item)
+        elif isinstance(value, list | tuple):
+            digest.update(f"{len(value)} items".encode())
+            for item in value:
+                take(item)
+        else:
+            digest.update(repr(value).encode())
+
+    take(contents)
+    return digest.hexdigest()
 
 
 def write_json(path: Path, value: dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -142,3 +143,8 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
     def state_dict(self) -> dict:
         """Where it is; what course it follows is the config's to say."""
         return {key: value for key, value in super().state_dict().items() if key not in ("warmup", "steps", "floor")}
+
+
+def batches_of_a_step(trainer: L.Trainer, module: L.LightningModule) -> int:
+    """Batches on each device for one optimizer step; under manual optimization the module accumulates."""
+    return module.hparams.optimizer.get("accumulate", trainer.accumulate_grad_batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -10,12 +11,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kit.checkpoint import AtomicCheckpointIO, check_resume, load_tokenizer
+from kit.checkpoint import TrainingCheckpointIO, check_resume, load_tokenizer
 from kit.data.datamodule import ClipDataModule, StagedClips
 from kit.data.features import encode_clips
 from kit.generator.module import GeneratorModule
 from kit.generator.pretrained import find_encoder
 from kit.machine import fast_float32_products, keep_freed_memory
+from kit.retries import Place, with_retries
 from kit.stages import Stage, StagePlan
 from kit.start import start
 from kit.tokenizer import TokenizerConfig
@@ -153,7 +155,7 @@ BUILDERS = {"tokenizer": build_tokenizer_module, "generator": build_generator_mo
 def build_trainer(cfg: DictConfig) -> L.Trainer:
     callbacks = [instantiate(c) for c in cfg.callbacks.values() if c]
     loggers = [instantiate(c) for c in cfg.logger.values()] if cfg.logger else False
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[TrainingCheckpointIO()])
 
 
 def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
@@ -179,13 +181,24 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
 
 
 def fit(cfg: DictConfig) -> L.Trainer:
-    """Trains what `cfg` says (conf/fit.yaml); returns the trainer, its model at `trainer.model`."""
+    """Trains what `cfg` says (conf/fit.yaml), and goes on by itself as its `retries` say; returns the trainer, its model at
+    `trainer.model`."""
     resume = checkpoint_to_resume(cfg)
-    L.seed_everything(cfg.seed, verbose=False)
-    keep_freed_memory()
     if resume is None:  # the files behind the clips may have changed since
         for path in Path(cfg.folder).glob("encoded_clips*.pt"):
             path.unlink()
+    last = Path(cfg.folder) / "checkpoints" / "last.ckpt"
+    return with_retries(lambda *where: train(cfg, *where), resume, last, cfg.retries)
+
+
+def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[Place] = ()) -> L.Trainer:
+    """One training, see `fit`.
+
+    Args:
+        resume: checkpoint to go on from. lost: places of batches to leave out.
+    """
+    L.seed_everything(cfg.seed, verbose=False)
+    keep_freed_memory()
     codec = tokenizer_config(cfg)
     if cfg.stages:
         if not cfg.callbacks.get("stage_switch"):
@@ -195,6 +208,7 @@ def fit(cfg: DictConfig) -> L.Trainer:
         data = build_stages(cfg, plan, codec)
     else:
         data = build_data(cfg, codec)
+    data.leave_out(lost)
     module = BUILDERS[cfg.module](cfg, data)
     if resume is not None:
         check_resume(resume, module.kind, module.model, dict(module.hparams.loss))

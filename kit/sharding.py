@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -16,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
+
+from kit.files import load_checked
 
 WHOLE = StateDictOptions(full_state_dict=True)
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # by the first process, in its memory
@@ -64,7 +68,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = True) -> dict:
         """Takes each process's share of weights and optimizer states from a whole checkpoint."""
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = load_checked(Path(checkpoint_path), mmap=True)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=WHOLE)
         for optimizer, given in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             names = self._names(optimizer)
@@ -103,12 +107,14 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-@torch.no_grad()
-def whole_model(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+def whole_model(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
     """A model that can be used outside of training: itself, or where it is sharded a copy, which `build` makes and which gets
-    its weights; then all processes must ask."""
+    its weights; then all processes must ask, and the first alone has it, the others None."""
     if not isinstance(model, FSDPModule):
         return model
-    weights, copy = {name: whole(x) for name, x in model.state_dict().items()}, build()
+    weights = get_model_state_dict(model, options=GATHERED)
+    if not weights:
+        return None
+    copy = build()
     copy.load_state_dict(weights)
-    return copy.to(next(iter(weights.values())).device).eval()
+    return copy.to(next(model.parameters()).device).eval()

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kit.data.decode import PICTURES, UnreadableVideo, load_backend, open_video
+from kit.data.decode import PICTURES, UnreadableVideo, load_backend
+from kit.data.reader import open_video
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v")
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json")
@@ -205,6 +206,8 @@ class FolderClips(Dataset):
         flip: mirror half of the training clips; wrong where captions tell left from right.
         random_crop: crop training clips anywhere instead of in the centre.
         verify: read a clip of every file now, to learn of unreadable and short files at once.
+        patience: seconds that a file may take to open, and to decode; what takes longer, or crashes the decoder, is
+            unreadable. None: decode in this process, which then waits or dies with it.
 
     Attributes: files (this split's, relative to root), classes (sorted names, the same in both splits), unreadable (files
         that this process or a loader's worker could not read), and of this process: skipped (file -> why it was not
@@ -228,6 +231,7 @@ class FolderClips(Dataset):
     flip: bool = False
     random_crop: bool = False
     verify: bool = False
+    patience: float | None = 60.0
 
     files: list[str] = field(init=False, repr=False)
     classes: tuple[str, ...] = field(init=False, repr=False)
@@ -280,7 +284,7 @@ class FolderClips(Dataset):
         rates = []
         for name in self.files[:10]:
             try:
-                rates.append(open_video(self.root / name, self.backend).fps)
+                rates.append(open_video(self.root / name, self.backend, self.patience).fps)
             except UnreadableVideo as error:
                 self._skip(name, error)
         if not rates:
@@ -335,7 +339,7 @@ class FolderClips(Dataset):
         Raises:
             UnreadableVideo: if the file cannot be read.
         """
-        video = open_video(self.root / name, self.backend)
+        video = open_video(self.root / name, self.backend, self.patience)
         numbers = frame_numbers(len(video), video.fps, self.frames, self.fps, start)
         pixels = video.frames(np.minimum(numbers, len(video) - 1))
         lacking = int((numbers >= len(video)).sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import lightning as L
@@ -22,18 +22,19 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
     number.
 
     Args:
-        frames: of a clip. image_share: of the batches, in [0, 1], that hold images.
+        frames: of a clip. image_share: of the batches, in [0, 1], that hold images. left_out: numbers of batches that are
+            not given, so that the ones behind them move up.
     """
 
     def __init__(
         self, batch_size: int, first_batch: int, rank: int, ranks: int, frames: int,
-        image_share: float = 0.0, image_batch: int = 0,
+        image_share: float = 0.0, image_batch: int = 0, left_out: frozenset[int] = frozenset(),
     ):  # fmt: skip
         self.batch_size, self.first_batch, self.rank, self.ranks = batch_size, first_batch, rank, ranks
-        self.frames, self.image_share, self.image_batch = frames, image_share, image_batch
+        self.frames, self.image_share, self.image_batch, self.left_out = frames, image_share, image_batch, left_out
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for i in itertools.count(self.first_batch):
+        for i in numbers_from(self.first_batch, self.left_out):
             images = int(i * self.image_share)  # batches of images before this one
             if int((i + 1) * self.image_share) > images:
                 yield self._batch(images, self.image_batch, 1)
@@ -42,6 +43,11 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
 
     def _batch(self, number: int, size: int, frames: int) -> list[tuple[int, int]]:
         return [((number * size + j) * self.ranks + self.rank, frames) for j in range(size)]
+
+
+def numbers_from(first: int, left_out: frozenset[int]) -> Iterator[int]:
+    """0, 1, 2, ... without those left out, from the `first`-th on."""
+    return itertools.islice((n for n in itertools.count() if n not in left_out), first, None)
 
 
 class Numbered(Dataset):
@@ -90,6 +96,7 @@ class ClipDataModule(L.LightningDataModule):
         self.sources = (self.train, self.val)
         self.classes, self.captioned = tuple(self.train.classes), self.train.captioned
         self.encode, self.batches_done = None, 0
+        self.left_out: frozenset[int] = frozenset()  # batches of the stream, by their numbers
 
     def encode_ahead(self, encode: Callable[[Dataset, int], EncodedClips]):
         """Training shall read encoded clips: at its start `encode` makes or finds those of the source for so many ranks."""
@@ -114,7 +121,8 @@ class ClipDataModule(L.LightningDataModule):
             if trainer.is_global_zero:
                 trainer.strategy.barrier()
         where = (self.batches_done, trainer.global_rank, trainer.world_size)
-        stream = StreamSampler(self.batch_size, *where, self.frames, self.image_share, self.image_batch)
+        images = (self.image_share, self.image_batch)
+        stream = StreamSampler(self.batch_size, *where, self.frames, *images, self.left_out)
         return self._loader(self.train, 0 if isinstance(self.train, EncodedClips) else self.workers, batch_sampler=stream)
 
     def val_dataloader(self) -> DataLoader:
@@ -128,15 +136,25 @@ class ClipDataModule(L.LightningDataModule):
         prefetch = 4 if workers else None
         return DataLoader(Numbered(dataset), num_workers=workers, persistent_workers=False, prefetch_factor=prefetch, **order)
 
+    def place_of(self, batch: int) -> tuple[int, int]:
+        """(0, number in the stream) of a batch by its number in the training."""
+        return 0, next(numbers_from(batch, self.left_out))
+
+    def leave_out(self, places: Iterable[tuple[int, int]]):
+        """Batches that training shall not meet, by what `place_of` says of them, besides those that a checkpoint names."""
+        self.left_out |= {number for _, number in places}
+
     def state_dict(self) -> dict:
-        """The place in the data: batches that training has used up."""
-        return {"batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed}
+        """The place in the data: batches that training has used up, and numbers of those that were left out."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        return {"batches_done": done, "left_out": sorted(self.left_out)}
 
     def load_state_dict(self, state: dict):
         self.batches_done = state["batches_done"]
+        self.left_out |= set(state["left_out"])
 
 
-class Endless:
+class Unsized:
     """What is iterated over anew each time; Lightning takes it for a loader that does not know its length."""
 
     def __init__(self, begin: Callable[[], Iterator[dict]]):
@@ -200,11 +218,11 @@ class StagedClips(L.LightningDataModule):
     def unreadable(self) -> list[Path]:
         return [path for part in self.parts for path in part.unreadable]
 
-    def train_dataloader(self) -> Endless:
-        return Endless(self._train_batches)
+    def train_dataloader(self) -> Unsized:
+        return Unsized(self._train_batches)
 
-    def val_dataloader(self) -> Endless:
-        return Endless(lambda: iter(self.parts[self.stage].val_dataloader()))
+    def val_dataloader(self) -> Unsized:
+        return Unsized(lambda: iter(self.parts[self.stage].val_dataloader()))
 
     def _train_batches(self) -> Iterator[dict]:
         self.handed_out = self.batches_done
@@ -216,12 +234,25 @@ class StagedClips(L.LightningDataModule):
                 if self.handed_out >= starts(self.batches)[stage + 1]:
                     break
 
+    def place_of(self, batch: int) -> tuple[int, int]:
+        """(stage, number in its stream) of a batch by its number in the training."""
+        stage, number = place(self.batches, batch)
+        return stage, self.parts[stage].place_of(number)[1]
+
+    def leave_out(self, places: Iterable[tuple[int, int]]):
+        """As of a `ClipDataModule`."""
+        for stage, number in places:
+            self.parts[stage].leave_out([(0, number)])
+
     def state_dict(self) -> dict:
-        """The place in the data: batches that training has used up, the stage, and how long the ones before it were."""
+        """The place in the data: batches that training has used up, the stage, how long the ones before it were, and what
+        was left out of each."""
         return {
             "batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,
-            "stage": self.stage, "ended": dict(self.ended),
+            "stage": self.stage, "ended": dict(self.ended), "left_out": [sorted(part.left_out) for part in self.parts],
         }  # fmt: skip
 
     def load_state_dict(self, state: dict):
         self.batches_done, self.stage, self.ended = state["batches_done"], state["stage"], dict(state["ended"])
+        for part, left_out in zip(self.parts, state["left_out"], strict=True):
+            part.left_out |= set(left_out)

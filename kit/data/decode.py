@@ -1,16 +1,20 @@
 """Decoding of video files behind one small interface, by decord (the default) or PyAV.
 
 A decoder is opened for one clip and then dropped: an open decord reader may crash when threads share it and hangs when
-a forked process inherits it.
+a forked process inherits it. This file imports nothing of kit, and nothing slow: `kit.data.reader` also runs it by itself.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import math
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -309,3 +313,36 @@ def _reporting(path: Path, backend: str) -> Iterator[None]:
     except Exception as error:
         summary = next(iter(str(error).splitlines()), "no reason given").rstrip(".")
         raise UnreadableVideo(path, f"{type(error).__name__}: {summary}", backend) from error
+
+
+def serve(connection: Connection):
+    """Decodes for a `kit.data.reader.Reader` at the other end, until that hangs up.
+
+    It asks (path, backend, numbers, seconds): for the frames with these numbers, or with None for how many there are and how
+    many a second. It is answered ("found", what it asked for), ("unreadable", reason, backend) or ("error", error). What
+    takes more seconds ends the process.
+    """
+    video = None
+    connection.send("ready")
+    with open(os.devnull, "w") as nowhere:
+        while True:
+            try:
+                path, backend, numbers, seconds = connection.recv()
+            except EOFError:
+                return
+            faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)  # even where a decoder holds the interpreter
+            try:
+                if numbers is None or video is None or video.path != path:
+                    video = None  # one file at a time
+                    video = open_video(path, backend)
+                answer = "found", (len(video), video.fps) if numbers is None else video.frames(numbers)
+            except UnreadableVideo as error:
+                answer = "unreadable", error.reason, error.backend
+            except Exception as error:
+                answer = "error", error
+            faulthandler.cancel_dump_traceback_later()
+            connection.send(answer)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

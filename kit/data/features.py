@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from kit.checkpoint import AtomicCheckpointIO
+from kit.files import load_checked, save_checked
 from kit.machine import device, inference_precision
 from kit.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ def encode_clips(source: Dataset, tokenizer: Tokenizer, clips: int, workers: int
         raise ValueError(f"encoded_clips={clips}; expected a number of clips, or 0 for fresh ones")
     about = json.loads(json.dumps({**about, "clips": clips}))
     if path.exists():
-        kept = torch.load(path, map_location="cpu", weights_only=True)
+        kept = load_checked(path)
         if kept.pop("about") == about:
             return EncodedClips(**kept)
     model = tokenizer.to(device()).eval()
@@ -57,5 +57,5 @@ def encode_clips(source: Dataset, tokenizer: Tokenizer, clips: int, workers: int
             labels += batch["label"].tolist()
             bar.update(len(features[-1]))
     kept = {"features": torch.cat(features), "captions": captions, "labels": labels}
-    AtomicCheckpointIO().save_checkpoint({**kept, "about": about}, path)
+    save_checked({**kept, "about": about}, path)
     return EncodedClips(**kept)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import statistics
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from kit import __version__
-from kit.checkpoint import AtomicCheckpointIO, differences
+from kit.checkpoint import differences
 from kit.evaluation.build import Tools, build_candidate, build_protocol, build_tools
 from kit.evaluation.candidates import Candidate, GivenVideos, RealClips, Reconstructions
 from kit.evaluation.clips import DrawnClips, FileClips, collate, real_clips
@@ -24,6 +23,7 @@ from kit.evaluation.protocol import Protocol, digest
 from kit.evaluation.report import Shown, best_median_worst, read_result, result_lines, write_report
 from kit.evaluation.run_suite import evaluate_suite
 from kit.evaluation.scores import LPIPS, PSNR, SSIM, CaptionScore, FrechetScore, Score, to_8_bits
+from kit.files import load_checked, save_checked
 from kit.machine import cache_folder, device, exact_float32, installed_version
 
 SAVE_EVERY = 30  # seconds; what a kill loses at most
@@ -100,7 +100,7 @@ class Pass:
 
     def _save(self, scores: dict[str, Score], errors: Errors, done: int):
         state = {name: score.state() for name, score in scores.items()}
-        AtomicCheckpointIO().save_checkpoint({"key": self.key, "done": done, "errors": errors, "scores": state}, self.state)
+        save_checked({"key": self.key, "done": done, "errors": errors, "scores": state}, self.state)
 
     def forget(self):
         self.state.unlink(missing_ok=True)
@@ -124,7 +124,7 @@ def real_scores(
                 part = Pass(path.with_suffix(".part.pt"), key)
                 part.run(RealClips(), clips, {name: score}, loading, f"real clips: {name}")
                 kept = {"protocol": protocol.as_dict(), "state": score.state()}
-                AtomicCheckpointIO().save_checkpoint(kept, path)
+                save_checked(kept, path)
                 part.forget()
         score.load(kept["state"])
     return scores
@@ -133,8 +133,8 @@ def real_scores(
 def _read_kept(path: Path) -> dict | None:
     """What a file keeps; None if it is missing or damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return load_checked(path)
+    except ValueError:
         return None
 
 

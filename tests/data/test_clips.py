@@ -300,10 +300,10 @@ def test_failure_in_one_clip_of_a_file_does_not_change_its_others(videos, monkey
     later = next(m for m in range(7, 14) if dataset.file(m) == dataset.file(n))
     original = clips.open_video
 
-    def fails(path, backend):
+    def fails(path, backend, patience):
         raise UnreadableVideo(path, "a bad sector", backend)
 
-    monkeypatch.setattr(clips, "open_video", lambda p, b: (fails if p.name == dataset.file(n) else original)(p, b))
+    monkeypatch.setattr(clips, "open_video", lambda p, *how: (fails if p.name == dataset.file(n) else original)(p, *how))
     with pytest.warns(UserWarning, match="a bad sector"):
         assert not same(dataset[n], expected[n])
     monkeypatch.setattr(clips, "open_video", original)

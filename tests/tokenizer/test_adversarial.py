@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from callbacks import NonFiniteGuard
+from callbacks import LossGuard
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
@@ -245,7 +245,7 @@ def test_an_adversarial_run_resumes_to_the_last_bit(tmp_path, monkeypatch):
 
     assert fit_tokenizer(tmp_path / "whole", *words, name="run") == 0
     with monkeypatch.context() as patched:
-        patched.setattr(NonFiniteGuard, "on_train_batch_end", stop, raising=False)
+        patched.setattr(LossGuard, "on_train_batch_end", stop, raising=False)
         assert fit_tokenizer(tmp_path / "resumed", *words, name="run") == 1
     assert fit_tokenizer(tmp_path / "resumed", *words, "ckpt=last", name="run") == 0
     whole, resumed = losses(tmp_path / "whole" / "run", 0), losses(tmp_path / "resumed" / "run", 1)

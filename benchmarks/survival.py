@@ -1,0 +1,103 @@
+"""A training that is killed (SIGKILL) again and again, also while it saves, against the same one that is not: what it costs, and
+whether it comes to the same weights and losses.
+
+    python benchmarks/survival.py FOLDER [kills=50] [seed=0]
+
+Each line is a kill: the moment that was chosen, the step of the checkpoint that was left, and whether it was whole. Every other
+kill waits for a save to be under way. The last line compares what the training came to.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from runs import logged, parted
+
+from kit.checkpoint import read_checkpoint
+from kit.files import contents_hash
+
+RUN = (
+    "size=tiny", "data.frames=5", "data.height=32", "data.width=32", "data.batch_size=4", "data.val_clips=4", "data.workers=1",
+    "trainer.val_check_interval=100", "trainer.log_every_n_steps=1", "callbacks.last.every=5", "callbacks.compile.least_steps=-1",
+    "recipe.tokenizer.steps=600", "+logger.csv.flush_logs_every_n_steps=1",
+)  # fmt: skip
+
+
+def start(root: Path) -> subprocess.Popen:
+    words = ["fit", "conf=stage1_tokenizer", f"root={root}", "name=run", "ckpt=last", *RUN]
+    return subprocess.Popen([sys.executable, "-m", "kit", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def step_of(checkpoint: Path) -> int:
+    """0 if there is none yet. Raises ValueError if it is not whole."""
+    return read_checkpoint(checkpoint, "tokenizer")["global_step"] if checkpoint.exists() else 0
+
+
+def kill_once(root: Path, saving: bool, rng: random.Random) -> str:
+    """Starts or goes on with the training, and kills it: in the midst of a save, or up to six seconds after its first step."""
+    folder, began = root / "run" / "checkpoints", time.time()
+    process = start(root)
+    last = folder / "last.ckpt"
+
+    def fresh(path: Path) -> bool:
+        return path.exists() and path.stat().st_mtime > began
+
+    delay = rng.uniform(0, 6)
+    while process.poll() is None and not fresh(last):
+        time.sleep(0.001)
+    end = time.monotonic() + (0 if saving else delay)
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.001)
+    while saving and process.poll() is None and not any(folder.glob(".*part*")):
+        time.sleep(0.0002)
+    process.kill()
+    process.wait()
+    return "while saving" if saving else f"{delay:.2f} s after a save"
+
+
+def main(folder: str, *words: str):
+    own, _ = parted(words, "kills", "seed")
+    kills, rng = int(own.get("kills", 50)), random.Random(int(own.get("seed", 0)))
+    whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+    start(whole).wait()
+    expected = read_checkpoint(whole / "run" / "checkpoints" / "last.ckpt", "tokenizer")
+    losses = logged(whole / "run", "train/loss")
+    shutil.rmtree(killed, ignore_errors=True)
+    last, survived, runs = killed / "run" / "checkpoints" / "last.ckpt", 0, 0
+    for number in range(kills):
+        if step_of(last) > 550:  # a new one, before the end is near
+            runs += compare(killed, expected, losses)
+            shutil.rmtree(killed)
+        moment = kill_once(killed, number % 2 == 0, rng)
+        try:
+            step, good = step_of(last), True
+        except ValueError as error:
+            step, good = str(error), False
+        survived += good
+        print(json.dumps({"kill": number + 1, "moment": moment, "checkpoint_step": step, "whole": good}), flush=True)
+    runs += compare(killed, expected, losses)
+    print(json.dumps({"kills": kills, "whole_checkpoints": survived, "trainings_alike": runs}), flush=True)
+
+
+def compare(root: Path, expected: dict, losses: dict[int, float]) -> bool:
+    """Goes on to the end, and says whether weights, averages, optimizer and every loss that was logged are the same."""
+    start(root).wait()
+    found = read_checkpoint(root / "run" / "checkpoints" / "last.ckpt", "tokenizer")
+    parts = ("global_step", "state_dict", "ema", "optimizer_states")
+    weights = contents_hash({k: found[k] for k in parts}) == contents_hash({k: expected[k] for k in parts})
+    seen = logged(root / "run", "train/loss")
+    alike = all(losses[step] == loss for step, loss in seen.items())
+    starts = len(list((root / "run" / "logs").glob("version_*")))
+    row = {"starts": starts, "same_weights": weights, "losses_compared": len(seen), "same_losses": alike}
+    print(json.dumps(row), flush=True)
+    return weights and alike
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,110 @@
+"""Decoding in a process of its own: a file that hangs or crashes the decoder costs its clip, not the training."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from kit.data import decode
+from kit.data.decode import Decoder, UnreadableVideo
+
+START = 60.0  # seconds that the process may take until it can decode
+
+
+class Reader:
+    """A process that decodes, begun when it is first asked, and begun anew after one that died or was killed. It ends with
+    this one. A process that is forked from this one gets its own."""
+
+    def __init__(self):
+        self._process, self._connection, self._owner = None, None, None
+
+    def ask(self, path: Path, backend: str, numbers: list[int] | None, patience: float):
+        """What `decode.serve` finds.
+
+        Raises:
+            UnreadableVideo: if the file is, or if the process dies of it or takes longer than `patience` seconds.
+            IndexError, ImportError: as `decode.open_video` and `Decoder.frames`.
+        """
+        if self._owner != os.getpid():
+            self._start()
+        try:
+            self._connection.send((path, backend, numbers, patience + 5))  # should this process be gone by then
+            if not self._connection.poll(patience):
+                raise TimeoutError
+            answer = self._connection.recv()
+        except (OSError, EOFError) as error:
+            reason = f"it took more than {patience:g} s" if isinstance(error, TimeoutError) else "the decoder died of it"
+            self.stop()
+            raise UnreadableVideo(path, reason, backend) from error
+        match answer:
+            case "unreadable", reason, which:
+                raise UnreadableVideo(path, reason, which)
+            case "error", error:
+                raise error
+        return answer[1]
+
+    def _start(self):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            words = [sys.executable, "-P", decode.__file__, str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        self._connection, self._owner = Connection(ours.detach()), os.getpid()
+        if not self._connection.poll(START) or self._connection.recv() != "ready":
+            self.stop()
+            raise RuntimeError(f"no process that decodes ({' '.join(words)}); data.source.patience=null does without")
+
+    def stop(self):
+        """Kills the process."""
+        if self._owner == os.getpid():
+            self._process.kill()
+            self._process.wait()
+            self._connection.close()
+        self._owner = None
+
+
+class RemoteVideo(Decoder):
+    """A video file as another process decodes it."""
+
+    module, package = decode.__name__, "kit"
+
+    def __init__(self, path: Path, backend: str, patience: float):
+        self.path, self.backend, self.patience = path, backend, patience
+        self._count, self.fps = reader().ask(path, backend, None, patience)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def frames(self, indices: Iterable[int]) -> np.ndarray:
+        return reader().ask(self.path, self.backend, [int(i) for i in indices], self.patience)
+
+    def walk(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
+        yield from self.frames(indices)
+
+
+_readers = threading.local()
+
+
+def reader() -> Reader:
+    """This thread's."""
+    if not hasattr(_readers, "reader"):
+        _readers.reader = Reader()
+    return _readers.reader
+
+
+def open_video(path: str | Path, backend: str = "decord", patience: float | None = None) -> Decoder:
+    """As `decode.open_video`; with `patience` in another process, which may take so many seconds to open the file, and so
+    many to decode frames of it.
+
+    Raises: as `decode.open_video`; `UnreadableVideo` also where it takes longer or dies.
+    """
+    return decode.open_video(path, backend) if patience is None else RemoteVideo(Path(path), backend, patience)

@@ -1,0 +1,103 @@
+"""Decoding in another process: the same frames, and no more than a clip lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from kit.data import decode
+from kit.data.clips import FolderClips
+from kit.data.decode import UnreadableVideo
+from kit.data.reader import open_video, reader
+from kit.data.shapes import Shapes
+from kit.media import write_video
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    source = Shapes("train", 9, 32, 32, 8.0)
+    for i in range(6):
+        write_video(source[i]["video"], folder / f"{i}.mp4", 8.0)
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_another_process_decodes_alike(videos, backend):
+    here, there = decode.open_video(videos / "0.mp4", backend), open_video(videos / "0.mp4", backend, 60.0)
+    open_video(videos / "1.mp4", backend, 60.0)  # takes its place there
+    assert (len(there), there.fps) == (len(here), here.fps)
+    assert np.array_equal(there.frames([5, 0, 5]), here.frames([5, 0, 5]))
+    assert all(np.array_equal(a, b) for a, b in zip(there.walk([1, 2]), here.walk([1, 2]), strict=True))
+    with pytest.raises(IndexError, match="99"):
+        there.frames([99])
+
+
+def test_what_cannot_be_read_says_why_as_here(tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    for path in (tmp_path / "bad.mp4", tmp_path / "missing.mp4"):
+        told = []
+        for patience in (None, 60.0):
+            with pytest.raises(UnreadableVideo) as error:
+                open_video(path, "pyav", patience)
+            told.append(str(error.value))
+        assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("number, reason, limit", [(signal.SIGKILL, "died", 3), (signal.SIGSTOP, "more than 1 s", 5)])
+def test_decoder_that_dies_or_hangs_costs_its_clip_alone(videos, number, reason, limit):
+    """From outside, a decoder that is stopped is one that hangs, and one that is killed one that crashed."""
+    source = FolderClips(videos, "all", frames=5, height=32, width=32, patience=1.0)
+    expected = [source[n]["video"] for n in range(5)]
+    hurt = reader()._process
+    os.kill(hurt.pid, number)
+    began = time.perf_counter()
+    with pytest.warns(UserWarning, match=reason):
+        assert torch.equal(source[0]["video"], expected[1]), "the next file takes its place"
+    assert time.perf_counter() - began < limit
+    assert hurt.poll() is not None, "nothing is left behind"
+    assert source.unreadable == [videos / source.file(0)]
+    assert torch.equal(source[0]["video"], expected[0])
+
+
+def test_forked_workers_have_a_reader_each(videos):
+    source = FolderClips(videos, frames=5, height=32, width=32)
+    expected = torch.stack([source[n]["video"] for n in range(20)])
+    pid = reader()._process.pid
+    loader = DataLoader(Subset(source, range(20)), batch_size=2, num_workers=2, multiprocessing_context="fork")
+    assert torch.equal(torch.cat([batch["video"] for batch in loader]), expected)
+    assert reader()._process.pid == pid and torch.equal(source[3]["video"], expected[3])
+
+
+def test_the_process_ends_with_its_owner(videos):
+    """Even where the owner is killed and the process has a file open."""
+    import subprocess
+    import sys
+
+    code = (
+        "import time; from kit.data.reader import open_video, reader\n"
+        f"open_video({str(videos / '0.mp4')!r}, 'pyav', 60.0)\n"
+        "print(reader()._process.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as owner:
+        pid = int(owner.stdout.readline())
+        owner.kill()
+    for _ in range(50):
+        if not is_running(pid):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {pid} still runs")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().split(")")[-1].split()[0] != "Z"
+    except OSError:
+        return False

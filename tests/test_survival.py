@@ -1,0 +1,250 @@
+"""Runs that are killed, told to end, out of disk, or lose their loss: what is saved, and how they go on."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from callbacks import LossGuard
+from kit.checkpoint import load_tokenizer, read_checkpoint
+from kit.data.shapes import Shapes
+from kit.files import contents_hash, load_checked, save_checked
+from kit.retries import LostLoss, with_retries
+from tests.fixtures import CLIP, QUICK, TOKENIZER, fit_tokenizer
+
+STEPS = ["trainer.precision=32-true", "callbacks.compile.least_steps=-1", "callbacks.ema.decay=0.9"]
+
+
+def last(root: Path) -> Path:
+    return root / "run" / "checkpoints" / "last.ckpt"
+
+
+def started(root: Path, *overrides: str) -> subprocess.Popen:
+    """A training of 40 steps, that goes on where it was, in another process."""
+    words = [
+        f"root={root}",
+        "name=run",
+        *CLIP,
+        *TOKENIZER,
+        *QUICK,
+        *STEPS,
+        "recipe.tokenizer.steps=40",
+        "ckpt=last",
+        *overrides,
+    ]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", *words, *overrides], **quiet)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict:
+    """The checkpoint of the same training, never interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    assert started(root).wait() == 0
+    return read_checkpoint(last(root), "tokenizer")
+
+
+def same(a: dict, b: dict) -> bool:
+    """Whether two checkpoints have the same step, weights, averages and optimizer state, to the last bit."""
+    parts = ("global_step", "state_dict", "ema", "optimizer_states")
+    return contents_hash({key: a[key] for key in parts}) == contents_hash({key: b[key] for key in parts})
+
+
+def wait_for(happened, process: subprocess.Popen, seconds: float = 60.0):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.002)
+
+
+def test_killed_also_while_saving_it_goes_on_to_the_same_weights(whole, tmp_path):
+    """Saves at each step: most kills meet one. benchmarks/survival.py does this 50 times."""
+    folder = last(tmp_path).parent
+    for _ in range(2):
+        process = started(tmp_path, "callbacks.last.every=1")
+        before = len(list(folder.parent.glob("logs/*")))
+        wait_for(lambda: len(list(folder.parent.glob("logs/*"))) > before and any(folder.glob(".*part*")), process)
+        process.kill()
+        process.wait()
+    assert started(tmp_path, "callbacks.last.every=1").wait() == 0
+    assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
+    assert not list(folder.glob(".*part*")), "nor is anything left behind"
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, accumulate):
+    process = started(tmp_path, f"optimizer.accumulate={accumulate}", "callbacks.last.every=1000")
+    wait_for(lambda: any(tmp_path.glob("run/logs/*/metrics.csv")) or any(tmp_path.glob("run/logs/*/hparams.yaml")), process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert "ckpt=last goes on from there" in process.stderr.read()
+    saved = read_checkpoint(last(tmp_path), "tokenizer")
+    assert 0 < saved["global_step"] < 40 and saved["ClipDataModule"]["batches_done"] == accumulate * saved["global_step"]
+    if accumulate == 1:
+        assert started(tmp_path).wait() == 0
+        assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
+
+
+def fill(folder: Path):
+    """Leaves a file system 1 MB, enough for logs and too little for a checkpoint."""
+    with open(folder / "filler", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - 2**20)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 32 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no file system of its own can be mounted here: that needs root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize("may_fail", [1, 1000])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, small_disk, may_fail):
+    """The run stops as configured, or goes on and saves once there is room."""
+    process = started(small_disk, "callbacks.last.every=2", f"callbacks.last.may_fail={may_fail}")
+    wait_for(last(small_disk).is_file, process)
+    fill(small_disk)
+    if may_fail == 1000:
+        assert any("could not be saved: No space left on device" in line for line in process.stderr)
+        (small_disk / "filler").unlink()
+        assert process.wait() == 0
+        assert same(read_checkpoint(last(small_disk), "tokenizer"), whole)
+        return
+    told = process.stderr.read()
+    assert process.wait() == 1
+    assert told.count("could not be saved: No space left on device") >= 1 + may_fail and "ckpt=last" in told
+    assert read_checkpoint(last(small_disk), "tokenizer")["global_step"] < 40
+    (small_disk / "filler").unlink()
+    assert started(small_disk).wait() == 0
+    assert same(read_checkpoint(last(small_disk), "tokenizer"), whole)
+
+
+def test_failed_save_leaves_what_was_there(tmp_path):
+    """As on a full disk: the process may not write files of more than 64 KiB."""
+    path = tmp_path / "last.ckpt"
+    save_checked({"step": 1}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+        with pytest.raises(OSError, match=r"last.ckpt could not be saved: File too large .*the one before it is whole"):
+            save_checked({"step": 2, "weights": torch.zeros(2**18)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_checked(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_found(pair, tmp_path):
+    contents = bytearray(pair.tokenizer.read_bytes())
+    load_tokenizer(pair.tokenizer)
+    weights = next(iter(read_checkpoint(pair.tokenizer, "tokenizer")["state_dict"].values()))
+    place = contents.index(weights.numpy().tobytes())
+    contents[place + 5] ^= 1
+    (tmp_path / "flipped.ckpt").write_bytes(contents)
+    with pytest.raises(ValueError, match="flipped.ckpt is damaged"):
+        load_tokenizer(tmp_path / "flipped.ckpt")
+
+
+class Poisoned(Shapes):
+    """Shapes whose clip 22 is no numbers."""
+
+    def __getitem__(self, n):
+        item = super().__getitem__(n)
+        return {**item, "video": item["video"] * (float("nan") if n == 22 and self.split == "train" else 1)}
+
+
+POISONED = ["data.source._target_=tests.test_survival.Poisoned", "recipe.tokenizer.steps=8", "callbacks.last.every=2"]
+
+
+def test_a_lost_loss_goes_back_and_past_its_batch(tmp_path, monkeypatch):
+    """Batch 5 has the clip; the last checkpoint is of step 4."""
+    seen = []
+    monkeypatch.setattr(
+        "callbacks.LastCheckpoint.on_train_batch_start", lambda *a: seen.append(a[3]["n"][0].item()), raising=False
+    )
+    with pytest.warns(UserWarning, match="Going on from .*without that batch; 1 retries left"):
+        assert fit_tokenizer(tmp_path, *STEPS, *POISONED, name="run") == 0
+    assert seen == [0, 4, 8, 12, 16, 20, 16, 24, 28, 32]
+    checkpoint = read_checkpoint(last(tmp_path), "tokenizer")
+    assert checkpoint["global_step"] == 8 and checkpoint["ClipDataModule"] == {"batches_done": 8, "left_out": [5]}
+    assert 22 in torch.load(tmp_path / "run" / "lost_loss_step5.pt", weights_only=True)["n"]
+
+
+def test_a_stage_leaves_out_a_batch_of_its_own(tmp_path):
+    """The last checkpoint is of the stage before the one whose batch is lost."""
+    stages = "stages={first:{steps:4},second:{steps:7,data:{batch_size:16}}}"
+    switch = "+callbacks.stage_switch={_target_:callbacks.StageSwitch,folder:'${folder}/checkpoints',monitor:val/psnr}"
+    with pytest.warns(UserWarning, match="without that batch"):
+        assert fit_tokenizer(tmp_path, *STEPS, POISONED[0], stages, switch, "callbacks.last.every=4", name="run") == 0
+    state = read_checkpoint(last(tmp_path), "tokenizer")["StagedClips"]
+    assert state == {"batches_done": 11, "stage": 1, "ended": {0: 4}, "left_out": [[], [1]]}
+
+
+def test_a_worker_that_dies_is_made_up_for(whole, tmp_path):
+    process = started(tmp_path, "data.workers=1", "callbacks.last.every=2")
+    wait_for(last(tmp_path).is_file, process)
+    os.kill(worker_of(process), signal.SIGKILL)
+    told = process.stderr.read()
+    assert process.wait() == 0 and "with new processes; 1 retries left" in told
+    assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
+
+
+def worker_of(process: subprocess.Popen) -> int:
+    """A child of a training, which is a worker of its loader."""
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1])
+
+
+def test_what_no_retry_mends_is_raised(tmp_path):
+    """Nothing to go on from, no retry left, or an error of another kind."""
+    path, calls = tmp_path / "last.ckpt", []
+
+    def fails(error, resume, places):
+        calls.append((resume, places))
+        raise error
+
+    lost = LostLoss("lost", (0, 7))
+    with pytest.raises(LostLoss):
+        with_retries(partial(fails, lost), None, path, 2)
+    path.write_text("of another run")
+    with pytest.raises(LostLoss):
+        with_retries(partial(fails, lost), None, path, 2)
+    assert calls == [(None, [])] * 2
+    with pytest.warns(UserWarning), pytest.raises(LostLoss):
+        with_retries(partial(fails, lost), path, path, 2)
+    assert calls[2:] == [(path, []), (path, [(0, 7)]), (path, [(0, 7)] * 2)]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        with_retries(partial(fails, RuntimeError("out of memory")), path, path, 2)
+    assert len(calls) == 6
+
+
+def test_exploding_loss_is_as_bad_as_none(tmp_path):
+    """By a guard that has seen a hundred losses of 0.5; on a good one their mean goes on."""
+    trainer = SimpleNamespace(
+        world_size=1, global_rank=0, global_step=3, datamodule=SimpleNamespace(place_of=lambda n: (0, n)),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=SimpleNamespace(ready=8)))),
+    )  # fmt: skip
+    guard = LossGuard(tmp_path, explosion=4.0)
+    guard.load_state_dict({"mean": 0.5, "count": 100})
+    guard.on_train_batch_start(trainer, None, {"n": torch.arange(2)}, 7)
+    guard.on_before_backward(trainer, None, torch.tensor(-1.9))
+    assert guard.mean == pytest.approx(0.5 + 1.4 / 100)
+    with pytest.raises(LostLoss, match="the loss is 2.1, 4.1 times the mean of those before it, at step 3") as error:
+        guard.on_before_backward(trainer, None, torch.tensor(2.1))
+    assert error.value.place == (0, 7) and guard.mean == pytest.approx(0.514)
+    assert (tmp_path / "lost_loss_step3.pt").is_file()
