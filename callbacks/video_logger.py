@@ -54,7 +54,8 @@ class VideoLogger(L.Callback):
 
     def rows(self, module, model, batch: dict) -> dict[str, torch.Tensor]:
         """What is shown: name -> (clips, 3, T, H, W)."""
-        video = batch["video"]
+        real = {"real": batch["video"]} if "video" in batch else {}  # a cache has none
         if module.kind == "tokenizer":
-            return {"real": video, "reconstruction": model.reconstruct(video)}
-        return forced_and_free(model, module.tokenizer, video, model.condition.prompts(batch), self.sampling)
+            return {**real, "reconstruction": model.reconstruct(batch["video"])}
+        feature, prompts = module.feature(batch), model.condition.prompts(batch)
+        return {**real, **forced_and_free(model, module.tokenizer, feature, module.schedule, prompts, self.sampling)}

@@ -32,6 +32,7 @@ VERBS = {
     "evaluate": Verb("kit.evaluation.run:evaluate", "evaluate", "FVD, PSNR, SSIM, LPIPS and more, by a named protocol"),
     "table": Verb("kit.evaluation.report:show_table", "table", "results of one protocol side by side"),
     "inspect": Verb("kit.verbs:inspect", "inspect", "what each scale's bits hold, and how well they are predicted"),
+    "cache": Verb("kit.verbs:cache", "cache", "encode clips once, for generators to train on"),
     "prepare": Verb("kit.prepare:prepare", "prepare", "make ready what kit cannot ship: i3d, infinity, fluent_emoji"),
     "doctor": Verb("kit.doctor:doctor", "doctor", "what this machine can run"),
     "demo": Verb("kit.demo:demo", "demo", "train, generate and score on the embedded data, a quarter of an hour on 2 cores"),
@@ -104,13 +105,16 @@ def describe(verb: str, conf: str) -> str:
 
 
 def register_resolvers():
-    """Values that depend on the machine, each a function of `kit.machine`: ${kit_precision:} and so on."""
+    """Values that depend on the machine, each a function of `kit.machine`: ${kit_precision:} and so on; and on a cache of
+    clips."""
     from omegaconf import OmegaConf
 
     from kit import machine
+    from kit.data.cache import of_manifest
 
     for name in ("machine_size", "precision", "devices", "wandb_offline", "sweep_run"):
         OmegaConf.register_new_resolver(f"kit_{name}", getattr(machine, name), replace=True)
+    OmegaConf.register_new_resolver("kit_cached", of_manifest, replace=True)
 
 
 def resolve(function: str) -> Callable:

@@ -71,7 +71,10 @@ def load_checked(path: Path, device=None, mmap: bool = False) -> dict:
         raise ValueError(f"{path} holds {type(contents).__name__}, expected what kit saves")
     saved = contents.pop(HASH, None)  # files of other programs have none
     if saved is not None and saved != contents_hash(contents):
-        raise ValueError(f"{path} is damaged: its contents are not those that were saved; take a copy, or another one")
+        raise ValueError(
+            f"{path} is damaged: its contents are not those that were saved. Take another, or a copy; if you changed it "
+            f"yourself, save it without its entry {HASH!r}"
+        )
     return contents
 
 

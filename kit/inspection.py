@@ -18,16 +18,18 @@ from kit.tokenizer import Tokenizer
 
 @torch.no_grad()
 def forced_and_free(
-    model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: list[str], how: Sampling
+    model: Generator, tokenizer: Tokenizer, feature: Tensor, schedule: ScaleSchedule, prompts: list[str], how: Sampling
 ) -> dict[str, Tensor]:
-    """Name -> (B, 3, T, H, W): the real clips, their reconstructions, each block predicted from the true earlier ones and
-    decoded, and free samples of the prompts, with seeds 0, 1, and so on."""
-    schedule = tokenizer.schedule_of(video)
-    inputs, _ = training_sequence(tokenizer.encode(video), schedule, None, None, **model.config.reads)
+    """Name -> (B, 3, T, H, W): reconstructions of clips, each block predicted from the true earlier ones and decoded, and
+    free samples of the prompts, with seeds 0, 1, and so on.
+
+    Args:
+        feature: (B, d, F, h, w) of the clips.
+    """
+    inputs, bits = training_sequence(feature, schedule, None, None, **model.config.reads)
     logits = model(inputs, schedule, model.condition(prompts))
     return {
-        "real": video,
-        "reconstruction": tokenizer.reconstruct(video),
+        "reconstruction": tokenizer.decode_bits(bits, schedule),
         "teacher-forced": tokenizer.decode_bits(logits > 0, schedule),
         "free sample": sample_clips(model, tokenizer, schedule, prompts, range(len(prompts)), how),
     }

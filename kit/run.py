@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kit.checkpoint import TrainingCheckpointIO, check_resume, load_tokenizer
+from kit.data.cache import CachedClips, describe, write_cache
 from kit.data.datamodule import ClipDataModule, StagedClips
-from kit.data.features import encode_clips
 from kit.generator.module import GeneratorModule
 from kit.generator.pretrained import find_encoder
 from kit.machine import fast_float32_products, keep_freed_memory
@@ -101,8 +102,13 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
 
 
 def encoded_clips_of(cfg: DictConfig, stage: str | None = None) -> Path:
-    """Where a run keeps its encoded clips, those of a stage in a file of their own."""
-    return Path(cfg.folder) / f"encoded_clips{'' if stage is None else f'_{stage}'}.pt"
+    """The folder of a run's own cache of clips, of each stage its own."""
+    return Path(cfg.folder) / f"encoded_clips{'' if stage is None else f'_{stage}'}"
+
+
+def choice_of(cfg: DictConfig) -> dict:
+    """The plain values that choose the clips of a source."""
+    return {key: value for key, value in plain(cfg.data.source).items() if key != "_partial_"}
 
 
 def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorModule:
@@ -120,21 +126,45 @@ def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorMo
 
 
 def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: GeneratorModule):
-    """Training shall read encoded clips in place of those of the source: `encoded_clips`, or as many as it comes to."""
+    """Training shall read encoded clips in place of those of the source: `encoded_clips`, or as many as it comes to.
+
+    Raises:
+        ValueError: if the number is below 1.
+    """
+    if cfg.encoded_clips < 1:
+        raise ValueError(f"encoded_clips={cfg.encoded_clips}; expected a number of clips, or 0 for fresh ones")
     staged = isinstance(data, StagedClips)
     stages = data.plan.stages if staged else [None]
     for stage, part in zip(stages, data.parts if staged else [data], strict=True):
-        source = plain((of_stage(cfg, stage) if stage else cfg).data.source)
-        about = {**part.clip, "source": {k: v for k, v in source.items() if k != "_partial_"}}
-        about["tokenizer"] = module.hparams.tokenizer_hash
+        if part.cached:
+            continue
+        how = choice_of(of_stage(cfg, stage) if stage else cfg)
         steps = stage.steps if stage else cfg.trainer.max_steps
         used = steps * cfg.trainer.accumulate_grad_batches * max(part.batch_size, part.image_batch if part.image_share else 0)
 
-        def encode(source, ranks, used=used, part=part, path=encoded_clips_of(cfg, stage and stage.name), about=about):
-            clips = min(cfg.encoded_clips, used * ranks)
-            return encode_clips(source, module.tokenizer, clips, part.workers, path, about)
+        def encode(source, ranks, used=used, part=part, folder=encoded_clips_of(cfg, stage and stage.name), how=how):
+            sources, clips = {"train": source}, {"train": min(cfg.encoded_clips, used * ranks)}
+            about = describe(part.clip, module.tokenizer, module.hparams.tokenizer_hash, how, sources)
+            write_cache(folder, about, sources, clips, module.tokenizer, part.workers)
+            return CachedClips(folder)
 
         part.encode_ahead(encode)
+
+
+def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):
+    """
+    Raises:
+        ValueError: if clips of a cache shall train a tokenizer, or are encoded by another than the generator's.
+    """
+    for part in data.parts if isinstance(data, StagedClips) else [data]:
+        if part.cached and module.kind == "tokenizer":
+            raise ValueError(f"{part.val.root} holds encoded clips, which a generator trains on; a tokenizer needs videos")
+        if part.cached and part.val.tokenizer != module.hparams.tokenizer_hash:
+            raise ValueError(
+                f"the clips in {part.val.root} are encoded by the tokenizer {part.val.tokenizer}, the generator is to learn "
+                f"those of {module.hparams.tokenizer_hash} ({module.hparams.tokenizer_path}); give tokenizer_ckpt=, or make "
+                f"another cache"
+            )
 
 
 def condition_of(condition: dict, data: ClipDataModule) -> dict:
@@ -185,8 +215,8 @@ def fit(cfg: DictConfig) -> L.Trainer:
     `trainer.model`."""
     resume = checkpoint_to_resume(cfg)
     if resume is None:  # the files behind the clips may have changed since
-        for path in Path(cfg.folder).glob("encoded_clips*.pt"):
-            path.unlink()
+        for path in Path(cfg.folder).glob("encoded_clips*"):
+            shutil.rmtree(path)
     last = Path(cfg.folder) / "checkpoints" / "last.ckpt"
     return with_retries(lambda *where: train(cfg, *where), resume, last, cfg.retries)
 
@@ -214,6 +244,7 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[Place] = (
         check_resume(resume, module.kind, module.model, dict(module.hparams.loss))
     for note in start(plain(cfg.init), module, resumed=resume is not None):
         rank_zero_info(f"  {note}")
+    check_cache(data, module)
     if cfg.module == "generator" and cfg.encoded_clips:
         encode_ahead(cfg, data, module)
     trainer = build_trainer(cfg)

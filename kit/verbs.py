@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
+from kit.data.cache import describe, read_manifest, write_cache
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_accuracy
@@ -26,7 +27,7 @@ from kit.inspection import bit_use, bit_use_picture, forced_and_free
 from kit.machine import autocast, device, inference_precision
 from kit.media import contact_sheet, write_video
 from kit.reconstruction import Scores, reconstruct_file
-from kit.run import build_data, plain
+from kit.run import build_data, choice_of, plain
 from kit.sampling import sample_clips
 from kit.self_check import self_check
 from kit.tokenizer.module import psnr
@@ -56,7 +57,13 @@ def check_classes(generator: Loaded, data: ClipDataModule):
 
 
 def held_out(data: ClipDataModule) -> dict:
-    """All held-out clips as one batch."""
+    """All held-out clips as one batch.
+
+    Raises:
+        ValueError: if they are encoded clips of a cache.
+    """
+    if data.cached:
+        raise ValueError(f"{data.val.root} holds encoded clips; give the videos they are of: data=clips data.root=DIR")
     return default_collate([data.val[n] for n in range(data.val_clips)])
 
 
@@ -199,6 +206,21 @@ def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[s
     return rows, metrics
 
 
+def cache(cfg: DictConfig) -> Path:
+    """Encodes clips of a data set once for all trainings of a generator; returns the folder that holds them."""
+    tokenizer, data, folder = load_tokenizer(cfg.tokenizer_ckpt), build_data(cfg), Path(cfg.folder)
+    sources, clips = {"train": data.train, "val": data.val}, {"train": cfg.clips, "val": cfg.val_clips}
+    about = describe(data.clip, tokenizer.model, tokenizer.hash, choice_of(cfg), sources)
+    print(f"{cfg.clips} + {cfg.val_clips} clips, {about['schedule']}")
+    began = time.perf_counter()
+    write_cache(folder, about, sources, clips, tokenizer.model, data.workers)
+    seconds = time.perf_counter() - began
+    size = sum(file["bytes"] for file in read_manifest(folder)["files"].values()) / 2**20
+    print(f"in {folder}: {size:.1f} MiB, after {seconds:.0f} s; {len(data.unreadable)} files could not be read")
+    print(f"python -m kit fit conf=stage2_generator data=cached data.root={folder} tokenizer_ckpt={tokenizer.path}")
+    return folder
+
+
 def inspect(cfg: DictConfig) -> dict:
     """Scale-by-scale pictures and bit use; for a generator predicted against true bits, the self-check, and samples with and
     without the true history."""
@@ -229,7 +251,8 @@ def inspect(cfg: DictConfig) -> dict:
         report["self_check"] = {check.name: asdict(check) for check in checks}
         told = "\n".join(check.line() for check in checks)
         with autocast(cfg.precision):
-            shown = forced_and_free(*those, prompts, Sampling.of(plain(cfg)))
+            feature = those[1].encode(those[2])
+            shown = {"real": those[2], **forced_and_free(*those[:2], feature, schedule, prompts, Sampling.of(plain(cfg)))}
         groups = [{name: videos[i].float().cpu() for name, videos in shown.items()} for i in range(len(prompts))]
         contact_sheet(groups, prompts, folder / "samples.png")
     write_json(folder / "inspect.json", report)

@@ -108,7 +108,7 @@ def test_each_stage_has_its_clips_and_its_learning_rate(whole):
         checkpoint = read_checkpoint(whole / "checkpoints" / f"{name}.ckpt", "generator")
         clip = checkpoint["hyper_parameters"]["clip"]
         assert (clip["frames"], clip["height"], clip["width"]) == (frames, side, side)
-        assert (whole / f"encoded_clips_{name}.pt").exists()
+        assert (whole / f"encoded_clips_{name}" / "manifest.json").exists()
     assert not (whole / "checkpoints" / "best.ckpt").exists()
 
 

@@ -54,14 +54,14 @@ def test_broken_checkpoint_is_named(pair, tmp_path, capsys, damage):
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(pair.tokenizer.read_bytes()[:5000] if damage == "cut" else b"not a checkpoint")
     assert main(["reconstruct", f"ckpt={broken}", f"root={tmp_path}"]) == 1
-    assert "broken.ckpt is not a readable checkpoint" in capsys.readouterr().err
+    assert "broken.ckpt is not a readable file of tensors" in capsys.readouterr().err
 
 
 def test_moved_tokenizer_is_found_by_its_new_path(pair, tmp_path, capsys):
     moved = shutil.copy(pair.tokenizer, tmp_path / "moved.ckpt")
-    checkpoint = torch.load(pair.generator, weights_only=True)
+    checkpoint = load_checked(pair.generator)
     checkpoint["hyper_parameters"]["tokenizer_path"] = "/gone.ckpt"
-    torch.save(checkpoint, tmp_path / "generator.ckpt")
+    save_checked(checkpoint, tmp_path / "generator.ckpt")
     with pytest.raises(FileNotFoundError, match="tokenizer=PATH"):
         load_generator(tmp_path / "generator.ckpt")
     assert load_generator(tmp_path / "generator.ckpt", moved)[1].hash == load_tokenizer(pair.tokenizer).hash

@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning as L
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kit.data.features import EncodedClips
+from kit.data.cache import CachedClips
 from kit.scales import latent_frames
 from kit.stages import StagePlan, place, starts
 
@@ -98,9 +98,14 @@ class ClipDataModule(L.LightningDataModule):
         self.encode, self.batches_done = None, 0
         self.left_out: frozenset[int] = frozenset()  # batches of the stream, by their numbers
 
-    def encode_ahead(self, encode: Callable[[Dataset, int], EncodedClips]):
+    def encode_ahead(self, encode: Callable[[Dataset, int], CachedClips]):
         """Training shall read encoded clips: at its start `encode` makes or finds those of the source for so many ranks."""
         self.encode = encode
+
+    @property
+    def cached(self) -> bool:
+        """Whether the clips are encoded ones, of a cache that was made before."""
+        return isinstance(self.val, CachedClips)
 
     @property
     def unreadable(self) -> list[Path]:
@@ -115,15 +120,11 @@ class ClipDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         if self.encode is not None:
-            if not trainer.is_global_zero:
-                trainer.strategy.barrier()  # the first process leaves them in a file
-            self.train, self.encode = self.encode(self.train, trainer.world_size), None
-            if trainer.is_global_zero:
-                trainer.strategy.barrier()
+            self.train, self.encode = self.encode(self.train, trainer.world_size), None  # the processes share the work
         where = (self.batches_done, trainer.global_rank, trainer.world_size)
         images = (self.image_share, self.image_batch)
         stream = StreamSampler(self.batch_size, *where, self.frames, *images, self.left_out)
-        return self._loader(self.train, 0 if isinstance(self.train, EncodedClips) else self.workers, batch_sampler=stream)
+        return self._loader(self.train, 0 if isinstance(self.train, CachedClips) else self.workers, batch_sampler=stream)
 
     def val_dataloader(self) -> DataLoader:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

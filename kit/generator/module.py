@@ -93,7 +93,7 @@ class GeneratorModule(L.LightningModule):
         self.tokenizer.to(self.device)
 
     def training_step(self, batch: dict, _) -> Tensor:
-        feature = batch["feature"].float() if "feature" in batch else self._encode(batch["video"])
+        feature = self.feature(batch)
         B, schedule = len(feature), self.schedule.with_frames(feature.shape[2])  # images are clips of one frame
         weights = self.weights[: schedule.length]  # each frame's are alike
         draws = Draws(self.seed, batch["n"])
@@ -120,7 +120,7 @@ class GeneratorModule(L.LightningModule):
 
     def teacher_forced(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Logits and labels, (B, L, d) each, with the true bits as history."""
-        feature = self._encode(batch["video"])
+        feature = self.feature(batch)
         inputs, targets = training_sequence(feature, self.schedule, None, None, **self.model.config.reads)
         condition = self.model.condition(self.model.condition.prompts(batch))
         return self.model(inputs, self.schedule, condition), targets
@@ -132,5 +132,6 @@ class GeneratorModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     @torch.no_grad()
-    def _encode(self, video: Tensor) -> Tensor:
-        return self.tokenizer.encode(video)
+    def feature(self, batch: dict) -> Tensor:
+        """(B, d, F, h, w) float32, of clips that are encoded already or not."""
+        return batch["feature"].float() if "feature" in batch else self.tokenizer.encode(batch["video"])

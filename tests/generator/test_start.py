@@ -58,7 +58,7 @@ def test_bits_of_another_tokenizer_are_told(pair, tmp_path, caplog):
 def test_what_cannot_start(pair, tmp_path, capsys, words, message):
     assert start(pair, tmp_path, *words) == 1
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "tuned" / "encoded_clips.pt").exists(), "clips were encoded before the error"
+    assert not (tmp_path / "tuned" / "encoded_clips").exists(), "clips were encoded before the error"
 
 
 def test_a_continued_run_keeps_its_own_weights(pair, tmp_path):

@@ -1,0 +1,253 @@
+"""Clips encoded once: the same features, kept in a folder that several may write, and any generator may train on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+
+import pytest
+import torch
+
+from kit.checkpoint import load_tokenizer
+from kit.cli import main
+from kit.data import cache
+from kit.data.cache import CachedClips, describe, read_manifest, shards_of, write_cache
+from kit.data.clips import FolderClips
+from kit.data.shapes import Shapes
+from kit.media import write_video
+from tests.fixtures import CLIP, GENERATOR, QUICK, fit_generator
+from tests.test_training import losses
+
+CLIP_SHAPE = {"frames": 5, "height": 32, "width": 32, "fps": 8.0}
+
+
+@pytest.fixture(autouse=True)
+def short_files(monkeypatch):
+    monkeypatch.setattr(cache, "SHARD", 16)
+
+
+def write(pair, folder, train=20, val=4, seen=None, **how):
+    """Writes a cache; `seen` gets how many clips the tokenizer saw at a time."""
+    tokenizer = load_tokenizer(pair.tokenizer)
+    if seen is not None:
+        original = tokenizer.model.encode
+        tokenizer.model.encode = lambda video: seen.append(len(video)) or original(video)
+    sources = {split: Shapes(split, **CLIP_SHAPE) for split in ("train", "val")}
+    about = describe(CLIP_SHAPE, tokenizer.model, tokenizer.hash, how, sources)
+    write_cache(folder, about, sources, {"train": train, "val": val}, tokenizer.model, 0)
+    return tokenizer.model, sources
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
+
+
+def test_items_are_the_features_of_the_clips_and_repeat(pair, tmp_path):
+    tokenizer, sources = write(pair, tmp_path)
+    for split, numbers in (("train", (0, 15, 16, 19)), ("val", (0, 3))):
+        clips, count = CachedClips(tmp_path, split), {"train": 20, "val": 4}[split]
+        for n in numbers:
+            source = sources[split][n]
+            expected = tokenizer.encode(source["video"][None])[0]
+            torch.testing.assert_close(clips[n]["feature"].float(), expected, atol=0.02, rtol=0.02)
+            for item in (clips[n], clips[n + count]):
+                assert (item["caption"], item["label"]) == (source["caption"], source["label"])
+                assert torch.equal(item["feature"], clips[n]["feature"])
+    assert (clips.classes, clips.captioned, clips.native_fps) == (sources["val"].classes, True, 8.0)
+
+
+def test_fewer_frames_are_the_beginnings_of_the_clips(pair, tmp_path):
+    tokenizer, sources = write(pair, tmp_path)
+    image = CachedClips(tmp_path, "train", frames=1, height=32)[3]["feature"]
+    expected = tokenizer.encode(sources["train"][3]["video"][None, :, :1])[0]
+    torch.testing.assert_close(image.float(), expected, atol=0.02, rtol=0.02)
+
+
+def test_files_are_encoded_once_and_added_to(pair, tmp_path):
+    seen = []
+    write(pair, tmp_path, seen=seen)
+    assert sum(seen) == 24
+    before = contents(tmp_path)
+    write(pair, tmp_path, seen=(again := []))
+    assert not again and contents(tmp_path) == before
+    write(pair, tmp_path, train=40, seen=(more := []))
+    assert sum(more) == 24, "the first 16 of 40 were there"
+    assert contents(tmp_path)["train_00000.safetensors"] == before["train_00000.safetensors"]
+    assert CachedClips(tmp_path).count == 40
+    write(pair, tmp_path / "whole", train=40)
+    assert contents(tmp_path) == contents(tmp_path / "whole")
+
+
+def test_interrupted_it_goes_on_and_a_cut_file_is_written_anew(pair, tmp_path):
+    write(pair, tmp_path / "whole")
+    tokenizer = load_tokenizer(pair.tokenizer).model
+    calls, original = [], type(tokenizer).encode
+
+    def stopped(self, video, *_):
+        calls.append(len(video))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, video)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(tokenizer), "encode", stopped)
+        write(pair, tmp_path / "cut")
+    with pytest.raises(ValueError, match="not finished"):
+        CachedClips(tmp_path / "cut")
+    first = tmp_path / "cut" / "train_00000.safetensors"
+    first.write_bytes(first.read_bytes()[:-100])
+    write(pair, tmp_path / "cut")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_processes_share_the_work(pair, tmp_path):
+    write(pair, tmp_path / "one", train=100)
+    torch.set_num_threads(1)  # forked processes cannot use the threads of this one
+    context, seen = multiprocessing.get_context("fork"), []
+    counts = context.Queue()
+
+    def work():
+        torch.set_num_threads(1)
+        write(pair, tmp_path / "two", train=100, seen=seen)
+        counts.put(sum(seen))
+
+    workers = [context.Process(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    found = [counts.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert sum(found) == 104 and min(found) > 0
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_other_clips_need_another_folder(pair, tmp_path):
+    write(pair, tmp_path, seed=0)
+    with pytest.raises(ValueError, match=r"holds other clips \(source: {'seed': 0}, asked for {'seed': 1}\)"):
+        write(pair, tmp_path, seed=1)
+    with pytest.raises(ValueError, match="0 clips of the split val"):
+        write(pair, tmp_path / "none", val=0)
+
+
+def test_damage_is_found(pair, tmp_path):
+    write(pair, tmp_path)
+    file = tmp_path / "train_00001.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    CachedClips(tmp_path)
+    with pytest.raises(ValueError, match="train_00001.safetensors is damaged"):
+        CachedClips(tmp_path, verify=True)
+    file.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="train_00001.safetensors is damaged"):
+        CachedClips(tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="train_00001.safetensors, a part of the cache, is missing"):
+        CachedClips(tmp_path)
+
+
+@pytest.mark.parametrize("given, message", [({"height": 64}, "data.height=64, but the clips .* have 32"),
+                                            ({"frames": 9}, "data.frames=9, but .* have 5"),
+                                            ({"split": "all"}, "split='all' is not in the cache")])  # fmt: skip
+def test_what_a_cache_does_not_hold_is_refused(pair, tmp_path, given, message):
+    write(pair, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        CachedClips(tmp_path, **given)
+
+
+def test_the_list_of_files_is_a_part_of_what_it_is_of(pair, tmp_path):
+    for i in range(3):
+        write_video(Shapes("train", **CLIP_SHAPE)[i]["video"], tmp_path / "videos" / f"{i}.mp4", 8.0)
+    tokenizer = load_tokenizer(pair.tokenizer)
+
+    def about():
+        return describe(CLIP_SHAPE, tokenizer.model, "hash", {}, {"train": FolderClips(tmp_path / "videos", **CLIP_SHAPE)})
+
+    before = about()
+    assert before["files"]["train"]["count"] == 2 and about() == before
+    (tmp_path / "videos" / "0.mp4").rename(tmp_path / "videos" / "00.mp4")
+    assert about() != before
+
+
+# --- through the command line ------------------------------------------------------------------------------------------
+
+
+def test_training_on_encoded_clips_is_training_on_clips(pair, tmp_path):
+    """The first pass over them gives the losses of fresh clips, up to the rounding of the features; those of a run's own and
+    of a cache are the same."""
+
+    def fit(name, clips, *words):
+        words = [f"name={name}", f"recipe.generator.encoded_clips={clips}", "trainer.precision=32-true", *words]
+        assert fit_generator(tmp_path, *words, "recipe.generator.steps=5", tokenizer=pair.tokenizer) == 0
+        return torch.tensor(losses(tmp_path / name))
+
+    fresh, own = fit("fresh", 0), fit("own", 20)
+    torch.testing.assert_close(own, fresh, atol=2e-3, rtol=2e-3)
+    words = [word for word in CLIP if word.startswith("data.")]
+    assert main(["cache", f"root={tmp_path}", f"tokenizer_ckpt={pair.tokenizer}", "clips=20", "val_clips=4", *words]) == 0
+    assert torch.equal(fit_cached(tmp_path, pair, "cached"), own)
+
+
+def fit_cached(root, pair, name, *words):
+    given = [word for word in (*CLIP, *QUICK) if not word.startswith(("data.frames", "data.height", "data.width"))]
+    run = [f"root={root}", f"name={name}", f"tokenizer_ckpt={pair.tokenizer}", "data=cached", f"data.root={root / 'cache'}"]
+    steps = ["recipe.generator.steps=5", "trainer.precision=32-true"]
+    assert main(["fit", "conf=stage2_generator", *run, *given, *GENERATOR, *steps, *words]) == 0
+    return torch.tensor(losses(root / name))
+
+
+def test_a_cache_needs_no_videos_and_validates_alike(pair, tmp_path, capsys):
+    for i in range(10):
+        write_video(Shapes("train", **CLIP_SHAPE)[i]["video"], tmp_path / "videos" / f"{i % 2}" / f"{i}.mp4", 8.0)
+    data = ["data=clips", f"data.root={tmp_path / 'videos'}", *[w for w in CLIP if w.startswith("data.")]]
+    words = [f"root={tmp_path}", f"tokenizer_ckpt={pair.tokenizer}", *data]
+    assert main(["cache", *words, "clips=20", "val_clips=4"]) == 0
+    assert "0 files could not be read" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "videos")
+    fit_cached(tmp_path, pair, "run", "trainer.val_check_interval=5")
+    assert (tmp_path / "run" / "media" / "step000005.png").is_file()
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]
+    assert saved["clip"] == CLIP_SHAPE and saved["generator"]["condition"]["classes"] == ["0", "1"]
+    ckpt = f"ckpt={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
+    assert main(["validate", ckpt, f"root={tmp_path}", "data=cached", f"data.root={tmp_path / 'cache'}"]) == 1
+    assert "holds encoded clips; give the videos" in capsys.readouterr().err
+
+
+def test_wrong_use_of_a_cache_is_told(pair, tmp_path, capsys):
+    cached = ["data=cached", f"data.root={tmp_path}", f"root={tmp_path}", *QUICK]
+    assert main(["fit", "conf=stage2_generator", f"tokenizer_ckpt={pair.tokenizer}", *cached]) == 1
+    assert "holds no cache (manifest.json is missing)" in capsys.readouterr().err
+    write(pair, tmp_path)
+    assert main(["fit", "conf=stage1_tokenizer", *cached]) == 1
+    assert "a tokenizer needs videos" in capsys.readouterr().err
+    manifest = read_manifest(tmp_path)
+    manifest["about"]["tokenizer"] = "another"
+    cache.write_json(tmp_path / "manifest.json", manifest)
+    assert main(["fit", "conf=stage2_generator", f"tokenizer_ckpt={pair.tokenizer}", *cached]) == 1
+    assert "are encoded by the tokenizer another" in capsys.readouterr().err
+
+
+def test_a_new_run_encodes_anew_and_a_continued_one_does_not(pair, tmp_path):
+    kept = tmp_path / "run" / "encoded_clips"
+
+    def fit(*words):
+        assert fit_generator(tmp_path, "name=run", *words, tokenizer=pair.tokenizer) == 0
+        return [path.stat().st_ino for path in sorted(kept.glob("*.safetensors"))]
+
+    first = fit("recipe.generator.steps=6")
+    assert fit("recipe.generator.steps=7", "ckpt=last") == first
+    assert CachedClips(kept).count == 24
+    (kept / "manifest.json").write_text("{}")
+    fit("recipe.generator.steps=2", "overwrite=true")
+    assert CachedClips(kept).count == 8, "no more than are trained on"
+
+
+def test_a_negative_number_is_named(pair, tmp_path, capsys):
+    assert fit_generator(tmp_path, "recipe.generator.encoded_clips=-1", tokenizer=pair.tokenizer) == 1
+    assert "encoded_clips=-1" in capsys.readouterr().err
+
+
+def test_files_of_a_split():
+    assert [tuple(s) for s in shards_of({"train": 33, "val": 16})] == [
+        ("train", "train_00000.safetensors", 0, 16), ("train", "train_00001.safetensors", 16, 16),
+        ("train", "train_00002.safetensors", 32, 1), ("val", "val_00000.safetensors", 0, 16),
+    ]  # fmt: skip
