@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from kit.checkpoint import load_generator
+from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.data.ucf101 import UCF101, read_list
 from kit.media import write_video
+from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER
 
 CLASSES = [f"Class{n:03d}" for n in range(101)]
 SHAPE = dict(frames=5, height=32, width=32)
@@ -72,3 +76,16 @@ def test_wrong_arguments_and_lists(ucf101, tmp_path):
     (tmp_path / "list.txt").write_text("Class000/v_Class000_g01_c01.avi 1\n\nv_Class000_g01_c01.avi\n")
     with pytest.raises(ValueError, match="list.txt, line 3: expected `Class/v_Class_g01_c01.avi 1`, found 'v_Class000"):
         read_list(tmp_path / "list.txt")
+
+
+def test_the_papers_recipes_train(ucf101, tmp_path):
+    """Both, small and short, on a data set whose videos can be played."""
+    video = next(ucf101.rglob("*.mp4"))
+    for path in ucf101.rglob("*.avi"):
+        shutil.copy(video, path.with_suffix(".mp4"))
+        path.unlink()
+    small = [*CLIP, *QUICK, f"root={tmp_path}", f"data.root={ucf101}", "data.fps=12"]
+    assert main(["fit", "conf=ucf101_tokenizer", *small, *TOKENIZER, "loss=plain", "recipe.tokenizer.steps=2", "~trainer.strategy"]) == 0
+    assert main(["fit", "conf=ucf101_generator", *small, *GENERATOR, "recipe.generator.steps=2"]) == 0
+    generator, tokenizer = load_generator(tmp_path / "ucf101_generator" / "checkpoints" / "last.ckpt")
+    assert len(generator.model.config.condition.classes) == 101 and tokenizer.steps == 2
