@@ -1,0 +1,78 @@
+"""Several data sets as one, in given shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+PERIOD = 1000  # items in which each source has its share, to a thousandth
+
+
+def shares(weights: Mapping[str, float]) -> dict[str, int]:
+    """How many of `PERIOD` items each source has: rounded by largest remainders, at least one.
+
+    Raises:
+        ValueError: if a weight is not above 0.
+    """
+    if wrong := {name: weight for name, weight in weights.items() if not weight > 0}:
+        raise ValueError(f"weights {wrong}; expected numbers above 0")
+    total = sum(weights.values())
+    exact = {name: PERIOD * weight / total for name, weight in weights.items()}
+    counts = {name: max(int(share), 1) for name, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: max(PERIOD - sum(counts.values()), 0)]:
+        counts[name] += 1
+    return counts
+
+
+class Mixture(Dataset):
+    """Items of several endless sources, each in its share of every `PERIOD` items, in an order that `seed` draws. Item n is a
+    pure function of n, as those of the sources are, and of each source no item is left out.
+
+    Args:
+        sources: name -> what makes a data set, as `ClipDataModule` has it. weights: name -> share, of any sum.
+        split, shape: for the sources, which all have the same `frames`, `height`, `width` and `fps`.
+        seed: of the order.
+    Attributes: classes, those of all sources, sorted; captioned, whether any is: what has classes alone is captioned by
+        their names.
+    Raises:
+        ValueError: if the names differ, or the sources' own frame rates do where `fps` leaves them as they are.
+    """
+
+    def __init__(
+        self, sources: Mapping[str, Callable[..., Dataset]], weights: Mapping[str, float], split: str = "train",
+        seed: int = 0, **shape,
+    ):  # fmt: skip
+        if set(sources) != set(weights):
+            raise ValueError(f"data.source.weights are of {', '.join(weights)}, the sources are {', '.join(sources)}")
+        self.sources = {name: build(split=split, **shape) for name, build in sources.items()}
+        counts = shares(weights)
+        order = [name for name in self.sources for _ in range(counts[name])]
+        self.order = [order[i] for i in np.random.default_rng(seed).permutation(len(order))]
+        self.number = [self.order[:i].count(name) for i, name in enumerate(self.order)]  # of its source's in the period
+        self.counts = counts
+        self.classes = tuple(sorted({name for source in self.sources.values() for name in source.classes}))
+        self.captioned = any(source.captioned for source in self.sources.values())
+
+    def __getitem__(self, n: int) -> dict:
+        period, place = divmod(n, len(self.order))
+        name = self.order[place]
+        source = self.sources[name]
+        item = source[period * self.counts[name] + self.number[place]]
+        label = source.classes[item["label"]] if item["label"] >= 0 and source.classes else None
+        return {**item, "label": -1 if label is None else self.classes.index(label)}
+
+    @property
+    def native_fps(self) -> float:
+        """The sources' own, if they agree. Raises: ValueError if not."""
+        rates = {name: round(source.native_fps, 3) for name, source in self.sources.items()}
+        if len(set(rates.values())) > 1:
+            raise ValueError(f"the sources' own frame rates differ ({rates}); choose one with data.fps")
+        return next(iter(rates.values()))
+
+    @property
+    def unreadable(self) -> list[Path]:
+        return [path for source in self.sources.values() for path in getattr(source, "unreadable", [])]

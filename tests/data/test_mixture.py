@@ -1,0 +1,103 @@
+"""Several data sets as one: each in its share, none of its items left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+
+from kit.cli import main
+from kit.data.clips import FolderClips
+from kit.data.mixture import PERIOD, Mixture, shares
+from kit.data.shapes import Shapes
+from kit.media import write_video
+from tests.fixtures import CLIP, QUICK, TOKENIZER
+
+SHAPE = dict(frames=5, height=32, width=32, fps=8.0)
+THREE = {"a": partial(Shapes, seed=1), "b": partial(Shapes, seed=2), "c": partial(Shapes, seed=3)}
+
+
+def test_shares_are_whole_numbers_of_a_period():
+    assert shares({"a": 1, "b": 1, "c": 1}) == {"a": 334, "b": 333, "c": 333}
+    assert shares({"a": 0.7, "b": 0.3}) == {"a": 700, "b": 300}
+    assert shares({"a": 1e9, "b": 1}) == {"a": 999, "b": 1}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_each_source_has_its_share_and_gives_its_items_in_order(split):
+    """Over two and a half periods, by what the sources are asked for."""
+    mixture, asked = Mixture(THREE, {"a": 6, "b": 3, "c": 1}, split, **SHAPE), []
+
+    class Counting:
+        def __init__(self, name, source):
+            self.name, self.classes = name, source.classes
+
+        def __getitem__(self, n):
+            asked.append((self.name, n))
+            return {"label": -1}
+
+    mixture.sources = {name: Counting(name, source) for name, source in mixture.sources.items()}
+    for n in range(2500):
+        mixture[n]
+    assert Counter(name for name, _ in asked[:PERIOD]) == {"a": 600, "b": 300, "c": 100}
+    for name in THREE:
+        numbers = [n for other, n in asked if other == name]
+        assert numbers == list(range(len(numbers)))
+    hundred = Counter(name for name, _ in asked[:100])
+    assert hundred["a"] < 75 and hundred["c"] > 2, "they take turns all the while"
+
+
+def test_items_are_those_of_the_sources():
+    mixture = Mixture(THREE, {"a": 1, "b": 1, "c": 1}, **SHAPE)
+    sources = {name: build("train", **SHAPE) for name, build in THREE.items()}
+    seen = Counter()
+    for n in range(6):
+        name = mixture.order[n]
+        expected = sources[name][seen[name]]
+        assert torch.equal(mixture[n]["video"], expected["video"]) and mixture[n]["caption"] == expected["caption"]
+        seen[name] += 1
+    assert torch.equal(mixture[5]["video"], mixture[5]["video"])
+    other = Mixture(THREE, {"a": 1, "b": 1, "c": 1}, seed=1, **SHAPE)
+    assert other.order != mixture.order
+
+
+def test_classes_are_those_of_all(tmp_path):
+    for name, label in (("run_1", 0), ("run_2", 0), ("jump_1", 1), ("jump_2", 1)):
+        write_video(Shapes("train", **SHAPE)[label]["video"], tmp_path / f"{name}.mp4", 8.0)
+    mixture = Mixture(
+        {"shapes": Shapes, "people": partial(FolderClips, root=tmp_path, val_every=4)}, {"shapes": 1, "people": 1}, **SHAPE
+    )
+    assert mixture.classes == tuple(sorted((*Shapes.classes, "run", "jump"))) and mixture.captioned
+    words = {mixture.classes[item["label"]] for item in (mixture[n] for n in range(20))}
+    assert words & {"run", "jump"} and words & set(Shapes.classes)
+    for n in range(20):
+        item = mixture[n]
+        assert mixture.classes[item["label"]] in item["caption"]
+    assert mixture.unreadable == []
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [({"a": 1, "b": 0, "c": 1}, "weights {'b': 0}; expected numbers above 0"),
+     ({"a": 1, "b": 1}, "weights are of a, b, the sources are a, b, c")],
+)  # fmt: skip
+def test_wrong_weights_are_told(weights, message):
+    with pytest.raises(ValueError, match=message):
+        Mixture(THREE, weights, **SHAPE)
+
+
+def test_own_rates_must_agree(tmp_path):
+    for folder, fps in (("slow", 5.0), ("fast", 10.0)):
+        for i in range(2):
+            write_video(Shapes("train", **SHAPE)[i]["video"], tmp_path / folder / f"{i}.mp4", fps)
+    sources = {name: partial(FolderClips, root=tmp_path / name) for name in ("slow", "fast")}
+    mixture = Mixture(sources, {"slow": 1, "fast": 1}, **{**SHAPE, "fps": 0})
+    with pytest.raises(ValueError, match=r"frame rates differ \({'slow': 5.0, 'fast': 10.0}\); choose one with data.fps"):
+        _ = mixture.native_fps
+
+
+def test_a_tokenizer_trains_on_a_mixture(tmp_path):
+    words = [f"root={tmp_path}", "data=mixture", *CLIP, *TOKENIZER, *QUICK, "recipe.tokenizer.steps=3"]
+    assert main(["fit", "conf=stage1_tokenizer", *words]) == 0
