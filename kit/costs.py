@@ -34,18 +34,21 @@ def tokenizer_cost(tokenizer: TokenizerConfig, frames: int, height: int, width: 
 
 
 def generator_cost(
-    generator: GeneratorConfig, tokenizer: TokenizerConfig, frames: int, height: int, width: int, encoded: bool = False
-) -> ClipCost:
+    generator: GeneratorConfig, tokenizer: TokenizerConfig, frames: int, height: int, width: int, encoded: bool = False,
+    recompute: bool = False,
+) -> ClipCost:  # fmt: skip
     """Of the generator's training.
 
     Args:
         encoded: whether clips are encoded ahead, which then is not counted.
+        recompute: whether the backward pass computes each layer once more.
     Raises: as `Tokenizer.schedule`.
     """
     schedule = tokenizer.schedule(frames, height, width)
     tokens = schedule.length
     with torch.device("meta"):
         model, codec, video = Generator(generator), Tokenizer(tokenizer), torch.zeros(1, 3, frames, height, width)
+        model.recompute = recompute
         history = schedule.grid[0] * schedule.grid[1] * (schedule.frames - 1) if generator.history == "full" else 0
         condition = torch.zeros(1, model.condition.length, generator.width)
         with FlopCounterMode(display=False) as counter:

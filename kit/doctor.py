@@ -117,7 +117,7 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
         size = (frames, data["height"], data["width"])
         if generator is None:
             return tokenizer_cost(tokenizer, *size)
-        return generator_cost(generator, tokenizer, *size, encoded=bool(cfg.encoded_clips))
+        return generator_cost(generator, tokenizer, *size, encoded=bool(cfg.encoded_clips), recompute=cfg.recompute)
 
     heads = ("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")
     rows, total = [COLUMNS.format(*heads)], 0.0

@@ -122,6 +122,7 @@ def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorMo
         generator, plain(cfg.correction), cfg.frame_mask, cfg.drop_condition, plain(cfg.loss), plain(cfg.optimizer),
         data.clip, cfg.trainer.max_steps, cfg.seed,
         tokenizer_hash=tokenizer.hash, tokenizer_path=str(tokenizer.path.resolve()), tokenizer=tokenizer.model,
+        recompute=cfg.recompute,
     )  # fmt: skip
 
 

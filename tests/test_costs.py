@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kit.cli import main
 from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
+from kit.generator.mask import SHORT
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
@@ -15,14 +16,17 @@ TOKENIZER = TokenizerConfig(bits=16, scales=(1, 2, 4, 8), patch=4, widths=(32, 6
 GENERATOR = GeneratorConfig(layers=4, width=192, heads=3, bits=16, scales=4)
 
 
-@pytest.mark.parametrize("frames, side", [(17, 64), (33, 64), (1, 32)])
+@pytest.mark.parametrize("frames, side", [(17, 64), (81, 64), (1, 32)])
 def test_a_generators_step_is_six_operations_a_weight_and_token_and_attention(frames, side):
     cost = generator_cost(GENERATOR, TOKENIZER, frames, side, side, encoded=True)
     model = Generator(GENERATOR)
     tokens = cost.tokens + model.condition.length
     assert cost.tokens == TOKENIZER.schedule(frames, side, side).length
     weights = sum(p.numel() for p in model.layers.parameters())
-    expected = 6 * weights * tokens + 12 * GENERATOR.layers * GENERATOR.width * tokens**2
+    S, schedule = model.condition.length, TOKENIZER.schedule(frames, side, side)
+    by_frame = S * S + sum(schedule.tokens_per_frame * (S + schedule.frame(f).stop) for f in range(schedule.frames))
+    seen = tokens**2 if tokens <= SHORT else by_frame
+    expected = 6 * weights * tokens + 12 * GENERATOR.layers * GENERATOR.width * seen
     assert cost.flops == pytest.approx(expected, rel=0.01)
 
 
@@ -66,3 +70,8 @@ def test_the_doctor_tells_of_clips_that_do_not_fit(capsys, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert main(["doctor", "check=full"]) == 0
     assert "not a training conf; choose from ablation, paper_plan, progressive, stage0" in capsys.readouterr().out
+
+
+def test_computing_layers_once_more_costs_a_third_of_them():
+    once, again = (generator_cost(GENERATOR, TOKENIZER, 9, 32, 32, encoded=True, recompute=r) for r in (False, True))
+    assert 1.25 < again.flops / once.flops < 1 + 1 / 3

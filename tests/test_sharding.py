@@ -19,7 +19,7 @@ from tests.test_training import losses
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE = ["trainer.precision=32-true", "trainer.devices=1", "data.batch_size=4"]
-TWO = ["trainer=fsdp", "trainer.strategy.param_dtype=null", "trainer.devices=2", "data.batch_size=2"]
+TWO = ["trainer=fsdp", "recompute=true", "trainer.strategy.param_dtype=null", "trainer.devices=2", "data.batch_size=2"]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 

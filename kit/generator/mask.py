@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from kit.draws import Draws
 from kit.scales import ScaleSchedule
 
 CONDITION = -1  # the frame number that stands for the condition
+SHORT = 1500  # tokens up to which one attention over all of them is no slower (benchmarks/attention.py)
 
 
 def visible(
@@ -37,26 +41,57 @@ def draw_kept_frames(frames: int, p_mask: float, draws: Draws) -> Tensor:
     return draws.rand(frames) >= p_mask
 
 
-def attention_mask(
-    schedule: ScaleSchedule, condition_length: int, window: int | None = None, kept: Tensor | None = None,
-    history: str = "scales",
-) -> Tensor:  # fmt: skip
-    """True where attention is allowed.
+class View(NamedTuple):
+    """Some queries of a sequence and the keys that they see.
+
+    Fields: queries; keys, a slice or their numbers (n,); mask, True where a query may see a key, (queries, keys) or (B, 1,
+        queries, keys), None where each of them may see each.
+    """
+
+    queries: slice
+    keys: slice | Tensor
+    mask: Tensor | None
+
+
+def attention_views(
+    schedule: ScaleSchedule, condition_length: int, tokens: int, window: int | None = None, kept: Tensor | None = None,
+    history: str = "scales", device: torch.device | str = "cpu",
+) -> list[View]:  # fmt: skip
+    """What the tokens may see: in a short sequence all of them at once; in a longer one the condition and each frame beside
+    the keys up to that frame, since nearly half of a mask of all by all would be hidden, and its size is their square.
 
     Args:
         schedule: with the history blocks, for `full` (`ScaleSchedule.with_history`).
+        tokens: how many of its tokens are in the sequence; those of a last history block are not.
         kept: (B, F) bool from `draw_kept_frames`; a frame always sees itself, and all see the condition.
-    Returns:
-        (S + L, S + L), or (B, 1, S + L, S + L) with `kept`. Rows are queries.
     """
-    f, k, _, _ = schedule.coordinates.unbind(1)
-    condition = torch.full((condition_length,), CONDITION)
-    f, k = torch.cat([condition, f]), torch.cat([torch.zeros_like(condition), k])
-    history_k = schedule.scales - 1 if history == "full" else None
-    mask = visible(f[:, None], k[:, None], f[None], k[None], window, history_k)
-    if kept is None:
-        return mask
-    mask = mask.to(kept.device)
-    f = f.to(kept.device)
-    shown = torch.cat([kept.new_ones(len(kept), 1), kept], dim=1)[:, f + 1]  # (B, S + L), by the key's frame
-    return (mask & (shown[:, None, :] | (f[:, None] == f[None])))[:, None]
+    S, blocks = condition_length, [b for b in schedule.blocks if b.stop <= tokens]
+    spans = [(0, S), *((S + b.start, S + b.stop) for b in blocks)]
+    here = functools.partial(torch.tensor, device="cpu")  # whatever the default: the rule for blocks is read below
+    f, k = here([CONDITION, *(b.f for b in blocks)]), here([0, *(b.k for b in blocks)])
+    lengths = here([stop - start for start, stop in spans])
+    token_f, token_k = (x.repeat_interleave(lengths).to(device) for x in (f, k))
+    rule = functools.partial(visible, window=window, history_k=schedule.scales - 1 if history == "full" else None)
+    sees = rule(f[:, None], k[:, None], f[None], k[None])  # blocks by blocks
+    frames = f.unique()[not S :]
+    views = []
+    for group in frames[None] if S + tokens <= SHORT else frames[:, None]:
+        own = torch.isin(f, group).nonzero().flatten()
+        seen = sees[own].any(0)
+        queries = slice(spans[own[0]][0], spans[own[-1]][1])
+        keys = joined([span for span, is_seen in zip(spans, seen.tolist(), strict=True) if is_seen], device)
+        key_f, query_f = token_f[keys], token_f[queries, None]
+        mask = None if sees[own][:, seen].all() else rule(query_f, token_k[queries, None], key_f, token_k[keys])
+        if kept is not None and (sees[own] & (f[own, None] != f) & (f != CONDITION)).any():
+            shown = torch.cat([kept.new_ones(len(kept), 1), kept], dim=1).to(device)[:, key_f + 1]  # (B, keys)
+            may = shown[:, None] | (query_f == key_f)
+            mask = (may if mask is None else may & mask)[:, None]
+        views.append(View(queries, keys, mask))
+    return views
+
+
+def joined(spans: list[tuple[int, int]], device: torch.device | str) -> slice | Tensor:
+    """Spans of numbers, in order, as a slice if they are one, else as (n,) numbers."""
+    if all(before[1] == after[0] for before, after in zip(spans, spans[1:])):
+        return slice(spans[0][0], spans[-1][1])
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])

@@ -56,6 +56,8 @@ class GeneratorModule(L.LightningModule):
         tokenizer_hash: of the tokenizer whose bits this generator speaks.
         tokenizer_path: where that tokenizer was.
         tokenizer: the tokenizer itself; it is not trained and not saved here.
+        recompute: the backward pass computes each layer once more instead of keeping what it computed (activation
+            checkpointing): less memory, a third more time.
     """
 
     kind = "generator"
@@ -63,10 +65,12 @@ class GeneratorModule(L.LightningModule):
     def __init__(
         self, generator: dict, correction: dict, frame_mask: float, drop_condition: float, loss: dict, optimizer: dict,
         clip: dict, steps: int, seed: int, tokenizer_hash: str, tokenizer_path: str, tokenizer: Tokenizer | None = None,
+        recompute: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.save_hyperparameters(ignore="tokenizer")
+        self.save_hyperparameters(ignore=["tokenizer", "recompute"])
         self.model = Generator(GeneratorConfig.from_dict(generator))
+        self.model.recompute = recompute
         self.law = FlipLaw(**correction)
         self.frame_mask, self.drop_condition, self.seed = frame_mask, drop_condition, seed
         self.loss, self.optimizer, self.steps = loss, optimizer, steps

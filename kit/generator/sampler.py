@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kit.generator.mask import View
 from kit.generator.transformer import Generator
 from kit.scales import TAU, ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer.quantizer import next_input, residual_map
@@ -216,9 +217,9 @@ class CachedGenerator:
     def _run(self, x: Tensor, position: int, blocks: Sequence[int]) -> Tensor:
         """Hidden states (R, tokens, D) -> the same, seeing the cache and themselves; `blocks` as for `Cache.expect`."""
         rotary = tuple(t[position : position + x.shape[1]] for t in self.rotary)
-        mask = self.cache.expect(blocks)
+        views = [View(slice(None), slice(None), self.cache.expect(blocks))]
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, rotary, mask, self.cache.layer(i))
+            x = layer(x, rotary, views, self.cache.layer(i))
         self.cache.close()
         return x
 

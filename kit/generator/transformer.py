@@ -5,14 +5,16 @@ Shapes: B batch, S condition tokens, L tokens of the clip, D width, N heads, d b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kit.generator.condition import ConditionConfig, build_condition
-from kit.generator.mask import attention_mask
+from kit.generator.mask import View, attention_views
 from kit.generator.rope import ALIGN, positions, rotary_table, rotate
 from kit.scales import ScaleSchedule
 
@@ -90,6 +92,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return scores.softmax(dim=-1) @ v
 
 
+def attend_views(q: Tensor, k: Tensor, v: Tensor, views: Sequence[View]) -> Tensor:
+    """The same, for queries that together are all, in order, of which each see some of the keys."""
+    parts = [attend(q[:, :, view.queries], k[:, :, view.keys], v[:, :, view.keys], view.mask) for view in views]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm whose weight follows the type of its input, so that mixed precision takes the fused kernel."""
 
@@ -107,13 +115,13 @@ class Attention(nn.Module):
         self.query_norm, self.key_norm = RMSNorm(width // heads), RMSNorm(width // heads)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, remember=None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], views: Sequence[View], remember=None) -> Tensor:
         """x: (B, tokens, D). `remember` maps new keys and values, each (B, N, tokens, D / N), to all that are visible."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.query_norm(q), rotary), rotate(self.key_norm(k), rotary)
         if remember is not None:
             k, v = remember(k, v)
-        return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.out(attend_views(q, k, v, views).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -135,8 +143,8 @@ class Layer(nn.Module):
         self.attention_norm, self.attention = RMSNorm(width), Attention(width, heads)
         self.mlp_norm, self.mlp = RMSNorm(width), SwiGLU(width, 4 * width)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, remember=None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, mask, remember)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], views: Sequence[View], remember=None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, views, remember)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -154,6 +162,7 @@ class Generator(nn.Module):
         self.layers = nn.ModuleList(Layer(D, config.heads) for _ in range(config.layers))
         self.norm = RMSNorm(D)
         self.head = nn.Linear(D, config.bits, bias=False)
+        self.recompute = False  # whether the backward pass makes what the layers computed once more, rather than keep it
         self._initialise()
 
     def _initialise(self):
@@ -216,9 +225,12 @@ class Generator(nn.Module):
         scale = self.scales_of(layout)[:L].to(device)
         x = torch.cat([condition, self.embed(inputs, scale, first=layout.blocks[0].stop)], dim=1)
         rotary = tuple(table[: S + L] for table in self.rotary(layout))
-        mask = attention_mask(layout, S, self.config.window, kept, self.config.history).to(device)[..., : S + L, : S + L]
+        views = attention_views(layout, S, L, self.config.window, kept, self.config.history, device)
         for layer in self.layers:
-            x = layer(x, rotary, mask)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotary, views, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, rotary, views)
         x = x[:, S:]
         if layout is not schedule:  # history blocks predict nothing
             x = torch.cat([x[:, layout.frame(f)][:, : schedule.tokens_per_frame] for f in range(schedule.frames)], dim=1)

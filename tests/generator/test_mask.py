@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from kit.draws import Draws
-from kit.generator.mask import CONDITION, attention_mask, draw_kept_frames, visible
+from kit.generator import mask as masks
+from kit.generator.mask import CONDITION, attention_views, draw_kept_frames, visible
 from kit.scales import ScaleSchedule
+
+
+@pytest.fixture(autouse=True, params=["whole", "by frame"])
+def views(request, monkeypatch):
+    """Every rule holds in both."""
+    if request.param == "by frame":
+        monkeypatch.setattr(masks, "SHORT", 0)
+
 
 SCHEDULE = ScaleSchedule(4, ((1, 1), (1, 2), (2, 2)))
 S = 2
@@ -16,6 +25,20 @@ S = 2
 def tokens() -> list[tuple[int, int]]:
     """(f, k) of every token, the condition first."""
     return [(CONDITION, 0)] * S + [(b.f, b.k) for b in SCHEDULE.blocks for _ in range(b.h * b.w)]
+
+
+def attention_mask(schedule, S, window=None, kept=None, history="scales"):
+    """The views put together: (S + L, S + L), or (B, 1, S + L, S + L) with `kept`."""
+    tokens = S + schedule.length
+    mask = torch.zeros(*(() if kept is None else (len(kept), 1)), tokens, tokens, dtype=torch.bool)
+    views = attention_views(schedule, S, schedule.length, window, kept, history)
+    assert [view.queries.start for view in views[1:]] == [view.queries.stop for view in views[:-1]]
+    for view in views:
+        part = mask[..., view.queries, :]
+        part[..., view.keys] = True if view.mask is None else view.mask
+        assert kept is not None or part[..., view.keys].any(0).all(), "keys that no query sees"
+    assert views[0].queries.start == 0 and views[-1].queries.stop == tokens
+    return mask
 
 
 def may_see(query: tuple[int, int], key: tuple[int, int], window: int | None) -> bool:

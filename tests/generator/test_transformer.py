@@ -325,3 +325,44 @@ def test_new_condition_tokens_are_of_one_size(condition, prompts):
     for dropped in (False, True):
         tokens = condition(prompts, torch.tensor([dropped, dropped]))
         assert torch.allclose(tokens.square().mean(-1).sqrt(), torch.tensor(0.5), atol=0.2)
+
+
+VARIANTS = [{}, {"window": 1}, {"history": "full"}, {"history": "full", "window": 1}, {"inherit": "all", "align": "center"}]
+
+
+def gradients(model: Generator, kept: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Of a loss that every logit moves, and the logits."""
+    schedule = SCHEDULE
+    layout = model.layout(schedule)
+    tokens = schedule.length + (layout.length - schedule.length) // schedule.frames * (schedule.frames - 1)
+    inputs = torch.randn(2, tokens, model.config.inputs, generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    with torch.enable_grad():
+        logits = model(inputs, schedule, model.condition(["a red ball", "a blue star"]), kept)
+        (logits * torch.linspace(-1, 1, logits[0].numel()).view_as(logits[0])).sum().backward()
+    return {"logits": logits.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("kept", [None, torch.tensor([[True, False, True], [False, False, True]])])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_by_frames_is_attention_over_all(make_generator, variant, kept, monkeypatch):
+    model = make_generator(**variant)
+    whole = gradients(model, kept)
+    monkeypatch.setattr("kit.generator.mask.SHORT", 0)
+    by_frames = gradients(model, kept)
+    assert whole.keys() == by_frames.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(by_frames[name], gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_recomputed_is_what_was(make_generator):
+    """To the last bit, and less is kept for the backward pass."""
+    model, kept = make_generator(), torch.tensor([[True, False, True], [True, True, True]])
+    sizes, found = [], []
+    for model.recompute in (False, True):
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x.nbytes) or x, lambda x: x):
+            found.append(gradients(model, kept))
+        sizes.append(sum(held))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert sizes[1] < sizes[0] / 2
