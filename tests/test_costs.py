@@ -16,7 +16,7 @@ TOKENIZER = TokenizerConfig(bits=16, scales=(1, 2, 4, 8), patch=4, widths=(32, 6
 GENERATOR = GeneratorConfig(layers=4, width=192, heads=3, bits=16, scales=4)
 
 
-@pytest.mark.parametrize("frames, side", [(17, 64), (81, 64), (1, 32)])
+@pytest.mark.parametrize("frames, side", [(17, 64), (101, 64), (1, 32)])
 def test_a_generators_step_is_six_operations_a_weight_and_token_and_attention(frames, side):
     cost = generator_cost(GENERATOR, TOKENIZER, frames, side, side, encoded=True)
     model = Generator(GENERATOR)

@@ -12,7 +12,7 @@ from kit.draws import Draws
 from kit.scales import ScaleSchedule
 
 CONDITION = -1  # the frame number that stands for the condition
-SHORT = 1500  # tokens up to which one attention over all of them is no slower (benchmarks/attention.py)
+SHORT = 2048  # tokens up to which one attention over all of them is no slower (benchmarks/attention.py)
 
 
 def visible(
