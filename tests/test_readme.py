@@ -35,6 +35,8 @@ def reduced(words: list[str], videos: Path) -> list[str]:
     if "init=infinity" in words:  # as the file is
         words += [f"tokenizer.bits={INFINITY['bits']}", f"tokenizer.widths={list(INFINITY['widths'])}".replace(" ", "")]
         words += ["tokenizer.patch=1", "tokenizer.scales=[1,2,4,8]"]
+    if words[0] == "cache":
+        words += ["clips=8", "val_clips=4", *[word for word in CLIP if word.startswith("data.")]]
     if words[0] == "demo":
         words += ["clips=2", "overrides=[" + ",".join(f"'{word}'" for word in small) + "]"]
     if words[0] in ("validate", "inspect", "reconstruct"):
@@ -72,7 +74,7 @@ def test_make_targets_of_the_readme_exist():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/paper_map.md", "docs/evaluation.md", "docs/tokenizer.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/paper_map.md", "docs/evaluation.md", "docs/tokenizer.md", "docs/data_format.md"])
 def test_files_named_in_the_docs_exist(page):
     for name in re.findall(r"`((?:kit|conf|callbacks|notebooks|tests|docs)/[\w./]*)", (ROOT / page).read_text()):
         assert (ROOT / name.split(":")[0]).exists(), f"{page} names {name}"

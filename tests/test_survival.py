@@ -23,6 +23,7 @@ from kit.files import contents_hash, load_checked, save_checked
 from kit.retries import LostLoss, with_retries
 from tests.fixtures import CLIP, QUICK, TOKENIZER, fit_tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
 STEPS = ["trainer.precision=32-true", "callbacks.compile.least_steps=-1", "callbacks.ema.decay=0.9"]
 
 
@@ -248,3 +249,15 @@ def test_exploding_loss_is_as_bad_as_none(tmp_path):
         guard.on_before_backward(trainer, None, torch.tensor(2.1))
     assert error.value.place == (0, 7) and guard.mean == pytest.approx(0.514)
     assert (tmp_path / "lost_loss_step3.pt").is_file()
+
+
+def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
+    """Of batch 2, clips 16 to 23 over both."""
+    alone = [word for word in CLIP if word != "trainer.devices=1"]
+    words = [f"root={tmp_path}", "name=run", *alone, *TOKENIZER, *QUICK, *STEPS, *POISONED, "trainer.devices=2"]
+    command = [sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", *words]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint = read_checkpoint(last(tmp_path), "tokenizer")
+    assert checkpoint["global_step"] == 8 and checkpoint["ClipDataModule"] == {"batches_done": 8, "left_out": [2]}
+    assert 22 in torch.load(tmp_path / "run" / "lost_loss_step2.pt", weights_only=True)["n"]
