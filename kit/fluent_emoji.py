@@ -6,7 +6,6 @@ They are the animated pictures of Microsoft's Fluent Emoji, which an MIT-license
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import io
 import re
@@ -27,8 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from kit.data.clips import fit, list_videos, read_captions
-from kit.files import written_aside
+from kit.data.clips import fit, is_captioned, write_captions
 from kit.machine import cache_folder
 from kit.media import write_video
 
@@ -208,20 +206,6 @@ def left_out(done: Converted) -> str:
     return f"left out: {done.still} pictures that do not move, {len(done.broken)} that cannot be read{names}"
 
 
-def write_captions(captions: dict[str, str], path: Path) -> None:
-    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerows([("file", "caption"), *sorted(captions.items())])
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether each video in the folder has its caption, and each caption its video."""
-    try:
-        return bool(read_captions(folder / "captions.csv", list_videos(folder)))
-    except (FileNotFoundError, ValueError):
-        return False
-
-
 def prepare_fluent_emoji(source: Path | None = None) -> Path:
     """Makes a folder of captioned mp4s of 477 animated emoji, 25 frames of 64 x 64 pixels each, and tells what it left out.
 
@@ -236,7 +220,7 @@ def prepare_fluent_emoji(source: Path | None = None) -> Path:
     folder = cache_folder() / "fluent_emoji"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # a second run waits for the first
-        if not is_finished(folder):
+        if not is_captioned(folder):
             archive = given(source) if source else fetched()
             done = convert(archive, folder)
             write_captions(done.captions, folder / "captions.csv")

