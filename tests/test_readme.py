@@ -74,7 +74,10 @@ def test_make_targets_of_the_readme_exist():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/paper_map.md", "docs/evaluation.md", "docs/tokenizer.md", "docs/data_format.md"])
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("paper_map", "evaluation", "tokenizer", "training", "data_format"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_files_named_in_the_docs_exist(page):
     for name in re.findall(r"`((?:kit|conf|callbacks|notebooks|tests|docs)/[\w./]*)", (ROOT / page).read_text()):
         assert (ROOT / name.split(":")[0]).exists(), f"{page} names {name}"
