@@ -31,25 +31,32 @@ class ShardedStrategy(ModelParallelStrategy):
     Args:
         param_dtype: what weights are gathered and computed with as, such as `bfloat16`; None: as they are, float32. They are
             kept, and their gradients reduced, in float32.
+        replicas: how many groups of processes share out the weights, each all of them (HSDP), one for each machine, say:
+            they then gather within a group and only average gradients with the others.
     Raises:
-        ValueError: for another type.
+        ValueError: for another type, or replicas that do not divide the processes.
     """
 
-    def __init__(self, param_dtype: str | None = None):
+    def __init__(self, param_dtype: str | None = None, replicas: int = 1):
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False)
         if param_dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"trainer.strategy.param_dtype={param_dtype}; expected bfloat16, float32 or null")
         self.param_dtype = None if param_dtype is None else getattr(torch, param_dtype)
+        self.replicas = replicas
 
     def setup_environment(self):
-        self._data_parallel_size = self.num_nodes * self.num_processes  # by itself it would shard nothing
+        processes = self.num_nodes * self.num_processes
+        if self.replicas < 1 or processes % self.replicas:
+            raise ValueError(f"trainer.strategy.replicas={self.replicas} must divide the {processes} processes")
+        # Lightning's names for the two sides of its mesh; by itself it would shard nothing
+        self._data_parallel_size, self._tensor_parallel_size = self.replicas, processes // self.replicas
         super().setup_environment()
 
     def shard(self, model: nn.Module, units: Iterable[nn.Module]):
         """Shards a model, unless it is: the units, which are gathered one at a time, and what is left of it."""
         if isinstance(model, FSDPModule):
             return
-        mesh, kept = self.device_mesh["data_parallel"], torch.float32
+        mesh, kept = self.device_mesh if self.replicas > 1 else self.device_mesh["tensor_parallel"], torch.float32
         policy = MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=kept)
         for unit in units:
             fully_shard(unit, mesh=mesh, mp_policy=policy)

@@ -13,8 +13,9 @@ import torch
 
 from kit.checkpoint import load_generator, read_checkpoint
 from kit.cli import main
+from kit.run import build_trainer
 from kit.sharding import ShardedStrategy
-from tests.fixtures import CLIP, GENERATOR, QUICK
+from tests.fixtures import CLIP, GENERATOR, QUICK, composed
 from tests.test_training import losses
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,3 +113,20 @@ def test_a_tokenizer_is_refused(tmp_path, capsys):
     assert "trainer=fsdp is for generators so far" in capsys.readouterr().err
     with pytest.raises(ValueError, match="param_dtype=float8"):
         ShardedStrategy("float8")
+
+
+def test_groups_of_processes_that_each_hold_all_weights_train_as_one(pair, tmp_path):
+    """HSDP: 2 x 2 processes, under Muon and clipped gradients, in loss and averages."""
+    words = ["optimizer.name=muon", "callbacks.video_logger.clips=0", "trainer.gradient_clip_val=0.05"]
+    four = [*TWO[:3], "trainer.devices=4", "data.batch_size=1", "trainer.strategy.replicas=2"]
+    ways = {"one": ONE, "four": four}
+    one, many = (fit(tmp_path, n, pair.tokenizer, *way, *words, "recipe.generator.steps=3") for n, way in ways.items())
+    torch.testing.assert_close(torch.tensor(losses(many)), torch.tensor(losses(one)), **CLOSE)
+    for name, expected in averages(one).items():
+        assert_near(averages(many)[name], expected)
+
+
+def test_groups_must_be_of_one_size():
+    cfg = composed("stage2_generator", *CLIP, "trainer=fsdp", "trainer.devices=4", "trainer.strategy.replicas=3")
+    with pytest.raises(ValueError, match="trainer.strategy.replicas=3 must divide the 4 processes"):
+        build_trainer(cfg).strategy.setup_environment()
