@@ -10,6 +10,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -256,15 +257,12 @@ class FolderClips(Dataset):
 
     def __post_init__(self):
         self._check_arguments()
-        self.root = Path(self.root)
-        names = list_videos(self.root, pictures=self.frames == 1)
+        names = self._names()
         self.files = self._files_of_split(names)
         if self.split == "val" and len(names) == 1:
             warnings.warn(f"{self.root} holds one video only: it is used for training and validation", stacklevel=3)
-        self._labels = label_files(names, self.label_from, self.filename_pattern)
+        self._labels, self._captions = self._labels_of(names), self._captions_of(names)
         self.classes = tuple(sorted(set(self._labels.values())))
-        table = self.captions or next(filter(Path.is_file, map(self.root.joinpath, CAPTION_FILES)), None)
-        self._captions = read_captions(Path(table), names) if table else {}
         self._told_short = False
         self._unreadable = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # one for all workers
         if self.verify:
@@ -273,8 +271,29 @@ class FolderClips(Dataset):
                 raise self._nothing_readable()
             self._tell_short()
 
+    def _names(self) -> list[str]:
+        """Of all files, in order."""
+        self.root = Path(self.root)
+        return list_videos(self.root, pictures=self.frames == 1)
+
     def _files_of_split(self, names: list[str]) -> list[str]:
         return split_files(names, self.split, self.val_every)
+
+    def _labels_of(self, names: list[str]) -> dict[str, str]:
+        return label_files(names, self.label_from, self.filename_pattern)
+
+    def _captions_of(self, names: list[str]) -> dict[str, str]:
+        table = self.captions or next(filter(Path.is_file, map(self.root.joinpath, CAPTION_FILES)), None)
+        return read_captions(Path(table), names) if table else {}
+
+    @contextmanager
+    def _at(self, name: str) -> Iterator[Path]:
+        """Where the file lies meanwhile. Raises: UnreadableVideo if it cannot be had."""
+        yield self._path(name)
+
+    def _path(self, name: str) -> Path:
+        """The file, for those who are told of it."""
+        return self.root / name
 
     def _check_arguments(self) -> None:
         for key, choices in (("split", ("train", "val", "all")), ("label_from", LABEL_SOURCES)):
@@ -300,7 +319,8 @@ class FolderClips(Dataset):
         rates = []
         for name in self.files[:10]:
             try:
-                rates.append(open_video(self.root / name, self.backend, self.patience).fps)
+                with self._at(name) as path:
+                    rates.append(open_video(path, self.backend, self.patience).fps)
             except UnreadableVideo as error:
                 self._skip(name, error)
         if not rates:
@@ -310,7 +330,11 @@ class FolderClips(Dataset):
     def file(self, n: int) -> str:
         """The file that item n is taken from, if it can be read."""
         epoch, position = divmod(n, len(self.files))
-        return self.files[_order(self.seed, epoch, len(self.files))[position] if self.split == "train" else position]
+        return self.files[self._order_of(epoch)[position] if self.split == "train" else position]
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """Places of the files in the order of a training's epoch."""
+        return _order(self.seed, epoch, len(self.files))
 
     def __getitem__(self, n: int) -> dict:
         if n < 0:
@@ -346,7 +370,7 @@ class FolderClips(Dataset):
             self._skip(name, error)
             return None
         if clip.lacking:
-            self.short[self.root / name] = clip.lacking
+            self.short[self._path(name)] = clip.lacking
         return clip.video.flip(-1) if self.flip and mirror < 0.5 else clip.video
 
     def clip(self, name: str, start: float = 0.5, top: float = 0.5, left: float = 0.5) -> Clip:
@@ -355,15 +379,16 @@ class FolderClips(Dataset):
         Raises:
             UnreadableVideo: if the file cannot be read.
         """
-        video = open_video(self.root / name, self.backend, self.patience)
-        numbers = frame_numbers(len(video), video.fps, self.frames, self.fps, start)
-        pixels = video.frames(np.minimum(numbers, len(video) - 1))
+        with self._at(name) as path:
+            video = open_video(path, self.backend, self.patience)
+            numbers = frame_numbers(len(video), video.fps, self.frames, self.fps, start)
+            pixels = video.frames(np.minimum(numbers, len(video) - 1))
         lacking = int((numbers >= len(video)).sum())
         return Clip(fit(pixels, self.height, self.width, top, left), lacking, pixels.shape[1:3])
 
     def _skip(self, name: str, error: UnreadableVideo) -> None:
         """Only keeps a record: were the file not tried again, items would depend on history."""
-        self.skipped[self.root / name] = error.reason
+        self.skipped[self._path(name)] = error.reason
         place = self.files.index(name)
         if not self._unreadable[place]:
             self._unreadable[place] = True
@@ -371,7 +396,7 @@ class FolderClips(Dataset):
 
     @property
     def unreadable(self) -> list[Path]:
-        return [self.root / self.files[place] for place in self._unreadable.nonzero().flatten().tolist()]
+        return [self._path(self.files[place]) for place in self._unreadable.nonzero().flatten().tolist()]
 
     def _tell_short(self) -> None:
         if self.short and not self._told_short:

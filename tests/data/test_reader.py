@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -70,6 +71,7 @@ def test_forked_workers_have_a_reader_each(videos):
     source = FolderClips(videos, frames=5, height=32, width=32)
     expected = torch.stack([source[n]["video"] for n in range(20)])
     pid = reader()._process.pid
+    gc.collect()  # decord's readers of other tests, which must not be collected in a forked process: it would hang
     loader = DataLoader(Subset(source, range(20)), batch_size=2, num_workers=2, multiprocessing_context="fork")
     assert torch.equal(torch.cat([batch["video"] for batch in loader]), expected)
     assert reader()._process.pid == pid and torch.equal(source[3]["video"], expected[3])

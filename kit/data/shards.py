@@ -1,0 +1,166 @@
+"""Clips in WebDataset shards, on a disk or in object storage: tar files with `KEY.mp4`, and beside it `KEY.txt` (a caption),
+`KEY.json` (with `caption`) or `KEY.cls` (a class).
+
+Unlike a stream, items are numbered: a tar is read through once, to learn where its files lie, and then where an item lies.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import tarfile
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import fsspec
+import numpy as np
+from tqdm import tqdm
+
+from kit.data.clips import SUFFIXES, FolderClips
+from kit.data.decode import PICTURES, UnreadableVideo
+from kit.files import read_json, write_json
+from kit.machine import cache_folder
+
+WORDS = (".txt", ".json", ".cls")  # what says something of a clip
+
+
+class Place(NamedTuple):
+    """Where the bytes of a clip lie, and what its shard says of it."""
+
+    shard: str
+    offset: int
+    size: int
+    caption: str | None
+    label: str | None
+
+
+def list_shards(root: str) -> list[str]:
+    """The tar files of a folder, or those that a pattern names, sorted.
+
+    Args:
+        root: path or address (s3://, gs://, https:// and so on, as `fsspec` has it) of a folder, a tar, or a pattern with *.
+    Raises:
+        FileNotFoundError: if there are none.
+    """
+    files, path = fsspec.core.url_to_fs(root)
+    pattern = path if "*" in path or path.endswith(".tar") else f"{path.rstrip('/')}/*.tar"
+    found = sorted(name if "://" not in root else files.unstrip_protocol(name) for name in files.glob(pattern))
+    if not found:
+        raise FileNotFoundError(f"data.root={root}: no tar files there; give their folder, or a pattern as DIR/train-*.tar")
+    return found
+
+
+def index_of(shard: str) -> dict[str, list]:
+    """File name in a shard -> the values of its `Place` but for the shard; kept in kit's cache folder while the shard has its
+    size and time.
+
+    Raises:
+        OSError, tarfile.TarError: if it cannot be read to its end.
+    """
+    files, path = fsspec.core.url_to_fs(shard)
+    about = files.info(path)
+    state = json.dumps([shard, about["size"], str(about.get("mtime") or about.get("LastModified") or about.get("ETag"))])
+    kept = cache_folder() / "shards" / f"{hashlib.sha256(state.encode()).hexdigest()[:32]}.json"
+    if kept.exists():
+        return read_json(kept)
+    videos, words = {}, defaultdict(dict)
+    with files.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        end = 0
+        for member in tar:
+            name = PurePosixPath(member.name)
+            if member.isfile() and name.suffix.lower() in SUFFIXES + PICTURES:
+                videos[member.name] = [member.offset_data, member.size]
+            elif member.isfile() and name.suffix in WORDS:
+                words[str(name.with_suffix(""))][name.suffix] = tar.extractfile(member).read().decode("utf-8", "replace")
+            end = member.offset_data + member.size
+        if end > about["size"]:
+            raise tarfile.ReadError(f"it ends after {about['size']} bytes, in the midst of a file")
+    index = {name: [*place, *said(words[str(PurePosixPath(name).with_suffix(""))])] for name, place in videos.items()}
+    write_json(kept, index)
+    return index
+
+
+def said(words: dict[str, str]) -> tuple[str | None, str | None]:
+    """Caption and class, from the contents of the files beside a clip by their suffix."""
+    caption, label = words.get(".txt"), words.get(".cls")
+    if caption is None and ".json" in words:
+        try:
+            caption = json.loads(words[".json"]).get("caption")
+        except (json.JSONDecodeError, AttributeError):
+            caption = None
+    return (caption.strip() if isinstance(caption, str) else None), (label.strip() if label is not None else None)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, counts: tuple[int, ...]) -> np.ndarray:
+    """Places in an epoch: shards of so many files in a drawn order, and so the files of each."""
+    rng = np.random.default_rng((seed, 0, epoch))
+    starts = np.cumsum((0, *counts))
+    return np.concatenate([starts[shard] + rng.permutation(counts[shard]) for shard in rng.permutation(len(counts))])
+
+
+@dataclass(eq=False)
+class ShardClips(FolderClips):
+    """Clips of WebDataset shards, which `FolderClips` numbers, splits and skips. Training goes through the shards in a new
+    order each epoch, and through each in one of its own, so that what is near in the stream is near on the disk.
+
+    A shard that cannot be read is told and left out. Captions and classes are the shards' own; classes only if all clips have
+    one.
+
+    Args:
+        root: see `list_shards`.
+    """
+
+    places: dict[str, Place] = field(init=False, repr=False, default_factory=dict)
+
+    def _names(self) -> list[str]:
+        wanted = SUFFIXES + PICTURES * (self.frames == 1)
+        for shard in tqdm(list_shards(str(self.root)), desc="index", unit="shard", disable=None):
+            try:
+                index = index_of(shard)
+            except (OSError, tarfile.TarError) as error:
+                warnings.warn(f"cannot read the shard {shard}: {error}. It is left out; check or replace it.", stacklevel=4)
+                continue
+            found = {f"{shard}/{name}": Place(shard, *place) for name, place in index.items()}
+            self.places |= {name: place for name, place in found.items() if name.lower().endswith(wanted)}
+        if not self.places:
+            raise FileNotFoundError(f"data.root={self.root}: no clips in its shards; they end in {', '.join(wanted)}")
+        return list(self.places)
+
+    def _labels_of(self, names: list[str]) -> dict[str, str]:
+        labels = {name: self.places[name].label for name in names}
+        return labels if all(labels.values()) else {}
+
+    def _captions_of(self, names: list[str]) -> dict[str, str]:
+        return {name: self.places[name].caption for name in names if self.places[name].caption is not None}
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        shards = itertools.groupby(self.files, lambda name: self.places[name].shard)
+        return _order(self.seed, epoch, tuple(len(list(files)) for _, files in shards))
+
+    @contextmanager
+    def _at(self, name: str) -> Iterator[Path]:
+        place, path = self.places[name], self._path(name)
+        with tempfile.NamedTemporaryFile(suffix=path.suffix) as file:
+            try:
+                with fsspec.open(place.shard, "rb") as shard:
+                    shard.seek(place.offset)
+                    file.write(shard.read(place.size))
+                    file.flush()
+            except Exception as error:  # of as many kinds as there are storages
+                raise UnreadableVideo(path, f"{type(error).__name__}: {error}", self.backend) from error
+            try:
+                yield Path(file.name)
+            except UnreadableVideo as error:
+                raise UnreadableVideo(path, error.reason, error.backend) from error
+
+    def _path(self, name: str) -> Path:
+        return Path(name)

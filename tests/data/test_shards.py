@@ -1,0 +1,143 @@
+"""WebDataset shards are folders of clips by another way."""
+
+from __future__ import annotations
+
+import gc
+import io
+import itertools
+import json
+import tarfile
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from kit.cli import main
+from kit.data import shards
+from kit.data.clips import FolderClips
+from kit.data.shapes import Shapes
+from kit.data.shards import ShardClips, list_shards
+from kit.media import write_video
+from tests.fixtures import CLIP, QUICK, TOKENIZER
+
+SHAPE = dict(frames=5, height=32, width=32)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for i in range(12):
+        write_video(Shapes(frames=9, height=32, width=32, fps=8.0)[i]["video"], folder / f"{i:02d}.mp4", 8.0)
+    return folder
+
+
+def pack(path: Path, files: dict[str, bytes]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, contents in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(contents)
+            tar.addfile(member, io.BytesIO(contents))
+
+
+@pytest.fixture
+def packed(videos, tmp_path) -> Path:
+    """Three shards of four clips; captions of two kinds, and classes."""
+    for shard in range(3):
+        files = {}
+        for path in sorted(videos.glob("*.mp4"))[4 * shard : 4 * shard + 4]:
+            files[f"{path.stem}.mp4"] = path.read_bytes()
+            words = f"clip {path.stem}"
+            kind, words = (".json", json.dumps({"caption": words})) if shard else (".txt", f"{words}\n")
+            files[path.stem + kind] = words.encode()
+            files[f"{path.stem}.cls"] = str(int(path.stem) % 2).encode()
+        pack(tmp_path / "shards" / f"train-{shard}.tar", files)
+    return tmp_path / "shards"
+
+
+def test_items_are_those_of_the_files(packed, videos):
+    source, files = ShardClips(packed, "all", **SHAPE), FolderClips(videos, "all", **SHAPE)
+    assert [Path(name).name for name in source.files] == files.files
+    assert source.captioned and source.classes == ("0", "1") and source.native_fps == files.native_fps
+    for n in (0, 5, 11, 12):
+        item = source[n]
+        assert torch.equal(item["video"], files[n]["video"])
+        assert item["caption"] == f"clip {n % 12:02d}" and item["label"] == n % 2
+
+
+def test_splits_share_no_clip_and_epochs_go_shard_by_shard(packed):
+    train, val = ShardClips(packed, "train", **SHAPE), ShardClips(packed, "val", **SHAPE)
+    assert len(train.files) == 10 and len(val.files) == 2 and not set(train.files) & set(val.files)
+    epochs = [[train.file(10 * epoch + i) for i in range(10)] for epoch in range(4)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(train.files)
+        assert len(list(itertools.groupby(train.places[name].shard for name in epoch))) == 3
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert len({train.places[epoch[0]].shard for epoch in epochs + [[train.file(10 * e)] for e in range(4, 20)]}) == 3
+
+
+def test_workers_give_the_same_items(packed):
+    source = ShardClips(packed, "train", **SHAPE)
+    expected = torch.stack([source[n]["video"] for n in range(12)])
+    gc.collect()  # as in test_reader.py
+    loader = DataLoader(Subset(source, range(12)), batch_size=3, num_workers=2, multiprocessing_context="fork")
+    assert torch.equal(torch.cat([batch["video"] for batch in loader]), expected)
+
+
+def test_shards_in_object_storage_and_by_pattern(packed):
+    """Of fsspec's storages the one in memory."""
+    storage = fsspec.filesystem("memory")
+    for path in packed.iterdir():
+        storage.pipe(f"/bucket/{path.name}", path.read_bytes())
+    here, there = ShardClips(packed, "all", **SHAPE), ShardClips("memory://bucket", "all", **SHAPE)
+    assert there.files[0] == "memory:///bucket/train-0.tar/00.mp4"
+    assert torch.equal(there[7]["video"], here[7]["video"])
+    assert list_shards("memory://bucket/train-[01].tar*") == ["memory:///bucket/train-0.tar", "memory:///bucket/train-1.tar"]
+    assert len(ShardClips(str(packed / "train-2.tar"), "all", **SHAPE).files) == 4
+
+
+def test_a_shard_is_read_through_once(packed, monkeypatch):
+    ShardClips(packed, "all", **SHAPE)
+    monkeypatch.setattr(shards.tarfile, "open", lambda *a, **k: pytest.fail("read through again"))
+    ShardClips(packed, "all", **SHAPE)
+    monkeypatch.undo()
+    monkeypatch.setenv("KIT_CACHE", str(packed.parent / "cache"))
+    pack(packed / "train-0.tar", {"new.gif": b"bytes"})
+    assert any(name.endswith("new.gif") for name in ShardClips(packed, "all", **SHAPE).files)
+
+
+def test_damage_costs_what_is_damaged(packed):
+    whole = ShardClips(packed, "all", **SHAPE)
+    expected = whole[5]["video"]
+    cut, changed = packed / "train-0.tar", packed / "train-1.tar"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    place = whole.places[whole.files[4]]
+    contents = bytearray(changed.read_bytes())
+    contents[place.offset : place.offset + place.size] = bytes(place.size)
+    changed.write_bytes(contents)
+    with pytest.warns(UserWarning, match="cannot read the shard .*train-0.tar"):
+        source = ShardClips(packed, "all", **SHAPE)
+    assert len(source.files) == 8
+    with pytest.warns(UserWarning, match=r"cannot read the video .*train-1.tar/04.mp4"):
+        assert torch.equal(source[0]["video"], expected), "the next one takes its place"
+    assert [path.name for path in source.unreadable] == ["04.mp4"]
+
+
+def test_what_is_no_shard_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tar files there"):
+        ShardClips(tmp_path, **SHAPE)
+    pack(tmp_path / "a.tar", {"a.txt": b"words"})
+    with pytest.raises(FileNotFoundError, match="no clips in its shards"):
+        ShardClips(tmp_path, **SHAPE)
+
+
+def test_a_tokenizer_trains_on_shards(packed, tmp_path):
+    words = [f"root={tmp_path}", "data=shards", f"data.root={packed}", *CLIP, *TOKENIZER, *QUICK, "recipe.tokenizer.steps=3"]
+    assert main(["fit", "conf=stage1_tokenizer", *words, "data.workers=1"]) == 0
