@@ -44,7 +44,7 @@ class LossGuard(L.Callback):
         if trainer.global_rank == where.index(False):
             self.folder.mkdir(parents=True, exist_ok=True)
             torch.save(self.batch, path)
-        far = f", {size / self.mean:.1f} times the mean of those before it," if math.isfinite(size) else ""
+        far = f", far above their mean, {self.mean:g}," if math.isfinite(size) else ""
         told = "the loss of another device is lost" if good else f"the loss is {loss.item():g}{far}"
         raise LostLoss(
             f"{told} at step {trainer.global_step}; training stopped before the weights were touched. The batch is in "

@@ -35,11 +35,19 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, folder: str, every: int, may_fail: int = 0):
         self.path, self.every, self.may_fail = Path(folder) / "last.ckpt", every, may_fail
         self.saved = None
-        self.told_to_end, self.handler = False, None
+        self.told_to_end = False
+
+    def on_fit_start(self, trainer, module):
+        self._on_sigterm(signal.SIG_DFL)  # nothing to save yet: it ends at once
 
     def on_train_start(self, trainer, module):
-        if threading.current_thread() is threading.main_thread():  # in place of Lightning's, which ends within a step
-            self.handler = signal.signal(signal.SIGTERM, self._end)
+        self._on_sigterm(self._end)
+
+    @staticmethod
+    def _on_sigterm(handler):
+        """In place of Lightning's handler, which ends within a step; at the end Lightning brings back what was before."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
     def _end(self, *_):
         self.told_to_end = True
@@ -63,11 +71,6 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer, module):
         self._save(trainer, may_fail=0)
-
-    def teardown(self, trainer, module, stage):
-        if self.handler is not None:
-            signal.signal(signal.SIGTERM, self.handler)
-            self.handler = None
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         self.saved = checkpoint["global_step"]

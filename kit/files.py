@@ -50,9 +50,9 @@ def save_checked(contents: dict, path: Path):
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        free = shutil.disk_usage(path.parent).free / 2**20
+        room = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free there)" if path.parent.is_dir() else ""
         before = "; the one before it is whole" if path.exists() else ""
-        raise OSError(f"{path} could not be saved: {cause.strerror} ({free:.0f} MiB free there){before}") from error
+        raise OSError(f"{path} could not be saved: {cause.strerror or cause}{room}{before}") from error
 
 
 def load_checked(path: Path, device=None, mmap: bool = False) -> dict:
@@ -65,8 +65,11 @@ def load_checked(path: Path, device=None, mmap: bool = False) -> dict:
     """
     try:
         contents = torch.load(path, device or "cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable file of tensors: {str(error).splitlines()[0]}") from error
+    except (FileNotFoundError, PermissionError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind, as the damage is
+        told = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"{path} is not a readable file of tensors: {told}") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds {type(contents).__name__}, expected what kit saves")
     saved = contents.pop(HASH, None)  # files of other programs have none

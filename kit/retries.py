@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
 T = TypeVar("T")
@@ -20,9 +22,23 @@ class LostLoss(ValueError):
         self.place = place
 
 
-def is_dead_worker(error: BaseException) -> bool:
-    """Whether a process of the loader died; torch may tell so in the midst of a step."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+class DeadWorker(RuntimeError):
+    """A process of the loader died."""
+
+
+@contextmanager
+def noticing_dead_workers() -> Iterator[None]:
+    """
+    Raises:
+        DeadWorker: in place of torch's error, which may come in the midst of a step; not where other devices would wait for
+            this one in vain.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker") or (dist.is_initialized() and dist.get_world_size() > 1):
+            raise
+        raise DeadWorker(str(error)) from error
 
 
 def written(path: Path) -> int | None:
@@ -31,7 +47,7 @@ def written(path: Path) -> int | None:
 
 
 def with_retries(train: Callable[[Path | None, list[Place]], T], resume: Path | None, last: Path, retries: int) -> T:
-    """`train(resume, lost)`; when its loss is lost or a worker of the loader died, again from `last`, once that is its own.
+    """`train(resume, lost)`, and again when its loss is lost or a worker of the loader died: from `last`, if it wrote that.
 
     Args:
         train: of the checkpoint to go on from, and the places of batches that it shall leave out.
@@ -43,13 +59,11 @@ def with_retries(train: Callable[[Path | None, list[Place]], T], resume: Path | 
     for left in reversed(range(retries + 1)):
         try:
             return train(resume, lost)
-        except (LostLoss, RuntimeError) as error:
-            if not (isinstance(error, LostLoss) or is_dead_worker(error)) or not left:
-                raise
-            if written(last) == (before if resume is None else None):
+        except (LostLoss, DeadWorker) as error:
+            resume = last if written(last) != before else resume
+            if resume is None or not left:
                 raise
             lost = lost + [error.place] if isinstance(error, LostLoss) else lost
             way = "without that batch" if isinstance(error, LostLoss) else "with new processes"
-            rank_zero_warn(f"{error}. Going on from {last} {way}; {left - 1} retries left")
-        resume = last
+            rank_zero_warn(f"{error}. Going on from {resume} {way}; {left - 1} retries left")
     raise AssertionError("unreachable")

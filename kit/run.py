@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lightning as L
 from hydra.utils import instantiate
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,7 +18,7 @@ from kit.data.datamodule import ClipDataModule, StagedClips
 from kit.generator.module import GeneratorModule
 from kit.generator.pretrained import find_encoder
 from kit.machine import fast_float32_products, keep_freed_memory
-from kit.retries import Place, with_retries
+from kit.retries import Place, noticing_dead_workers, with_retries
 from kit.stages import Stage, StagePlan
 from kit.start import start
 from kit.tokenizer import TokenizerConfig
@@ -107,8 +107,9 @@ def encoded_clips_of(cfg: DictConfig, stage: str | None = None) -> Path:
 
 
 def choice_of(cfg: DictConfig) -> dict:
-    """The plain values that choose the clips of a source."""
-    return {key: value for key, value in plain(cfg.data.source).items() if key != "_partial_"}
+    """The plain values that choose the clips of a source, but for where its files lie: those are known by their list."""
+    others = ("_partial_", "root", "patience", "verify")
+    return {key: value for key, value in plain(cfg.data.source).items() if key not in others}
 
 
 def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorModule:
@@ -216,10 +217,15 @@ def fit(cfg: DictConfig) -> L.Trainer:
     `trainer.model`."""
     resume = checkpoint_to_resume(cfg)
     if resume is None:  # the files behind the clips may have changed since
-        for path in Path(cfg.folder).glob("encoded_clips*"):
-            shutil.rmtree(path)
+        remove_encoded_clips(Path(cfg.folder))
     last = Path(cfg.folder) / "checkpoints" / "last.ckpt"
     return with_retries(lambda *where: train(cfg, *where), resume, last, cfg.retries)
+
+
+@rank_zero_only  # the other processes meet it before they encode
+def remove_encoded_clips(folder: Path):
+    for path in folder.glob("encoded_clips*"):
+        shutil.rmtree(path)
 
 
 def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[Place] = ()) -> L.Trainer:
@@ -254,6 +260,6 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[Place] = (
             "adversarial training on several devices needs trainer.strategy=ddp_find_unused_parameters_true (with a + before "
             "it), or trainer.devices=1"
         )
-    with fast_float32_products():
+    with fast_float32_products(), noticing_dead_workers():
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return trainer

@@ -56,14 +56,18 @@ def check_classes(generator: Loaded, data: ClipDataModule):
         )
 
 
-def held_out(data: ClipDataModule) -> dict:
-    """All held-out clips as one batch.
-
+def check_videos(data: ClipDataModule):
+    """
     Raises:
-        ValueError: if they are encoded clips of a cache.
+        ValueError: if the clips are encoded ones of a cache.
     """
     if data.cached:
         raise ValueError(f"{data.val.root} holds encoded clips; give the videos they are of: data=clips data.root=DIR")
+
+
+def held_out(data: ClipDataModule) -> dict:
+    """All held-out clips as one batch. Raises as `check_videos`."""
+    check_videos(data)
     return default_collate([data.val[n] for n in range(data.val_clips)])
 
 
@@ -209,6 +213,7 @@ def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[s
 def cache(cfg: DictConfig) -> Path:
     """Encodes clips of a data set once for all trainings of a generator; returns the folder that holds them."""
     tokenizer, data, folder = load_tokenizer(cfg.tokenizer_ckpt), build_data(cfg), Path(cfg.folder)
+    check_videos(data)
     sources, clips = {"train": data.train, "val": data.val}, {"train": cfg.clips, "val": cfg.val_clips}
     about = describe(data.clip, tokenizer.model, tokenizer.hash, choice_of(cfg), sources)
     print(f"{cfg.clips} + {cfg.val_clips} clips, {about['schedule']}")

@@ -13,7 +13,7 @@ import torch
 
 from kit.checkpoint import load_generator, read_checkpoint
 from kit.cli import main
-from kit.run import build_trainer
+from kit.run import build_data, build_generator_module, build_trainer
 from kit.sharding import ShardedStrategy
 from tests.fixtures import CLIP, GENERATOR, QUICK, composed
 from tests.test_training import losses
@@ -124,6 +124,13 @@ def test_groups_of_processes_that_each_hold_all_weights_train_as_one(pair, tmp_p
     torch.testing.assert_close(torch.tensor(losses(many)), torch.tensor(losses(one)), **CLOSE)
     for name, expected in averages(one).items():
         assert_near(averages(many)[name], expected)
+
+
+def test_recompute_reaches_the_model(pair):
+    for word in ("false", "true"):
+        words = ["data.batch_size=2", f"tokenizer_ckpt={pair.tokenizer}", f"recompute={word}"]
+        cfg = composed("stage2_generator", *CLIP, *GENERATOR, *words)
+        assert build_generator_module(cfg, build_data(cfg)).model.recompute == (word == "true")
 
 
 def test_groups_must_be_of_one_size():

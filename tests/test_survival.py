@@ -20,7 +20,7 @@ from callbacks import LossGuard
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.data.shapes import Shapes
 from kit.files import contents_hash, load_checked, save_checked
-from kit.retries import LostLoss, with_retries
+from kit.retries import DeadWorker, LostLoss, noticing_dead_workers, with_retries
 from tests.fixtures import CLIP, QUICK, TOKENIZER, fit_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,8 +44,8 @@ def started(root: Path, *overrides: str) -> subprocess.Popen:
         "ckpt=last",
         *overrides,
     ]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", *words, *overrides], **quiet)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen([sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", *words], **quiet)
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +83,14 @@ def test_killed_also_while_saving_it_goes_on_to_the_same_weights(whole, tmp_path
     assert not list(folder.glob(".*part*")), "nor is anything left behind"
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, accumulate):
-    process = started(tmp_path, f"optimizer.accumulate={accumulate}", "callbacks.last.every=1000")
+@pytest.mark.parametrize("accumulate, workers", [(1, 1), (3, 0)])
+def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, accumulate, workers):
+    """With all its processes, as schedulers tell it."""
+    every = ["callbacks.last.every=1000", f"data.workers={workers}"]
+    process = started(tmp_path, f"optimizer.accumulate={accumulate}", *every)
     wait_for(lambda: any(tmp_path.glob("run/logs/*/metrics.csv")) or any(tmp_path.glob("run/logs/*/hparams.yaml")), process)
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert "ckpt=last goes on from there" in process.stderr.read()
     saved = read_checkpoint(last(tmp_path), "tokenizer")
@@ -96,6 +98,12 @@ def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, accumulate):
     if accumulate == 1:
         assert started(tmp_path).wait() == 0
         assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
+
+
+def test_what_sigterm_did_before_it_does_again(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    assert fit_tokenizer(tmp_path, *STEPS, "recipe.tokenizer.steps=1", name="run") == 0
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def fill(folder: Path):
@@ -185,6 +193,12 @@ def test_a_lost_loss_goes_back_and_past_its_batch(tmp_path, monkeypatch):
     checkpoint = read_checkpoint(last(tmp_path), "tokenizer")
     assert checkpoint["global_step"] == 8 and checkpoint["ClipDataModule"] == {"batches_done": 8, "left_out": [5]}
     assert 22 in torch.load(tmp_path / "run" / "lost_loss_step5.pt", weights_only=True)["n"]
+    guard = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("LossGuard"))
+    assert guard["count"] == 8 and guard["mean"] > 0, "kept over a resume"
+    seen.clear()
+    more = [word for word in POISONED if "steps" not in word] + ["recipe.tokenizer.steps=10", "ckpt=last"]
+    assert fit_tokenizer(tmp_path, *STEPS, *more, name="run") == 0
+    assert seen == [36, 40], "still without it"
 
 
 def test_a_stage_leaves_out_a_batch_of_its_own(tmp_path):
@@ -219,7 +233,7 @@ def test_what_no_retry_mends_is_raised(tmp_path):
         calls.append((resume, places))
         raise error
 
-    lost = LostLoss("lost", (0, 7))
+    lost, rewound = LostLoss("lost", (0, 7)), tmp_path / "best.ckpt"
     with pytest.raises(LostLoss):
         with_retries(partial(fails, lost), None, path, 2)
     path.write_text("of another run")
@@ -232,6 +246,13 @@ def test_what_no_retry_mends_is_raised(tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"):
         with_retries(partial(fails, RuntimeError("out of memory")), path, path, 2)
     assert len(calls) == 6
+    with pytest.warns(UserWarning), pytest.raises(LostLoss):
+        with_retries(partial(fails, lost), rewound, path, 1)
+    assert [resume for resume, _ in calls[6:]] == [rewound] * 2, "not from what another training has left"
+    with pytest.raises(DeadWorker), noticing_dead_workers():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    with pytest.raises(RuntimeError, match="out of memory"), noticing_dead_workers():
+        raise RuntimeError("out of memory")
 
 
 def test_exploding_loss_is_as_bad_as_none(tmp_path):
@@ -245,7 +266,7 @@ def test_exploding_loss_is_as_bad_as_none(tmp_path):
     guard.on_train_batch_start(trainer, None, {"n": torch.arange(2)}, 7)
     guard.on_before_backward(trainer, None, torch.tensor(-1.9))
     assert guard.mean == pytest.approx(0.5 + 1.4 / 100)
-    with pytest.raises(LostLoss, match="the loss is 2.1, 4.1 times the mean of those before it, at step 3") as error:
+    with pytest.raises(LostLoss, match="the loss is 2.1, far above their mean, 0.514, at step 3") as error:
         guard.on_before_backward(trainer, None, torch.tensor(2.1))
     assert error.value.place == (0, 7) and guard.mean == pytest.approx(0.514)
     assert (tmp_path / "lost_loss_step3.pt").is_file()

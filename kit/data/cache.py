@@ -54,10 +54,10 @@ def describe(clip: dict, tokenizer: Tokenizer, tokenizer_hash: str, how: dict, s
 
     Args:
         clip: `frames`, `height`, `width`, `fps`. how: plain values that choose the clips, the config's `data.source`.
-        sources: split -> data set; the names of its files count too, where it has files.
+        sources: split -> data set; its files count too, by names and sizes, where it has a `listing` of them.
     """
     schedule = tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
-    names = {split: "\n".join(source.files) for split, source in sources.items() if hasattr(source, "files")}
+    names = {split: "\n".join(source.listing()) for split, source in sources.items() if hasattr(source, "listing")}
     files = {split: {"count": text.count("\n") + 1, "sha256": _sha256(text)} for split, text in names.items()}
     first = next(iter(sources.values()))
     about = {
@@ -118,8 +118,8 @@ def _claim(folder: Path, about: dict, clips: dict[str, int]):
             keys = [key for key in about if found["about"].get(key) != about[key]]
             told = "; ".join(f"{key}: {found['about'].get(key)}, asked for {about[key]}" for key in keys)
             raise ValueError(f"{folder} holds other clips ({told}); choose another folder with name=..., or remove this one")
-        if found["clips"] != clips:
-            write_json(path, {"about": about, "clips": clips})
+        if found["clips"] != clips or not all(is_whole(folder / shard.file, shard) for shard in shards_of(clips)):
+            write_json(path, {"about": about, "clips": clips})  # not finished, or no longer: of what is written new hashes
 
 
 def is_whole(path: Path, shard: Shard) -> bool:

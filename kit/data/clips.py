@@ -304,6 +304,10 @@ class FolderClips(Dataset):
                 raise ValueError(f"{key}={getattr(self, key)}; expected {least} or more")
         load_backend(self.backend)
 
+    def listing(self) -> list[str]:
+        """`NAME BYTES` of each file of the split: what a cache of its clips is known by."""
+        return [f"{name} {(self.root / name).stat().st_size}" for name in self.files]
+
     @property
     def captioned(self) -> bool:
         """Whether captions were given, rather than made of class names."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -48,6 +49,11 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
 def numbers_from(first: int, left_out: frozenset[int]) -> Iterator[int]:
     """0, 1, 2, ... without those left out, from the `first`-th on."""
     return itertools.islice((n for n in itertools.count() if n not in left_out), first, None)
+
+
+def leave_sigterm_to_the_trainer(worker: int):
+    """Schedulers send it to all processes of a job; a worker that ends of it would be missed before the trainer has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Numbered(Dataset):
@@ -135,7 +141,10 @@ class ClipDataModule(L.LightningDataModule):
 
     def _loader(self, dataset: Dataset, workers: int, **order) -> DataLoader:
         prefetch = 4 if workers else None
-        return DataLoader(Numbered(dataset), num_workers=workers, persistent_workers=False, prefetch_factor=prefetch, **order)
+        return DataLoader(
+            Numbered(dataset), num_workers=workers, persistent_workers=False, prefetch_factor=prefetch,
+            worker_init_fn=leave_sigterm_to_the_trainer, **order,
+        )  # fmt: skip
 
     def place_of(self, batch: int) -> tuple[int, int]:
         """(0, number in the stream) of a batch by its number in the training."""
@@ -152,7 +161,7 @@ class ClipDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state: dict):
         self.batches_done = state["batches_done"]
-        self.left_out |= set(state["left_out"])
+        self.left_out |= set(state.get("left_out", ()))
 
 
 class Unsized:
@@ -255,5 +264,5 @@ class StagedClips(L.LightningDataModule):
 
     def load_state_dict(self, state: dict):
         self.batches_done, self.stage, self.ended = state["batches_done"], state["stage"], dict(state["ended"])
-        for part, left_out in zip(self.parts, state["left_out"], strict=True):
+        for part, left_out in zip(self.parts, state.get("left_out", ())):
             part.left_out |= set(left_out)

@@ -10,6 +10,7 @@ import faulthandler
 import importlib
 import math
 import os
+import signal
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -322,7 +323,8 @@ def serve(connection: Connection):
     many a second. It is answered ("found", what it asked for), ("unreadable", reason, backend) or ("error", error). What
     takes more seconds ends the process.
     """
-    video = None
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which schedulers send to all processes of a job: who asks ends this one
+    video, opened = None, None
     connection.send("ready")
     with open(os.devnull, "w") as nowhere:
         while True:
@@ -332,9 +334,9 @@ def serve(connection: Connection):
                 return
             faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)  # even where a decoder holds the interpreter
             try:
-                if numbers is None or video is None or video.path != path:
-                    video = None  # one file at a time
-                    video = open_video(path, backend)
+                if numbers is None or opened != (path, backend):
+                    video, opened = None, None  # one file at a time
+                    video, opened = open_video(path, backend), (path, backend)
                 answer = "found", (len(video), video.fps) if numbers is None else video.frames(numbers)
             except UnreadableVideo as error:
                 answer = "unreadable", error.reason, error.backend

@@ -46,6 +46,8 @@ class Mixture(Dataset):
         self, sources: Mapping[str, Callable[..., Dataset]], weights: Mapping[str, float], split: str = "train",
         seed: int = 0, **shape,
     ):  # fmt: skip
+        if not sources:
+            raise ValueError("data=mixture needs data.source.sources and data.source.weights, see conf/data/mixture.yaml")
         if set(sources) != set(weights):
             raise ValueError(f"data.source.weights are of {', '.join(weights)}, the sources are {', '.join(sources)}")
         self.sources = {name: build(split=split, **shape) for name, build in sources.items()}
@@ -64,6 +66,11 @@ class Mixture(Dataset):
         item = source[period * self.counts[name] + self.number[place]]
         label = source.classes[item["label"]] if item["label"] >= 0 and source.classes else None
         return {**item, "label": -1 if label is None else self.classes.index(label)}
+
+    def listing(self) -> list[str]:
+        """Of all sources that have files, see `FolderClips`."""
+        those = ((name, source) for name, source in self.sources.items() if hasattr(source, "listing"))
+        return [f"{name}: {line}" for name, source in those for line in source.listing()]
 
     @property
     def native_fps(self) -> float:

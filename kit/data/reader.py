@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -59,23 +60,26 @@ class Reader:
                 words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
             )
         self._connection, self._owner = Connection(ours.detach()), os.getpid()
-        if not self._connection.poll(START) or self._connection.recv() != "ready":
+        try:
+            ready = self._connection.poll(START) and self._connection.recv() == "ready"
+        except (EOFError, OSError):
+            ready = False
+        if not ready:
             self.stop()
             raise RuntimeError(f"no process that decodes ({' '.join(words)}); data.source.patience=null does without")
 
     def stop(self):
         """Kills the process."""
         if self._owner == os.getpid():
-            self._process.kill()
-            self._process.wait()
             self._connection.close()
+            self._process.kill()
+            with suppress(subprocess.TimeoutExpired):  # it may hang in the kernel, on a network's disk
+                self._process.wait(timeout=5)
         self._owner = None
 
 
 class RemoteVideo(Decoder):
-    """A video file as another process decodes it."""
-
-    module, package = decode.__name__, "kit"
+    """A video file as another process decodes it, all frames of a walk at once."""
 
     def __init__(self, path: Path, backend: str, patience: float):
         self.path, self.backend, self.patience = path, backend, patience

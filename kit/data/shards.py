@@ -164,3 +164,9 @@ class ShardClips(FolderClips):
 
     def _path(self, name: str) -> Path:
         return Path(name)
+
+    def listing(self) -> list[str]:
+        def within(name: str) -> str:  # the shard's own name and what is in it, wherever it lies
+            return name[len(self.places[name].shard.rpartition("/")[0]) + 1 :]
+
+        return [f"{within(name)} {self.places[name].size}" for name in self.files]

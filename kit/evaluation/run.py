@@ -134,7 +134,7 @@ def _read_kept(path: Path) -> dict | None:
     """What a file keeps; None if it is missing or damaged."""
     try:
         return load_checked(path)
-    except ValueError:
+    except (ValueError, OSError):
         return None
 
 

@@ -64,8 +64,12 @@ def attention_views(
         schedule: with the history blocks, for `full` (`ScaleSchedule.with_history`).
         tokens: how many of its tokens are in the sequence; those of a last history block are not.
         kept: (B, F) bool from `draw_kept_frames`; a frame always sees itself, and all see the condition.
+    Raises:
+        ValueError: if the sequence ends within a block.
     """
     S, blocks = condition_length, [b for b in schedule.blocks if b.stop <= tokens]
+    if blocks[-1].stop != tokens:
+        raise ValueError(f"{tokens} tokens end within a block of {schedule}")
     spans = [(0, S), *((S + b.start, S + b.stop) for b in blocks)]
     here = functools.partial(torch.tensor, device="cpu")  # whatever the default: the rule for blocks is read below
     f, k = here([CONDITION, *(b.f for b in blocks)]), here([0, *(b.k for b in blocks)])

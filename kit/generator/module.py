@@ -57,7 +57,7 @@ class GeneratorModule(L.LightningModule):
         tokenizer_path: where that tokenizer was.
         tokenizer: the tokenizer itself; it is not trained and not saved here.
         recompute: the backward pass computes each layer once more instead of keeping what it computed (activation
-            checkpointing): less memory, a third more time.
+            checkpointing): less memory, a third more arithmetic.
     """
 
     kind = "generator"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kit.cli import main
 from kit.data import cache
 from kit.data.cache import CachedClips, describe, read_manifest, shards_of, write_cache
 from kit.data.clips import FolderClips
+from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.media import write_video
 from tests.fixtures import CLIP, GENERATOR, QUICK, fit_generator
@@ -121,6 +123,18 @@ def test_processes_share_the_work(pair, tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+def test_a_file_that_was_removed_is_made_again_and_hashed_anew(pair, tmp_path):
+    """It may be made on another machine, whose rounding differs."""
+    write(pair, tmp_path)
+    file = tmp_path / "train_00001.safetensors"
+    file.unlink()
+    manifest = read_manifest(tmp_path)
+    manifest["files"][file.name]["sha256"] = "of another machine"
+    cache.write_json(tmp_path / "manifest.json", manifest)
+    write(pair, tmp_path)
+    CachedClips(tmp_path, verify=True)
+
+
 def test_other_clips_need_another_folder(pair, tmp_path):
     write(pair, tmp_path, seed=0)
     with pytest.raises(ValueError, match=r"holds other clips \(source: {'seed': 0}, asked for {'seed': 1}\)"):
@@ -164,8 +178,17 @@ def test_the_list_of_files_is_a_part_of_what_it_is_of(pair, tmp_path):
 
     before = about()
     assert before["files"]["train"]["count"] == 2 and about() == before
-    (tmp_path / "videos" / "0.mp4").rename(tmp_path / "videos" / "00.mp4")
-    assert about() != before
+    moved = (tmp_path / "videos").rename(tmp_path / "moved")
+    moved.rename(tmp_path / "videos")
+    assert about() == before
+    file = tmp_path / "videos" / "0.mp4"
+    file.write_bytes(file.read_bytes() + b"more")
+    longer = about()
+    assert longer != before, "another file of the same name"
+    file.rename(tmp_path / "videos" / "00.mp4")
+    assert about() != longer
+    mixed = Mixture({"a": partial(FolderClips, tmp_path / "videos"), "b": Shapes}, {"a": 1, "b": 1}, **CLIP_SHAPE)
+    assert describe(CLIP_SHAPE, tokenizer.model, "hash", {}, {"train": mixed})["files"]["train"]["count"] == 2
 
 
 # --- through the command line ------------------------------------------------------------------------------------------
@@ -208,8 +231,9 @@ def test_a_cache_needs_no_videos_and_validates_alike(pair, tmp_path, capsys):
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]
     assert saved["clip"] == CLIP_SHAPE and saved["generator"]["condition"]["classes"] == ["0", "1"]
     ckpt = f"ckpt={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
-    assert main(["validate", ckpt, f"root={tmp_path}", "data=cached", f"data.root={tmp_path / 'cache'}"]) == 1
-    assert "holds encoded clips; give the videos" in capsys.readouterr().err
+    for verb in (["validate", ckpt], ["cache", f"tokenizer_ckpt={pair.tokenizer}", "name=again"]):
+        assert main([*verb, f"root={tmp_path}", "data=cached", f"data.root={tmp_path / 'cache'}"]) == 1
+        assert "holds encoded clips; give the videos" in capsys.readouterr().err
 
 
 def test_wrong_use_of_a_cache_is_told(pair, tmp_path, capsys):

@@ -98,6 +98,12 @@ def test_own_rates_must_agree(tmp_path):
         _ = mixture.native_fps
 
 
-def test_a_tokenizer_trains_on_a_mixture(tmp_path):
+def test_a_tokenizer_trains_on_a_mixture(tmp_path, capsys):
+    """By the words that conf/data/mixture.yaml names."""
     words = [f"root={tmp_path}", "data=mixture", *CLIP, *TOKENIZER, *QUICK, "recipe.tokenizer.steps=3"]
+    assert main(["fit", "conf=stage1_tokenizer", *words]) == 1
+    assert "data=mixture needs data.source.sources" in capsys.readouterr().err
+    for name, weight in (("mine", 0.3), ("drawn", 0.7)):
+        source = "{_target_: kit.data.shapes.Shapes, _partial_: true}"
+        words += [f"+data.source.sources.{name}={source}", f"+data.source.weights.{name}={weight}"]
     assert main(["fit", "conf=stage1_tokenizer", *words]) == 0

@@ -5,7 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -79,9 +83,6 @@ def test_forked_workers_have_a_reader_each(videos):
 
 def test_the_process_ends_with_its_owner(videos):
     """Even where the owner is killed and the process has a file open."""
-    import subprocess
-    import sys
-
     code = (
         "import time; from kit.data.reader import open_video, reader\n"
         f"open_video({str(videos / '0.mp4')!r}, 'pyav', 60.0)\n"
@@ -95,6 +96,22 @@ def test_the_process_ends_with_its_owner(videos):
             return
         time.sleep(0.1)
     pytest.fail(f"process {pid} still runs")
+
+
+def test_a_decoder_that_nobody_waits_for_ends_by_itself(videos):
+    """As after its owner was killed while it hung, even if it holds the interpreter's lock all the while."""
+    ours, theirs = socket.socketpair()
+    code = (
+        "import ctypes, sys; from multiprocessing.connection import Connection; from kit.data import decode\n"
+        "decode.open_video = lambda *_: ctypes.PyDLL(None).sleep(60)\n"
+        "decode.serve(Connection(int(sys.argv[1])))"
+    )
+    words = [sys.executable, "-c", code, str(theirs.fileno())]
+    with theirs, subprocess.Popen(words, pass_fds=[theirs.fileno()]) as process:
+        connection = Connection(ours.detach())
+        assert connection.recv() == "ready"
+        connection.send((videos / "0.mp4", "pyav", None, 1.0))
+        assert process.wait(timeout=20) == 1
 
 
 def is_running(pid: int) -> bool:
