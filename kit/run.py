@@ -19,6 +19,7 @@ from kit.generator.module import GeneratorModule
 from kit.generator.pretrained import find_encoder
 from kit.machine import fast_float32_products, keep_freed_memory
 from kit.retries import Place, noticing_dead_workers, with_retries
+from kit.sharding import ShardedStrategy
 from kit.stages import Stage, StagePlan
 from kit.start import start
 from kit.tokenizer import TokenizerConfig
@@ -255,6 +256,8 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[Place] = (
     if cfg.module == "generator" and cfg.encoded_clips:
         encode_ahead(cfg, data, module)
     trainer = build_trainer(cfg)
+    if module.kind == "tokenizer" and isinstance(trainer.strategy, ShardedStrategy):
+        raise ValueError("trainer=fsdp is for generators so far; several devices train a tokenizer by trainer=default")
     if trainer.world_size > 1 and getattr(module, "discriminator", None) is not None and cfg.trainer.get("strategy") is None:
         raise ValueError(
             "adversarial training on several devices needs trainer.strategy=ddp_find_unused_parameters_true (with a + before "

@@ -69,16 +69,15 @@ def wait_for(happened, process: subprocess.Popen, seconds: float = 60.0):
         time.sleep(0.002)
 
 
-def test_killed_also_while_saving_it_goes_on_to_the_same_weights(whole, tmp_path):
-    """Saves at each step: most kills meet one. benchmarks/survival.py does this 50 times."""
+def test_killed_while_saving_it_goes_on_to_the_same_weights(whole, tmp_path):
+    """It saves at each step. benchmarks/survival.py does this 50 times."""
     folder = last(tmp_path).parent
-    for _ in range(2):
-        process = started(tmp_path, "callbacks.last.every=1")
-        before = len(list(folder.parent.glob("logs/*")))
-        wait_for(lambda: len(list(folder.parent.glob("logs/*"))) > before and any(folder.glob(".*part*")), process)
-        process.kill()
-        process.wait()
-    assert started(tmp_path, "callbacks.last.every=1").wait() == 0
+    process = started(tmp_path, "callbacks.last.every=1")
+    wait_for(lambda: last(tmp_path).is_file() and any(folder.glob(".*part*")), process)
+    process.kill()
+    process.wait()
+    assert read_checkpoint(last(tmp_path), "tokenizer")["global_step"] > 0
+    assert started(tmp_path).wait() == 0
     assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
     assert not list(folder.glob(".*part*")), "nor is anything left behind"
 

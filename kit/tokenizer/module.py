@@ -10,7 +10,6 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from kit.draws import Draws
 from kit.optim import WarmupCosine, build_optimizer
 from kit.perceptual import load_perceptual
-from kit.sharding import ShardedStrategy
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.discriminator import Discriminator
 from kit.tokenizer.losses import (
@@ -79,10 +78,6 @@ class TokenizerModule(L.LightningModule):
             self.discriminator = Discriminator(against["dims"], against["width"], against["layers"])
             self.start = round(against["start"] * steps)  # the discriminators' first iteration
             self.register_buffer("anchors", torch.zeros(len(against["dims"]), 2))  # LeCAM's
-
-    def configure_model(self):
-        if isinstance(self.trainer.strategy, ShardedStrategy):
-            raise ValueError("trainer=fsdp is for generators so far; several devices train a tokenizer by trainer=default")
 
     def enter(self, clip: dict):
         """Goes on with clips of this shape."""
