@@ -56,7 +56,7 @@ def test_images_replace_clips_frame_for_frame():
     assert gpu_hours(3.6e18, tflops=100, utilisation=0.5) == 20
 
 
-@pytest.mark.parametrize("conf, stages", [("progressive", 3), ("paper_plan", 4), ("stage1_tokenizer", 1)])
+@pytest.mark.parametrize("conf, stages", [("progressive", 3), ("stage1_tokenizer", 1)])
 def test_the_doctor_tells_what_each_stage_costs(conf, stages, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["doctor", f"check={conf}", "gpus=[1,16]"]) == 0
