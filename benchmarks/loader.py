@@ -1,10 +1,11 @@
 """How fast clips come from a folder of videos, beside the decoder alone, and whether memory stays flat.
 
-    python benchmarks/loader.py DIR [frames=17] [height=128] [width=128] [clips=400] [long=10000] [workers=0,1,2,4] [long_workers=4]
+    python benchmarks/loader.py DIR [frames=17] [height=128] [width=128] [clips=400] [long=10000]
+                                    [workers=0,1,2,4] [long_workers=4]
 
-A JSON line for each: clips/s of the decoder alone (decord, the same frames, neither resized nor checked), of the data set with and
-without a process of its own, of the loader with so many workers; and the memory of the loader's processes (PSS: shared pages in
-parts) over many clips.
+A JSON line for each: clips/s of the decoder alone (decord, the same frames, neither resized nor checked), of the data set
+with and without a process of its own, of the loader with so many workers; and the memory of the loader's processes (PSS:
+shared pages in parts) over many clips.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-from runs import parted
+from torch.utils.data import DataLoader
 
 from kit.data import decode
 from kit.data.clips import FolderClips, frame_numbers
 from kit.data.datamodule import Numbered, StreamSampler
-from torch.utils.data import DataLoader
+from runs import parted
 
 
 def alone(source: FolderClips, clips: int) -> float:

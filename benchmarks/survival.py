@@ -1,10 +1,10 @@
-"""A training that is killed (SIGKILL) again and again, also while it saves, against the same one that is not: what it costs, and
-whether it comes to the same weights and losses.
+"""A training that is killed (SIGKILL) again and again, also while it saves, against the same one that is not: what it
+costs, and whether it comes to the same weights and losses.
 
     python benchmarks/survival.py FOLDER [kills=50] [seed=0]
 
-Each line is a kill: the moment that was chosen, the step of the checkpoint that was left, and whether it was whole. Every other
-kill waits for a save to be under way. The last line compares what the training came to.
+Each line is a kill: the moment that was chosen, the step of the checkpoint that was left, and whether it was whole. Every
+other kill waits for a save to be under way. The last line compares what the training came to.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import sys
 import time
 from pathlib import Path
 
-from runs import logged, parted
-
 from kit.checkpoint import read_checkpoint
 from kit.files import contents_hash
+from runs import logged, parted
 
 RUN = (
-    "size=tiny", "data.frames=5", "data.height=32", "data.width=32", "data.batch_size=4", "data.val_clips=4", "data.workers=1",
-    "trainer.val_check_interval=100", "trainer.log_every_n_steps=1", "callbacks.last.every=5", "callbacks.compile.least_steps=-1",
-    "recipe.tokenizer.steps=600", "+logger.csv.flush_logs_every_n_steps=1",
+    "size=tiny", "data.frames=5", "data.height=32", "data.width=32", "data.batch_size=4", "data.val_clips=4",
+    "data.workers=1", "trainer.val_check_interval=100", "trainer.log_every_n_steps=1", "callbacks.last.every=5",
+    "callbacks.compile.least_steps=-1", "recipe.tokenizer.steps=600", "+logger.csv.flush_logs_every_n_steps=1",
 )  # fmt: skip
 
 
@@ -40,7 +39,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def kill_once(root: Path, saving: bool, rng: random.Random) -> str:
-    """Starts or goes on with the training, and kills it: in the midst of a save, or up to six seconds after its first step."""
+    """Starts or goes on with the training, and kills it: in the midst of a save, or up to 6 s after its first step."""
     folder, began = root / "run" / "checkpoints", time.time()
     process = start(root)
     last = folder / "last.ckpt"

@@ -46,11 +46,12 @@ class LossGuard(L.Callback):
             torch.save(self.batch, path)
         far = f", far above their mean, {self.mean:g}," if math.isfinite(size) else ""
         told = "the loss of another device is lost" if good else f"the loss is {loss.item():g}{far}"
+        data, batch = trainer.datamodule, trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
         raise LostLoss(
             f"{told} at step {trainer.global_step}; training stopped before the weights were touched. The batch is in "
             f"{path}, the last good checkpoint in {self.folder / 'checkpoints'}; a lower optimizer.lr or "
             f"trainer.precision=32-true often helps",
-            place=trainer.datamodule.place_of(trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1),
+            place=data.place_of(batch) if hasattr(data, "place_of") else (0, batch),
         )
 
     @staticmethod

@@ -30,9 +30,14 @@ class LastCheckpoint(Checkpoint):
         folder: of the checkpoints. every: optimizer steps between two saves.
         may_fail: saves in a row that may fail, for example on a full disk, before the run stops; the last of a training may
             not.
+    Raises:
+        ValueError: if `every` is below 1 or `may_fail` below 0.
     """
 
     def __init__(self, folder: str, every: int, may_fail: int = 0):
+        for key, value, least in (("every", every, 1), ("may_fail", may_fail, 0)):
+            if value < least:
+                raise ValueError(f"callbacks.last.{key}={value}; expected {least} or more")
         self.path, self.every, self.may_fail = Path(folder) / "last.ckpt", every, may_fail
         self.saved = None
         self.told_to_end = False

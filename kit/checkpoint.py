@@ -83,7 +83,7 @@ def _read(path: str | os.PathLike) -> tuple[dict, str]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; train one with `python -m kit fit`, or give its path")
     checkpoint = load_checked(path)
-    values = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
+    values = checkpoint.get("hyper_parameters", {})
     return checkpoint, next((kind for kind in KINDS if kind in values), "something else")
 
 

@@ -61,7 +61,8 @@ def load_checked(path: Path, device=None, mmap: bool = False) -> dict:
     Args:
         device: where tensors go, the CPU if None. mmap: leave them in the file until they are used.
     Raises:
-        ValueError: if the file is broken, holds something else than a dict, or not what was saved.
+        FileNotFoundError, PermissionError: if it cannot be opened. ValueError: if the file is broken, holds something else
+            than a dict, or not what was saved.
     """
     try:
         contents = torch.load(path, device or "cpu", weights_only=True, mmap=mmap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,10 +36,17 @@ def noticing_dead_workers() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker") or (dist.is_initialized() and dist.get_world_size() > 1):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not _of_dead_worker(error) or (dist.is_initialized() and dist.get_world_size() > 1):
             raise
-        raise DeadWorker(str(error)) from error
+        raise DeadWorker(f"a process of the loader died: {error}") from error
+
+
+def _of_dead_worker(error: Exception) -> bool:
+    """Torch tells of it, or fails to fetch the tensors that the worker has announced."""
+    frames = traceback.walk_tb(error.__traceback__)
+    fetching = any(frame.f_globals.get("__name__") == "torch.multiprocessing.reductions" for frame, _ in frames)
+    return str(error).startswith("DataLoader worker") if isinstance(error, RuntimeError) else fetching
 
 
 def written(path: Path) -> int | None:
@@ -53,8 +61,10 @@ def with_retries(train: Callable[[Path | None, list[Place]], T], resume: Path | 
         train: of the checkpoint to go on from, and the places of batches that it shall leave out.
         last: the checkpoint that a training leaves on its way. retries: how many times.
     Raises:
-        what `train` raises, once there is nothing to go on from or no retry left.
+        ValueError: if `retries` is below 0; else what `train` raises, once there is nothing to go on from or no retry left.
     """
+    if retries < 0:
+        raise ValueError(f"retries={retries}; expected 0 or more")
     lost, before = [], written(last)
     for left in reversed(range(retries + 1)):
         try:

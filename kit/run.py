@@ -109,8 +109,12 @@ def encoded_clips_of(cfg: DictConfig, stage: str | None = None) -> Path:
 
 def choice_of(cfg: DictConfig) -> dict:
     """The plain values that choose the clips of a source, but for where its files lie: those are known by their list."""
-    others = ("_partial_", "root", "patience", "verify")
-    return {key: value for key, value in plain(cfg.data.source).items() if key not in others}
+
+    def chosen(values: dict) -> dict:  # of a mixture's sources too
+        others = ("_partial_", "root", "patience", "verify")
+        return {key: chosen(v) if isinstance(v, dict) else v for key, v in values.items() if key not in others}
+
+    return chosen(plain(cfg.data.source))
 
 
 def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorModule:

@@ -215,7 +215,7 @@ def test_a_worker_that_dies_is_made_up_for(whole, tmp_path):
     wait_for(last(tmp_path).is_file, process)
     os.kill(worker_of(process), signal.SIGKILL)
     told = process.stderr.read()
-    assert process.wait() == 0 and "with new processes; 1 retries left" in told
+    assert process.wait() == 0 and "with new processes; 1 retries left" in told, told
     assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
 
 
@@ -232,6 +232,8 @@ def test_what_no_retry_mends_is_raised(tmp_path):
         calls.append((resume, places))
         raise error
 
+    with pytest.raises(ValueError, match="retries=-1; expected 0 or more"):
+        with_retries(lambda *_: pytest.fail("it began"), None, path, -1)
     lost, rewound = LostLoss("lost", (0, 7)), tmp_path / "best.ckpt"
     with pytest.raises(LostLoss):
         with_retries(partial(fails, lost), None, path, 2)
@@ -252,6 +254,26 @@ def test_what_no_retry_mends_is_raised(tmp_path):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
     with pytest.raises(RuntimeError, match="out of memory"), noticing_dead_workers():
         raise RuntimeError("out of memory")
+
+
+def announce(queue):
+    """As a loader's worker does: the tensor itself is fetched later."""
+    queue.put(torch.zeros(3))
+    time.sleep(60)
+
+
+def test_worker_that_dies_before_its_tensors_are_fetched_is_a_dead_one():
+    processes = torch.multiprocessing.get_context("spawn")
+    queue = processes.Queue()
+    with pytest.raises(ConnectionError, match="elsewhere"), noticing_dead_workers():
+        raise ConnectionError("elsewhere")
+    worker = processes.Process(target=announce, args=(queue,))
+    worker.start()
+    assert queue._reader.poll(60)
+    worker.kill()
+    worker.join()
+    with pytest.raises(DeadWorker, match="a process of the loader died"), noticing_dead_workers():
+        queue.get(timeout=5)
 
 
 def test_exploding_loss_is_as_bad_as_none(tmp_path):

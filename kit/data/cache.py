@@ -154,7 +154,8 @@ def _finish(folder: Path, about: dict, clips: dict[str, int]):
     """Says in the manifest that all files are there, and their hashes."""
     path = folder / MANIFEST
     with _locked(path, -1):
-        if "files" in read_json(path):
+        found = read_json(path)
+        if "files" in found or found["clips"] != clips:  # finished by another, or another has begun to add to it
             return
         files = {}
         for shard in shards_of(clips):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kit.data.decode import PICTURES, UnreadableVideo, load_backend
-from kit.data.reader import open_video
+from kit.data.decoder_process import open_video
 from kit.files import written_aside
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v")
@@ -302,6 +302,8 @@ class FolderClips(Dataset):
         for key, least in (("frames", 1), ("height", 1), ("width", 1), ("fps", 0), ("seed", 0), ("val_every", 2)):
             if (getattr(self, key) or 0) < least:
                 raise ValueError(f"{key}={getattr(self, key)}; expected {least} or more")
+        if self.patience is not None and self.patience <= 0:
+            raise ValueError(f"patience={self.patience}; expected seconds above 0, or null")
         load_backend(self.backend)
 
     def listing(self) -> list[str]:

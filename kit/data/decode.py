@@ -1,7 +1,7 @@
 """Decoding of video files behind one small interface, by decord (the default) or PyAV.
 
 A decoder is opened for one clip and then dropped: an open decord reader may crash when threads share it and hangs when
-a forked process inherits it. This file imports nothing of kit, and nothing slow: `kit.data.reader` also runs it by itself.
+a forked process inherits it. This file imports nothing of kit, and nothing slow: `kit.data.decoder_process` runs it.
 """
 
 from __future__ import annotations
@@ -317,7 +317,7 @@ def _reporting(path: Path, backend: str) -> Iterator[None]:
 
 
 def serve(connection: Connection):
-    """Decodes for a `kit.data.reader.Reader` at the other end, until that hangs up.
+    """Decodes for a `kit.data.decoder_process.DecoderProcess` at the other end, until that hangs up.
 
     It asks (path, backend, numbers, seconds): for the frames with these numbers, or with None for how many there are and how
     many a second. It is answered ("found", what it asked for), ("unreadable", reason, backend) or ("error", error). What

@@ -81,7 +81,7 @@ def index_of(shard: str) -> dict[str, list]:
             elif member.isfile() and name.suffix in WORDS:
                 words[str(name.with_suffix(""))][name.suffix] = tar.extractfile(member).read().decode("utf-8", "replace")
             end = member.offset_data + member.size
-        if end > about["size"]:
+        if about["size"] is not None and end > about["size"]:
             raise tarfile.ReadError(f"it ends after {about['size']} bytes, in the midst of a file")
     index = {name: [*place, *said(words[str(PurePosixPath(name).with_suffix(""))])] for name, place in videos.items()}
     write_json(kept, index)

@@ -132,7 +132,8 @@ def test_a_file_that_was_removed_is_made_again_and_hashed_anew(pair, tmp_path):
     manifest["files"][file.name]["sha256"] = "of another machine"
     cache.write_json(tmp_path / "manifest.json", manifest)
     write(pair, tmp_path)
-    CachedClips(tmp_path, verify=True)
+    assert read_manifest(tmp_path)["files"][file.name]["sha256"] == cache.file_sha256(file)
+    assert CachedClips(tmp_path, verify=True).count == 20
 
 
 def test_other_clips_need_another_folder(pair, tmp_path):

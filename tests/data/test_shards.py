@@ -86,7 +86,7 @@ def test_splits_share_no_clip_and_epochs_go_shard_by_shard(packed):
 def test_workers_give_the_same_items(packed):
     source = ShardClips(packed, "train", **SHAPE)
     expected = torch.stack([source[n]["video"] for n in range(12)])
-    gc.collect()  # as in test_reader.py
+    gc.collect()  # as in test_decoder_process.py
     loader = DataLoader(Subset(source, range(12)), batch_size=3, num_workers=2, multiprocessing_context="fork")
     assert torch.equal(torch.cat([batch["video"] for batch in loader]), expected)
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 from kit.data import decode
 from kit.data.clips import FolderClips
 from kit.data.decode import UnreadableVideo
-from kit.data.reader import open_video, reader
+from kit.data.decoder_process import decoder_process, open_video
 from kit.data.shapes import Shapes
 from kit.media import write_video
 
@@ -60,7 +60,7 @@ def test_decoder_that_dies_or_hangs_costs_its_clip_alone(videos, number, reason,
     """From outside, a decoder that is stopped is one that hangs, and one that is killed one that crashed."""
     source = FolderClips(videos, "all", frames=5, height=32, width=32, patience=1.0)
     expected = [source[n]["video"] for n in range(5)]
-    hurt = reader()._process
+    hurt = decoder_process()._process
     os.kill(hurt.pid, number)
     began = time.perf_counter()
     with pytest.warns(UserWarning, match=reason):
@@ -71,31 +71,35 @@ def test_decoder_that_dies_or_hangs_costs_its_clip_alone(videos, number, reason,
     assert torch.equal(source[0]["video"], expected[0])
 
 
+def test_patience_is_above_nothing(videos):
+    with pytest.raises(ValueError, match="patience=0; expected seconds above 0, or null"):
+        FolderClips(videos, patience=0)
+
+
 def test_forked_workers_have_a_reader_each(videos):
     source = FolderClips(videos, frames=5, height=32, width=32)
     expected = torch.stack([source[n]["video"] for n in range(20)])
-    pid = reader()._process.pid
+    pid = decoder_process()._process.pid
     gc.collect()  # decord's readers of other tests, which must not be collected in a forked process: it would hang
     loader = DataLoader(Subset(source, range(20)), batch_size=2, num_workers=2, multiprocessing_context="fork")
     assert torch.equal(torch.cat([batch["video"] for batch in loader]), expected)
-    assert reader()._process.pid == pid and torch.equal(source[3]["video"], expected[3])
+    assert decoder_process()._process.pid == pid and torch.equal(source[3]["video"], expected[3])
 
 
 def test_the_process_ends_with_its_owner(videos):
     """Even where the owner is killed and the process has a file open."""
     code = (
-        "import time; from kit.data.reader import open_video, reader\n"
+        "import time; from kit.data.decoder_process import open_video, decoder_process\n"
         f"open_video({str(videos / '0.mp4')!r}, 'pyav', 60.0)\n"
-        "print(reader()._process.pid, flush=True); time.sleep(60)"
+        "print(decoder_process()._process.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as owner:
         pid = int(owner.stdout.readline())
         owner.kill()
-    for _ in range(50):
-        if not is_running(pid):
-            return
+    end = time.monotonic() + 5
+    while is_running(pid) and time.monotonic() < end:
         time.sleep(0.1)
-    pytest.fail(f"process {pid} still runs")
+    assert not is_running(pid)
 
 
 def test_a_decoder_that_nobody_waits_for_ends_by_itself(videos):

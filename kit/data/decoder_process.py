@@ -20,7 +20,7 @@ from kit.data.decode import Decoder, UnreadableVideo
 START = 60.0  # seconds that the process may take until it can decode
 
 
-class Reader:
+class DecoderProcess:
     """A process that decodes, begun when it is first asked, and begun anew after one that died or was killed. It ends with
     this one. A process that is forked from this one gets its own."""
 
@@ -83,26 +83,26 @@ class RemoteVideo(Decoder):
 
     def __init__(self, path: Path, backend: str, patience: float):
         self.path, self.backend, self.patience = path, backend, patience
-        self._count, self.fps = reader().ask(path, backend, None, patience)
+        self._count, self.fps = decoder_process().ask(path, backend, None, patience)
 
     def __len__(self) -> int:
         return self._count
 
     def frames(self, indices: Iterable[int]) -> np.ndarray:
-        return reader().ask(self.path, self.backend, [int(i) for i in indices], self.patience)
+        return decoder_process().ask(self.path, self.backend, [int(i) for i in indices], self.patience)
 
     def walk(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
         yield from self.frames(indices)
 
 
-_readers = threading.local()
+_held = threading.local()
 
 
-def reader() -> Reader:
+def decoder_process() -> DecoderProcess:
     """This thread's."""
-    if not hasattr(_readers, "reader"):
-        _readers.reader = Reader()
-    return _readers.reader
+    if not hasattr(_held, "process"):
+        _held.process = DecoderProcess()
+    return _held.process
 
 
 def open_video(path: str | Path, backend: str = "decord", patience: float | None = None) -> Decoder:
