@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,11 +15,16 @@ from kit import machine
 from kit.cli import CONF, confs
 from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
 from kit.evaluation.detectors import I3D_FILE
+from kit.generator.condition import ConditionConfig
+from kit.generator.module import GeneratorModule
 from kit.generator.transformer import Generator, GeneratorConfig
+from kit.memory import training_memory
 from kit.perceptual import GET_VGG16, vgg16_path
+from kit.run import build_data, build_trainer, generator_module, generator_values, of_stage, tokenizer_module
 from kit.scales import latent_frames
 from kit.stages import StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.tokenizer.module import TokenizerModule
 
 PACKAGES = {  # package -> what lacks without it
     "torch": "", "lightning": "", "hydra-core": "", "torchmetrics": "", "av": "", "decord2": "data.source.backend=decord",
@@ -26,7 +32,7 @@ PACKAGES = {  # package -> what lacks without it
     "transformers": "protocol.detector.kind=videomae and condition.encoder",
 }  # fmt: skip
 BYTES_TRAINED = 20  # per parameter: float32 weights, gradients, two AdamW moments, EMA
-COLUMNS = "{:<12}{:>14}{:>8}{:>9}{:>14}{:>8}{:>14}{:>12}{:>11}"  # of what stages cost
+COLUMNS = "{:<12}{:>14}{:>8}{:>9}{:>14}{:>8}{:>14}{:>12}{:>11}{:>9}{:>9}"  # of what stages cost
 
 
 def versions() -> dict[str, str]:
@@ -97,8 +103,40 @@ def stages_of(cfg: DictConfig) -> list[tuple[str, int, dict]]:
 
 def generator_config(cfg: DictConfig, tokenizer: TokenizerConfig) -> GeneratorConfig:
     """Of the generator that a training's config describes, on the default condition."""
-    own = {"window": cfg.window, "history": cfg.history, "align": cfg.align, **OmegaConf.to_container(cfg.generator)}
-    return GeneratorConfig(**own, bits=tokenizer.bits, scales=len(tokenizer.scales))
+    return GeneratorConfig.from_dict(generator_values(cfg, tokenizer, asdict(ConditionConfig())))
+
+
+def clips_of_a_step(data: dict, tokenizer: TokenizerConfig) -> int:
+    """On one device, of a stage's data."""
+    if not data["batch_tokens"]:
+        return data["batch_size"]
+    return data["batch_tokens"] // tokenizer.schedule(data["frames"], data["height"], data["width"]).length
+
+
+def memory_of(cfg: DictConfig, data: dict, device: str, bfloat16: bool) -> tuple[int, int]:
+    """What a stage of a training takes on a device which holds all weights, see `training_memory`.
+
+    Raises:
+        ValueError: if the tokenizer cannot take the clips; FileNotFoundError: if a perceptual loss lacks its weights.
+    """
+    values = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
+    clip = {key: data[key] for key in ("frames", "height", "width", "fps")}
+    shape, clips = (clip["frames"], clip["height"], clip["width"]), clips_of_a_step(data, values)
+    encoded = cfg.module == "generator" and cfg.encoded_clips
+
+    def build() -> TokenizerModule | GeneratorModule:
+        if cfg.module == "tokenizer":
+            return tokenizer_module(cfg, clip)
+        return generator_module(cfg, clip, asdict(ConditionConfig()), Tokenizer(values), "", "")
+
+    def batch(where: torch.device) -> dict:
+        words = {"n": range(clips), "caption": [""] * clips, "label": [-1] * clips}
+        if encoded:
+            grid = values.schedule(*shape)
+            return {"feature": torch.zeros(clips, values.bits, grid.frames, *grid.grid, device=where), **words}
+        return {"video": torch.zeros(clips, 3, *shape, device=where), **words}
+
+    return training_memory(build, batch, device, bfloat16, ema=bool(cfg.callbacks.get("ema")))
 
 
 def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
@@ -111,6 +149,8 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
     generator = generator_config(cfg, tokenizer) if cfg.module == "generator" else None
     devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
     devices *= cfg.trainer.get("num_nodes", 1)
+    strategy = cfg.trainer.get("strategy")
+    shares = devices / strategy.replicas if isinstance(strategy, DictConfig) and "replicas" in strategy else 1
     per_step = devices * cfg.optimizer.get("accumulate", cfg.trainer.accumulate_grad_batches)
 
     def cost(frames: int, data: dict) -> ClipCost:
@@ -120,20 +160,29 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
         return generator_cost(generator, tokenizer, *size, encoded=bool(cfg.encoded_clips), recompute=cfg.recompute)
 
     heads = ("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")
-    rows, total = [COLUMNS.format(*heads)], 0.0
+    rows, total = [COLUMNS.format(*heads, "GB held", "at most")], 0.0
     for name, steps, data in stages_of(cfg):
         clip, share = cost(data["frames"], data), data["image_share"]
-        batch = (data["batch_tokens"] // clip.tokens if data["batch_tokens"] else data["batch_size"]) * per_step
+        batch = clips_of_a_step(data, tokenizer) * per_step
+        try:
+            held, most = memory_of(cfg, data, "cuda", bfloat16=True)
+            memory = [f"{size / 1e9:,.1f}" for size in (held / shares, held / shares + most - held)]
+        except FileNotFoundError:  # a perceptual loss without its weights, which `metric_networks` tells of
+            memory = ["?", "?"]
         latents = latent_frames(data["frames"])
         whole = stage_cost(clip, cost(1, data) if share else None, steps * batch, share, latents)
         hours = gpu_hours(whole.flops, doctor.tflops, doctor.utilisation)
         total += hours
         size = f"{data['frames']}x{data['height']}x{data['width']}"
         figures = (f"{clip.flops / 1e9:,.1f}", f"{whole.flops / 1e18:,.4g}", f"{hours:,.4g}")
-        rows.append(COLUMNS.format(name, size, clip.tokens, steps, batch, f"{share:.0%}", *figures))
+        rows.append(COLUMNS.format(name, size, clip.tokens, steps, batch, f"{share:.0%}", *figures, *memory))
     rows.append(
         f"in all {total:,.4g} GPU-hours at {doctor.utilisation:.0%} of {doctor.tflops:g} TFLOP/s: "
         + ", ".join(f"{days(total / n)} on {n}" for n in doctor.gpus)
+    )
+    rows.append(
+        "GB of each GPU's memory, in bfloat16 mixed precision, not compiled: held between steps, and at most within one"
+        + (f"; what is held is shared out to {shares:.0f}" if shares > 1 else "")
     )
     return rows
 
@@ -142,8 +191,9 @@ def days(hours: float) -> str:
     return f"{hours / 24:,.3g} days" if hours >= 48 else f"{hours:.3g} h"
 
 
-def compose(name: str) -> DictConfig:
-    """
+def compose(name: str, *words: str) -> DictConfig:
+    """A training's conf, with words as `fit` takes them.
+
     Raises:
         ValueError: if it is no conf for training, or does not compose.
     """
@@ -152,7 +202,7 @@ def compose(name: str) -> DictConfig:
     if name not in confs():
         raise ValueError(f"not a training conf; choose from {', '.join(confs())}")
     try:
-        cfg = hydra.compose(name)
+        cfg = hydra.compose(name, list(words))
         OmegaConf.resolve(cfg)
     except Exception as error:  # whatever hydra or omegaconf raise, it is the config's problem
         raise ValueError(f"does not compose: {error}") from error
@@ -161,8 +211,6 @@ def compose(name: str) -> DictConfig:
 
 def problems(cfg: DictConfig) -> list[str]:
     """What is wrong with a training's config on this machine, as far as can be seen without running it."""
-    from kit.run import build_data, build_trainer, of_stage
-
     plan = StagePlan.of(OmegaConf.to_container(cfg.stages, resolve=True)) if cfg.stages else StagePlan(())
     builds = [(f"data of stage {stage.name}", lambda stage=stage: build_data(of_stage(cfg, stage))) for stage in plan.stages]
     builds = builds or [("data", lambda: build_data(cfg))]
@@ -190,11 +238,14 @@ def doctor(cfg: DictConfig) -> None:
     print("memory\n" + "\n".join(f"  {row}" for row in presets()))
     if cfg.check is None:
         return
+    fits = [] if cfg.gb is None else [f"fits={cfg.gb}GB"]
     try:
-        checked = compose(cfg.check)
-        found = problems(checked)
-        if not any(problem.startswith("tokenizer and clips") for problem in found):
-            print("cost, on paper\n" + "\n".join(f"  {row}" for row in costs(checked, cfg)))
+        found = problems(compose(cfg.check, *fits))
+        for size in cfg.sizes or [None]:
+            checked = compose(cfg.check, *([] if size is None else [f"size={size}"]), *fits)
+            if not any(problem.startswith("tokenizer and clips") for problem in found):
+                print(f"cost, on paper{'' if size is None else f', of {size}'}")
+                print("\n".join(f"  {row}" for row in costs(checked, cfg)), flush=True)
     except ValueError as error:
         found = [str(error)]
     print(f"conf={cfg.check}: " + ("no problem found" if not found else ""))

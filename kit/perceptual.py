@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kit.files import file_sha256, read_weights
+from kit.recompute import recomputed
 
 CONVOLUTIONS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels, stage by stage
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's IMAGENET1K_V1
@@ -81,7 +81,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Blurred pooling would keep more for the backward pass (int64 indices, padded copies) than the convolutions do,
         # and is quick to repeat.
-        return self.convolutions(checkpoint(self.pool, x, use_reentrant=False, preserve_rng_state=False))
+        return self.convolutions(recomputed(self.pool, x))
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """Of features (B, C, h, w) -> (B,): squared differences of their directions, averaged over pixels."""

@@ -22,7 +22,7 @@ from kit.retries import Place, noticing_dead_workers, with_retries
 from kit.sharding import ShardedStrategy
 from kit.stages import Stage, StagePlan
 from kit.start import start
-from kit.tokenizer import TokenizerConfig
+from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.module import TokenizerModule
 
 
@@ -96,9 +96,14 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
             "data.image_share is for generators; conf=stage0_image_tokenizer trains a tokenizer on images, and init=inflate "
             "goes on from it with video"
         )
+    return tokenizer_module(cfg, data.clip)
+
+
+def tokenizer_module(cfg: DictConfig, clip: dict) -> TokenizerModule:
+    """A tokenizer's, for clips of one shape. Raises as `TokenizerModule`."""
     return TokenizerModule(
-        plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), data.clip, cfg.trainer.max_steps,
-        plain(cfg.scale_dropout), cfg.seed,
+        plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), clip, cfg.trainer.max_steps, plain(cfg.scale_dropout),
+        cfg.seed,
     )  # fmt: skip
 
 
@@ -118,17 +123,30 @@ def choice_of(cfg: DictConfig) -> dict:
 
 
 def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorModule:
-    tokenizer = load_tokenizer(cfg.tokenizer_ckpt)
-    values = tokenizer.model.config
-    generator = {
-        **plain(cfg.generator), "bits": values.bits, "scales": len(values.scales), "window": cfg.window,
-        "history": cfg.history, "align": cfg.align, "condition": condition_of(plain(cfg.condition), data),
+    tokenizer, condition = load_tokenizer(cfg.tokenizer_ckpt), condition_of(plain(cfg.condition), data)
+    return generator_module(cfg, data.clip, condition, tokenizer.model, tokenizer.hash, str(tokenizer.path.resolve()))
+
+
+def generator_values(cfg: DictConfig, tokenizer: TokenizerConfig, condition: dict) -> dict:
+    """Values of a `GeneratorConfig`."""
+    return {
+        **plain(cfg.generator), "bits": tokenizer.bits, "scales": len(tokenizer.scales), "window": cfg.window,
+        "history": cfg.history, "align": cfg.align, "condition": condition,
     }  # fmt: skip
+
+
+def generator_module(
+    cfg: DictConfig, clip: dict, condition: dict, tokenizer: Tokenizer, tokenizer_hash: str, tokenizer_path: str
+) -> GeneratorModule:
+    """A generator's, for clips of one shape.
+
+    Args:
+        condition: values of its `ConditionConfig`. The rest as for `GeneratorModule`.
+    """
     return GeneratorModule(
-        generator, plain(cfg.correction), cfg.frame_mask, cfg.drop_condition, plain(cfg.loss), plain(cfg.optimizer),
-        data.clip, cfg.trainer.max_steps, cfg.seed,
-        tokenizer_hash=tokenizer.hash, tokenizer_path=str(tokenizer.path.resolve()), tokenizer=tokenizer.model,
-        recompute=cfg.recompute,
+        generator_values(cfg, tokenizer.config, condition), plain(cfg.correction), cfg.frame_mask, cfg.drop_condition,
+        plain(cfg.loss), plain(cfg.optimizer), clip, cfg.trainer.max_steps, cfg.seed, tokenizer_hash=tokenizer_hash,
+        tokenizer_path=tokenizer_path, tokenizer=tokenizer, recompute=cfg.recompute,
     )  # fmt: skip
 
 

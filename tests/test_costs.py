@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from kit.cli import main
 from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
+from kit.doctor import costs
 from kit.generator.mask import SHORT
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from tests.fixtures import composed
 
 TOKENIZER = TokenizerConfig(bits=16, scales=(1, 2, 4, 8), patch=4, widths=(32, 64))
 GENERATOR = GeneratorConfig(layers=4, width=192, heads=3, bits=16, scales=4)
@@ -61,9 +64,31 @@ def test_the_doctor_tells_what_each_stage_costs(conf, stages, capsys, tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert main(["doctor", f"check={conf}", "gpus=[1,16]"]) == 0
     table = capsys.readouterr().out.split("cost, on paper\n")[1].splitlines()
-    hours = [float(line.split()[-1].replace(",", "")) for line in table[1 : 1 + stages]]
+    figures = [[float(word.replace(",", "")) for word in line.split()[-3:]] for line in table[1 : 1 + stages]]
+    hours = [figure[0] for figure in figures]
+    assert all(0 < held < most for _, held, most in figures)
     assert min(hours) > 0 and table[1 + stages].endswith(" on 16")
     assert float(table[1 + stages].split()[2].replace(",", "")) == pytest.approx(sum(hours), rel=0.01)
+
+
+def test_the_doctor_costs_presets(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "check=stage1_tokenizer", "sizes=[tiny,small]", "gb=12"]) == 0
+    tables = capsys.readouterr().out.split("cost, on paper, of ")[1:]
+    assert [table.splitlines()[0] for table in tables] == ["tiny", "small"]
+    rows = [table.splitlines()[2].split() for table in tables]
+    assert float(rows[0][-2]) < float(rows[1][-2]) and [row[4] for row in rows] == ["16", "16"], "8 clips, accumulated twice"
+
+
+def test_what_is_held_is_shared_out_under_fsdp():
+    def held(*words: str) -> float:
+        cfg = composed("stage2_generator", "size=small", "data.batch_size=1", "data.frames=5", *words)
+        OmegaConf.resolve(cfg)
+        return float(costs(cfg, composed("doctor"))[1].split()[-2])
+
+    sharded = ("trainer=fsdp", "trainer.devices=4")
+    whole, shared, replicated = held(), held(*sharded), held(*sharded, "trainer.strategy.replicas=2")
+    assert whole == pytest.approx(4 * shared, abs=0.2) and whole == pytest.approx(2 * replicated, abs=0.1) and shared < whole
 
 
 def test_the_doctor_tells_of_clips_that_do_not_fit(capsys, tmp_path, monkeypatch):

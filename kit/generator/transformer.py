@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from kit.generator.condition import ConditionConfig, build_condition
 from kit.generator.mask import View, attention_views
 from kit.generator.rope import ALIGN, positions, rotary_table, rotate
+from kit.recompute import recomputed
 from kit.scales import ScaleSchedule
 
 
@@ -228,7 +228,7 @@ class Generator(nn.Module):
         views = attention_views(layout, S, L, self.config.window, kept, self.config.history, device)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, views, use_reentrant=False, preserve_rng_state=False)
+                x = recomputed(layer, x, rotary, views)
             else:
                 x = layer(x, rotary, views)
         x = x[:, S:]

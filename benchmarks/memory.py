@@ -1,0 +1,77 @@
+"""What a training's memory comes to (`kit.doctor.memory_of`) against what a training here takes.
+
+    python benchmarks/memory.py CONF [key=value ...]
+
+Trains three steps. On a CPU the process's own memory is measured, above what it was before the module was made (libraries
+have been warmed up by a training of small clips), with an allocator that gives back what is freed; on a GPU, torch's
+`max_memory_allocated`. One JSON line.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+
+if __name__ == "__main__" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # read by glibc when a process starts
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from kit.cli import CONF, register_resolvers
+from kit.doctor import memory_of, stages_of
+from kit.run import BUILDERS, build_data, build_trainer, tokenizer_config
+
+QUIET = (
+    "trainer.max_steps=3", "+trainer.limit_val_batches=0", "data.workers=0", "logger=csv",
+    "callbacks.checkpoint=null", "callbacks.last=null", "callbacks.video_logger=null", "callbacks.compile=null",
+    "callbacks.learning_rate=null",
+)  # fmt: skip
+SMALL = ("data.frames=5", "data.height=32", "data.width=32", "data.batch_size=1")
+
+
+def composed(conf: str, words: list[str]) -> DictConfig:
+    register_resolvers()
+    with hydra.initialize_config_dir(str(CONF), version_base=None):
+        cfg = hydra.compose(conf, words)
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def of_process(key: str) -> int:
+    """Bytes, by a key of Linux's /proc/self/status."""
+    line = next(line for line in open("/proc/self/status") if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def train(cfg: DictConfig) -> int:
+    """Bytes that a training takes at most."""
+    data = build_data(cfg, tokenizer_config(cfg))
+    gc.collect()
+    before = of_process("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the most so far
+    module, trainer = BUILDERS[cfg.module](cfg, data), build_trainer(cfg)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer.fit(module, datamodule=data)
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else of_process("VmHWM") - before
+
+
+def main(conf: str, *words: str):
+    cfg = composed(conf, [*words, *QUIET])
+    train(composed(conf, [*words, *QUIET, *SMALL]))
+    measured = train(cfg)
+    device, data = "cuda" if torch.cuda.is_available() else "cpu", stages_of(cfg)[0][2]
+    _, most = memory_of(cfg, data, device, bfloat16="bf16" in cfg.trainer.precision)
+    about = {"conf": conf, "words": words, "device": device, "precision": cfg.trainer.precision, "clips": data["batch_size"]}
+    figures = {"estimated_gb": most / 1e9, "measured_gb": measured / 1e9, "ratio": most / measured}
+    print(json.dumps(about | {key: round(x, 3) for key, x in figures.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

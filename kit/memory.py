@@ -1,0 +1,188 @@
+"""What memory a training takes, on paper: steps are taken with meta tensors, which have a shape, a type and a life but no
+contents, and what is alive at once is summed up."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
+
+GPU = "xpu"  # as which any of them is pretended: torch lets autocast to it where there is none
+HALVED = {  # computed in bfloat16 under autocast, on either device (aten/src/ATen/autocast_mode.h), as far as kit calls them
+    F.linear, F.conv2d, F.conv3d, torch.conv2d, torch.conv3d, torch.matmul, torch.bmm, torch.baddbmm, torch.addmm,
+    Tensor.matmul, Tensor.__matmul__, F.scaled_dot_product_attention,
+}  # fmt: skip
+FLOAT = {  # computed in float32 under autocast
+    "cpu": {F.softmax, torch.softmax, Tensor.softmax, F.interpolate, F.mse_loss, torch.prod},
+    GPU: {
+        F.softmax, torch.softmax, Tensor.softmax, F.interpolate, F.mse_loss, F.l1_loss, F.group_norm, F.layer_norm,
+        F.binary_cross_entropy_with_logits, torch.rsqrt, Tensor.rsqrt, torch.exp, Tensor.exp, torch.log, Tensor.log,
+        Tensor.pow, torch.pow, torch.sum, Tensor.sum, torch.norm, Tensor.norm,
+    },
+}  # fmt: skip
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the tensors of a device that were made within and are alive.
+
+    Attributes: now; most, at once so far.
+    """
+
+    def __init__(self, device: str = "meta"):
+        super().__init__()
+        self.device = device
+        self.now = self.most = 0
+        self.storages = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._hold, made)
+        return made
+
+    def _hold(self, x: Tensor):
+        storage = x.untyped_storage()
+        if storage.device.type == self.device and storage not in self.storages:
+            self.storages.add(storage)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, size: int):
+        self.now -= size
+
+
+class Pretence(TorchFunctionMode):
+    """Meta tensors say that they lie on a device, are made where that is asked for, and are computed with as autocast there
+    would.
+
+    Args:
+        device: with an index, which tells it from where small tensors of the CPU really lie.
+    Attributes: halves, id of a weight -> the weight in bfloat16, of which autocast keeps one each until it ends; or None.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.halves = device, None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function == Tensor.device.__get__:  # a new object each time
+            found = function(*args)
+            return self.device if found.type == "meta" else found
+        if function is torch._C._nn._parse_to:  # Module.to, which reads its arguments
+            return function(*args, **(kwargs or {}))
+        args, kwargs = tree_map(self._place, (args, kwargs or {}))
+        if torch.is_autocast_enabled(self.device.type):
+            if function in HALVED:
+                args, kwargs = tree_map_only(Tensor, self._half, (args, kwargs))
+            elif function in FLOAT[self.device.type]:
+                args, kwargs = tree_map_only(Tensor, self._float, (args, kwargs))
+        if self.device.type == GPU:
+            function = FUSED.get(function, function)
+        return function(*args, **kwargs)
+
+    def _place(self, x):
+        return torch.device("meta") if isinstance(x, torch.device) and x == self.device else x
+
+    def _half(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return x
+        if self.halves is None or not (x.is_leaf and x.requires_grad):
+            return x.bfloat16()
+        if id(x) not in self.halves:
+            self.halves[id(x)] = x.bfloat16()
+        return self.halves[id(x)]
+
+    @staticmethod
+    def _float(x: Tensor) -> Tensor:
+        return x.float() if x.is_floating_point() else x
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """As scaled_dot_product_attention does it on a GPU: no scores are held, and a mask becomes one of q's type."""
+    if attn_mask is not None:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, float("-inf"))
+        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True)[0]
+
+
+def fused_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """As rms_norm does it on a GPU: of what it computes, it keeps a number for each token."""
+    return torch.ops.aten._fused_rms_norm(x, shape, weight, eps)[0]
+
+
+FUSED = {F.scaled_dot_product_attention: fused_attention, F.rms_norm: fused_norm}  # on GPUs; meta tensors get the formula
+
+
+def backward(loss: Tensor):
+    """As `Tensor.backward`, in which a `Pretence` would end before layers are computed once more."""
+    run = torch.autograd.Variable._execution_engine.run_backward
+    run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def training_memory(
+    build: Callable[[], L.LightningModule], batch: Callable[[torch.device], dict], device: str, bfloat16: bool, ema: bool
+) -> tuple[int, int]:
+    """Bytes that a training holds between its steps, and at most within one.
+
+    Compiled layers take less, libraries' own buffers and what an allocator rounds up come on top.
+
+    Args:
+        build: makes the module. batch: makes a batch on a device.
+        device: `cpu` or `cuda`, which need not be here. bfloat16: whether it trains in mixed precision.
+        ema: whether it keeps a moving average.
+    """
+    where = torch.device(GPU if device == "cuda" else device, 0)
+    with warnings.catch_warnings(), Pretence(where) as pretence, Held() as held:
+        warnings.simplefilter("ignore")
+        with torch.device("meta"):
+            module = build()
+        module.to(where)
+        tokenizer = getattr(module, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.to(where)
+        take_step = stepper(module, pretence, bfloat16)
+        average = [p.detach().clone() for p in module.model.parameters()] if ema else []
+        take_step(batch(where))  # makes the optimizer's state
+        between, held.most = held.now, held.now
+        take_step(batch(where))
+        del average
+    return between, held.most
+
+
+def stepper(module: L.LightningModule, pretence: Pretence, bfloat16: bool) -> Callable[[dict], None]:
+    """Training steps of a module without a trainer."""
+    found = module.configure_optimizers()
+    optimizers = found[0] if isinstance(found, tuple) else [found["optimizer"]]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:  # torch's default on a GPU
+            if "foreach" in group:
+                group["foreach"] = pretence.device.type == GPU
+
+    def update(**_):
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    module.log = module.log_dict = lambda *_, **__: None
+    module.manual_backward, module.step = backward, update
+    if module.kind == "tokenizer":
+        module.start = 0  # of the discriminators
+
+    def take_step(batch: dict):
+        pretence.halves = {}
+        with torch.autocast(pretence.device.type, torch.bfloat16, enabled=bfloat16):
+            loss = module.training_step(batch, 0)
+        pretence.halves = None
+        if module.automatic_optimization:
+            backward(loss)
+            update()
+
+    return take_step

@@ -1,0 +1,99 @@
+"""What a training's memory comes to on paper, against what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from kit.doctor import generator_config, memory_of, stages_of
+from kit.generator.condition import ConditionConfig
+from kit.generator.transformer import Generator
+from kit.memory import Held, Pretence, stepper
+from kit.run import generator_module, tokenizer_module
+from kit.tokenizer import Tokenizer, TokenizerConfig
+from tests.fixtures import composed
+
+CLIPS = ("data.frames=5", "data.height=32", "data.width=32", "data.batch_size=4")
+FULL = ("loss.adversarial.weight=0.1", "loss.adversarial.start=0", "loss.adversarial.dims=[2,3]")
+
+
+def resolved(name: str, *words: str) -> DictConfig:
+    cfg = composed(name, *words)
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def test_held_is_what_is_alive():
+    with Held() as held, torch.device("meta"):
+        a = torch.zeros(1000)
+        assert held.now == 4000
+        b = a.view(10, 100).T  # of the same storage
+        c = a + 1
+        assert held.now == 8000
+        del a, c
+        assert held.now == 4000
+        del b
+        assert held.now == 0 and held.most == 8000
+
+
+def held_for_real(cfg: DictConfig, bfloat16: bool) -> tuple[int, int]:
+    """Bytes of real tensors in two training steps on the CPU."""
+    data = stages_of(cfg)[0][2]
+    clip = {key: data[key] for key in ("frames", "height", "width", "fps")}
+    with Held("cpu") as held:
+        if cfg.module == "tokenizer":
+            module = tokenizer_module(cfg, clip)
+        else:
+            tokenizer = Tokenizer(TokenizerConfig(**cfg.tokenizer))
+            module = generator_module(cfg, clip, asdict(ConditionConfig()), tokenizer, "", "")
+        step = stepper(module, Pretence(torch.device("cpu")), bfloat16)
+        average = [p.detach().clone() for p in module.model.parameters()]
+        for _ in range(2):
+            between, held.most = held.now, held.now
+            video = torch.zeros(data["batch_size"], 3, clip["frames"], clip["height"], clip["width"])
+            step({"video": video, "n": range(len(video)), "caption": [""] * len(video), "label": [-1] * len(video)})
+            del video
+        del average
+    return between, held.most
+
+
+@pytest.mark.parametrize(
+    "bfloat16, words",
+    [
+        (False, ("stage1_tokenizer", *FULL, "optimizer.name=adamw")),
+        (True, ("stage1_tokenizer", *FULL)),
+        (False, ("stage2_generator", "encoded_clips=0", "recompute=true", "optimizer.name=adamw")),
+        (True, ("stage2_generator", "encoded_clips=0")),
+        (True, ("stage2_generator", "encoded_clips=0", "recompute=true")),
+    ],
+    ids=["tokenizer", "tokenizer-bfloat16", "generator-recompute", "generator-bfloat16", "generator-recompute-bfloat16"],
+)
+def test_paper_comes_to_what_real_tensors_do(bfloat16, words):
+    cfg = resolved(*words, "size=tiny", *CLIPS)
+    between, most = held_for_real(cfg, bfloat16)
+    on_paper = memory_of(cfg, stages_of(cfg)[0][2], "cpu", bfloat16)
+    assert on_paper == pytest.approx((between, most), rel=0.01)
+
+
+def test_what_is_held_is_weights_moments_and_average():
+    words = ("stage2_generator", "size=small", "encoded_clips=0", "data.batch_size=1")
+    cfg, without = resolved(*words), resolved(*words, "callbacks.ema=null")
+    data, tokenizer = stages_of(cfg)[0][2], TokenizerConfig(**cfg.tokenizer)
+    with torch.device("meta"):
+        codec, model = Tokenizer(tokenizer), Generator(generator_config(cfg, tokenizer))
+    frozen, trained = (4 * sum(p.numel() for p in m.parameters()) for m in (codec, model))
+    held, most = memory_of(cfg, data, "cuda", True)
+    assert held == pytest.approx(4 * trained + frozen, rel=0.001)
+    assert most > held + trained, "and gradients within a step"
+    assert held - memory_of(without, data, "cuda", True)[0] == pytest.approx(trained, rel=0.001)
+
+
+@pytest.mark.parametrize("size, fits, gib", [("base", "12GB", 12), ("L", "24GB", 24)])
+def test_presets_fit(size, fits, gib):
+    """With a tenth left for the CUDA context, libraries' buffers and what the allocator rounds up."""
+    for conf in ("stage1_tokenizer", "stage2_generator"):
+        cfg = resolved(conf, f"size={size}", f"fits={fits}")
+        assert memory_of(cfg, stages_of(cfg)[0][2], "cuda", bfloat16=True)[1] < 0.9 * gib * 2**30
