@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.distributed.nn.functional import all_reduce
 
 
 @functools.cache
@@ -87,6 +88,13 @@ def from_all_ranks(x: torch.Tensor, through: torch.device) -> torch.Tensor:
     found = [torch.empty_like(x, device=through) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(found, x.to(through))
     return torch.cat(found).cpu()
+
+
+def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """Of all processes of a distributed training, whose losses then are averaged; x itself where there is one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x
+    return all_reduce(x) / torch.distributed.get_world_size()
 
 
 def installed_version(package: str) -> str | None:

@@ -251,6 +251,19 @@ def remove_encoded_clips(folder: Path):
         shutil.rmtree(path)
 
 
+def check_sharded_tokenizer(module: TokenizerModule):
+    """
+    Raises:
+        ValueError: if it needs a weight whole that trainer=fsdp shares out, or would share out a single number.
+    """
+    for key, asked in (
+        ("tokenizer.learned_amplitude", module.model.config.learned_amplitude),
+        ("loss.adversarial.adaptive", module.discriminator is not None and module.loss["adversarial"]["adaptive"]),
+    ):
+        if asked:
+            raise ValueError(f"trainer=fsdp cannot train with {key}=true; set it to false, or use trainer=default")
+
+
 def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[Place] = ()) -> L.Trainer:
     """One training, see `fit`.
 
@@ -279,7 +292,7 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[Place] = (
         encode_ahead(cfg, data, module)
     trainer = build_trainer(cfg)
     if module.kind == "tokenizer" and isinstance(trainer.strategy, ShardedStrategy):
-        raise ValueError("trainer=fsdp is for generators so far; several devices train a tokenizer by trainer=default")
+        check_sharded_tokenizer(module)
     if trainer.world_size > 1 and getattr(module, "discriminator", None) is not None and cfg.trainer.get("strategy") is None:
         raise ValueError(
             "adversarial training on several devices needs trainer.strategy=ddp_find_unused_parameters_true (with a + before "

@@ -58,6 +58,7 @@ class ShardedStrategy(ModelParallelStrategy):
             return
         mesh, kept = self.device_mesh if self.replicas > 1 else self.device_mesh["tensor_parallel"], torch.float32
         policy = MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=kept)
+        model.to(memory_format=torch.contiguous_format)  # another layout cannot be sharded
         for unit in units:
             fully_shard(unit, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(self.param_dtype, kept, output_dtype=kept))
@@ -66,6 +67,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict:
         """Whole, and of the form that the optimizer itself has without sharding; empty but for the first process."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)  # out of Lightning's
+        if not optimizer.state:  # of discriminators before their turn: torch would make one by a step of its own
+            return optimizer.state_dict()
         found = get_optimizer_state_dict(self.model, optimizer, options=GATHERED)
         if not found:
             return {}
@@ -78,6 +81,9 @@ class ShardedStrategy(ModelParallelStrategy):
         checkpoint = load_checked(Path(checkpoint_path), mmap=True)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=WHOLE)
         for optimizer, given in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            if not given["state"]:
+                optimizer.load_state_dict(given)
+                continue
             names = self._names(optimizer)
             groups = [{**group, "params": [names[i] for i in group["params"]]} for group in given["param_groups"]]
             state = {"state": {names[i]: state for i, state in given["state"].items()}, "param_groups": groups}

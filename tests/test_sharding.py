@@ -15,7 +15,7 @@ from kit.checkpoint import load_generator, read_checkpoint
 from kit.cli import main
 from kit.run import build_data, build_generator_module, build_trainer
 from kit.sharding import ShardedStrategy
-from tests.fixtures import CLIP, GENERATOR, QUICK, composed
+from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed
 from tests.test_training import losses
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,10 +32,11 @@ STAGES = [  # with clipped and accumulated gradients, images, frozen parts, flip
 ]  # fmt: skip
 
 
-def fit(root: Path, name: str, tokenizer: Path, *words: str, conf: str = "stage2_generator") -> Path:
-    """Trains in processes of its own; returns the run's folder."""
-    small = [word for word in [*CLIP, *QUICK, *GENERATOR] if not word.startswith(("trainer.devices", "data.batch_size"))]
-    run = [f"root={root}", f"name={name}", f"tokenizer_ckpt={tokenizer}", "optimizer.warmup=2", "callbacks.last.every=100"]
+def fit(root: Path, name: str, tokenizer: Path | None, *words: str, conf: str = "stage2_generator") -> Path:
+    """Trains in processes of its own; returns the run's folder. Without a tokenizer it trains one."""
+    model = TOKENIZER if tokenizer is None else [*GENERATOR, f"tokenizer_ckpt={tokenizer}"]
+    small = [word for word in [*CLIP, *QUICK, *model] if not word.startswith(("trainer.devices", "data.batch_size"))]
+    run = [f"root={root}", f"name={name}", "optimizer.warmup=2", "callbacks.last.every=100"]
     command = [sys.executable, "-m", "kit", "fit", f"conf={conf}", *small, *run, *words]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -107,10 +108,46 @@ def test_bfloat16_is_near(pair, tmp_path, runs):
     assert all(w.dtype == torch.float32 for w in averages(run).values())
 
 
-def test_a_tokenizer_is_refused(tmp_path, capsys):
-    words = ["conf=stage1_tokenizer", "trainer=fsdp", "debug=smoke", f"root={tmp_path}", *CLIP]
-    assert main(["fit", *words]) == 1
-    assert "trainer=fsdp is for generators so far" in capsys.readouterr().err
+ADVERSARIAL = [  # under Muon, with clipped and accumulated gradients, and entropy over the whole batch
+    "recipe.tokenizer.optimizer=muon", "optimizer.clip=0.5", "optimizer.accumulate=2", "loss.adversarial.weight=0.1",
+    "loss.adversarial.lecam=0.1", "loss.entropy_weight=0.1", "loss.adversarial.width=16", "callbacks.ema.decay=0.9",
+    "trainer.val_check_interval=4",
+]  # fmt: skip
+SHARED = [word for word in TWO if not word.startswith("recompute")]
+
+
+def test_a_tokenizer_and_its_discriminators_train_as_in_one_process_and_go_on_in_another_number(tmp_path):
+    """Each begins before the discriminators' turn, which comes after two steps of the six, and goes on in the other's way."""
+    metrics = ["train/loss", "train/entropy", "val/psnr"]
+    ways = {"one": ONE, "two": SHARED}
+
+    def train(ways: dict, *words: str, start: int, metrics: list[str]):
+        one, two = (fit(tmp_path, n, None, *way, *ADVERSARIAL, *words, conf="stage1_tokenizer") for n, way in ways.items())
+        for metric in metrics:
+            expected, found = (torch.tensor(losses(run, start, metric)) for run in (one, two))
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        expected, found = (read_checkpoint(run / "checkpoints" / "last.ckpt", "tokenizer") for run in (one, two))
+        for key in ("state_dict", "ema"):
+            assert expected[key].keys() == found[key].keys()
+            for name, tensor in expected[key].items():
+                assert_near(found[key][name], tensor)
+
+    train(ways, "recipe.tokenizer.steps=2", "loss.adversarial.start=0.99", start=0, metrics=metrics)
+    others = dict(zip(ways, reversed(ways.values())))
+    turn = ["recipe.tokenizer.steps=6", "loss.adversarial.start=0.34", "ckpt=last"]
+    train(others, *turn, start=1, metrics=[*metrics, "train/discriminator", "train/lecam", "train/adversarial"])
+    assert len(losses(tmp_path / "one", 1, "train/discriminator")) == 8
+    assert len(list((tmp_path / "one" / "media").glob("step*.png"))) > 0
+
+
+@pytest.mark.parametrize("word", ["tokenizer.learned_amplitude=true", "loss.adversarial.adaptive=true"])
+def test_what_fsdp_cannot_do_for_a_tokenizer_is_told(word, tmp_path, capsys):
+    words = ["conf=stage1_tokenizer", "trainer=fsdp", "debug=smoke", f"root={tmp_path}", "loss.adversarial.weight=0.1"]
+    assert main(["fit", *words, *CLIP, word]) == 1
+    assert f"trainer=fsdp cannot train with {word}; set it to false" in capsys.readouterr().err
+
+
+def test_param_dtype_is_one_of_two():
     with pytest.raises(ValueError, match="param_dtype=float8"):
         ShardedStrategy("float8")
 

@@ -23,10 +23,10 @@ from tests.fixtures import composed, fit_generator, fit_tokenizer
 compile_layer = torch.nn.Module.compile
 
 
-def losses(folder: Path, start: int = 0) -> list[float]:
-    """The training loss of each step, as logged by the n-th start of a run."""
+def losses(folder: Path, start: int = 0, metric: str = "train/loss") -> list[float]:
+    """The training loss of each step, or another metric, as logged by the n-th start of a run."""
     rows = csv.DictReader((folder / "logs" / f"version_{start}" / "metrics.csv").open())
-    return [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    return [float(row[metric]) for row in rows if row[metric]]
 
 
 def interrupt_after(step: int, monkeypatch):

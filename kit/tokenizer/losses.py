@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kit.machine import mean_over_ranks
 from kit.perceptual import Perceptual
 from kit.tokenizer.quantizer import Step
 
@@ -39,14 +40,15 @@ def entropy_loss(steps: list[Step], inverse_temperature: float) -> Tensor:
     """1 - (entropy of a bit over the batch - mean entropy of a bit given its token), in bits; in [0, 1].
 
     Zero when every bit is certain for its token and balanced over the batch (MAGVIT-v2's entropy penalty, per bit as in
-    BSQ-ViT). A bit's probability is sigmoid(inverse_temperature * u * sqrt(d)), u the residual on the unit sphere.
+    BSQ-ViT); the batch is that of all devices. A bit's probability is sigmoid(inverse_temperature * u * sqrt(d)), u the
+    residual on the unit sphere.
     """
     losses = []
     for step in steps:
         residual = step.residual.float()
         unit = residual * torch.rsqrt(residual.square().mean(1, keepdim=True) + 1e-8)  # sphere of radius sqrt(d)
         p = torch.sigmoid(inverse_temperature * unit).movedim(1, -1).flatten(0, -2)
-        losses.append(1 - (_entropy(p.mean(0)).mean() - _entropy(p).mean()))
+        losses.append(1 - (_entropy(mean_over_ranks(p.mean(0))).mean() - _entropy(p).mean()))
     return torch.stack(losses).mean()
 
 

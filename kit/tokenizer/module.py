@@ -8,8 +8,10 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from kit.draws import Draws
+from kit.machine import mean_over_ranks
 from kit.optim import WarmupCosine, build_optimizer
 from kit.perceptual import load_perceptual
+from kit.sharding import ShardedStrategy
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.discriminator import Discriminator
 from kit.tokenizer.losses import (
@@ -84,6 +86,13 @@ class TokenizerModule(L.LightningModule):
         self.hparams["clip"] = clip
         self.schedule = self.model.schedule(clip["frames"], clip["height"], clip["width"])
 
+    def configure_model(self):
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            strategy.shard(self.model, [self.model.encoder, self.model.decoder])
+            if self.discriminator is not None:
+                strategy.shard(self.discriminator, self.discriminator.parts)
+
     def training_step(self, batch: dict, index: int):
         video = batch["video"]
         output, features, steps = self.model(video, self.kept_scales(batch))
@@ -100,14 +109,14 @@ class TokenizerModule(L.LightningModule):
         if adversarial := self.adversarial_share:
             terms["adversarial"] = self.adversarial_term(output, terms)
         self.backward_of(terms)
-        self.log("train/loss", weighted_sum(terms), prog_bar=True)
-        self.log("train/amplitude", amplitude_of(features))
+        self.log("train/loss", weighted_sum(terms), prog_bar=True, sync_dist=True)
+        self.log("train/amplitude", amplitude_of(features), sync_dist=True)
         if adversarial:
             against = self.discriminator_terms(video, output.detach())
             self.backward_of(against)
             terms |= against
-        self.log_dict({f"train/{name}": term for name, (_, term) in terms.items()})
-        self.log_dict({f"train/{name}_weighted": weight * term for name, (weight, term) in terms.items()})
+        self.log_dict({f"train/{name}": term for name, (_, term) in terms.items()}, sync_dist=True)
+        self.log_dict({f"train/{name}_weighted": weight * term for name, (weight, term) in terms.items()}, sync_dist=True)
         if (index + 1) % self.optimizer["accumulate"] == 0:
             self.step(discriminators=adversarial > 0)
 
@@ -140,10 +149,13 @@ class TokenizerModule(L.LightningModule):
         return min(1.0, done / max(1, round(self.loss["adversarial"]["warmup"] * self.steps)))
 
     def adversarial_term(self, output: Tensor, terms: dict) -> tuple[Tensor | float, Tensor]:
-        """Weight and loss of fooling the discriminators, which do not learn from it."""
-        self.discriminator.requires_grad_(False)
-        loss = adversarial_loss(self.discriminator(output))
-        self.discriminator.requires_grad_(True)
+        """Weight and loss of fooling the discriminators, which do not learn from it: they only say which way is up."""
+        seen = output.detach().requires_grad_()
+        loss = adversarial_loss(self.discriminator(seen))
+        with torch.autocast(self.device.type, enabled=False):
+            (slope,) = torch.autograd.grad(loss, seen)
+        told = (output * slope).sum()
+        loss = loss.detach() + told - told.detach()
         weight = self.adversarial_share * self.loss["adversarial"]["weight"]
         if self.loss["adversarial"]["adaptive"]:
             seen = {name: term for name, term in terms.items() if name in ("reconstruction", "perceptual")}
@@ -153,7 +165,8 @@ class TokenizerModule(L.LightningModule):
     def discriminator_terms(self, video: Tensor, output: Tensor) -> dict:
         """What the discriminators learn from: telling real from reconstructed clips, calmly."""
         real, fake = self.discriminator(video), self.discriminator(output)
-        means = torch.stack([torch.stack([r.float().mean(), f.float().mean()]) for r, f in zip(real, fake)]).detach()
+        means = torch.stack([torch.stack([r.float().mean(), f.float().mean()]) for r, f in zip(real, fake)])
+        means = mean_over_ranks(means.detach())
         seen = self.global_step - self.start  # of batches, where an iteration has one
         self.anchors.lerp_(means, 1 - min(ANCHOR_DECAY, seen / (seen + 1)))  # at first the mean of all so far
         return {
