@@ -20,7 +20,7 @@ from kit.generator.module import GeneratorModule
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.memory import training_memory
 from kit.perceptual import GET_VGG16, vgg16_path
-from kit.run import build_data, build_trainer, generator_module, generator_values, of_stage, tokenizer_module
+from kit.run import accumulate_of, build_data, build_trainer, generator_module, generator_values, of_stage, tokenizer_module
 from kit.scales import latent_frames
 from kit.stages import StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -136,7 +136,7 @@ def memory_of(cfg: DictConfig, data: dict, device: str, bfloat16: bool) -> tuple
             return {"feature": torch.zeros(clips, values.bits, grid.frames, *grid.grid, device=where), **words}
         return {"video": torch.zeros(clips, 3, *shape, device=where), **words}
 
-    return training_memory(build, batch, device, bfloat16, ema=bool(cfg.callbacks.get("ema")))
+    return training_memory(build, batch, device, bfloat16, bool(cfg.callbacks.get("ema")), accumulate_of(cfg))
 
 
 def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
@@ -151,7 +151,7 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
     devices *= cfg.trainer.get("num_nodes", 1)
     strategy = cfg.trainer.get("strategy")
     shares = devices / strategy.replicas if isinstance(strategy, DictConfig) and "replicas" in strategy else 1
-    per_step = devices * cfg.optimizer.get("accumulate", cfg.trainer.accumulate_grad_batches)
+    per_step = devices * accumulate_of(cfg)
 
     def cost(frames: int, data: dict) -> ClipCost:
         size = (frames, data["height"], data["width"])
@@ -239,14 +239,14 @@ def doctor(cfg: DictConfig) -> None:
     if cfg.check is None:
         return
     fits = [] if cfg.gb is None else [f"fits={cfg.gb}GB"]
-    try:
-        found = problems(compose(cfg.check, *fits))
-        for size in cfg.sizes or [None]:
-            checked = compose(cfg.check, *([] if size is None else [f"size={size}"]), *fits)
+    for words in [[f"size={size}"] for size in cfg.sizes or []] or [[]]:
+        name = " ".join([f"conf={cfg.check}", *words, *fits])
+        try:
+            checked = compose(cfg.check, *words, *fits)
+            found = problems(checked)
             if not any(problem.startswith("tokenizer and clips") for problem in found):
-                print(f"cost, on paper{'' if size is None else f', of {size}'}")
-                print("\n".join(f"  {row}" for row in costs(checked, cfg)), flush=True)
-    except ValueError as error:
-        found = [str(error)]
-    print(f"conf={cfg.check}: " + ("no problem found" if not found else ""))
-    print("\n".join(f"  - {problem}" for problem in found))
+                print(f"cost, on paper, of {name}\n" + "\n".join(f"  {row}" for row in costs(checked, cfg)))
+        except ValueError as error:
+            found = [str(error)]
+        print(f"{name}: " + ("no problem found" if not found else ""))
+        print("\n".join(f"  - {problem}" for problem in found), flush=True)

@@ -128,8 +128,9 @@ def backward(loss: Tensor):
 
 
 def training_memory(
-    build: Callable[[], L.LightningModule], batch: Callable[[torch.device], dict], device: str, bfloat16: bool, ema: bool
-) -> tuple[int, int]:
+    build: Callable[[], L.LightningModule], batch: Callable[[torch.device], dict], device: str, bfloat16: bool, ema: bool,
+    accumulate: int = 1,
+) -> tuple[int, int]:  # fmt: skip
     """Bytes that a training holds between its steps, and at most within one.
 
     Compiled layers take less, libraries' own buffers and what an allocator rounds up come on top.
@@ -137,7 +138,7 @@ def training_memory(
     Args:
         build: makes the module. batch: makes a batch on a device.
         device: `cpu` or `cuda`, which need not be here. bfloat16: whether it trains in mixed precision.
-        ema: whether it keeps a moving average.
+        ema: whether it keeps a moving average. accumulate: batches of a step.
     """
     where = torch.device(GPU if device == "cuda" else device, 0)
     with warnings.catch_warnings(), Pretence(where) as pretence, Held() as held:
@@ -150,15 +151,16 @@ def training_memory(
             tokenizer.to(where)
         take_step = stepper(module, pretence, bfloat16)
         average = [p.detach().clone() for p in module.model.parameters()] if ema else []
-        take_step(batch(where))  # makes the optimizer's state
+        take_step(batch, accumulate)  # makes the optimizer's state
         between, held.most = held.now, held.now
-        take_step(batch(where))
+        take_step(batch, accumulate)
         del average
     return between, held.most
 
 
-def stepper(module: L.LightningModule, pretence: Pretence, bfloat16: bool) -> Callable[[dict], None]:
-    """Training steps of a module without a trainer."""
+def stepper(module: L.LightningModule, pretence: Pretence, bfloat16: bool) -> Callable:
+    """Training steps of a module without a trainer: a function of what makes a batch on a device, and of how many batches
+    a step has."""
     found = module.configure_optimizers()
     optimizers = found[0] if isinstance(found, tuple) else [found["optimizer"]]
     for optimizer in optimizers:
@@ -176,13 +178,15 @@ def stepper(module: L.LightningModule, pretence: Pretence, bfloat16: bool) -> Ca
     if module.kind == "tokenizer":
         module.start = 0  # of the discriminators
 
-    def take_step(batch: dict):
-        pretence.halves = {}
-        with torch.autocast(pretence.device.type, torch.bfloat16, enabled=bfloat16):
-            loss = module.training_step(batch, 0)
-        pretence.halves = None
+    def take_step(batch: Callable[[torch.device], dict], accumulate: int):
+        for index in range(accumulate)[-2:]:  # from the second on each adds to gradients that are there
+            pretence.halves = {}
+            with torch.autocast(pretence.device.type, torch.bfloat16, enabled=bfloat16):
+                loss = module.training_step(batch(pretence.device), index)
+            pretence.halves = None
+            if module.automatic_optimization:
+                backward(loss)
         if module.automatic_optimization:
-            backward(loss)
             update()
 
     return take_step

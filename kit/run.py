@@ -71,8 +71,12 @@ def build_stages(cfg: DictConfig, plan: StagePlan, tokenizer: TokenizerConfig) -
     classes = {part.classes for part in parts}
     if len(classes) > 1 and cfg.module == "generator":
         raise ValueError(f"the stages' data have other classes: {'; '.join(', '.join(c) or 'none' for c in classes)}")
-    accumulate = cfg.optimizer.get("accumulate", cfg.trainer.accumulate_grad_batches)
-    return StagedClips(plan, parts, [stage.steps * accumulate for stage in plan.stages])
+    return StagedClips(plan, parts, [stage.steps * accumulate_of(cfg) for stage in plan.stages])
+
+
+def accumulate_of(cfg: DictConfig) -> int:
+    """Batches on each device for one optimizer step; under manual optimization the module accumulates."""
+    return cfg.optimizer.get("accumulate", cfg.trainer.accumulate_grad_batches)
 
 
 def tokenizer_config(cfg: DictConfig) -> TokenizerConfig:

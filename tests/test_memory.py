@@ -12,7 +12,7 @@ from kit.doctor import generator_config, memory_of, stages_of
 from kit.generator.condition import ConditionConfig
 from kit.generator.transformer import Generator
 from kit.memory import Held, Pretence, stepper
-from kit.run import generator_module, tokenizer_module
+from kit.run import accumulate_of, generator_module, tokenizer_module
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from tests.fixtures import composed
 
@@ -43,6 +43,11 @@ def held_for_real(cfg: DictConfig, bfloat16: bool) -> tuple[int, int]:
     """Bytes of real tensors in two training steps on the CPU."""
     data = stages_of(cfg)[0][2]
     clip = {key: data[key] for key in ("frames", "height", "width", "fps")}
+
+    def batch(_) -> dict:
+        video = torch.zeros(data["batch_size"], 3, clip["frames"], clip["height"], clip["width"])
+        return {"video": video, "n": range(len(video)), "caption": [""] * len(video), "label": [-1] * len(video)}
+
     with Held("cpu") as held:
         if cfg.module == "tokenizer":
             module = tokenizer_module(cfg, clip)
@@ -53,9 +58,7 @@ def held_for_real(cfg: DictConfig, bfloat16: bool) -> tuple[int, int]:
         average = [p.detach().clone() for p in module.model.parameters()]
         for _ in range(2):
             between, held.most = held.now, held.now
-            video = torch.zeros(data["batch_size"], 3, clip["frames"], clip["height"], clip["width"])
-            step({"video": video, "n": range(len(video)), "caption": [""] * len(video), "label": [-1] * len(video)})
-            del video
+            step(batch, accumulate_of(cfg))
         del average
     return between, held.most
 
@@ -64,9 +67,9 @@ def held_for_real(cfg: DictConfig, bfloat16: bool) -> tuple[int, int]:
     "bfloat16, words",
     [
         (False, ("stage1_tokenizer", *FULL, "optimizer.name=adamw")),
-        (True, ("stage1_tokenizer", *FULL)),
+        (True, ("stage1_tokenizer", *FULL, "optimizer.accumulate=3")),
         (False, ("stage2_generator", "encoded_clips=0", "recompute=true", "optimizer.name=adamw")),
-        (True, ("stage2_generator", "encoded_clips=0")),
+        (True, ("stage2_generator", "encoded_clips=0", "trainer.accumulate_grad_batches=2")),
         (True, ("stage2_generator", "encoded_clips=0", "recompute=true")),
     ],
     ids=["tokenizer", "tokenizer-bfloat16", "generator-recompute", "generator-bfloat16", "generator-recompute-bfloat16"],
