@@ -1,17 +1,21 @@
 # make demo   environment, training, videos: about a quarter of an hour on two cores
 # make test   environment, test suite
+# make test-gpu   the tests that need a CUDA GPU
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test test-gpu clean
 
 demo: $(VENV)/.kit
 	$(RUN) -m kit demo
 
 test: $(VENV)/.kit-test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest
+
+test-gpu: $(VENV)/.kit-test
+	KIT_TEST_GPU=1 $(RUN) -m pytest tests/gpu
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -45,6 +45,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def onto(x: torch.Tensor, where: torch.device | str) -> torch.Tensor:
+    """A small tensor on a device, without waiting for what a GPU is still at, as `to` does."""
+    where = torch.device(where)
+    return x.pin_memory().to(where, non_blocking=True) if where.type == "cuda" and x.device.type == "cpu" else x.to(where)
+
+
 def check_precision(precision: str):
     """Raises: ValueError for another than float32 and bfloat16."""
     if precision not in ("float32", "bfloat16"):

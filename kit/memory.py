@@ -113,12 +113,26 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = 
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True)[0]
 
 
-def fused_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """As rms_norm does it on a GPU: of what it computes, it keeps a number for each token."""
-    return torch.ops.aten._fused_rms_norm(x, shape, weight, eps)[0]
+class FusedNorm(torch.autograd.Function):
+    """As a GPU's kernel of rms_norm holds it: beside its input, of what it computes a number for each token. For meta tensors
+    torch has the formula alone, which keeps more."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, torch.empty_like(x[..., :1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, _) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
-FUSED = {F.scaled_dot_product_attention: fused_attention, F.rms_norm: fused_norm}  # on GPUs; meta tensors get the formula
+def fused_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float | None = None) -> Tensor:
+    return FusedNorm.apply(x, weight)
+
+
+FUSED = {F.scaled_dot_product_attention: fused_attention, F.rms_norm: fused_norm}  # for meta tensors torch has the formula
 
 
 def backward(loss: Tensor):

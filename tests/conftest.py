@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+if not os.environ.get("KIT_TEST_GPU"):  # tests but those of tests/gpu are about the CPU, also where there is a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import pytest
 import torch
 from torch import nn

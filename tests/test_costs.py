@@ -75,7 +75,8 @@ def test_the_doctor_costs_presets(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["doctor", "check=stage1_tokenizer", "sizes=[tiny,small]", "gb=12"]) == 0
     tables = capsys.readouterr().out.split("cost, on paper, of ")[1:]
-    assert [table.splitlines()[0] for table in tables] == [f"conf=stage1_tokenizer size={s} fits=12GB" for s in ("tiny", "small")]
+    names = [f"conf=stage1_tokenizer size={size} fits=12GB" for size in ("tiny", "small")]
+    assert [table.splitlines()[0] for table in tables] == names
     rows = [table.splitlines()[2].split() for table in tables]
     assert float(rows[0][-2]) < float(rows[1][-2]) and [row[4] for row in rows] == ["16", "16"], "8 clips, accumulated twice"
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kit.data.cache import CachedClips
@@ -130,7 +131,8 @@ class ClipDataModule(L.LightningDataModule):
         where = (self.batches_done, trainer.global_rank, trainer.world_size)
         images = (self.image_share, self.image_batch)
         stream = StreamSampler(self.batch_size, *where, self.frames, *images, self.left_out)
-        return self._loader(self.train, 0 if isinstance(self.train, CachedClips) else self.workers, batch_sampler=stream)
+        read_here = isinstance(self.train, CachedClips) and not torch.cuda.is_available()  # cores have better to do
+        return self._loader(self.train, 0 if read_here else self.workers, batch_sampler=stream)
 
     def val_dataloader(self) -> DataLoader:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -143,7 +145,7 @@ class ClipDataModule(L.LightningDataModule):
         prefetch = 4 if workers else None
         return DataLoader(
             Numbered(dataset), num_workers=workers, persistent_workers=False, prefetch_factor=prefetch,
-            worker_init_fn=leave_sigterm_to_the_trainer, **order,
+            pin_memory=torch.cuda.is_available(), worker_init_fn=leave_sigterm_to_the_trainer, **order,
         )  # fmt: skip
 
     def place_of(self, batch: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.generator.pretrained import PretrainedEncoder
-from kit.machine import from_all_ranks
+from kit.machine import from_all_ranks, onto
 
 SIZE = 0.5  # root mean square of new condition tokens: bits come in at 1, and far smaller words would be learned late
 
@@ -86,8 +86,8 @@ class WordEncoder(nn.Module):
         ids, device = self.words(texts), self.table.weight.device
         if self.training:  # DDP gives all ranks the buffers of the first: it has to know what the others read
             read = from_all_ranks(ids, device)
-            self.seen[read[read >= 0].to(device)] = True
-        ids = ids.to(device)
+            self.seen[onto(read[read >= 0], device)] = True
+        ids = onto(ids, device)
         return self.table(ids.clamp(min=0)), ids >= 0
 
     def notes(self, text: str) -> list[str]:
@@ -124,7 +124,7 @@ class TextCondition(nn.Module):
         """dropped: (B,) bool, whose condition is left out, for classifier-free guidance."""
         states, mask = self.encoder(texts)
         x = torch.where(mask[..., None], self.project(states), self.empty)
-        without = ~mask.any(dim=1) if dropped is None else ~mask.any(dim=1) | dropped.to(x.device)
+        without = ~mask.any(dim=1) if dropped is None else ~mask.any(dim=1) | onto(dropped, x.device)
         return torch.where(without[:, None, None], self.null, x)
 
 
@@ -164,9 +164,9 @@ class ClassCondition(nn.Module):
     def forward(self, labels: list[str], dropped: Tensor | None = None) -> Tensor:
         """Raises as `check`."""
         self.check(labels)
-        ids = torch.tensor([self.classes.index(label) for label in labels], device=self.table.weight.device)
+        ids = onto(torch.tensor([self.classes.index(label) for label in labels]), self.table.weight.device)
         if dropped is not None:
-            ids = torch.where(dropped.to(ids.device), len(self.classes), ids)
+            ids = torch.where(onto(dropped, ids.device), len(self.classes), ids)
         return self.table(ids)[:, None]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kit.draws import Draws
+from kit.machine import onto
 from kit.scales import ScaleSchedule
 from kit.tokenizer.quantizer import frames_of, next_input, pyramid, sequence_of
 
@@ -67,8 +68,8 @@ def training_sequence(
     B, _, F, _, _ = feature.shape
 
     def flip(k: int, label: Tensor) -> Tensor:
-        p = rates[:, :, k].reshape(B * F, 1, 1).to(label.device)
-        u = draws.rand(F, *label.shape[1:]).flatten(0, 1).to(label.device)
+        p = onto(rates[:, :, k].reshape(B * F, 1, 1), label.device)
+        u = onto(draws.rand(F, *label.shape[1:]).flatten(0, 1), label.device)
         return label ^ (u < p)
 
     steps = list(pyramid(frames_of(feature), schedule, None if rates is None else flip))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kit.draws import Draws
+from kit.machine import onto
 from kit.scales import ScaleSchedule
 
 CONDITION = -1  # the frame number that stands for the condition
@@ -74,7 +75,7 @@ def attention_views(
     here = functools.partial(torch.tensor, device="cpu")  # whatever the default: the rule for blocks is read below
     f, k = here([CONDITION, *(b.f for b in blocks)]), here([0, *(b.k for b in blocks)])
     lengths = here([stop - start for start, stop in spans])
-    token_f, token_k = (x.repeat_interleave(lengths).to(device) for x in (f, k))
+    token_f, token_k = (onto(x.repeat_interleave(lengths), device) for x in (f, k))
     rule = functools.partial(visible, window=window, history_k=schedule.scales - 1 if history == "full" else None)
     sees = rule(f[:, None], k[:, None], f[None], k[None])  # blocks by blocks
     frames = f.unique()[not S :]
@@ -87,7 +88,7 @@ def attention_views(
         key_f, query_f = token_f[keys], token_f[queries, None]
         mask = None if sees[own][:, seen].all() else rule(query_f, token_k[queries, None], key_f, token_k[keys])
         if kept is not None and (sees[own] & (f[own, None] != f) & (f != CONDITION)).any():
-            shown = torch.cat([kept.new_ones(len(kept), 1), kept], dim=1).to(device)[:, key_f + 1]  # (B, keys)
+            shown = onto(torch.cat([kept.new_ones(len(kept), 1), kept], dim=1), device)[:, key_f + 1]  # (B, keys)
             may = shown[:, None] | (query_f == key_f)
             mask = (may if mask is None else may & mask)[:, None]
         views.append(View(queries, keys, mask))

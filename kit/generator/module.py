@@ -103,7 +103,7 @@ class GeneratorModule(L.LightningModule):
         draws = Draws(self.seed, batch["n"])
         rates = self.law.draw(schedule, draws)
         inputs, targets = training_sequence(feature, schedule, rates, draws, **self.model.config.reads)
-        kept = draw_kept_frames(schedule.frames, self.frame_mask, draws).to(feature.device)
+        kept = draw_kept_frames(schedule.frames, self.frame_mask, draws)
         dropped = draws.rand() < self.drop_condition
         condition = self.model.condition(self.model.condition.prompts(batch), dropped)
         logits = self.model(inputs, schedule, condition, kept)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from kit.generator.mask import View
 from kit.generator.transformer import Generator
+from kit.machine import onto
 from kit.scales import TAU, ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer.quantizer import next_input, residual_map
 
@@ -149,7 +150,7 @@ class Cache:
             return None
         # how many keys each token sees: a history block not the frame that it opens, a block not those after it
         seen = torch.repeat_interleave(torch.tensor(ends), torch.tensor([read, *blocks]))
-        return (torch.arange(ends[-1]) < seen[:, None]).to(self.keys.device)
+        return onto(torch.arange(ends[-1]) < seen[:, None], self.keys.device)
 
     def layer(self, index: int):
         """`remember` of that layer: stores new keys and values and returns all visible ones."""
@@ -209,7 +210,7 @@ class CachedGenerator:
             inputs.insert(0, next_input(before, self.schedule.grid, self.earlier if config.inherit == "all" else None))
         if first == 0:
             self.earlier = before
-        scale = self.model.scales_of(self.layout)[begin : blocks[-1].stop].to(before.device)
+        scale = onto(self.model.scales_of(self.layout)[begin : blocks[-1].stop], before.device)
         x = self.model.embed(torch.cat(inputs, dim=1), scale, first=blocks[0].stop if begin == 0 else 0)
         x = self._run(x, self.model.condition.length + begin, sizes)
         return self.model.read(x[:, -sum(sizes) :])
@@ -237,7 +238,7 @@ def draw_bits(logits: Tensor, temperature: float, top_p: float, generators: list
     p = torch.sigmoid(logits / temperature)
 
     def uniform(*shape: int) -> Tensor:
-        return torch.stack([torch.rand(shape, generator=g) for g in generators]).to(logits.device)
+        return onto(torch.stack([torch.rand(shape, generator=g) for g in generators]), logits.device)
 
     if top_p == 1:
         return uniform(*p.shape[1:]) < p

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from kit.generator.condition import ConditionConfig, build_condition
 from kit.generator.mask import View, attention_views
 from kit.generator.rope import ALIGN, positions, rotary_table, rotate
+from kit.machine import onto
 from kit.recompute import recomputed
 from kit.scales import ScaleSchedule
 
@@ -204,7 +205,7 @@ class Generator(nn.Module):
 
     def rotary(self, layout: ScaleSchedule) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the condition and the whole layout, (S + L, D / N / 2) each, on the model's device."""
-        where = positions(layout, self.condition.length, self.config.align).to(self.start.device)
+        where = onto(positions(layout, self.condition.length, self.config.align), self.start.device)
         return rotary_table(where, self.config.width // self.config.heads)
 
     def read(self, x: Tensor) -> Tensor:
@@ -222,7 +223,7 @@ class Generator(nn.Module):
             logits (B, L, d); True bits are those with positive logits.
         """
         device, S, L, layout = inputs.device, condition.shape[1], inputs.shape[1], self.layout(schedule)
-        scale = self.scales_of(layout)[:L].to(device)
+        scale = onto(self.scales_of(layout)[:L], device)
         x = torch.cat([condition, self.embed(inputs, scale, first=layout.blocks[0].stop)], dim=1)
         rotary = tuple(table[: S + L] for table in self.rotary(layout))
         views = attention_views(layout, S, L, self.config.window, kept, self.config.history, device)

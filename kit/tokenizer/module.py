@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from kit.draws import Draws
-from kit.machine import mean_over_ranks
+from kit.machine import mean_over_ranks, onto
 from kit.optim import WarmupCosine, build_optimizer
 from kit.perceptual import load_perceptual
 from kit.sharding import ShardedStrategy
@@ -127,7 +127,7 @@ class TokenizerModule(L.LightningModule):
             return None
         kept = torch.ones(len(batch["n"]), self.schedule.scales, dtype=torch.bool)
         kept[:, -last:] = Draws(self.seed, batch["n"]).rand(last) >= p
-        return kept.to(self.device)
+        return onto(kept, self.device)
 
     @property
     def entropy_weight(self) -> float:

@@ -39,7 +39,7 @@ def used_of(bits: Tensor, k: int, schedule: ScaleSchedule) -> Tensor:
 
 def residual_map(bits: Tensor, k: int, schedule: ScaleSchedule) -> Tensor:
     """What scale k adds to the running sum: (N, h_k * w_k, d) bool -> (N, d, h, w) float32."""
-    code = to_code(bits)
+    code = to_code(bits).contiguous()  # so that the map has its channels last, which a GPU resizes far faster
     if schedule.bits:
         code[..., schedule.bits[k] :] = 0
     return up(tokens_to_map(code, schedule.grids[k]), schedule.grid)

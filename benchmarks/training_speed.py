@@ -1,0 +1,103 @@
+"""Training steps a second, as `fit` makes them: data, losses, optimizer, averages and logs included; no validation, no save.
+
+    python benchmarks/training_speed.py steps=N CONF [key=value ...] [-- CONF [key=value ...]] ...
+
+One JSON line for each training of N steps: the median of the later half's, memory, and on a GPU the share of `tflops` that
+the model's arithmetic (`kit.costs`) comes to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+
+import hydra
+import lightning as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from kit.cli import CONF, register_resolvers
+from kit.costs import generator_cost, tokenizer_cost
+from kit.doctor import generator_config
+from kit.run import accumulate_of, fit
+from kit.tokenizer import TokenizerConfig
+
+QUIET = (
+    "overwrite=true", "+trainer.limit_val_batches=0", "logger=csv", "callbacks.checkpoint=null", "callbacks.last=null",
+    "callbacks.video_logger=null", "+callbacks.stopwatch._target_=__main__.Stopwatch", "+trainer.enable_progress_bar=false",
+    "callbacks.progress=null", "retries=0",
+)  # fmt: skip
+BEST = 989e12  # floating point operations a second of an H100 or H200 in bfloat16
+
+
+class Stopwatch(L.Callback):
+    """Attributes: ends, when each step was done; the device is waited for every `every` steps alone."""
+
+    every = 10
+
+    def __init__(self):
+        self.ends = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        done = trainer.global_step
+        if done and done % self.every == 0 and (not self.ends or self.ends[-1][0] != done):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.ends.append((done, time.monotonic()))
+
+    def seconds(self) -> float:
+        """Of a step, the median of the later half."""
+        spans = [(b - a) / self.every for (_, a), (_, b) in itertools.pairwise(self.ends)]
+        return statistics.median(spans[len(spans) // 2 :])
+
+
+def composed(conf: str, words: list[str]) -> DictConfig:
+    register_resolvers()
+    with hydra.initialize_config_dir(str(CONF), version_base=None):
+        cfg = hydra.compose(conf, words)
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def clip_flops(cfg: DictConfig) -> float:
+    """Of a clip in a training step."""
+    tokenizer = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
+    size = (cfg.data.frames, cfg.data.height, cfg.data.width)
+    if cfg.module == "tokenizer":
+        return tokenizer_cost(tokenizer, *size).flops
+    generator = generator_config(cfg, tokenizer)
+    return generator_cost(generator, tokenizer, *size, encoded=bool(cfg.encoded_clips), recompute=cfg.recompute).flops
+
+
+def main(steps: str, *words: str):
+    count = int(steps.removeprefix("steps="))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    for alone, group in itertools.groupby(words, lambda word: word == "--"):
+        if alone:
+            continue
+        conf, *rest = group
+        cfg = composed(conf, [*rest, *QUIET, f"trainer.max_steps={count}"])
+        begin = time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        trainer = fit(cfg)
+        watch = next(callback for callback in trainer.callbacks if isinstance(callback, Stopwatch))
+        seconds, clips = watch.seconds(), cfg.data.batch_size * accumulate_of(cfg)
+        flops = clip_flops(cfg) * clips
+        found = {
+            "steps_per_s": 1 / seconds, "clips_per_s": clips / seconds, "tflops": flops / seconds / 1e12,
+            "share": flops / seconds / BEST, "first_s": watch.ends[0][1] - begin,
+        }  # fmt: skip
+        if torch.cuda.is_available():
+            found |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+        about = {"conf": conf, "words": rest, "clips": clips, "precision": cfg.trainer.precision, "device": device}
+        rounded = {key: float(f"{x:.3g}") for key, x in found.items()}
+        print(json.dumps({**about, **rounded, "torch": torch.__version__}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
