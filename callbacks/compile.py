@@ -8,6 +8,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from kit.machine import can_compile
 
+SHAPES = 64  # of clips and of images that layers are compiled for; further ones are computed uncompiled
+
 
 class CompileLayers(L.Callback):
     """Compiles a transformer's layers for training; validation and sampling, whose shapes vary, stay as they are.
@@ -24,7 +26,8 @@ class CompileLayers(L.Callback):
         layers = getattr(module.model, "layers", None)
         if layers is None or not 0 <= self.least_steps <= trainer.max_steps or not can_compile():
             return
-        rank_zero_info("  compiling the layers: the first step takes some ten seconds")
+        rank_zero_info("  compiling the layers: the first step of each shape takes some ten seconds")
+        torch._dynamo.config.cache_size_limit = max(SHAPES, torch._dynamo.config.cache_size_limit)
         for layer in layers:
             layer.compile(dynamic=False)
         self.compiled = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import lightning as L
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from kit.optim import WarmupCosine, build_optimizer
 from kit.scales import ScaleSchedule
 from kit.sharding import ShardedStrategy
 from kit.tokenizer import Tokenizer
+
+SHAPES = 64  # of clips whose weights are held
 
 
 def bit_weights(schedule: ScaleSchedule, d: int, kind: str) -> Tensor:
@@ -74,17 +78,19 @@ class GeneratorModule(L.LightningModule):
         self.law = FlipLaw(**correction)
         self.frame_mask, self.drop_condition, self.seed = frame_mask, drop_condition, seed
         self.loss, self.optimizer, self.steps = loss, optimizer, steps
+        self.weights = functools.lru_cache(SHAPES)(self._weights)
         self.__dict__["tokenizer"] = tokenizer  # past nn.Module, which would register it as a part of this module
         if tokenizer is not None:
             tokenizer.eval().requires_grad_(False)
             self.enter(clip)
 
     def enter(self, clip: dict):
-        """Goes on with clips of this shape."""
+        """Validates clips of this shape from now on, and makes such. A batch of the training has its own."""
         self.hparams["clip"] = clip
         self.schedule = self.tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
-        weights = bit_weights(self.schedule, self.model.config.bits, self.loss["scale_weights"])
-        self.register_buffer("weights", weights.to(self.device), persistent=False)
+
+    def _weights(self, schedule: ScaleSchedule, device: torch.device) -> Tensor:
+        return bit_weights(schedule, self.model.config.bits, self.loss["scale_weights"]).to(device)
 
     def configure_model(self):
         if isinstance(self.trainer.strategy, ShardedStrategy):
@@ -98,8 +104,8 @@ class GeneratorModule(L.LightningModule):
 
     def training_step(self, batch: dict, _) -> Tensor:
         feature = self.feature(batch)
-        B, schedule = len(feature), self.schedule.with_frames(feature.shape[2])  # images are clips of one frame
-        weights = self.weights[: schedule.length]  # each frame's are alike
+        B, schedule = len(feature), self.tokenizer.schedule_of_feature(feature)
+        weights = self.weights(schedule, feature.device)
         draws = Draws(self.seed, batch["n"])
         rates = self.law.draw(schedule, draws)
         inputs, targets = training_sequence(feature, schedule, rates, draws, **self.model.config.reads)
@@ -115,19 +121,21 @@ class GeneratorModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: dict, _):
-        logits, targets = self.teacher_forced(batch)
-        loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=self.weights)
-        accuracy = accuracy_by_scale((logits > 0) == targets, self.schedule)
+        logits, targets, schedule = self.teacher_forced(batch)
+        weights = self.weights(schedule, logits.device)
+        loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=weights)
+        accuracy = accuracy_by_scale((logits > 0) == targets, schedule)
         metrics = {f"val/bit_accuracy_scale{k + 1}": a for k, a in enumerate(accuracy)}
         self.log("val/loss", loss, prog_bar=True, batch_size=len(targets), sync_dist=True)
         self.log_dict(metrics, batch_size=len(targets), sync_dist=True)
 
-    def teacher_forced(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """Logits and labels, (B, L, d) each, with the true bits as history."""
+    def teacher_forced(self, batch: dict) -> tuple[Tensor, Tensor, ScaleSchedule]:
+        """Logits and labels, (B, L, d) each, with the true bits as history, and what they are of."""
         feature = self.feature(batch)
-        inputs, targets = training_sequence(feature, self.schedule, None, None, **self.model.config.reads)
+        schedule = self.tokenizer.schedule_of_feature(feature)
+        inputs, targets = training_sequence(feature, schedule, None, None, **self.model.config.reads)
         condition = self.model.condition(self.model.condition.prompts(batch))
-        return self.model(inputs, self.schedule, condition), targets
+        return self.model(inputs, schedule, condition), targets, schedule
 
     def configure_optimizers(self):
         warmup = self.optimizer["warmup"]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from kit.scales import ScaleSchedule, latent_frames
+from kit.scales import ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer import autoencoder, infinity
 from kit.tokenizer.causal import Stream
 from kit.tokenizer.quantizer import Step, bits_to_feature, clip_of, feature_to_bits, frames_of, pyramid
@@ -146,6 +146,11 @@ class Tokenizer(nn.Module):
         """The blocks of a video (B, 3, T, H, W). Raises as `schedule` and `check_video`."""
         check_video(video)
         return self.schedule(*video.shape[2:])
+
+    def schedule_of_feature(self, feature: Tensor) -> ScaleSchedule:
+        """The blocks of an encoded video (B, d, F, h, w). Raises as `schedule`."""
+        F, h, w = feature.shape[2:]
+        return self.schedule(pixel_frames(F), h * self.config.compression, w * self.config.compression)
 
     def encode(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> feature (B, d, F, h, w) in float32. T = 1 + 4n, or 4n in a started stream.

@@ -82,7 +82,7 @@ class TokenizerModule(L.LightningModule):
             self.register_buffer("anchors", torch.zeros(len(against["dims"]), 2))  # LeCAM's
 
     def enter(self, clip: dict):
-        """Goes on with clips of this shape."""
+        """Validates clips of this shape from now on, and makes such. A batch of the training has its own."""
         self.hparams["clip"] = clip
         self.schedule = self.model.schedule(clip["frames"], clip["height"], clip["width"])
 
@@ -125,8 +125,10 @@ class TokenizerModule(L.LightningModule):
         last, p = self.scale_dropout["last"], self.scale_dropout["p"]
         if not last or not p:
             return None
-        kept = torch.ones(len(batch["n"]), self.schedule.scales, dtype=torch.bool)
-        kept[:, -last:] = Draws(self.seed, batch["n"]).rand(last) >= p
+        scales = self.model.schedule_of(batch["video"]).scales
+        last = min(last, scales - 1)  # of small clips too the first one stays
+        kept = torch.ones(len(batch["n"]), scales, dtype=torch.bool)
+        kept[:, scales - last :] = Draws(self.seed, batch["n"]).rand(last) >= p
         return onto(kept, self.device)
 
     @property
@@ -194,7 +196,7 @@ class TokenizerModule(L.LightningModule):
     def validation_step(self, batch: dict, _) -> dict:
         video = batch["video"]
         bits = self.model.bits(video)
-        output = self.model.decode_bits(bits, self.schedule)
+        output = self.model.decode_bits(bits, self.model.schedule_of(video))
         self.log("val/psnr", psnr(output, video), prog_bar=True, batch_size=len(video), sync_dist=True)
         self.log("val/l1", (output - video).abs().mean(), batch_size=len(video), sync_dist=True)
         return {"bits": bits}  # for callbacks
