@@ -28,9 +28,30 @@ def shares(weights: Mapping[str, float]) -> dict[str, int]:
     return counts
 
 
+class Turns:
+    """Whose turn it is: of every `PERIOD` each has its share, in an order that `seed` draws.
+
+    Args:
+        weights: name -> share, of any sum.
+    Raises: as `shares`.
+    """
+
+    def __init__(self, weights: Mapping, seed: int):
+        self.counts = shares(weights)
+        order = [name for name, count in self.counts.items() for _ in range(count)]
+        self.order = [order[i] for i in np.random.default_rng(seed).permutation(len(order))]
+        self.before = [self.order[:i].count(name) for i, name in enumerate(self.order)]  # turns of its own in the period
+
+    def of(self, n: int) -> tuple:
+        """Whose turn n is, and how many of its own came before."""
+        period, place = divmod(n, len(self.order))
+        name = self.order[place]
+        return name, period * self.counts[name] + self.before[place]
+
+
 class Mixture(Dataset):
-    """Items of several endless sources, each in its share of every `PERIOD` items, in an order that `seed` draws. Item n is a
-    pure function of n, as those of the sources are, and of each source no item is left out.
+    """Items of several endless sources, which take `Turns`. Item n is a pure function of n, as those of the sources are, and
+    of each source no item is left out.
 
     Args:
         sources: name -> what makes a data set, as `ClipDataModule` has it. weights: name -> share, of any sum.
@@ -51,19 +72,14 @@ class Mixture(Dataset):
         if set(sources) != set(weights):
             raise ValueError(f"data.source.weights are of {', '.join(weights)}, the sources are {', '.join(sources)}")
         self.sources = {name: build(split=split, **shape) for name, build in sources.items()}
-        counts = shares(weights)
-        order = [name for name in self.sources for _ in range(counts[name])]
-        self.order = [order[i] for i in np.random.default_rng(seed).permutation(len(order))]
-        self.number = [self.order[:i].count(name) for i, name in enumerate(self.order)]  # of its source's in the period
-        self.counts = counts
+        self.turns = Turns({name: weights[name] for name in self.sources}, seed)
         self.classes = tuple(sorted({name for source in self.sources.values() for name in source.classes}))
         self.captioned = any(source.captioned for source in self.sources.values())
 
     def __getitem__(self, n: int) -> dict:
-        period, place = divmod(n, len(self.order))
-        name = self.order[place]
+        name, number = self.turns.of(n)
         source = self.sources[name]
-        item = source[period * self.counts[name] + self.number[place]]
+        item = source[number]
         label = source.classes[item["label"]] if item["label"] >= 0 and source.classes else None
         return {**item, "label": -1 if label is None else self.classes.index(label)}
 

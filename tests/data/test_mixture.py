@@ -54,13 +54,13 @@ def test_items_are_those_of_the_sources():
     sources = {name: build("train", **SHAPE) for name, build in THREE.items()}
     seen = Counter()
     for n in range(6):
-        name = mixture.order[n]
+        name = mixture.turns.order[n]
         expected = sources[name][seen[name]]
         assert torch.equal(mixture[n]["video"], expected["video"]) and mixture[n]["caption"] == expected["caption"]
         seen[name] += 1
     assert torch.equal(mixture[5]["video"], mixture[5]["video"])
     other = Mixture(THREE, {"a": 1, "b": 1, "c": 1}, seed=1, **SHAPE)
-    assert other.order != mixture.order
+    assert other.turns.order != mixture.turns.order
 
 
 def test_classes_are_those_of_all(tmp_path):
