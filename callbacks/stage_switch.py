@@ -96,7 +96,8 @@ class StageSwitch(L.Callback):
         self._set_learning_rate(trainer, module, data.stage)
         learning = freeze_all_but(module, stage.train)
         number = f"stage {data.stage + 1} of {len(data.plan.stages)}"
-        rank_zero_info(f"  {number}, {stage.name}: {module.schedule}, {data.batch_size} clips a step, {learning}")
+        clips = f"{data.train}" if data.bucketed else f"{module.schedule}, {data.batch_size} clips a step"
+        rank_zero_info(f"  {number}, {stage.name}: {clips}, {learning}")
 
     def _set_learning_rate(self, trainer, module, number: int):
         data, given = trainer.datamodule, module.hparams.optimizer

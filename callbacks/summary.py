@@ -40,6 +40,14 @@ class RunSummary(L.Callback):
         largest = sorted(parts.items(), key=lambda item: -item[1])[:4]
         if isinstance(data, StagedClips):  # StageSwitch tells of each
             steps = {f"stage {s.name}": f"{s.steps} steps" for s in data.plan.stages}
+        elif data.bucketed:
+            batches = batches_of_a_step(trainer, module)
+            steps = {
+                "buckets": str(data.train),
+                "validation": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",
+                "steps": f"{trainer.max_steps} of {batches} batch(es) on {trainer.world_size} device(s)"
+                + (f", {data.image_share:.0%} of them of images instead" if data.image_share else ""),
+            }
         else:
             steps = {
                 "clip": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from kit import machine
 from kit.cli import CONF, confs
 from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
+from kit.data.buckets import read_shape
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.condition import ConditionConfig
 from kit.generator.module import GeneratorModule
@@ -101,6 +102,16 @@ def stages_of(cfg: DictConfig) -> list[tuple[str, int, dict]]:
     return [(stage.name, stage.steps, {**OmegaConf.to_container(cfg.data), **stage.data}) for stage in stages]
 
 
+def buckets_of(data: dict) -> dict[str, dict]:
+    """A stage's data, by each shape of its clips; without buckets there is one.
+
+    Raises:
+        ValueError: as `read_shape`.
+    """
+    shapes = data.get("buckets") or ["x".join(str(data[key]) for key in ("frames", "height", "width"))]
+    return {str(text): {**data, **dict(zip(("frames", "height", "width"), read_shape(text)))} for text in shapes}
+
+
 def generator_config(cfg: DictConfig, tokenizer: TokenizerConfig) -> GeneratorConfig:
     """Of the generator that a training's config describes, on the default condition."""
     return GeneratorConfig.from_dict(generator_values(cfg, tokenizer, asdict(ConditionConfig())))
@@ -111,6 +122,12 @@ def clips_of_a_step(data: dict, tokenizer: TokenizerConfig) -> int:
     if not data["batch_tokens"]:
         return data["batch_size"]
     return data["batch_tokens"] // tokenizer.schedule(data["frames"], data["height"], data["width"]).length
+
+
+def tokens_of_a_step(data: dict, tokenizer: TokenizerConfig) -> int:
+    """Likewise."""
+    length = tokenizer.schedule(data["frames"], data["height"], data["width"]).length
+    return clips_of_a_step(data, tokenizer) * length
 
 
 def memory_of(cfg: DictConfig, data: dict, device: str, bfloat16: bool) -> tuple[int, int]:
@@ -140,7 +157,8 @@ def memory_of(cfg: DictConfig, data: dict, device: str, bfloat16: bool) -> tuple
 
 
 def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
-    """A table of what each stage of a training costs, and of the days it takes on some numbers of GPUs.
+    """A table of what each stage of a training costs, of buckets the one with the most tokens in a step, and of the days it
+    takes on some numbers of GPUs.
 
     Raises:
         ValueError: if the tokenizer cannot take the clips.
@@ -162,6 +180,7 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
     heads = ("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")
     rows, total = [COLUMNS.format(*heads, "GB held", "at most")], 0.0
     for name, steps, data in stages_of(cfg):
+        data = max(buckets_of(data).values(), key=lambda data: tokens_of_a_step(data, tokenizer))
         clip, share = cost(data["frames"], data), data["image_share"]
         batch = clips_of_a_step(data, tokenizer) * per_step
         try:
@@ -222,10 +241,14 @@ def problems(cfg: DictConfig) -> list[str]:
             found.append(f"{what}: {error}")
     values = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
     for stage, _, data in stages_of(cfg):
-        try:
-            print(f"clips of {stage}: {values.schedule(data['frames'], data['height'], data['width'])}")
-        except ValueError as error:
-            found.append(f"tokenizer and clips of {stage}: {error}")
+        buckets = {f"{stage}, {text}": bucket for text, bucket in buckets_of(data).items()} if data.get("buckets") else {}
+        for name, clips in {stage: data, **buckets}.items():
+            try:
+                schedule = values.schedule(clips["frames"], clips["height"], clips["width"])
+                step = f", {clips_of_a_step(clips, values)} clips a step" if name in buckets else ""
+                print(f"clips of {name}: {schedule}{step}")
+            except ValueError as error:
+                found.append(f"tokenizer and clips of {name}: {error}")
     if cfg.module == "generator" and not Path(cfg.tokenizer_ckpt).is_file():
         found.append(f"tokenizer_ckpt: no checkpoint at {cfg.tokenizer_ckpt}; run conf=stage1_tokenizer first")
     return found

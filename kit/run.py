@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kit.checkpoint import TrainingCheckpointIO, check_resume, load_tokenizer
+from kit.data.buckets import Bucket, read_shape
 from kit.data.cache import CachedClips, describe, write_cache
 from kit.data.datamodule import ClipDataModule, StagedClips
 from kit.generator.module import GeneratorModule
 from kit.generator.pretrained import find_encoder
 from kit.machine import fast_float32_products, keep_freed_memory
 from kit.retries import Place, noticing_dead_workers, with_retries
+from kit.scales import latent_frames
 from kit.sharding import ShardedStrategy
 from kit.stages import Stage, StagePlan
 from kit.start import start
@@ -36,15 +39,42 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
     Args:
         tokenizer: whose tokens `data.batch_tokens` counts; without one it is not looked at.
     Raises:
-        ValueError: if so many tokens are less than a clip's; else as `ClipDataModule`.
+        ValueError: if so many tokens are less than a clip's, or the tokenizer cannot take a bucket's clips; else as
+            `ClipDataModule`.
     """
     values = {k: v for k, v in plain(cfg.data).items() if k not in ("root", "batch_tokens")}
-    if tokenizer is not None and cfg.data.batch_tokens is not None:
-        schedule = tokenizer.schedule(values["frames"], values["height"], values["width"])
-        values["batch_size"] = cfg.data.batch_tokens // schedule.length
-        if not values["batch_size"]:
-            raise ValueError(f"data.batch_tokens={cfg.data.batch_tokens}; a clip has {schedule.length}: {schedule}")
+    if values.get("buckets"):
+        values["buckets"] = [bucket._asdict() for bucket in buckets_of(cfg, tokenizer)]
+    if tokenizer is not None:
+        values["batch_size"] = batch_size_of(cfg, tokenizer, values["frames"], values["height"], values["width"])
     return instantiate(values)
+
+
+def batch_size_of(cfg: DictConfig, tokenizer: TokenizerConfig, frames: int, height: int, width: int) -> int:
+    """Clips of that shape on each device and step. Raises: ValueError as `build_data`."""
+    budget = cfg.data.batch_tokens
+    if budget is None:
+        return cfg.data.batch_size
+    schedule = tokenizer.schedule(frames, height, width)
+    if budget < schedule.length:
+        raise ValueError(f"data.batch_tokens={budget}; a clip has {schedule.length}: {schedule}")
+    return budget // schedule.length
+
+
+def buckets_of(cfg: DictConfig, tokenizer: TokenizerConfig | None) -> list[Bucket]:
+    """The shapes of `data.buckets` and their batches. Raises: ValueError as `build_data`."""
+    buckets = []
+    for text in cfg.data.get("buckets") or []:
+        shape, batch_size = read_shape(text), cfg.data.batch_size
+        try:
+            latent_frames(shape[0])
+            if tokenizer is not None:
+                tokenizer.schedule(*shape)
+                batch_size = batch_size_of(cfg, tokenizer, *shape)
+        except ValueError as error:
+            raise ValueError(f"data.buckets, {text}: {error}") from error
+        buckets.append(Bucket(*shape, batch_size))
+    return buckets
 
 
 def of_stage(cfg: DictConfig, stage: Stage) -> DictConfig:
@@ -111,9 +141,9 @@ def tokenizer_module(cfg: DictConfig, clip: dict) -> TokenizerModule:
     )  # fmt: skip
 
 
-def encoded_clips_of(cfg: DictConfig, stage: str | None = None) -> Path:
-    """The folder of a run's own cache of clips, of each stage its own."""
-    return Path(cfg.folder) / f"encoded_clips{'' if stage is None else f'_{stage}'}"
+def encoded_clips_of(cfg: DictConfig, *parts: str) -> Path:
+    """The folder of a run's own cache of clips, of each stage and each bucket its own."""
+    return Path(cfg.folder) / "_".join(("encoded_clips", *parts))
 
 
 def choice_of(cfg: DictConfig) -> dict:
@@ -168,12 +198,14 @@ def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: Ge
         if part.cached:
             continue
         how = choice_of(of_stage(cfg, stage) if stage else cfg)
-        steps = stage.steps if stage else cfg.trainer.max_steps
-        used = steps * cfg.trainer.accumulate_grad_batches * max(part.batch_size, part.image_batch if part.image_share else 0)
+        batches = (stage.steps if stage else cfg.trainer.max_steps) * cfg.trainer.accumulate_grad_batches
 
-        def encode(source, ranks, used=used, part=part, folder=encoded_clips_of(cfg, stage and stage.name), how=how):
-            sources, clips = {"train": source}, {"train": min(cfg.encoded_clips, used * ranks)}
-            about = describe(part.clip, module.tokenizer, module.hparams.tokenizer_hash, how, sources)
+        def encode(source, bucket, share, ranks, part=part, stage=stage, how=how, batches=batches):
+            folder = encoded_clips_of(cfg, *([stage.name] if stage else []), *([str(bucket)] if part.bucketed else []))
+            used = batches * max(bucket.batch_size, bucket.image_batch if part.image_share else 0) * ranks
+            sources, clips = {"train": source}, {"train": min(math.ceil(cfg.encoded_clips * share), used)}
+            clip = {**part.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+            about = describe(clip, module.tokenizer, module.hparams.tokenizer_hash, how, sources)
             write_cache(folder, about, sources, clips, module.tokenizer, part.workers)
             return CachedClips(folder)
 

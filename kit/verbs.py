@@ -40,6 +40,8 @@ def data_for(cfg: DictConfig, clip: dict) -> ClipDataModule:
     print("clips of {frames} x {height} x {width} at {fps:g} fps, the checkpoint's shape".format(**clip))
     cfg = cfg.copy()
     cfg.data.update({**clip, "batch_size": cfg.batch_size, "val_clips": cfg.clips, "workers": 0})
+    if cfg.data.get("buckets"):  # of the training
+        cfg.data.buckets = []
     return build_data(cfg)
 
 
@@ -211,7 +213,15 @@ def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[s
 
 
 def cache(cfg: DictConfig) -> Path:
-    """Encodes clips of a data set once for all trainings of a generator; returns the folder that holds them."""
+    """Encodes clips of a data set once for all trainings of a generator; returns the folder that holds them.
+
+    Raises:
+        ValueError: if they are encoded already, or in buckets.
+    """
+    if cfg.data.get("buckets"):
+        raise ValueError(
+            "a cache holds clips of one shape, not of data.buckets; leave them out, or let `fit` encode them: encoded_clips=N"
+        )
     tokenizer, data, folder = load_tokenizer(cfg.tokenizer_ckpt), build_data(cfg), Path(cfg.folder)
     check_videos(data)
     sources, clips = {"train": data.train, "val": data.val}, {"train": cfg.clips, "val": cfg.val_clips}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import functools
 import glob
 import itertools
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,7 @@ from torch.utils.data import Dataset
 
 from kit.data.decode import PICTURES, UnreadableVideo, load_backend
 from kit.data.decoder_process import open_video
+from kit.data.heads import Head
 from kit.files import written_aside
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v")
@@ -169,6 +172,12 @@ def frame_numbers(count: int, rate: float, frames: int, fps: float | None, start
     return np.floor(start * slack + step * np.arange(frames) + 0.5).astype(int)
 
 
+def most_frames(count: int, rate: float, fps: float | None) -> int:
+    """How many frames the longest clip of a file has for which it is not too short; arguments as of `frame_numbers`."""
+    step = rate / fps if fps else 1.0
+    return math.ceil((count - 0.5) / step)
+
+
 def fit(video: np.ndarray, height: int, width: int, top: float = 0.5, left: float = 0.5) -> Tensor:
     """Resizes uint8 (T, H, W, 3) until it just covers (height, width), and crops it.
 
@@ -252,8 +261,8 @@ class FolderClips(Dataset):
 
     files: list[str] = field(init=False, repr=False)
     classes: tuple[str, ...] = field(init=False, repr=False)
-    skipped: dict[Path, str] = field(init=False, repr=False, default_factory=dict)
-    short: dict[Path, int] = field(init=False, repr=False, default_factory=dict)
+    skipped: dict[Path, str] = field(init=False, repr=False)
+    short: dict[Path, int] = field(init=False, repr=False)
 
     def __post_init__(self):
         self._check_arguments()
@@ -263,13 +272,17 @@ class FolderClips(Dataset):
             warnings.warn(f"{self.root} holds one video only: it is used for training and validation", stacklevel=3)
         self._labels, self._captions = self._labels_of(names), self._captions_of(names)
         self.classes = tuple(sorted(set(self._labels.values())))
-        self._told_short = False
-        self._unreadable = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # one for all workers
+        self._begin_records()
         if self.verify:
             readable = sum(self._read(name) is not None for name in self.files)
             if not readable:
-                raise self._nothing_readable()
+                raise self.nothing_readable()
             self._tell_short()
+
+    def _begin_records(self) -> None:
+        """Of files that are too short or cannot be read."""
+        self.skipped, self.short, self._told_short = {}, {}, False
+        self._unreadable = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # one for all workers
 
     def _names(self) -> list[str]:
         """Of all files, in order."""
@@ -330,7 +343,7 @@ class FolderClips(Dataset):
             except UnreadableVideo as error:
                 self._skip(name, error)
         if not rates:
-            raise self._nothing_readable()
+            raise self.nothing_readable()
         return float(np.median(rates))
 
     def file(self, n: int) -> str:
@@ -351,7 +364,7 @@ class FolderClips(Dataset):
             if video is not None:
                 self._tell_short()
                 return {"video": video, **self.words(name)}
-        raise self._nothing_readable()
+        raise self.nothing_readable()
 
     def words(self, name: str) -> dict:
         """`caption` and `label` of a file."""
@@ -392,6 +405,24 @@ class FolderClips(Dataset):
         lacking = int((numbers >= len(video)).sum())
         return Clip(fit(pixels, self.height, self.width, top, left), lacking, pixels.shape[1:3])
 
+    def head(self, name: str) -> Head | None:
+        """How long and how large a file is, or None if it cannot be read."""
+        try:
+            with self._at(name) as path:
+                video = open_video(path, self.backend, self.patience)
+                height, width = video.frames([0]).shape[1:3]
+        except UnreadableVideo as error:
+            self._skip(name, error)
+            return None
+        return Head(len(video), video.fps, height, width)
+
+    def part(self, files: list[str], frames: int, height: int, width: int) -> FolderClips:
+        """The data set of some of the files alone, with clips of another shape."""
+        part = copy.copy(self)
+        part.files, part.frames, part.height, part.width = files, frames, height, width
+        part._begin_records()
+        return part
+
     def _skip(self, name: str, error: UnreadableVideo) -> None:
         """Only keeps a record: were the file not tried again, items would depend on history."""
         self.skipped[self._path(name)] = error.reason
@@ -412,7 +443,7 @@ class FolderClips(Dataset):
             way_out = "their last frame is held. Ask for fewer frames or a higher fps."
             warnings.warn(f"too short for a clip of {self.frames} frames so far: {found}; {way_out}", stacklevel=3)
 
-    def _nothing_readable(self) -> ValueError:
+    def nothing_readable(self) -> ValueError:
         what = f"none of the {len(self.files)} {self.split} videos in {self.root} can be read"
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in itertools.islice(self.skipped.items(), 3))
         return ValueError(f"{what} with backend={self.backend!r} ({reasons}); check them or try another backend")

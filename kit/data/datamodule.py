@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from kit.data.buckets import Bucket, BucketClips
 from kit.data.cache import CachedClips
 from kit.scales import latent_frames
 from kit.stages import StagePlan, place, starts
@@ -39,12 +40,45 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
         for i in numbers_from(self.first_batch, self.left_out):
             images = int(i * self.image_share)  # batches of images before this one
             if int((i + 1) * self.image_share) > images:
-                yield self._batch(images, self.image_batch, 1)
+                yield self._images(images)
             else:
-                yield self._batch(i - images, self.batch_size, self.frames)
+                yield self._clips(i - images)
 
-    def _batch(self, number: int, size: int, frames: int) -> list[tuple[int, int]]:
-        return [((number * size + j) * self.ranks + self.rank, frames) for j in range(size)]
+    def _images(self, number: int) -> list[tuple[int, int]]:
+        """A batch of images, by how many of them came before."""
+        return [(n, 1) for n in self._numbers(number, self.image_batch)]
+
+    def _clips(self, number: int) -> list[tuple[int, int]]:
+        """A batch of clips, likewise."""
+        return [(n, self.frames) for n in self._numbers(number, self.batch_size)]
+
+    def _numbers(self, batch: int, size: int) -> list[int]:
+        """Of this rank's clips in a batch of a stream whose batches have that size."""
+        return [(batch * size + j) * self.ranks + self.rank for j in range(size)]
+
+
+class BucketSampler(StreamSampler):
+    """Batches of one rank, each of one bucket, the same for all ranks. Each bucket has two streams, its clips and its images;
+    whose turn it is, and so how far its stream is, is a function of the batch's number too.
+
+    Args: as of `StreamSampler`.
+    """
+
+    def __init__(
+        self, source: BucketClips, first_batch: int, rank: int, ranks: int,
+        image_share: float = 0.0, left_out: frozenset[int] = frozenset(),
+    ):  # fmt: skip
+        self.source, self.first_batch, self.rank, self.ranks = source, first_batch, rank, ranks
+        self.image_share, self.left_out = image_share, left_out
+
+    def _images(self, number: int) -> list[tuple[int, int]]:
+        i, before = self.source.image_turns.of(number)
+        return [(self.source.number(i, n), 1) for n in self._numbers(before, self.source.buckets[i].image_batch)]
+
+    def _clips(self, number: int) -> list[tuple[int, int]]:
+        i, before = self.source.clip_turns.of(number)
+        bucket = self.source.buckets[i]
+        return [(self.source.number(i, n), bucket.frames) for n in self._numbers(before, bucket.batch_size)]
 
 
 def numbers_from(first: int, left_out: frozenset[int]) -> Iterator[int]:
@@ -73,7 +107,7 @@ class Numbered(Dataset):
 
 
 class ClipDataModule(L.LightningDataModule):
-    """Training and validation clips of one resolution and duration.
+    """Training and validation clips of one resolution and duration, or training clips in buckets.
 
     Args:
         source: makes the data set of a split: source(split=, frames=, height=, width=, fps=) -> items numbered from 0
@@ -83,31 +117,42 @@ class ClipDataModule(L.LightningDataModule):
         workers: processes that make clips.
         image_share: of the training's batches, that hold first frames of clips alone, as many as there are latent frames in
             a batch of clips: images and video jointly, as in the paper's stage I.
+        buckets: values of a `Bucket` each, which the training's clips are sorted into in place of `frames`, `height`, `width`
+            and `batch_size`; validation keeps to these. None: all are alike.
     Raises:
-        ValueError: if `frames` is not 1 + 4n, or `image_share` is not in [0, 1].
+        ValueError: if `frames` is not 1 + 4n, or `image_share` is not in [0, 1]; as `BucketClips`.
     """
 
     def __init__(
         self, source: Callable[..., Dataset], frames: int, height: int, width: int, fps: float,
-        batch_size: int, val_clips: int, workers: int, image_share: float = 0.0,
+        batch_size: int, val_clips: int, workers: int, image_share: float = 0.0, buckets: Sequence[Mapping] = (),
     ):  # fmt: skip
         super().__init__()
         if not 0 <= image_share <= 1:
             raise ValueError(f"data.image_share={image_share}; expected a share from 0 to 1")
-        self.image_share, self.image_batch = image_share, batch_size * latent_frames(frames)
+        self.image_share, self.bucket = image_share, Bucket(frames, height, width, batch_size)
+        self.image_batch = self.bucket.image_batch
         self.frames, self.height, self.width = frames, height, width
         self.batch_size, self.val_clips, self.workers = batch_size, val_clips, workers
         shape = dict(frames=frames, height=height, width=width, fps=fps)
         self.train, self.val = source(split="train", **shape), source(split="val", **shape)
         self.fps = fps or self.train.native_fps
-        self.sources = (self.train, self.val)
         self.classes, self.captioned = tuple(self.train.classes), self.train.captioned
-        self.encode, self.batches_done = None, 0
+        if buckets:
+            self.train = BucketClips(self.train, [Bucket(**bucket) for bucket in buckets])
+        self.sources = (self.train, self.val)
+        self.encode, self.encoded, self.batches_done = None, self.cached, 0
         self.left_out: frozenset[int] = frozenset()  # batches of the stream, by their numbers
 
-    def encode_ahead(self, encode: Callable[[Dataset, int], CachedClips]):
-        """Training shall read encoded clips: at its start `encode` makes or finds those of the source for so many ranks."""
+    def encode_ahead(self, encode: Callable[[Dataset, Bucket, float, int], CachedClips]):
+        """Training shall read encoded clips: at its start `encode` makes or finds those of a source, of a shape, which are
+        such a share of all clips, for so many ranks."""
         self.encode = encode
+
+    @property
+    def bucketed(self) -> bool:
+        """Whether the training's clips are in buckets."""
+        return isinstance(self.train, BucketClips)
 
     @property
     def cached(self) -> bool:
@@ -127,12 +172,22 @@ class ClipDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         if self.encode is not None:
-            self.train, self.encode = self.encode(self.train, trainer.world_size), None  # the processes share the work
+            self._encode(lambda *what: self.encode(*what, trainer.world_size))  # the processes share the work
+            self.encode, self.encoded = None, True
         where = (self.batches_done, trainer.global_rank, trainer.world_size)
-        images = (self.image_share, self.image_batch)
-        stream = StreamSampler(self.batch_size, *where, self.frames, *images, self.left_out)
-        read_here = isinstance(self.train, CachedClips) and not torch.cuda.is_available()  # cores have better to do
+        if self.bucketed:
+            stream = BucketSampler(self.train, *where, self.image_share, self.left_out)
+        else:
+            images = (self.image_share, self.image_batch)
+            stream = StreamSampler(self.batch_size, *where, self.frames, *images, self.left_out)
+        read_here = self.encoded and not torch.cuda.is_available()  # cores have better to do
         return self._loader(self.train, 0 if read_here else self.workers, batch_sampler=stream)
+
+    def _encode(self, encode: Callable[[Dataset, Bucket, float], CachedClips]):
+        if self.bucketed:
+            self.train.encode(encode)
+        else:
+            self.train = encode(self.train, self.bucket, 1.0)
 
     def val_dataloader(self) -> DataLoader:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

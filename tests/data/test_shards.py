@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 from kit.cli import main
 from kit.data import shards
+from kit.data.buckets import Bucket, BucketClips
 from kit.data.clips import FolderClips
 from kit.data.shapes import Shapes
 from kit.data.shards import ShardClips, list_shards
@@ -70,6 +71,16 @@ def test_items_are_those_of_the_files(packed, videos):
         item = source[n]
         assert torch.equal(item["video"], files[n]["video"])
         assert item["caption"] == f"clip {n % 12:02d}" and item["label"] == n % 2
+
+
+def test_their_clips_are_sorted_into_buckets_too(packed, videos, tmp_path):
+    wide = torch.zeros(3, 6, 32, 64)
+    pack(packed / "train-3.tar", {"wide.mp4": write_video(wide, tmp_path / "wide.mp4", 8.0).read_bytes()})
+    clips = BucketClips(ShardClips(packed, "all", **SHAPE), [Bucket(5, 16, 32, 2), Bucket(9, 32, 32, 1)])
+    assert clips.files == [1, 12] and clips[0]["video"].shape == (3, 5, 16, 32)
+    files = FolderClips(videos, "all", 9, 32, 32)
+    number = [Path(name).name for name in clips.parts[1].files].index(Path(clips.parts[1].file(0)).name)
+    assert torch.equal(clips[1]["video"], files[number]["video"])
 
 
 def test_splits_share_no_clip_and_epochs_go_shard_by_shard(packed):
