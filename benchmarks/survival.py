@@ -24,6 +24,7 @@ from runs import logged, parted
 RUN = (
     "size=tiny", "data.frames=5", "data.height=32", "data.width=32", "data.batch_size=4", "data.val_clips=4",
     "data.workers=1", "trainer.val_check_interval=100", "trainer.log_every_n_steps=1", "callbacks.last.every=5",
+    "callbacks.last.share=1",
     "callbacks.compile.least_steps=-1", "recipe.tokenizer.steps=600", "+logger.csv.flush_logs_every_n_steps=1",
 )  # fmt: skip
 

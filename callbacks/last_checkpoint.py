@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from pathlib import Path
 
 from lightning.pytorch.callbacks import Checkpoint
@@ -21,23 +22,28 @@ class Preempted(SystemExit):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt` up to date: every so many optimizer steps, when training ends, and when the process is told to end
-    (SIGTERM, as schedulers send it before they take a machine away), after the step it is at.
+    """Keeps `last.ckpt` up to date: every so many optimizer steps, as far as that leaves most of the time for training, when
+    training ends, and when the process is told to end (SIGTERM, as schedulers send it before they take a machine away), after
+    the step it is at.
 
     Being a `Checkpoint`, Lightning calls it after all other callbacks, so that it saves what they hold of this step.
 
     Args:
         folder: of the checkpoints. every: optimizer steps between two saves.
+        share: of the time that they may take, above 0 and up to 1; a large model, or one of quick steps, is saved less often.
         may_fail: saves in a row that may fail, for example on a full disk, before the run stops; the last of a training may
             not.
     Raises:
-        ValueError: if `every` is below 1 or `may_fail` below 0.
+        ValueError: if `every` is below 1, `may_fail` below 0, or `share` is none.
     """
 
-    def __init__(self, folder: str, every: int, may_fail: int = 0):
+    def __init__(self, folder: str, every: int, share: float = 1.0, may_fail: int = 0):
         for key, value, least in (("every", every, 1), ("may_fail", may_fail, 0)):
             if value < least:
                 raise ValueError(f"callbacks.last.{key}={value}; expected {least} or more")
+        if not 0 < share <= 1:
+            raise ValueError(f"callbacks.last.share={share}; expected a share of the time, above 0 and up to 1")
+        self.share, self.rest_until = share, 0.0  # on the clock that `time.monotonic` reads
         self.path, self.every, self.may_fail = Path(folder) / "last.ckpt", every, may_fail
         self.saved = None
         self.told_to_end = False
@@ -65,7 +71,8 @@ class LastCheckpoint(Checkpoint):
             rank_zero_info(f"  told to end: {self.path} is of step {trainer.global_step}; ckpt=last goes on from there")
             raise Preempted
         if trainer.global_step and trainer.global_step % self.every == 0:
-            self._save(trainer, self.may_fail)
+            if trainer.strategy.broadcast(time.monotonic() >= self.rest_until):
+                self._save(trainer, self.may_fail)
 
     def on_validation_end(self, trainer, module):
         if trainer.global_step and trainer.global_step == self.saved:  # once more, with what the validation told others
@@ -82,7 +89,10 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer, may_fail: int):
         if trainer.global_step != self.saved:
+            begin = time.monotonic()
             trainer.save_checkpoint(self.path, weights_only=False)  # with optimizer and callbacks
+            end = time.monotonic()
+            self.rest_until = end + (end - begin) * (1 / self.share - 1)
             if self._check(trainer, may_fail):
                 self.saved = trainer.global_step
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from callbacks import LossGuard
+from callbacks import LastCheckpoint, LossGuard, last_checkpoint
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.data.shapes import Shapes
 from kit.files import contents_hash, load_checked, save_checked
@@ -303,3 +303,39 @@ def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
     checkpoint = read_checkpoint(last(tmp_path), "tokenizer")
     assert checkpoint["global_step"] == 8 and checkpoint["ClipDataModule"] == {"batches_done": 8, "left_out": [2]}
     assert 22 in torch.load(tmp_path / "run" / "lost_loss_step2.pt", weights_only=True)["n"]
+
+
+def test_saves_take_no_more_than_their_share_of_the_time(tmp_path, monkeypatch):
+    """Of steps of a second, where a save takes two: every step without a share, every ninth with a fifth of the time."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(last_checkpoint.time, "monotonic", lambda: clock.now)
+    saved = []
+
+    def save(path, weights_only):
+        clock.now += 2
+        saved.append(trainer.global_step)
+
+    progress = SimpleNamespace(total=SimpleNamespace(processed=0))
+    trainer = SimpleNamespace(
+        global_step=0, save_checkpoint=save, accumulate_grad_batches=1,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+        strategy=SimpleNamespace(
+            broadcast=lambda x: x, reduce_boolean_decision=lambda x, all: x, checkpoint_io=None,
+        ),
+    )  # fmt: skip
+    module = SimpleNamespace(hparams=SimpleNamespace(optimizer={}))
+    for share, expected in ((1, list(range(1, 21))), (0.2, [1, 9, 17])):
+        trainer.global_step = progress.total.processed = clock.now = 0
+        saved.clear()
+        callback = LastCheckpoint(tmp_path, every=1, share=share)
+        for step in range(1, 21):
+            clock.now += 1
+            trainer.global_step = progress.total.processed = step
+            callback.on_train_batch_end(trainer, module, None, None, step)
+        assert saved == expected
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.5])
+def test_a_share_that_is_none_is_told(share, tmp_path):
+    with pytest.raises(ValueError, match="callbacks.last.share"):
+        LastCheckpoint(tmp_path, every=1, share=share)

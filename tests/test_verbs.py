@@ -129,7 +129,8 @@ def demo_words(root: Path, *generator: str) -> list[str]:
 def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tmp_path):
     """In a reduced form: killed with all its processes once the generator has saved a step, started again with the same
     words, and once more, with nothing left to train."""
-    words, folder = demo_words(tmp_path, "recipe.generator.steps=60", "callbacks.last.every=5"), tmp_path / "demo"
+    saves = ["callbacks.last.every=5", "callbacks.last.share=1"]
+    words, folder = demo_words(tmp_path, "recipe.generator.steps=60", *saves), tmp_path / "demo"
     last = folder / "generator" / "checkpoints" / "last.ckpt"
     with open(tmp_path / "log.txt", "w") as log:
         process = subprocess.Popen([sys.executable, "-m", "kit", *words], stdout=log, stderr=log, start_new_session=True)
