@@ -1,17 +1,20 @@
 """A training that is killed (SIGKILL) again and again, also while it saves, against the same one that is not: what it
 costs, and whether it comes to the same weights and losses.
 
-    python benchmarks/survival.py FOLDER [kills=50] [seed=0]
+    python benchmarks/survival.py FOLDER [kills=50] [seed=0] [key=value ...]
 
-Each line is a kill: the moment that was chosen, the step of the checkpoint that was left, and whether it was whole. Every
-other kill waits for a save to be under way. The last line compares what the training came to.
+Each line is a kill, of all its processes: the moment that was chosen, the step of the checkpoint that was left, and whether
+it was whole. Every other kill waits for a save to be under way. The last line compares what the training came to.
+Further words are the training's, such as trainer=fsdp trainer.devices=2 trainer.strategy.checkpoints=sharded.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,9 +32,15 @@ RUN = (
 )  # fmt: skip
 
 
-def start(root: Path) -> subprocess.Popen:
-    words = ["fit", "conf=stage1_tokenizer", f"root={root}", "name=run", "ckpt=last", *RUN]
-    return subprocess.Popen([sys.executable, "-m", "kit", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def start(root: Path, words: list[str]) -> subprocess.Popen:
+    command = ["-m", "kit", "fit", "conf=stage1_tokenizer", f"root={root}", "name=run", "ckpt=last", *RUN, *words]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen([sys.executable, *command], **quiet)
+
+
+def saving(folder: Path) -> bool:
+    """Whether a file is being written aside, or shards beside those of the last checkpoint."""
+    return any(folder.glob(".*part*")) or len(list(folder.glob("last.shards/*"))) > 1
 
 
 def step_of(checkpoint: Path) -> int:
@@ -39,10 +48,10 @@ def step_of(checkpoint: Path) -> int:
     return read_checkpoint(checkpoint, "tokenizer")["global_step"] if checkpoint.exists() else 0
 
 
-def kill_once(root: Path, saving: bool, rng: random.Random) -> str:
+def kill_once(root: Path, words: list[str], in_save: bool, rng: random.Random) -> str:
     """Starts or goes on with the training, and kills it: in the midst of a save, or up to 6 s after its first step."""
     folder, began = root / "run" / "checkpoints", time.time()
-    process = start(root)
+    process = start(root, words)
     last = folder / "last.ckpt"
 
     def fresh(path: Path) -> bool:
@@ -51,43 +60,44 @@ def kill_once(root: Path, saving: bool, rng: random.Random) -> str:
     delay = rng.uniform(0, 6)
     while process.poll() is None and not fresh(last):
         time.sleep(0.001)
-    end = time.monotonic() + (0 if saving else delay)
+    end = time.monotonic() + (0 if in_save else delay)
     while process.poll() is None and time.monotonic() < end:
         time.sleep(0.001)
-    while saving and process.poll() is None and not any(folder.glob(".*part*")):
+    while in_save and process.poll() is None and not saving(folder):
         time.sleep(0.0002)
-    process.kill()
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return "while saving" if saving else f"{delay:.2f} s after a save"
+    return "while saving" if in_save else f"{delay:.2f} s after a save"
 
 
 def main(folder: str, *words: str):
-    own, _ = parted(words, "kills", "seed")
+    own, words = parted(words, "kills", "seed")
     kills, rng = int(own.get("kills", 50)), random.Random(int(own.get("seed", 0)))
     whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-    start(whole).wait()
+    start(whole, words).wait()
     expected = read_checkpoint(whole / "run" / "checkpoints" / "last.ckpt", "tokenizer")
     losses = logged(whole / "run", "train/loss")
     shutil.rmtree(killed, ignore_errors=True)
     last, survived, runs = killed / "run" / "checkpoints" / "last.ckpt", 0, 0
     for number in range(kills):
         if step_of(last) > 550:  # a new one, before the end is near
-            runs += compare(killed, expected, losses)
+            runs += compare(killed, words, expected, losses)
             shutil.rmtree(killed)
-        moment = kill_once(killed, number % 2 == 0, rng)
+        moment = kill_once(killed, words, number % 2 == 0, rng)
         try:
             step, good = step_of(last), True
         except ValueError as error:
             step, good = str(error), False
         survived += good
         print(json.dumps({"kill": number + 1, "moment": moment, "checkpoint_step": step, "whole": good}), flush=True)
-    runs += compare(killed, expected, losses)
+    runs += compare(killed, words, expected, losses)
     print(json.dumps({"kills": kills, "whole_checkpoints": survived, "trainings_alike": runs}), flush=True)
 
 
-def compare(root: Path, expected: dict, losses: dict[int, float]) -> bool:
+def compare(root: Path, words: list[str], expected: dict, losses: dict[int, float]) -> bool:
     """Goes on to the end, and says whether weights, averages, optimizer and every loss that was logged are the same."""
-    start(root).wait()
+    start(root, words).wait()
     found = read_checkpoint(root / "run" / "checkpoints" / "last.ckpt", "tokenizer")
     parts = ("global_step", "state_dict", "ema", "optimizer_states")
     weights = contents_hash({k: found[k] for k in parts}) == contents_hash({k: expected[k] for k in parts})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 
-from kit.sharding import as_sharded, local, whole
+from kit.sharding import ShardedStrategy, local
 
 
 class EMA(L.Callback):
@@ -28,7 +28,7 @@ class EMA(L.Callback):
         if self.average is None:
             self.average = {name: p.detach().clone() for name, p in live.items()}
         else:  # of a checkpoint
-            self.average = {name: as_sharded(a, live[name]) for name, a in self.average.items()}
+            self.average = {name: a.to(live[name].device) for name, a in self.average.items()}
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -46,10 +46,9 @@ class EMA(L.Callback):
         self._swap(module)
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
-        if self.average is None:
-            return
-        gathered = ((name, whole(a)) for name, a in self.average.items())  # one at a time, for the first process to keep
-        checkpoint["ema"] = {name: a.cpu() for name, a in gathered if trainer.is_global_zero}
+        if self.average is not None:
+            strategy = trainer.strategy
+            checkpoint["ema"] = strategy.as_saved(self.average) if isinstance(strategy, ShardedStrategy) else self.average
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         self.average = checkpoint.get("ema")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from kit.files import load_checked, save_checked
+from kit.files import save_checked
 from kit.generator.transformer import Generator, GeneratorConfig
+from kit.shards import described, load_whole, mapped, remove_shards, save_shards
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
 CONFIGS = {"generator": GeneratorConfig.from_dict, "tokenizer": lambda values: TokenizerConfig(**values)}
@@ -23,7 +26,7 @@ KINDS = ("generator", "tokenizer")  # each is the name of the architecture's val
 
 
 class TrainingCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that a kill or a full disk leaves whole, see `save_checked`. A save that fails is told and counted, for
+    """Checkpoints that a kill or a full disk leaves whole, see `save_training`. A save that fails is told and counted, for
     `LastCheckpoint` to say when it is too many.
 
     Attributes: failed, how many in a row; failure, why the last of them did.
@@ -35,14 +38,29 @@ class TrainingCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options=None):
         try:
-            save_checked(checkpoint, Path(path))
+            save_training(checkpoint, Path(path))
             self.failed = 0
         except OSError as error:
             self.failed, self.failure = self.failed + 1, str(error)
             warnings.warn(f"{error}; {self.failed} in a row", stacklevel=2)
 
     def load_checkpoint(self, path: str | os.PathLike, map_location=None, weights_only: bool | None = True) -> dict[str, Any]:
-        return load_checked(Path(path), map_location)
+        return load_whole(Path(path))  # whoever takes them moves tensors where they belong
+
+    def remove_checkpoint(self, path: str | os.PathLike):
+        super().remove_checkpoint(path)
+        remove_shards(Path(path))
+
+
+def save_training(checkpoint: dict, path: Path):
+    """In shards, by all processes, if something in it is shared out; else in one file. Raises as `save_shards`."""
+    shared = []
+    mapped(checkpoint, lambda _, x: shared.append(isinstance(x, DTensor)))
+    if any(shared):
+        save_shards(checkpoint, path)
+    else:
+        save_checked(checkpoint, path)
+        remove_shards(path)
 
 
 def save_tokenizer(model: Tokenizer, clip: dict, path: str | os.PathLike):
@@ -56,15 +74,15 @@ def save_tokenizer(model: Tokenizer, clip: dict, path: str | os.PathLike):
     save_checked({"hyper_parameters": values, "state_dict": weights, "global_step": 0}, Path(path))
 
 
-def read_checkpoint(path: str | os.PathLike, kind: str) -> dict:
-    """The contents of a checkpoint of kit, on the CPU; nothing in it is executed.
+def read_checkpoint(path: str | os.PathLike, kind: str, load: Callable[[Path], dict] = load_whole) -> dict:
+    """The contents of a checkpoint of kit, in shards or not, on the CPU; nothing in it is executed.
 
     Args:
-        kind: `tokenizer` or `generator`, what it should hold.
+        kind: `tokenizer` or `generator`, what it should hold. load: `described` if only shapes are asked for.
     Raises:
-        FileNotFoundError: if there is none. ValueError: if the file is broken, damaged, foreign, or of the other kind.
+        FileNotFoundError: if there is none. ValueError: if a file is broken, damaged, foreign, or of the other kind.
     """
-    checkpoint, found = _read(path)
+    checkpoint, found = _read(path, load)
     if found != kind:
         raise ValueError(f"{path} holds {found}, expected a {kind} checkpoint of kit")
     return checkpoint
@@ -72,17 +90,19 @@ def read_checkpoint(path: str | os.PathLike, kind: str) -> dict:
 
 def kind_of(path: str | os.PathLike) -> str:
     """`tokenizer` or `generator`. Raises as `read_checkpoint`."""
-    kind = _read(path)[1]
+    kind = _read(path, described)[1]
     if kind not in KINDS:
         raise ValueError(f"{path} holds {kind}, expected a checkpoint of kit")
     return kind
 
 
-def _read(path: str | os.PathLike) -> tuple[dict, str]:
+def _read(path: str | os.PathLike, load: Callable[[Path], dict]) -> tuple[dict, str]:
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder; of a checkpoint in shards give the file beside it, {path.stem}.ckpt")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; train one with `python -m kit fit`, or give its path")
-    checkpoint = load_checked(path)
+    checkpoint = load(path)
     values = checkpoint.get("hyper_parameters", {})
     return checkpoint, next((kind for kind in KINDS if kind in values), "something else")
 
@@ -107,7 +127,7 @@ def check_resume(path: str | os.PathLike, kind: str, model: nn.Module, loss: dic
         ValueError: if the checkpoint is of another architecture, or has other discriminators, naming each difference, has
             the weights of another version of kit, or holds weights alone; else as `read_checkpoint`.
     """
-    checkpoint = read_checkpoint(path, kind)
+    checkpoint = read_checkpoint(path, kind, described)
     if "optimizer_states" not in checkpoint:
         raise ValueError(f"{path} holds weights alone, no training to continue; start anew from them, see `init`")
     values = checkpoint["hyper_parameters"]

@@ -33,6 +33,7 @@ VERBS = {
     "table": Verb("kit.evaluation.report:show_table", "table", "results of one protocol side by side"),
     "inspect": Verb("kit.verbs:inspect", "inspect", "what each scale's bits hold, and how well they are predicted"),
     "cache": Verb("kit.verbs:cache", "cache", "encode clips once, for generators to train on"),
+    "consolidate": Verb("kit.verbs:consolidate", "consolidate", "one file of a checkpoint in shards"),
     "prepare": Verb("kit.prepare:prepare", "prepare", "make what kit cannot ship: i3d, infinity, fluent_emoji, vizdoom"),
     "doctor": Verb("kit.doctor:doctor", "doctor", "what this machine can run"),
     "demo": Verb("kit.demo:demo", "demo", "train, generate and score on the embedded data, a quarter of an hour on 2 cores"),
@@ -40,7 +41,7 @@ VERBS = {
 
 
 FREE_TEXT = ("prompt", "label", "negative", "settings", "image", "video", "videos", "real", "prompts", "data.root")
-PATHS = ("ckpt", "tokenizer", "condition.encoder", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source")
+PATHS = ("ckpt", "out", "tokenizer", "condition.encoder", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source")
 
 # What a user can mend; told without a traceback.
 MENDABLE = (ValueError, OSError, ImportError, MemoryError, UnreadableVideo)

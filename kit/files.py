@@ -42,30 +42,46 @@ def save_checked(contents: dict, path: Path):
         OSError: if it cannot be written.
     """
     try:
-        with written_aside(path) as aside, open(aside, "wb") as file:
+        with disk_errors(), written_aside(path) as aside, open(aside, "wb") as file:
             torch.save({**contents, HASH: contents_hash(contents)}, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch tells of a full disk by either
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+    except OSError as error:
+        raise not_saved(path, error) from error
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """
+    Raises:
+        OSError: where torch tells of a full disk by a RuntimeError, as it does or does not.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error.__context__, OSError):
             raise
-        room = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free there)" if path.parent.is_dir() else ""
-        before = "; the one before it is whole" if path.exists() else ""
-        raise OSError(f"{path} could not be saved: {cause.strerror or cause}{room}{before}") from error
+        raise error.__context__ from error
 
 
-def load_checked(path: Path, device=None, mmap: bool = False) -> dict:
-    """What `save_checked` wrote; nothing in it is executed.
+def not_saved(path: Path, cause: OSError) -> OSError:
+    """An error that says why, how much room there is, and what is still there."""
+    room = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free there)" if path.parent.is_dir() else ""
+    before = "; the one before it is whole" if path.exists() else ""
+    return OSError(f"{path} could not be saved: {cause.strerror or cause}{room}{before}")
+
+
+def load_checked(path: Path, mmap: bool = False) -> dict:
+    """What `save_checked` wrote, on the CPU; nothing in it is executed.
 
     Args:
-        device: where tensors go, the CPU if None. mmap: leave them in the file until they are used.
+        mmap: leave tensors in the file until they are used.
     Raises:
         FileNotFoundError, PermissionError: if it cannot be opened. ValueError: if the file is broken, holds something else
             than a dict, or not what was saved.
     """
     try:
-        contents = torch.load(path, device or "cpu", weights_only=True, mmap=mmap)
+        contents = torch.load(path, "cpu", weights_only=True, mmap=mmap)
     except (FileNotFoundError, PermissionError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any kind, as the damage is
@@ -89,7 +105,8 @@ def contents_hash(contents: dict) -> str:
     def take(value):
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            if not value.is_meta:  # of an index, whose shards have hashes of their own
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(value, dict):
             digest.update(f"{len(value)} entries".encode())
             for key, item in value.items():

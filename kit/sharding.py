@@ -8,41 +8,38 @@ from pathlib import Path
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from kit.files import load_checked
+from kit.shards import Keys, load_shares, mapped
 
-WHOLE = StateDictOptions(full_state_dict=True)
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # by the first process, in its memory
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """All processes share out each weight. Checkpoints are whole, in one file, as without sharding.
+    """All processes share out each weight.
 
     Args:
         param_dtype: what weights are gathered and computed with as, such as `bfloat16`; None: as they are, float32. They are
             kept, and their gradients reduced, in float32.
         replicas: how many groups of processes share out the weights, each all of them (HSDP), one for each machine, say:
             they then gather within a group and only average gradients with the others.
+        checkpoints: `whole`, gathered by the first process and in one file, as without sharding; `sharded`, each process
+            writes its own share, see `kit.shards`.
     Raises:
-        ValueError: for another type, or replicas that do not divide the processes.
+        ValueError: for another type or way of checkpoints, or replicas that do not divide the processes.
     """
 
-    def __init__(self, param_dtype: str | None = None, replicas: int = 1):
+    def __init__(self, param_dtype: str | None = None, replicas: int = 1, checkpoints: str = "whole"):
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False)
         if param_dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"trainer.strategy.param_dtype={param_dtype}; expected bfloat16, float32 or null")
         self.param_dtype = None if param_dtype is None else getattr(torch, param_dtype)
-        self.replicas = replicas
+        if checkpoints not in ("whole", "sharded"):
+            raise ValueError(f"trainer.strategy.checkpoints={checkpoints}; expected whole or sharded")
+        self.replicas, self.in_shards = replicas, checkpoints == "sharded"
 
     def setup_environment(self):
         processes = self.num_nodes * self.num_processes
@@ -64,36 +61,46 @@ class ShardedStrategy(ModelParallelStrategy):
         fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(self.param_dtype, kept, output_dtype=kept))
         model._get_fsdp_state()._lazy_init()  # else a unit that is called by itself first would take itself for the root
 
+    def as_saved(self, tensors: dict) -> dict:
+        """Nested dicts of tensors as a checkpoint holds them: in one in shards as they are; else whole, gathered one after
+        another in the memory of the first process, and nothing for the others. All must ask."""
+        if self.in_shards:
+            return tensors
+
+        def gather(_: Keys, x: Tensor) -> Tensor | None:
+            x = whole(x)
+            return x.cpu() if self.is_global_zero else None
+
+        gathered = mapped(tensors, gather)
+        return gathered if self.is_global_zero else {}
+
+    def lightning_module_state_dict(self) -> dict:
+        return self.as_saved(self.lightning_module.state_dict())
+
     def optimizer_state(self, optimizer: Optimizer) -> dict:
-        """Whole, and of the form that the optimizer itself has without sharding; empty but for the first process."""
-        optimizer = getattr(optimizer, "_optimizer", optimizer)  # out of Lightning's
-        if not optimizer.state:  # of discriminators before their turn: torch would make one by a step of its own
-            return optimizer.state_dict()
-        found = get_optimizer_state_dict(self.model, optimizer, options=GATHERED)
-        if not found:
-            return {}
-        number = {name: i for i, name in enumerate(self._names(optimizer))}
-        groups = [{**group, "params": [number[name] for name in group["params"]]} for group in found["param_groups"]]
-        return {"state": {number[name]: state for name, state in found["state"].items()}, "param_groups": groups}
+        return self.as_saved(getattr(optimizer, "_optimizer", optimizer).state_dict())  # out of Lightning's
+
+    def save_checkpoint(self, checkpoint: dict, filepath: str, storage_options=None):
+        if self.in_shards or self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, self.broadcast(filepath) if self.in_shards else filepath)
 
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = True) -> dict:
-        """Takes each process's share of weights and optimizer states from a whole checkpoint."""
-        checkpoint = load_checked(Path(checkpoint_path), mmap=True)
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=WHOLE)
-        for optimizer, given in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            if not given["state"]:
-                optimizer.load_state_dict(given)
-                continue
-            names = self._names(optimizer)
-            groups = [{**group, "params": [names[i] for i in group["params"]]} for group in given["param_groups"]]
-            state = {"state": {names[i]: state for i, state in given["state"].items()}, "param_groups": groups}
-            set_optimizer_state_dict(self.model, optimizer, state, options=WHOLE)
-        return checkpoint
+        """Takes each process's share of weights, averages and optimizer states from a checkpoint, in shards or whole."""
+        weights = dict(self.lightning_module.named_parameters())
+        states = [[p for group in o.param_groups for p in group["params"]] for o in self.optimizers]
 
-    def _names(self, optimizer: Optimizer) -> list[str]:
-        """Of its parameters, in its own order, which is that of the numbers in its state."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        def like(keys: Keys) -> Tensor | None:
+            match keys:
+                case ("state_dict" | "ema", name):
+                    return weights.get(name)
+                case ("optimizer_states", optimizer, "state", number, _):
+                    return states[optimizer][number]
+
+        checkpoint = load_shares(Path(checkpoint_path), lambda keys, x: as_shared(x, like(keys)))
+        self.lightning_module.load_state_dict(checkpoint["state_dict"])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+        return checkpoint
 
 
 def whole(x: Tensor) -> Tensor:
@@ -101,10 +108,13 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def as_sharded(x: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device of another, and sharded where that is; then all processes must ask."""
-    x = x.to(like.device)
-    return distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
+def as_shared(x: Tensor, like: Tensor | None) -> Tensor:
+    """A whole tensor of a file, in memory, and where another of its shape is shared out this process's share, without a word
+    between them; of one on the meta device what to fill."""
+    if isinstance(like, DTensor) and like.shape == x.shape:
+        own = torch.empty_like(like, dtype=x.dtype, requires_grad=False)
+        return own if x.is_meta else own.copy_(share_of(x.to(like.device), own))
+    return torch.empty_like(x, device="cpu") if x.is_meta else x.clone()
 
 
 def share_of(x: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the command line does with trained models: validate, reconstruct, inspect. Each is a Python API too."""
+"""What the command line does with trained models: validate, reconstruct, inspect, consolidate. Each is a Python API too."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from kit import shards
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.cache import describe, read_manifest, write_cache
 from kit.data.datamodule import ClipDataModule
@@ -234,6 +235,16 @@ def cache(cfg: DictConfig) -> Path:
     print(f"in {folder}: {size:.1f} MiB, after {seconds:.0f} s; {len(data.unreadable)} files could not be read")
     print(f"python -m kit fit conf=stage2_generator data=cached data.root={folder} tokenizer_ckpt={tokenizer.path}")
     return folder
+
+
+def consolidate(cfg: DictConfig) -> Path:
+    """Makes one file of a checkpoint in shards, and leaves those; returns it. Raises as `kind_of`, `shards.consolidate`."""
+    path = Path(cfg.ckpt)
+    kind_of(path)
+    out = path.with_name(f"{path.stem}_whole{path.suffix}") if cfg.out is None else Path(cfg.out)
+    shards.consolidate(path, out)
+    print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")
+    return out
 
 
 def inspect(cfg: DictConfig) -> dict:

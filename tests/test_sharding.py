@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kit.checkpoint import load_generator, read_checkpoint
+from kit.checkpoint import read_checkpoint
 from kit.cli import main
 from kit.run import build_data, build_generator_module, build_trainer
 from kit.sharding import ShardedStrategy
@@ -21,6 +21,8 @@ from tests.test_training import losses
 ROOT = Path(__file__).resolve().parents[1]
 ONE = ["trainer.precision=32-true", "trainer.devices=1", "data.batch_size=4"]
 TWO = ["trainer=fsdp", "recompute=true", "trainer.strategy.param_dtype=null", "trainer.devices=2", "data.batch_size=2"]
+IN_SHARDS = [*TWO, "trainer.strategy.checkpoints=sharded"]
+ALONE = [*IN_SHARDS, "trainer.devices=1", "data.batch_size=4"]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -52,11 +54,29 @@ def assert_near(x: torch.Tensor, expected: torch.Tensor):
     assert (x.float() - expected.float()).norm() <= 3e-2 * expected.float().norm()
 
 
+def assert_alike(found: dict, expected: dict):
+    """Checkpoints in weights, averages, and optimizers."""
+    for key in ("state_dict", "ema"):
+        assert found[key].keys() == expected[key].keys()
+        for name, tensor in expected[key].items():
+            assert type(found[key][name]) is torch.Tensor and found[key][name].shape == tensor.shape
+            assert_near(found[key][name], tensor)
+    for a, b in zip(found["optimizer_states"], expected["optimizer_states"], strict=True):
+        for group, other in zip(a["param_groups"], b["param_groups"], strict=True):
+            assert group["params"] == other["params"] and group["lr"] == pytest.approx(other["lr"])
+        assert a["state"].keys() == b["state"].keys()
+        for number, state in b["state"].items():
+            assert a["state"][number].keys() == state.keys()
+            for name, value in state.items():
+                assert_near(torch.as_tensor(a["state"][number][name]), torch.as_tensor(value))
+
+
 @pytest.fixture(scope="module")
 def runs(pair, tmp_path_factory) -> tuple[Path, Path]:
-    """Of one process and of two, in three stages."""
+    """Of one process and of two, which leave their checkpoints in shards, in three stages."""
     root = tmp_path_factory.mktemp("sharded")
-    return tuple(fit(root, n, pair.tokenizer, *way, *STAGES, conf="progressive") for n, way in (("one", ONE), ("two", TWO)))
+    ways = {"one": ONE, "two": IN_SHARDS}
+    return tuple(fit(root, n, pair.tokenizer, *way, *STAGES, conf="progressive") for n, way in ways.items())
 
 
 def test_the_loss_is_that_of_one_process(runs):
@@ -67,38 +87,40 @@ def test_the_loss_is_that_of_one_process(runs):
 
 def test_checkpoints_are_alike(runs):
     one, two = (read_checkpoint(run / "checkpoints" / "last.ckpt", "generator") for run in runs)
-    for key in ("state_dict", "ema"):
-        assert one[key].keys() == two[key].keys()
-        for name, expected in one[key].items():
-            assert type(two[key][name]) is torch.Tensor and two[key][name].shape == expected.shape
-            assert_near(two[key][name], expected)
-    for a, b in zip(one["optimizer_states"][0]["param_groups"], two["optimizer_states"][0]["param_groups"], strict=True):
-        assert a["params"] == b["params"] and a["lr"] == pytest.approx(b["lr"])
+    assert_alike(two, one)
 
 
 def test_what_it_leaves_is_looked_at_and_sampled(runs, tmp_path):
+    """In shards, and as the one file that is made of them: the same video."""
     media = runs[1] / "media"
     assert len(list(media.glob("step*.png"))) == len(list((runs[0] / "media").glob("step*.png"))) > 0
-    ckpt = runs[1] / "checkpoints" / "last.ckpt"
-    load_generator(ckpt)
-    assert main(["generate", f"ckpt={ckpt}", "prompt=a red ball", f"root={tmp_path}", "name=video"]) == 0
-    assert len(list((tmp_path / "video").rglob("*.mp4"))) == 1
+    stages = {f"{name}.{kind}" for name in ("last", "low", "some", "all") for kind in ("ckpt", "shards")}
+    assert {p.name for p in (runs[1] / "checkpoints").iterdir()} == stages
+    ckpt, made = runs[1] / "checkpoints" / "last.ckpt", tmp_path / "one.ckpt"
+    assert main(["consolidate", f"ckpt={ckpt}", f"out={made}", f"root={tmp_path}"]) == 0
+    for name, path in (("shards", ckpt), ("one", made)):
+        assert main(["generate", f"ckpt={path}", "prompt=a red ball", f"root={tmp_path}", f"name={name}"]) == 0
+    videos = [video.read_bytes() for video in sorted(tmp_path.rglob("*.mp4"))]
+    assert len(videos) == 2 and videos[0] == videos[1]
 
 
 def test_a_run_goes_on_with_another_number_of_processes(pair, tmp_path):
-    """One of one process goes on with two, and one of two with one, as that of one goes on."""
+    """In shards or not: 1 -> 2, 2 -> 1 and 2 -> 2, each as that of one goes on."""
     words = ["optimizer.name=muon", "callbacks.video_logger.clips=0"]
-    begun = {"one": ONE, "two": TWO}
-    for name, way in begun.items():
+    for name, way in (("one", ONE), ("two", IN_SHARDS), ("alone", ALONE)):
         fit(tmp_path, name, pair.tokenizer, *way, *words, "recipe.generator.steps=3")
-    shutil.copytree(tmp_path / "one", tmp_path / "expected")
-    expected = fit(tmp_path, "expected", pair.tokenizer, *ONE, *words, "recipe.generator.steps=6", "ckpt=last")
-    for name, way in (("one", TWO), ("two", ONE)):
-        resumed = fit(tmp_path, name, pair.tokenizer, *way, *words, "recipe.generator.steps=6", "ckpt=last")
+    for name, copy in (("one", "expected"), ("two", "same")):
+        shutil.copytree(tmp_path / name, tmp_path / copy)
+    ways = {"expected": ONE, "one": IN_SHARDS, "two": ONE, "alone": IN_SHARDS, "same": IN_SHARDS}
+    more = [*words, "recipe.generator.steps=6", "ckpt=last"]
+    expected, *others = (fit(tmp_path, name, pair.tokenizer, *way, *more) for name, way in ways.items())
+    for resumed in others:
         assert len(losses(resumed, start=1)) == 3
         torch.testing.assert_close(torch.tensor(losses(resumed, start=1)), torch.tensor(losses(expected, start=1)), **CLOSE)
-    for tensor, other in zip(averages(tmp_path / "one").values(), averages(expected).values(), strict=True):
-        assert_near(tensor, other)
+        for tensor, other in zip(averages(resumed).values(), averages(expected).values(), strict=True):
+            assert_near(tensor, other)
+    shards = {run.name: (run / "checkpoints" / "last.shards").exists() for run in others}
+    assert shards == {"one": True, "two": False, "alone": True, "same": True}
 
 
 def test_bfloat16_is_near(pair, tmp_path, runs):
@@ -117,7 +139,8 @@ SHARED = [word for word in TWO if not word.startswith("recompute")]
 
 
 def test_a_tokenizer_and_its_discriminators_train_as_in_one_process_and_go_on_in_another_number(tmp_path):
-    """Each begins before the discriminators' turn, which comes after two steps of the six, and goes on in the other's way."""
+    """Each begins before the discriminators' turn, which comes after two steps of the six, and goes on in the other's way; at
+    first checkpoints are whole."""
     metrics = ["train/loss", "train/entropy", "val/psnr"]
     ways = {"one": ONE, "two": SHARED}
 
@@ -127,13 +150,10 @@ def test_a_tokenizer_and_its_discriminators_train_as_in_one_process_and_go_on_in
             expected, found = (torch.tensor(losses(run, start, metric)) for run in (one, two))
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         expected, found = (read_checkpoint(run / "checkpoints" / "last.ckpt", "tokenizer") for run in (one, two))
-        for key in ("state_dict", "ema"):
-            assert expected[key].keys() == found[key].keys()
-            for name, tensor in expected[key].items():
-                assert_near(found[key][name], tensor)
+        assert_alike(found, expected)
 
     train(ways, "recipe.tokenizer.steps=2", "loss.adversarial.start=0.99", start=0, metrics=metrics)
-    others = dict(zip(ways, reversed(ways.values())))
+    others = {"one": [*SHARED, IN_SHARDS[-1]], "two": ONE}
     turn = ["recipe.tokenizer.steps=6", "loss.adversarial.start=0.34", "ckpt=last"]
     train(others, *turn, start=1, metrics=[*metrics, "train/discriminator", "train/lecam", "train/adversarial"])
     assert len(losses(tmp_path / "one", 1, "train/discriminator")) == 8
@@ -147,15 +167,16 @@ def test_what_fsdp_cannot_do_for_a_tokenizer_is_told(word, tmp_path, capsys):
     assert f"trainer=fsdp cannot train with {word}; set it to false" in capsys.readouterr().err
 
 
-def test_param_dtype_is_one_of_two():
-    with pytest.raises(ValueError, match="param_dtype=float8"):
-        ShardedStrategy("float8")
+@pytest.mark.parametrize("word", ["param_dtype=float8", "checkpoints=half"])
+def test_choices_are_told(word):
+    with pytest.raises(ValueError, match=f"trainer.strategy.{word}; expected"):
+        ShardedStrategy(**dict([word.split("=")]))
 
 
 def test_groups_of_processes_that_each_hold_all_weights_train_as_one(pair, tmp_path):
     """HSDP: 2 x 2 processes, under Muon and clipped gradients, in loss and averages."""
     words = ["optimizer.name=muon", "callbacks.video_logger.clips=0", "trainer.gradient_clip_val=0.05"]
-    four = [*TWO[:3], "trainer.devices=4", "data.batch_size=1", "trainer.strategy.replicas=2"]
+    four = [*TWO[:3], IN_SHARDS[-1], "trainer.devices=4", "data.batch_size=1", "trainer.strategy.replicas=2"]
     ways = {"one": ONE, "four": four}
     one, many = (fit(tmp_path, n, pair.tokenizer, *way, *words, "recipe.generator.steps=3") for n, way in ways.items())
     torch.testing.assert_close(torch.tensor(losses(many)), torch.tensor(losses(one)), **CLOSE)

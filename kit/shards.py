@@ -1,0 +1,286 @@
+"""Checkpoints in shards: each process writes its own share of what is shared out, none ever holds all of it.
+
+Such a checkpoint is two things that lie, and move, together: `last.ckpt`, the index, and the folder `last.shards`. The index
+is a checkpoint like any other, but that the tensors which are shared out are on the meta device, and that it says where
+their parts lie. It is written last, and its name is what makes the shards under it a checkpoint: of two places in the
+folder a save goes to the one that the index does not name, so that a kill or a full disk leaves the save before it.
+
+`torch.distributed.checkpoint` writes the shards and reads them. Where they lie it would read from `.metadata`, a pickle, and
+loading one may execute code; so the index holds that too, as plain values, and `.metadata` is never opened here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.tensor import DTensor
+
+from kit.files import disk_errors, file_sha256, load_checked, not_saved, save_checked
+
+T = TypeVar("T")
+Keys = tuple[str | int, ...]  # of a tensor in a checkpoint, from the outermost
+Take = Callable[[Keys, Tensor], Tensor]  # what stands for a tensor; for one on the meta device, one in shards, what to fill
+SHARDS = "shards"  # entry of an index: the place in the folder, its files' SHA-256, the parts of each tensor
+PLACES = ("a", "b")  # that saves take turns in
+ALIGNED = 64  # bytes; tensors of any type may begin at a multiple of it
+
+
+def folder_of(path: Path) -> Path:
+    """Where the shards of a checkpoint lie."""
+    return path.with_suffix(".shards")
+
+
+def remove_shards(path: Path):
+    """Of a checkpoint that is gone, or is whole now; there may be none."""
+    shutil.rmtree(folder_of(path), ignore_errors=True)
+
+
+def mapped(value: Any, change: Callable[[Keys, Tensor], Any], keys: Keys = ()) -> Any:
+    """Nested dicts and lists with other tensors, or what is to be in their place."""
+    if isinstance(value, Tensor):
+        return change(keys, value)
+    if isinstance(value, dict):
+        return {key: mapped(item, change, (*keys, key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [mapped(item, change, (*keys, i)) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def everywhere(act: Callable[[], T]) -> list[T]:
+    """What each process's `act` returns, in their order.
+
+    Raises:
+        OSError, ValueError: on all processes, if it is raised on one of them.
+    """
+    try:
+        told = act()
+    except (OSError, ValueError) as error:
+        told = error
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, told)
+    for told in every:
+        if isinstance(told, Exception):
+            raise told
+    return every
+
+
+def first(act: Callable[[], T]) -> T:
+    """What `act` returns on the first process, for all of them. Raises as `everywhere`."""
+    return everywhere(lambda: act() if dist.get_rank() == 0 else None)[0]
+
+
+class _Writer(dcp.FileSystemWriter):
+    def write_data(self, plan, planner):
+        with disk_errors():
+            return super().write_data(plan, planner)
+
+
+def save_shards(checkpoint: dict, path: Path):
+    """By all processes at once, on a file system that all of them see. What is not shared out is the first's.
+
+    Raises:
+        OSError: on all of them, if one cannot write; what was saved before is still there.
+    """
+    shared: dict[str, Tensor] = {}
+
+    def part(keys: Keys, x: Tensor) -> Tensor:
+        if not isinstance(x, DTensor):
+            return x
+        shared[_name(keys)] = x
+        return torch.empty(x.shape, dtype=x.dtype, device="meta")
+
+    index = mapped(checkpoint, part)
+    place = first(lambda: _cleared(path))
+    folder = folder_of(path) / place
+    try:
+        metadata = _written(shared, folder, path)
+        files = everywhere(lambda: {f.name: file_sha256(f) for f in sorted(folder.glob(f"__{dist.get_rank()}_*"))})
+        shards = {"place": place, "files": {k: v for each in files for k, v in each.items()}, "parts": _parts(metadata)}
+
+        def finish():
+            if missing := [name for name in shards["files"] if not (folder / name).is_file()]:
+                raise OSError(f"{folder / missing[0]} is missing; all processes must save to one file system")
+            save_checked({**index, SHARDS: shards}, path)
+
+        first(finish)
+    except OSError:
+        first(lambda: shutil.rmtree(folder, ignore_errors=True))
+        raise
+    first(lambda: shutil.rmtree(folder_of(path) / _other(place), ignore_errors=True))
+
+
+def _written(tensors: dict[str, Tensor], folder: Path, path: Path) -> Metadata:
+    """Where all of it lies. Raises OSError on all processes, about the checkpoint at `path`."""
+    try:
+        return dcp.save(tensors, storage_writer=_Writer(folder))
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if not isinstance(cause, OSError):
+            raise
+        raise not_saved(path, cause) from error
+
+
+def _name(keys: Keys) -> str:
+    return "/".join(map(str, keys))
+
+
+def _cleared(path: Path) -> str:
+    """The place that the last checkpoint does not lie in, emptied of what a kill has left."""
+    taken = None
+    if path.is_file() and folder_of(path).is_dir():
+        try:
+            taken = load_checked(path, mmap=True).get(SHARDS, {}).get("place")
+        except ValueError:  # nobody can load it either
+            pass
+    place = _other(taken)
+    if (folder_of(path) / place).exists():
+        shutil.rmtree(folder_of(path) / place)
+    return place
+
+
+def _other(place: str | None) -> str:
+    return next(p for p in PLACES if p != place)
+
+
+def _parts(metadata: Metadata) -> dict[str, list[tuple]]:
+    """Of each tensor its parts, as plain values: offsets and sizes in it; file, first byte and bytes."""
+    found = {}
+    for name, tensor in metadata.state_dict_metadata.items():
+        places = [metadata.storage_data[MetadataIndex(name, chunk.offsets)] for chunk in tensor.chunks]
+        found[name] = [
+            (list(chunk.offsets), list(chunk.sizes), place.relative_path, place.offset, place.length)
+            for chunk, place in zip(tensor.chunks, places, strict=True)
+        ]
+    return found
+
+
+class _Reader(dcp.FileSystemReader):
+    """Knows from the index where the parts lie."""
+
+    def __init__(self, folder: Path, tensors: dict[str, Tensor], parts: dict[str, list[tuple]]):
+        super().__init__(folder)
+        self.metadata = Metadata({}, storage_data={})
+        for name, x in tensors.items():
+            chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes, *_ in parts[name]]
+            self.metadata.state_dict_metadata[name] = TensorStorageMetadata(TensorProperties(x.dtype), x.shape, chunks)
+            for i, (offsets, _, *where) in enumerate(parts[name]):
+                self.metadata.storage_data[MetadataIndex(name, offsets, i)] = _StorageInfo(*where)
+
+    def read_metadata(self, *_, **__) -> Metadata:
+        return self.metadata
+
+
+def described(path: Path) -> dict:
+    """A checkpoint without its tensors in memory: they stay in its file or, of one in shards, are on the meta device.
+    Raises as `load_checked`."""
+    contents = load_checked(path, mmap=True)
+    contents.pop(SHARDS, None)
+    return contents
+
+
+def in_memory(_: Keys, x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="cpu") if x.is_meta else x
+
+
+def load_whole(path: Path, take: Take = in_memory) -> dict:
+    """A checkpoint, in shards or not, with whole tensors on the CPU, by one process alone. Raises as `load_checked`."""
+    return _filled(path, load_checked(path), take, lambda files: _check(path, files))
+
+
+def load_shares(path: Path, take: Take) -> dict:
+    """A checkpoint, in shards or not, by all processes at once, each what it takes of it.
+
+    Raises:
+        as `load_checked`, on all processes.
+    """
+    contents = {}
+    everywhere(lambda: contents.update(load_checked(path, mmap=True)))
+
+    def check(files: dict[Path, str]):  # shared out too
+        everywhere(lambda: _check(path, dict(list(files.items())[dist.get_rank() :: dist.get_world_size()])))
+
+    return _filled(path, contents, take, check)
+
+
+def _filled(path: Path, contents: dict, take: Take, check: Callable[[dict[Path, str]], None]) -> dict:
+    shards, given, taken = contents.pop(SHARDS, None), {}, {}
+
+    def one(keys: Keys, x: Tensor) -> Tensor:
+        own = take(keys, x)
+        if x.is_meta:
+            given[_name(keys)], taken[_name(keys)] = x, own
+        return own
+
+    if shards is None:
+        return mapped(contents, one)
+    folder = folder_of(path) / shards["place"]
+    check({folder / name: expected for name, expected in shards["files"].items()})
+    filled = mapped(contents, one)
+    try:  # without `load`, which takes no_dist since torch 2.7 only, and warns of it
+        _load_state_dict(taken, _Reader(folder, given, shards["parts"]), no_dist=True)
+    except CheckpointException as error:
+        raise ValueError(f"{folder} could not be read: {next(iter(error.failures.values()))[0]}") from error
+    return filled
+
+
+def _check(path: Path, files: dict[Path, str]):
+    """
+    Raises:
+        ValueError: if a file of a checkpoint's shards is missing or not what was saved.
+    """
+    for file, expected in files.items():
+        if not file.is_file():
+            raise ValueError(f"{path} is in shards, and {file} is missing; keep {folder_of(path).name} beside it")
+        if file_sha256(file) != expected:
+            raise ValueError(f"{file} is damaged, or of another save than {path}: take another checkpoint, or a copy of both")
+
+
+def consolidate(path: Path, out: Path):
+    """Makes a checkpoint in shards one file, the same as if it had been saved whole. What is not yet written of it lies in
+    a nameless file beside `out`, not in memory: it needs room for twice its size there.
+
+    Raises:
+        ValueError: if it is whole, or `out` is itself; else as `load_checked`. OSError: if there is no room.
+    """
+    index = load_checked(path, mmap=True)
+    if SHARDS not in index:
+        raise ValueError(f"{path} is one file already")
+    if out.resolve() == path.resolve():
+        raise ValueError(f"out={out} is the checkpoint in shards itself; give another name")
+    sizes = []
+    mapped(index, lambda _, x: sizes.append(x.numel() * x.element_size()))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = 2 * sum(sizes), shutil.disk_usage(out.parent).free
+    if free < needed:  # a file in memory that finds no room would end the process
+        raise OSError(f"{out} needs {needed / 2**20:.0f} MiB of room while it is made, {free / 2**20:.0f} MiB are free there")
+    with tempfile.TemporaryFile(dir=out.parent) as file:
+
+        def on_disk(keys: Keys, x: Tensor) -> Tensor:
+            if not x.is_meta or not x.numel():
+                return in_memory(keys, x)
+            start = -(-file.seek(0, os.SEEK_END) // ALIGNED) * ALIGNED
+            data = np.memmap(file, np.uint8, "r+", start, x.numel() * x.element_size())
+            return torch.from_numpy(data).view(x.dtype).view(x.shape)
+
+        save_checked(load_whole(path, take=on_disk), out)
