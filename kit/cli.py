@@ -174,6 +174,7 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
 
     register_resolvers()
     failures: list[BaseException] = []
+    here = os.getpid()
 
     def task(cfg):
         sys.argv = [sys.argv[0], verb, f"conf={conf}", *overrides]  # Lightning starts further ranks with these words
@@ -185,8 +186,8 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
             resolve(VERBS[verb].function)(cfg)
         except (*MENDABLE, InstantiationException) as error:
             cause = error.__cause__ if isinstance(error, InstantiationException) else error
-            if os.environ.get("KIT_TRACEBACK") or not isinstance(cause, MENDABLE):
-                raise
+            if os.environ.get("KIT_TRACEBACK") or not isinstance(cause, MENDABLE) or os.getpid() != here:
+                raise  # from another process, a job of hydra's launcher, to this one, which tells of it
             print(f"kit {verb}: {cause}\n(KIT_TRACEBACK=1 shows where)", file=sys.stderr)
             failures.append(error)
         except KeyboardInterrupt as stop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import pytest
 import torch
 import wandb
 import yaml
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from kit.cli import CONF, VERBS, confs, main
+from kit.cli import CONF, VERBS, confs, main, register_resolvers
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.run import build_data, build_trainer
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -91,7 +93,7 @@ def test_every_conf_of_a_verb_composes(name):
     assert "seed" in composed(name)
 
 
-COMMENTED = ["generate", "models", "sampling", "demo", "doctor", "evaluate", "prepare", "table"]
+COMMENTED = ["generate", "consolidate", "models", "sampling", "demo", "doctor", "evaluate", "prepare", "table"]
 GROUPS = [
     "data/shapes", "data/clips", "protocol/folder", "protocol/prompts", "loss/plain",
     "init/inflate", "init/weights", "init/infinity", "rate/4x8x8", "rate/4x16x16",
@@ -118,6 +120,27 @@ def test_multirun_runs_once_for_each_value(tmp_path, monkeypatch):
     words = ["fit", "conf=stage1_tokenizer", "--multirun", "name=s${seed}", "seed=1,2", "debug=smoke", f"root={tmp_path}"]
     assert main([*words, *CLIP, *TOKENIZER]) == 0
     assert all((tmp_path / f"s{seed}" / "checkpoints" / "last.ckpt").is_file() for seed in (1, 2))
+
+
+def test_a_launcher_runs_each_value_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
+    """And what one of them could not do is told here."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    words = ["fit", "conf=stage1_tokenizer", "--multirun", "hydra/launcher=submitit_local", "name=f${data.frames}"]
+    small = [word for word in CLIP if not word.startswith("data.frames")]
+    assert main([*words, *small, *TOKENIZER, "data.frames=5,6", "debug=smoke", f"root={tmp_path}"]) == 1
+    assert (tmp_path / "f5" / "checkpoints" / "last.ckpt").is_file() and not (tmp_path / "f6" / "checkpoints").exists()
+    assert "a clip must have 1 + 4n frames, got 6" in capsys.readouterr().err
+
+
+def test_jobs_of_slurm_have_a_process_for_each_device():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["hydra/launcher=slurm", "trainer.devices=4", "trainer.num_nodes=2", "trainer=fsdp"]
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        launcher = compose("stage2_generator", words, return_hydra_config=True).hydra.launcher
+    assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (2, 4, 4)
 
 
 def test_further_ranks_are_started_with_words_that_parse(monkeypatch, tmp_path):
