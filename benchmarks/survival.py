@@ -27,8 +27,8 @@ from runs import logged, parted
 RUN = (
     "size=tiny", "data.frames=5", "data.height=32", "data.width=32", "data.batch_size=4", "data.val_clips=4",
     "data.workers=1", "trainer.val_check_interval=100", "trainer.log_every_n_steps=1", "callbacks.last.every=5",
-    "callbacks.last.share=1",
-    "callbacks.compile.least_steps=-1", "recipe.tokenizer.steps=600", "+logger.csv.flush_logs_every_n_steps=1",
+    "callbacks.last.share=1", "callbacks.compile.least_steps=-1", "recipe.tokenizer.steps=600",
+    "+logger.csv.flush_logs_every_n_steps=1",
 )  # fmt: skip
 
 
@@ -63,6 +63,8 @@ def kill_once(root: Path, words: list[str], in_save: bool, rng: random.Random) -
     end = time.monotonic() + (0 if in_save else delay)
     while process.poll() is None and time.monotonic() < end:
         time.sleep(0.001)
+    while in_save and process.poll() is None and saving(folder):  # the rest of the save before: its old shards go last
+        time.sleep(0.0002)
     while in_save and process.poll() is None and not saving(folder):
         time.sleep(0.0002)
     if process.poll() is None:

@@ -2,8 +2,8 @@
 
     python benchmarks/training_speed.py steps=N CONF [key=value ...] [-- CONF [key=value ...]] ...
 
-One JSON line for each training of N steps: the median of the later half's, memory, and on a GPU the share of `tflops` that
-the model's arithmetic (`kit.costs`) comes to.
+One device, clips of one shape and no images. One JSON line for each training of N steps: the median of the later half's,
+memory, and the share of a GPU's best rate that the model's arithmetic (`kit.costs`) comes to.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def clip_flops(cfg: DictConfig) -> float:
 
 def main(steps: str, *words: str):
     count = int(steps.removeprefix("steps="))
+    if count < 2 * Stopwatch.every:
+        raise SystemExit(f"steps={count}; expected {2 * Stopwatch.every} or more")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     for alone, group in itertools.groupby(words, lambda word: word == "--"):
         if alone:

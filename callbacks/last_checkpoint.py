@@ -31,6 +31,7 @@ class LastCheckpoint(Checkpoint):
     Args:
         folder: of the checkpoints. every: optimizer steps between two saves.
         share: of the time that they may take, above 0 and up to 1; a large model, or one of quick steps, is saved less often.
+            The best checkpoint and those of stages are not counted.
         may_fail: saves in a row that may fail, for example on a full disk, before the run stops; the last of a training may
             not.
     Raises:
@@ -92,7 +93,7 @@ class LastCheckpoint(Checkpoint):
             begin = time.monotonic()
             trainer.save_checkpoint(self.path, weights_only=False)  # with optimizer and callbacks
             end = time.monotonic()
-            self.rest_until = end + (end - begin) * (1 / self.share - 1)
+            self.rest_until = max(self.rest_until, end) + (end - begin) * (1 / self.share - 1)
             if self._check(trainer, may_fail):
                 self.saved = trainer.global_step
 
@@ -105,7 +106,7 @@ class LastCheckpoint(Checkpoint):
         io = trainer.strategy.checkpoint_io
         if not isinstance(io, TrainingCheckpointIO):  # any other raises
             return True
-        failed, failure = trainer.strategy.broadcast((io.failed, io.failure))  # the first process alone writes
+        failed, failure = trainer.strategy.broadcast((io.failed, io.failure))  # in shards all fail alike
         if failed > may_fail:
             raise OSError(f"{failure}. Make room and go on with ckpt=last")
         return not failed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -42,7 +42,7 @@ class TrainingCheckpointIO(TorchCheckpointIO):
             self.failed = 0
         except OSError as error:
             self.failed, self.failure = self.failed + 1, str(error)
-            warnings.warn(f"{error}; {self.failed} in a row", stacklevel=2)
+            rank_zero_warn(f"{error}; {self.failed} in a row", stacklevel=2)
 
     def load_checkpoint(self, path: str | os.PathLike, map_location=None, weights_only: bool | None = True) -> dict[str, Any]:
         return load_whole(Path(path))  # whoever takes them moves tensors where they belong

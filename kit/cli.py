@@ -113,7 +113,7 @@ def register_resolvers():
     from kit import machine
     from kit.data.cache import of_manifest
 
-    for name in ("machine_size", "precision", "devices", "wandb_offline", "sweep_run"):
+    for name in ("machine_size", "precision", "devices", "processes", "wandb_offline", "sweep_run"):
         OmegaConf.register_new_resolver(f"kit_{name}", getattr(machine, name), replace=True)
     OmegaConf.register_new_resolver("kit_cached", of_manifest, replace=True)
 

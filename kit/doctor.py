@@ -21,7 +21,16 @@ from kit.generator.module import GeneratorModule
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.memory import training_memory
 from kit.perceptual import GET_VGG16, vgg16_path
-from kit.run import accumulate_of, build_data, build_trainer, generator_module, generator_values, of_stage, tokenizer_module
+from kit.run import (
+    accumulate_of,
+    batch_size_of,
+    build_data,
+    build_trainer,
+    generator_module,
+    generator_values,
+    of_stage,
+    tokenizer_module,
+)
 from kit.scales import latent_frames
 from kit.stages import StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -102,7 +111,7 @@ def stages_of(cfg: DictConfig) -> list[tuple[str, int, dict]]:
     return [(stage.name, stage.steps, {**OmegaConf.to_container(cfg.data), **stage.data}) for stage in stages]
 
 
-def buckets_of(data: dict) -> dict[str, dict]:
+def shapes_of(data: dict) -> dict[str, dict]:
     """A stage's data, by each shape of its clips; without buckets there is one.
 
     Raises:
@@ -118,14 +127,12 @@ def generator_config(cfg: DictConfig, tokenizer: TokenizerConfig) -> GeneratorCo
 
 
 def clips_of_a_step(data: dict, tokenizer: TokenizerConfig) -> int:
-    """On one device, of a stage's data."""
-    if not data["batch_tokens"]:
-        return data["batch_size"]
-    return data["batch_tokens"] // tokenizer.schedule(data["frames"], data["height"], data["width"]).length
+    """On one device, of a stage's data. Raises as `batch_size_of`."""
+    return batch_size_of(data, tokenizer, data["frames"], data["height"], data["width"])
 
 
 def tokens_of_a_step(data: dict, tokenizer: TokenizerConfig) -> int:
-    """Likewise."""
+    """On one device, of all its clips, the condition's not counted. Raises as `clips_of_a_step`."""
     length = tokenizer.schedule(data["frames"], data["height"], data["width"]).length
     return clips_of_a_step(data, tokenizer) * length
 
@@ -180,7 +187,7 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
     heads = ("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")
     rows, total = [COLUMNS.format(*heads, "GB held", "at most")], 0.0
     for name, steps, data in stages_of(cfg):
-        data = max(buckets_of(data).values(), key=lambda data: tokens_of_a_step(data, tokenizer))
+        data = max(shapes_of(data).values(), key=lambda data: tokens_of_a_step(data, tokenizer))
         clip, share = cost(data["frames"], data), data["image_share"]
         batch = clips_of_a_step(data, tokenizer) * per_step
         try:
@@ -241,7 +248,7 @@ def problems(cfg: DictConfig) -> list[str]:
             found.append(f"{what}: {error}")
     values = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
     for stage, _, data in stages_of(cfg):
-        buckets = {f"{stage}, {text}": bucket for text, bucket in buckets_of(data).items()} if data.get("buckets") else {}
+        buckets = {f"{stage}, {text}": bucket for text, bucket in shapes_of(data).items()} if data.get("buckets") else {}
         for name, clips in {stage: data, **buckets}.items():
             try:
                 schedule = values.schedule(clips["frames"], clips["height"], clips["width"])

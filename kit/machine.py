@@ -115,6 +115,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("KIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kit")
 
 
+def processes(devices: int | str | list) -> int:
+    """Of a cluster's machine, one for each of `trainer.devices`.
+
+    Raises:
+        ValueError: if they are to be those of this machine, which may have others.
+    """
+    if isinstance(devices, int) or str(devices).isdigit():
+        return int(devices)
+    raise ValueError(f"hydra/launcher=slurm, trainer.devices={devices}: give a number, of each machine: trainer.devices=8")
+
+
 def wandb_offline() -> bool:
     """Whether W&B has no key to log in with."""
     return not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -46,15 +46,15 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
     if values.get("buckets"):
         values["buckets"] = [bucket._asdict() for bucket in buckets_of(cfg, tokenizer)]
     if tokenizer is not None:
-        values["batch_size"] = batch_size_of(cfg, tokenizer, values["frames"], values["height"], values["width"])
+        values["batch_size"] = batch_size_of(cfg.data, tokenizer, values["frames"], values["height"], values["width"])
     return instantiate(values)
 
 
-def batch_size_of(cfg: DictConfig, tokenizer: TokenizerConfig, frames: int, height: int, width: int) -> int:
-    """Clips of that shape on each device and step. Raises: ValueError as `build_data`."""
-    budget = cfg.data.batch_tokens
+def batch_size_of(data: Mapping, tokenizer: TokenizerConfig, frames: int, height: int, width: int) -> int:
+    """Clips of that shape on each device and step, by the config's `data`. Raises: ValueError as `build_data`."""
+    budget = data["batch_tokens"]
     if budget is None:
-        return cfg.data.batch_size
+        return data["batch_size"]
     schedule = tokenizer.schedule(frames, height, width)
     if budget < schedule.length:
         raise ValueError(f"data.batch_tokens={budget}; a clip has {schedule.length}: {schedule}")
@@ -70,7 +70,7 @@ def buckets_of(cfg: DictConfig, tokenizer: TokenizerConfig | None) -> list[Bucke
             latent_frames(shape[0])
             if tokenizer is not None:
                 tokenizer.schedule(*shape)
-                batch_size = batch_size_of(cfg, tokenizer, *shape)
+                batch_size = batch_size_of(cfg.data, tokenizer, *shape)
         except ValueError as error:
             raise ValueError(f"data.buckets, {text}: {error}") from error
         buckets.append(Bucket(*shape, batch_size))
@@ -200,9 +200,10 @@ def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: Ge
         how = choice_of(of_stage(cfg, stage) if stage else cfg)
         batches = (stage.steps if stage else cfg.trainer.max_steps) * cfg.trainer.accumulate_grad_batches
 
-        def encode(source, bucket, share, ranks, part=part, stage=stage, how=how, batches=batches):
+        def encode(source, bucket, share, read, ranks, part=part, stage=stage, how=how, batches=batches):
             folder = encoded_clips_of(cfg, *([stage.name] if stage else []), *([str(bucket)] if part.bucketed else []))
-            used = batches * max(bucket.batch_size, bucket.image_batch if part.image_share else 0) * ranks
+            images = int(batches * part.image_share)  # as `StreamSampler` counts them
+            used = max(1, read(batches - images, images)) * ranks
             sources, clips = {"train": source}, {"train": min(math.ceil(cfg.encoded_clips * share), used)}
             clip = {**part.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
             about = describe(clip, module.tokenizer, module.hparams.tokenizer_hash, how, sources)

@@ -71,11 +71,11 @@ def everywhere(act: Callable[[], T]) -> list[T]:
     """What each process's `act` returns, in their order.
 
     Raises:
-        OSError, ValueError: on all processes, if it is raised on one of them.
+        on all processes, what is raised on one of them: they would wait for it.
     """
     try:
         told = act()
-    except (OSError, ValueError) as error:
+    except Exception as error:
         told = error
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, told)
@@ -135,10 +135,10 @@ def _written(tensors: dict[str, Tensor], folder: Path, path: Path) -> Metadata:
     try:
         return dcp.save(tensors, storage_writer=_Writer(folder))
     except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        if not isinstance(cause, OSError):
+        full = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
+        if not full:
             raise
-        raise not_saved(path, cause) from error
+        raise not_saved(path, full[0]) from error
 
 
 def _name(keys: Keys) -> str:
@@ -205,7 +205,7 @@ def in_memory(_: Keys, x: Tensor) -> Tensor:
 
 def load_whole(path: Path, take: Take = in_memory) -> dict:
     """A checkpoint, in shards or not, with whole tensors on the CPU, by one process alone. Raises as `load_checked`."""
-    return _filled(path, load_checked(path), take, lambda files: _check(path, files))
+    return _filled(path, load_checked(path), take, lambda act: act())
 
 
 def load_shares(path: Path, take: Take) -> dict:
@@ -216,14 +216,13 @@ def load_shares(path: Path, take: Take) -> dict:
     """
     contents = {}
     everywhere(lambda: contents.update(load_checked(path, mmap=True)))
-
-    def check(files: dict[Path, str]):  # shared out too
-        everywhere(lambda: _check(path, dict(list(files.items())[dist.get_rank() :: dist.get_world_size()])))
-
-    return _filled(path, contents, take, check)
+    return _filled(path, contents, take, everywhere, dist.get_rank(), dist.get_world_size())
 
 
-def _filled(path: Path, contents: dict, take: Take, check: Callable[[dict[Path, str]], None]) -> dict:
+def _filled(
+    path: Path, contents: dict, take: Take, run: Callable[[Callable[[], None]], object], rank: int = 0, ranks: int = 1
+) -> dict:  # fmt: skip
+    """`run` does what may fail, and on several processes, which share out the check of the files, fails on all of them."""
     shards, given, taken = contents.pop(SHARDS, None), {}, {}
 
     def one(keys: Keys, x: Tensor) -> Tensor:
@@ -235,13 +234,18 @@ def _filled(path: Path, contents: dict, take: Take, check: Callable[[dict[Path, 
     if shards is None:
         return mapped(contents, one)
     folder = folder_of(path) / shards["place"]
-    check({folder / name: expected for name, expected in shards["files"].items()})
+    run(lambda: _check(path, {folder / name: shards["files"][name] for name in list(shards["files"])[rank::ranks]}))
     filled = mapped(contents, one)
-    try:  # without `load`, which takes no_dist since torch 2.7 only, and warns of it
-        _load_state_dict(taken, _Reader(folder, given, shards["parts"]), no_dist=True)
-    except CheckpointException as error:
-        raise ValueError(f"{folder} could not be read: {next(iter(error.failures.values()))[0]}") from error
+    run(lambda: _fill(taken, _Reader(folder, given, shards["parts"])))
     return filled
+
+
+def _fill(tensors: dict[str, Tensor], reader: _Reader):
+    """Without torch's `load`, which takes no_dist since torch 2.7 only, and warns of it. Raises: ValueError if it fails."""
+    try:
+        _load_state_dict(tensors, reader, no_dist=True)
+    except CheckpointException as error:
+        raise ValueError(f"{reader.path} could not be read: {next(iter(error.failures.values()))[0]}") from error
 
 
 def _check(path: Path, files: dict[Path, str]):
@@ -251,9 +255,15 @@ def _check(path: Path, files: dict[Path, str]):
     """
     for file, expected in files.items():
         if not file.is_file():
-            raise ValueError(f"{path} is in shards, and {file} is missing; keep {folder_of(path).name} beside it")
+            raise ValueError(
+                f"{path} is in shards, and {file} is missing; keep {folder_of(path).name} beside it. If a training is saving "
+                f"there just now, try again"
+            )
         if file_sha256(file) != expected:
-            raise ValueError(f"{file} is damaged, or of another save than {path}: take another checkpoint, or a copy of both")
+            raise ValueError(
+                f"{file} is damaged, or of another save than {path}: take another checkpoint, or a copy of both. If a "
+                f"training is saving there just now, try again"
+            )
 
 
 def consolidate(path: Path, out: Path):

@@ -143,6 +143,13 @@ def test_jobs_of_slurm_have_a_process_for_each_device():
     assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (2, 4, 4)
 
 
+def test_slurm_is_told_how_many_devices_its_machines_have(tmp_path, capsys):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["--multirun", "hydra/launcher=slurm", "trainer.devices=auto", "seed=0,1", f"root={tmp_path}"]
+    assert main(["fit", "conf=stage1_tokenizer", *words]) == 1
+    assert "trainer.devices=auto: give a number, of each machine" in capsys.readouterr().err
+
+
 def test_further_ranks_are_started_with_words_that_parse(monkeypatch, tmp_path):
     """Lightning starts them as `python -m kit` with what sys.argv holds while the verb runs."""
     seen = []

@@ -20,6 +20,7 @@ from kit.data.heads import read_heads
 from kit.data.mixture import Turns
 from kit.scales import latent_frames
 
+Read = Callable[[int, int], int]  # clips that a rank reads, from the training's numbers of batches of clips and of images
 AS_CLOSE = 0.05  # share of a picture: where two buckets' shapes differ by less in what they cut off it, they are alike
 
 
@@ -35,6 +36,10 @@ class Bucket(NamedTuple):
     def image_batch(self) -> int:
         """How many images a batch of images has: as many as there are latent frames in a batch of clips."""
         return self.batch_size * latent_frames(self.frames)
+
+    def read(self, clips: int, images: int) -> int:
+        """How many of its clips so many batches of clips, and of images, need: images are frames of the first of them."""
+        return max(clips * self.batch_size, images * self.image_batch)
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
@@ -112,6 +117,7 @@ class BucketClips(Dataset):
         return Turns({i: self.files[i] / size for i, size in enumerate(sizes)}, self.source.seed)
 
     def __getitem__(self, n: int) -> dict:
+        """Raises: ValueError if no file of the source can be read."""
         number, i = divmod(n, len(self.parts))
         return self.parts[i][number]
 
@@ -119,10 +125,19 @@ class BucketClips(Dataset):
         """Of clip n of bucket i."""
         return n * len(self.parts) + i
 
-    def encode(self, encode: Callable[[Dataset, Bucket, float], Dataset]):
-        """Puts encoded clips in the place of each bucket's: of its clips, its shape and its share of the files."""
+    def encode(self, encode: Callable[[Dataset, Bucket, float, Read], Dataset]):
+        """Puts encoded clips in the place of each bucket's: of its clips, its shape, its share of the files, and how many of
+        them are read."""
         shares = [count / sum(self.files) for count in self.files]
-        self.parts = [encode(*each) for each in zip(self.parts, self.buckets, shares, strict=True)]
+        each = zip(self.parts, self.buckets, shares, map(self._reads, range(len(self.parts))), strict=True)
+        self.parts = [encode(*what) for what in each]
+
+    def _reads(self, i: int) -> Read:
+        def read(clips: int, images: int) -> int:
+            own, pictures = self.clip_turns.within(i, clips), self.image_turns.within(i, images)
+            return self.buckets[i].read(own, pictures)
+
+        return read
 
     def __str__(self) -> str:
         each = zip(self.buckets, self.files, strict=True)
@@ -131,7 +146,7 @@ class BucketClips(Dataset):
     @property
     def unreadable(self) -> list[Path]:
         """Files whose head, or later a clip, could not be read."""
-        return [path for source in self.sources for path in source.unreadable]
+        return list(dict.fromkeys(path for source in self.sources for path in source.unreadable))
 
 
 def tell(buckets: Sequence[Bucket], sorted_in: list[list[str]], readable: int):

@@ -28,6 +28,7 @@ from kit.data.decoder_process import open_video
 from kit.data.heads import Head
 from kit.files import written_aside
 
+ORDERS = 64  # of files in an epoch that are held: of each bucket that of its clips, and that of its images
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v")
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json")
 LABEL_SOURCES = ("auto", "folder", "filename", "none")
@@ -194,7 +195,7 @@ def fit(video: np.ndarray, height: int, width: int, top: float = 0.5, left: floa
     return clip.float() / 127.5 - 1
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=ORDERS)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     """The order of `count` files in an epoch: a permutation (count,)."""
     return np.random.default_rng((seed, 0, epoch)).permutation(count)
@@ -261,6 +262,7 @@ class FolderClips(Dataset):
 
     files: list[str] = field(init=False, repr=False)
     classes: tuple[str, ...] = field(init=False, repr=False)
+    spare: list[str] = field(init=False, repr=False, default_factory=list)
     skipped: dict[Path, str] = field(init=False, repr=False)
     short: dict[Path, int] = field(init=False, repr=False)
 
@@ -282,7 +284,8 @@ class FolderClips(Dataset):
     def _begin_records(self) -> None:
         """Of files that are too short or cannot be read."""
         self.skipped, self.short, self._told_short = {}, {}, False
-        self._unreadable = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # one for all workers
+        self._places = {name: place for place, name in enumerate((*self.files, *self.spare))}
+        self._unreadable = torch.zeros(len(self._places), dtype=torch.bool).share_memory_()  # one for all workers
 
     def _names(self) -> list[str]:
         """Of all files, in order."""
@@ -302,9 +305,9 @@ class FolderClips(Dataset):
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:
         """Where the file lies meanwhile. Raises: UnreadableVideo if it cannot be had."""
-        yield self._path(name)
+        yield self.path_of(name)
 
-    def _path(self, name: str) -> Path:
+    def path_of(self, name: str) -> Path:
         """The file, for those who are told of it."""
         return self.root / name
 
@@ -341,7 +344,7 @@ class FolderClips(Dataset):
                 with self._at(name) as path:
                     rates.append(open_video(path, self.backend, self.patience).fps)
             except UnreadableVideo as error:
-                self._skip(name, error)
+                self.skip(name, error)
         if not rates:
             raise self.nothing_readable()
         return float(np.median(rates))
@@ -373,23 +376,24 @@ class FolderClips(Dataset):
         return {"caption": caption, "label": self.classes.index(label) if label else -1}
 
     def _candidates(self, n: int) -> Iterator[str]:
-        """The file of item n, then those of the items after it, until each file had its turn."""
+        """The file of item n, then those of the items after it, until each file had its turn; then the spare ones."""
         seen = set()
         for name in map(self.file, itertools.count(n)):
             yield name
             seen.add(name)
             if len(seen) == len(self.files):
-                return
+                break
+        yield from self.spare
 
     def _read(self, name: str, start=0.5, top=0.5, left=0.5, mirror=0.5) -> Tensor | None:
         """A clip of a file, or None if it cannot be read; the four numbers in [0, 1) choose the clip."""
         try:
             clip = self.clip(name, start, *((top, left) if self.random_crop else ()))
         except UnreadableVideo as error:
-            self._skip(name, error)
+            self.skip(name, error)
             return None
         if clip.lacking:
-            self.short[self._path(name)] = clip.lacking
+            self.short[self.path_of(name)] = clip.lacking
         return clip.video.flip(-1) if self.flip and mirror < 0.5 else clip.video
 
     def clip(self, name: str, start: float = 0.5, top: float = 0.5, left: float = 0.5) -> Clip:
@@ -412,28 +416,31 @@ class FolderClips(Dataset):
                 video = open_video(path, self.backend, self.patience)
                 height, width = video.frames([0]).shape[1:3]
         except UnreadableVideo as error:
-            self._skip(name, error)
+            self.skip(name, error)
             return None
         return Head(len(video), video.fps, height, width)
 
     def part(self, files: list[str], frames: int, height: int, width: int) -> FolderClips:
-        """The data set of some of the files alone, with clips of another shape."""
-        part = copy.copy(self)
+        """The data set of some of the files alone, with clips of another shape. Where none of them can be read, the others
+        stand in."""
+        part, own = copy.copy(self), set(files)
         part.files, part.frames, part.height, part.width = files, frames, height, width
+        part.spare = [name for name in self.files if name not in own]
         part._begin_records()
         return part
 
-    def _skip(self, name: str, error: UnreadableVideo) -> None:
+    def skip(self, name: str, error: UnreadableVideo) -> None:
         """Only keeps a record: were the file not tried again, items would depend on history."""
-        self.skipped[self._path(name)] = error.reason
-        place = self.files.index(name)
+        self.skipped[self.path_of(name)] = error.reason
+        place = self._places[name]
         if not self._unreadable[place]:
             self._unreadable[place] = True
             warnings.warn(f"{error} Until then the clip of another file is taken instead.", stacklevel=4)
 
     @property
     def unreadable(self) -> list[Path]:
-        return [self._path(self.files[place]) for place in self._unreadable.nonzero().flatten().tolist()]
+        names = list(self._places)
+        return [self.path_of(names[place]) for place in self._unreadable.nonzero().flatten().tolist()]
 
     def _tell_short(self) -> None:
         if self.short and not self._told_short:

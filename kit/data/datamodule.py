@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kit.data.buckets import Bucket, BucketClips
+from kit.data.buckets import Bucket, BucketClips, Read
 from kit.data.cache import CachedClips
 from kit.scales import latent_frames
 from kit.stages import StagePlan, place, starts
@@ -144,9 +144,9 @@ class ClipDataModule(L.LightningDataModule):
         self.encode, self.encoded, self.batches_done = None, self.cached, 0
         self.left_out: frozenset[int] = frozenset()  # batches of the stream, by their numbers
 
-    def encode_ahead(self, encode: Callable[[Dataset, Bucket, float, int], CachedClips]):
+    def encode_ahead(self, encode: Callable[[Dataset, Bucket, float, Read, int], CachedClips]):
         """Training shall read encoded clips: at its start `encode` makes or finds those of a source, of a shape, which are
-        such a share of all clips, for so many ranks."""
+        such a share of all clips, and of which each of so many ranks reads so many."""
         self.encode = encode
 
     @property
@@ -180,27 +180,28 @@ class ClipDataModule(L.LightningDataModule):
         else:
             images = (self.image_share, self.image_batch)
             stream = StreamSampler(self.batch_size, *where, self.frames, *images, self.left_out)
-        read_here = self.encoded and not torch.cuda.is_available()  # cores have better to do
-        return self._loader(self.train, 0 if read_here else self.workers, batch_sampler=stream)
+        return self._loader(self.train, self.encoded, batch_sampler=stream)
 
-    def _encode(self, encode: Callable[[Dataset, Bucket, float], CachedClips]):
+    def _encode(self, encode: Callable[[Dataset, Bucket, float, Read], CachedClips]):
         if self.bucketed:
             self.train.encode(encode)
         else:
-            self.train = encode(self.train, self.bucket, 1.0)
+            self.train = encode(self.train, self.bucket, 1.0, self.bucket.read)
 
     def val_dataloader(self) -> DataLoader:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if self.val_clips < ranks:
             raise ValueError(f"data.val_clips={self.val_clips} leaves some of the {ranks} devices without a clip; raise it")
         keys = [(n, self.frames) for n in range(rank, self.val_clips, ranks)]
-        return self._loader(self.val, self.workers, batch_size=self.batch_size, sampler=keys)
+        return self._loader(self.val, self.cached, batch_size=self.batch_size, sampler=keys)
 
-    def _loader(self, dataset: Dataset, workers: int, **order) -> DataLoader:
+    def _loader(self, dataset: Dataset, encoded: bool, **order) -> DataLoader:
+        on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
+        workers = 0 if encoded and on_cpu else self.workers  # its cores have better to do, and there is little to read
         prefetch = 4 if workers else None
         return DataLoader(
             Numbered(dataset), num_workers=workers, persistent_workers=False, prefetch_factor=prefetch,
-            pin_memory=torch.cuda.is_available(), worker_init_fn=leave_sigterm_to_the_trainer, **order,
+            pin_memory=not on_cpu and torch.cuda.is_available(), worker_init_fn=leave_sigterm_to_the_trainer, **order,
         )  # fmt: skip
 
     def place_of(self, batch: int) -> tuple[int, int]:

@@ -48,6 +48,11 @@ class Turns:
         name = self.order[place]
         return name, period * self.counts[name] + self.before[place]
 
+    def within(self, name, n: int) -> int:
+        """How many of the first n turns are its own."""
+        period, place = divmod(n, len(self.order))
+        return period * self.counts[name] + self.order[:place].count(name)
+
 
 class Mixture(Dataset):
     """Items of several endless sources, which take `Turns`. Item n is a pure function of n, as those of the sources are, and

@@ -24,7 +24,7 @@ import fsspec
 import numpy as np
 from tqdm import tqdm
 
-from kit.data.clips import SUFFIXES, FolderClips
+from kit.data.clips import ORDERS, SUFFIXES, FolderClips
 from kit.data.decode import PICTURES, UnreadableVideo
 from kit.files import read_json, write_json
 from kit.machine import cache_folder
@@ -99,7 +99,7 @@ def said(words: dict[str, str]) -> tuple[str | None, str | None]:
     return (caption.strip() if isinstance(caption, str) else None), (label.strip() if label is not None else None)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=ORDERS)
 def _order(seed: int, epoch: int, counts: tuple[int, ...]) -> np.ndarray:
     """Places in an epoch: shards of so many files in a drawn order, and so the files of each."""
     rng = np.random.default_rng((seed, 0, epoch))
@@ -148,7 +148,7 @@ class ShardClips(FolderClips):
 
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:
-        place, path = self.places[name], self._path(name)
+        place, path = self.places[name], self.path_of(name)
         with tempfile.NamedTemporaryFile(suffix=path.suffix) as file:
             try:
                 with fsspec.open(place.shard, "rb") as shard:
@@ -162,7 +162,7 @@ class ShardClips(FolderClips):
             except UnreadableVideo as error:
                 raise UnreadableVideo(path, error.reason, error.backend) from error
 
-    def _path(self, name: str) -> Path:
+    def path_of(self, name: str) -> Path:
         return Path(name)
 
     def listing(self) -> list[str]:

@@ -13,28 +13,25 @@ from kit.draws import Draws
 from kit.generator.corruption import FlipLaw, training_sequence
 from kit.generator.mask import draw_kept_frames
 from kit.generator.transformer import Generator, GeneratorConfig
+from kit.machine import onto
 from kit.optim import WarmupCosine, build_optimizer
 from kit.scales import ScaleSchedule
 from kit.sharding import ShardedStrategy
 from kit.tokenizer import Tokenizer
 
-SHAPES = 64  # of clips whose weights are held
+POWERS = {"uniform": 0.0, "early": 0.5}  # what a token weighs: tokens of the finest scale that it stands for, to this power
 
 
+@functools.lru_cache(64)
+@torch.inference_mode(False)  # training may go on with what a validation made
 def bit_weights(schedule: ScaleSchedule, d: int, kind: str) -> Tensor:
     """(L, d) weight of each bit's loss, of mean 1; 0 for bits that a scale does not have.
 
     `uniform` is the paper's plain average over bits; `early` weighs a token by the square root of how many tokens of the
     finest scale it stands for (as Infinity does).
-
-    Raises:
-        ValueError: for another kind.
     """
-    if kind not in ("uniform", "early"):
-        raise ValueError(f"loss.scale_weights must be 'uniform' or 'early', got {kind!r}")
     h, w = schedule.grid
-    power = 0.5 if kind == "early" else 0.0
-    weights = torch.tensor([(h * w / (b.h * b.w)) ** power for b in schedule.blocks for _ in range(b.h * b.w)])
+    weights = torch.tensor([(h * w / (b.h * b.w)) ** POWERS[kind] for b in schedule.blocks for _ in range(b.h * b.w)])
     weights = weights[:, None] * schedule.used_bits(d)
     return weights / weights.mean()
 
@@ -72,13 +69,14 @@ class GeneratorModule(L.LightningModule):
         recompute: bool = False,
     ):  # fmt: skip
         super().__init__()
+        if loss["scale_weights"] not in POWERS:
+            raise ValueError(f"loss.scale_weights={loss['scale_weights']}; expected one of: {', '.join(POWERS)}")
         self.save_hyperparameters(ignore=["tokenizer", "recompute"])
         self.model = Generator(GeneratorConfig.from_dict(generator))
         self.model.recompute = recompute
         self.law = FlipLaw(**correction)
         self.frame_mask, self.drop_condition, self.seed = frame_mask, drop_condition, seed
         self.loss, self.optimizer, self.steps = loss, optimizer, steps
-        self.weights = functools.lru_cache(SHAPES)(self._weights)
         self.__dict__["tokenizer"] = tokenizer  # past nn.Module, which would register it as a part of this module
         if tokenizer is not None:
             tokenizer.eval().requires_grad_(False)
@@ -89,8 +87,9 @@ class GeneratorModule(L.LightningModule):
         self.hparams["clip"] = clip
         self.schedule = self.tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
 
-    def _weights(self, schedule: ScaleSchedule, device: torch.device) -> Tensor:
-        return bit_weights(schedule, self.model.config.bits, self.loss["scale_weights"]).to(device)
+    def weights(self, schedule: ScaleSchedule, device: torch.device) -> Tensor:
+        """Of each bit's loss, (L, d)."""
+        return onto(bit_weights(schedule, self.model.config.bits, self.loss["scale_weights"]), device)
 
     def configure_model(self):
         if isinstance(self.trainer.strategy, ShardedStrategy):

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,10 +115,54 @@ def test_heads_are_read_once(folder, tmp_path, monkeypatch):
     assert read_heads(FolderClips(own, "all", patience=None))["tall_1.mp4"].count == 1 and read == ["tall_1.mp4"]
 
 
+def test_a_file_that_could_not_be_read_is_the_same_to_all(folder, tmp_path, monkeypatch):
+    """Whoever comes later does not try it again: it might have better luck, and sort the files otherwise."""
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    good = (own / "tall_1.mp4").read_bytes()
+    (own / "tall_1.mp4").write_bytes(b"x" * len(good))
+    with pytest.warns(UserWarning, match="tall_1"):
+        found = read_heads(FolderClips(own, "all", patience=None))
+    assert len(found) == 9
+    (own / "tall_1.mp4").write_bytes(good)
+    later = FolderClips(own, "all", patience=None)
+    with pytest.warns(UserWarning, match="could not be read before; remove .*json to have it tried again"):
+        assert read_heads(later) == found
+    assert later.unreadable == [own / "tall_1.mp4"]
+
+
+def test_where_a_bucket_has_no_readable_file_others_stand_in(folder, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    clips = BucketClips(FolderClips(own, "all", 5, 32, 32, patience=None), [WIDE, TALL, LONG])
+    for i in (1, 2, 3):
+        (own / f"tall_{i}.mp4").write_bytes(b"lost since")
+    with pytest.warns(UserWarning, match="tall_"):
+        item = clips[clips.number(1, 0)]
+    assert item["video"].shape == (3, 5, 32, 16) and item["caption"] in ("wide", "square")
+    assert {path.name for path in clips.unreadable} == {"tall_1.mp4", "tall_2.mp4", "tall_3.mp4"}
+
+
+def test_how_many_clips_of_a_bucket_are_read(clips):
+    """As the sampler hands them out."""
+    for share in (0.0, 0.4):
+        stream = iter(BucketSampler(clips, 0, 0, 1, share))
+        seen, count, images = [set() for _ in clips.buckets], 60, int(60 * share)
+        for _ in range(count):
+            for n, _ in next(stream):
+                number, i = divmod(n, len(clips.parts))
+                seen[i].add(number)
+        reads = []
+        clips.parts, kept = list(clips.parts), clips.parts
+        clips.encode(lambda part, bucket, of_all, read: reads.append(read(count - images, images)) or part)
+        clips.parts = kept
+        assert reads == [len(numbers) for numbers in seen]
+
+
 def test_many_heads_are_written_down_on_the_way(folder, tmp_path, monkeypatch):
     own = tmp_path / "own"
     shutil.copytree(folder, own)
-    monkeypatch.setattr(heads, "AT_ONCE", 4)
+    monkeypatch.setattr(heads, "SAVE_EVERY", 0.0)
     read, head = [], FolderClips.head
 
     def killed(self, name):
@@ -129,7 +174,7 @@ def test_many_heads_are_written_down_on_the_way(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(FolderClips, "head", killed)
     with pytest.raises(KeyboardInterrupt):
         read_heads(FolderClips(own, "all", patience=None))
-    assert len(read_heads(FolderClips(own, "all", patience=None))) == 10 and len(read) == 6 + 6
+    assert len(read_heads(FolderClips(own, "all", patience=None))) == 10 and len(read) == 6 + 5
 
 
 # --- the stream ----------------------------------------------------------------------------------------------------------
@@ -196,7 +241,7 @@ def test_one_bucket_is_the_plain_stream(folder):
     source = partial(FolderClips, root=folder, patience=None)
 
     class Alone:
-        global_rank, world_size = 0, 1
+        global_rank, world_size, strategy = 0, 1, SimpleNamespace(root_device=torch.device("cpu"))
 
     plain, bucket = (ClipDataModule(source, **shape, buckets=b) for b in ((), [Bucket(5, 32, 32, 3)._asdict()]))
     plain.trainer = bucket.trainer = Alone()
@@ -230,7 +275,7 @@ def test_unreadable_files_are_counted(folder, tmp_path):
     (own / "wide_2.mp4").write_bytes(b"lost since")
     with pytest.warns(UserWarning, match="wide_2"):
         assert clips[clips.number(0, clips.parts[0].files.index("wide_2.mp4"))]["caption"] == "wide"
-    clips.encode(lambda part, bucket, share: [])
+    clips.encode(lambda part, bucket, share, read: [])
     assert len(clips.unreadable) == 3, "also once its clips are encoded"
     for path in own.iterdir():
         path.write_bytes(b"no video either")

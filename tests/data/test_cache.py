@@ -106,10 +106,11 @@ def test_processes_share_the_work(pair, tmp_path):
     write(pair, tmp_path / "one", train=100)
     torch.set_num_threads(1)  # forked processes cannot use the threads of this one
     context, seen = multiprocessing.get_context("fork"), []
-    counts = context.Queue()
+    counts, both = context.Queue(), context.Barrier(2)
 
     def work():
         torch.set_num_threads(1)
+        both.wait(60)
         write(pair, tmp_path / "two", train=100, seen=seen)
         counts.put(sum(seen))
 
