@@ -148,3 +148,9 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
 def batches_of_a_step(trainer: L.Trainer, module: L.LightningModule) -> int:
     """Batches on each device for one optimizer step; under manual optimization the module accumulates."""
     return module.hparams.optimizer.get("accumulate", trainer.accumulate_grad_batches)
+
+
+def logs_now(module: L.LightningModule) -> bool:
+    """Whether what a training step logs is written: of `trainer.log_every_n_steps` steps one is. The others need not make it,
+    or gather it from all processes."""
+    return module.trainer._logger_connector.should_update_logs

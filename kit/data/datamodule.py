@@ -106,7 +106,16 @@ class Numbered(Dataset):
         return item
 
 
-class ClipDataModule(L.LightningDataModule):
+class ClipsOnDevice(L.LightningDataModule):
+    """Clips go to the device that trains. Their numbers and labels stay: what is drawn and looked up by them is, on the CPU,
+    and a GPU would be waited for to have them back."""
+
+    def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
+        clips = {key: batch[key].to(device, non_blocking=True) for key in ("video", "feature") if key in batch}
+        return {**batch, **clips}
+
+
+class ClipDataModule(ClipsOnDevice):
     """Training and validation clips of one resolution and duration, or training clips in buckets.
 
     Args:
@@ -232,7 +241,7 @@ class Unsized:
         return self.begin()
 
 
-class StagedClips(L.LightningDataModule):
+class StagedClips(ClipsOnDevice):
     """Clips of one stage after another. Whatever else a `ClipDataModule` knows, it knows of the stage being trained.
 
     The data leads and `StageSwitch` follows: batches carry the number of their stage as `stage`.

@@ -9,7 +9,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from kit.draws import Draws
 from kit.machine import mean_over_ranks, onto
-from kit.optim import WarmupCosine, build_optimizer
+from kit.optim import WarmupCosine, build_optimizer, logs_now
 from kit.perceptual import load_perceptual
 from kit.sharding import ShardedStrategy
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -110,13 +110,14 @@ class TokenizerModule(L.LightningModule):
             terms["adversarial"] = self.adversarial_term(output, terms)
         self.backward_of(terms)
         self.log("train/loss", weighted_sum(terms), prog_bar=True, sync_dist=True)
-        self.log("train/amplitude", amplitude_of(features), sync_dist=True)
         if adversarial:
             against = self.discriminator_terms(video, output.detach())
             self.backward_of(against)
             terms |= against
-        self.log_dict({f"train/{name}": term for name, (_, term) in terms.items()}, sync_dist=True)
-        self.log_dict({f"train/{name}_weighted": weight * term for name, (weight, term) in terms.items()}, sync_dist=True)
+        if logs_now(self):
+            self.log("train/amplitude", amplitude_of(features), sync_dist=True)
+            self.log_dict({f"train/{name}": term for name, (_, term) in terms.items()}, sync_dist=True)
+            self.log_dict({f"train/{name}_weighted": weight * term for name, (weight, term) in terms.items()}, sync_dist=True)
         if (index + 1) % self.optimizer["accumulate"] == 0:
             self.step(discriminators=adversarial > 0)
 

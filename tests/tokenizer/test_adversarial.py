@@ -48,6 +48,7 @@ def train(module: TokenizerModule, steps: int, batch_size: int = 2, precision: s
     recorder = Recorder()
     data = ClipDataModule(partial(Shapes), 5, 16, 16, 8.0, batch_size, val_clips=1, workers=0)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    quiet["log_every_n_steps"] = 1
     how = {"limit_val_batches": 0, **trainer, "accelerator": "cpu", "precision": precision, "max_steps": steps}
     trainer = L.Trainer(callbacks=[recorder], **how, **quiet)
     trainer.fit(module, datamodule=data)

@@ -1,0 +1,42 @@
+"""What a training logs, when, and what it costs a GPU."""
+
+from __future__ import annotations
+
+from functools import partial
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from kit.data.datamodule import ClipDataModule, StagedClips
+from kit.generator.module import GeneratorModule
+from kit.tokenizer.module import TokenizerModule
+from tests.fixtures import fit_generator, fit_tokenizer
+from tests.test_training import losses
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "generator"])
+def test_what_is_not_written_is_not_made(part, pair, tmp_path):
+    """Of seven steps the third and the sixth are written; only the loss, which the progress bar shows, is made in all."""
+    module, kept = (TokenizerModule, "train/entropy") if part == "tokenizer" else (GeneratorModule, "train/bit_accuracy")
+    log, seen = module.log, []
+
+    def spy(self, name, *args, **kwargs):
+        seen.append(name)
+        return log(self, name, *args, **kwargs)
+
+    fit = fit_tokenizer if part == "tokenizer" else partial(fit_generator, tokenizer=pair.tokenizer)
+    words = [f"recipe.{part}.steps=7", "trainer.log_every_n_steps=3", "trainer.val_check_interval=7"]
+    with patch.object(module, "log", spy):
+        assert fit(tmp_path, *words, name="run") == 0
+    assert seen.count("train/loss") == 7 and seen.count(kept) == 2
+    assert len(losses(tmp_path / "run", metric=kept)) == len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("kind", [ClipDataModule, StagedClips])
+def test_clips_alone_are_moved(kind):
+    """A GPU would have to be waited for, number by number, to have the others back."""
+    batch = {"video": torch.zeros(2, 3, 1, 8, 8), "n": torch.arange(2), "label": torch.ones(2).long(), "caption": ["a", "b"]}
+    moved = kind.transfer_batch_to_device(None, batch, torch.device("meta"), 0)
+    assert moved.keys() == batch.keys() and moved["video"].is_meta
+    assert all(moved[key] is batch[key] for key in ("n", "label", "caption"))
