@@ -6,7 +6,6 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import lightning as L
 import torch
@@ -189,7 +188,6 @@ def stepper(module: L.LightningModule, pretence: Pretence, bfloat16: bool) -> Ca
             optimizer.zero_grad()
 
     module.log = lambda *_, **__: None
-    module.trainer = SimpleNamespace(global_step=0, _logger_connector=SimpleNamespace(should_update_logs=False))
     module.manual_backward, module.step = backward, update
     if module.kind == "tokenizer":
         module.start = 0  # of the discriminators

@@ -152,5 +152,5 @@ def batches_of_a_step(trainer: L.Trainer, module: L.LightningModule) -> int:
 
 def logs_now(module: L.LightningModule) -> bool:
     """Whether what a training step logs is written: of `trainer.log_every_n_steps` steps one is. The others need not make it,
-    or gather it from all processes."""
-    return module.trainer._logger_connector.should_update_logs
+    or gather it from all processes. Without a trainer nothing is."""
+    return module._trainer is not None and module._trainer._logger_connector.should_update_logs
