@@ -18,13 +18,12 @@ if __name__ == "__main__" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # rea
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
-import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from kit.cli import CONF, register_resolvers
 from kit.doctor import memory_of, stages_of
 from kit.run import BUILDERS, build_data, build_trainer, tokenizer_config
+from runs import composed
 
 QUIET = (
     "trainer.max_steps=3", "+trainer.limit_val_batches=0", "data.workers=0", "logger=csv",
@@ -32,14 +31,6 @@ QUIET = (
     "callbacks.learning_rate=null",
 )  # fmt: skip
 SMALL = ("data.frames=5", "data.height=32", "data.width=32", "data.batch_size=1")
-
-
-def composed(conf: str, words: list[str]) -> DictConfig:
-    register_resolvers()
-    with hydra.initialize_config_dir(str(CONF), version_base=None):
-        cfg = hydra.compose(conf, words)
-    OmegaConf.resolve(cfg)
-    return cfg
 
 
 def of_process(key: str) -> int:

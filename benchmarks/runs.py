@@ -1,4 +1,4 @@
-"""What the benchmarks that train share."""
+"""What the benchmarks share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from kit.cli import CONF, register_resolvers
+
+
+def composed(conf: str, words: list[str]) -> DictConfig:
+    """A training's config as `fit` composes it, its interpolations resolved."""
+    register_resolvers()
+    with hydra.initialize_config_dir(str(CONF), version_base=None):
+        cfg = hydra.compose(conf, words)
+    OmegaConf.resolve(cfg)
+    return cfg
 
 
 def kit(*words: str):

@@ -15,30 +15,20 @@ import sys
 import time
 from pathlib import Path
 
-import hydra
 from omegaconf import OmegaConf
 
-from kit.cli import CONF, register_resolvers
 from kit.costs import generator_cost, stage_cost
 from kit.doctor import generator_config, stages_of
 from kit.scales import latent_frames
 from kit.tokenizer import TokenizerConfig
-from runs import kit, parted
+from runs import composed, kit, parted
 
 LENGTHS, CLIPS = (17, 33, 65), 128  # frames and clips that are scored
 
 
-def composed(words: list[str]):
-    register_resolvers()
-    with hydra.initialize_config_dir(str(CONF), version_base=None):
-        cfg = hydra.compose("progressive", words)
-    OmegaConf.resolve(cfg)
-    return cfg
-
-
 def flops_of_stages(words: list[str]) -> tuple[list[float], list[float], list[dict]]:
     """Operations of each stage and of one clip in it, and its data."""
-    cfg = composed(words)
+    cfg = composed("progressive", words)
     tokenizer = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
     generator = generator_config(cfg, tokenizer)
     whole, each, data = [], [], []

@@ -15,16 +15,15 @@ import statistics
 import sys
 import time
 
-import hydra
 import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from kit.cli import CONF, register_resolvers
 from kit.costs import generator_cost, tokenizer_cost
 from kit.doctor import generator_config
 from kit.run import accumulate_of, fit
 from kit.tokenizer import TokenizerConfig
+from runs import composed
 
 QUIET = (
     "overwrite=true", "+trainer.limit_val_batches=0", "logger=csv", "callbacks.checkpoint=null", "callbacks.last=null",
@@ -53,14 +52,6 @@ class Stopwatch(L.Callback):
         """Of a step, the median of the later half."""
         spans = [(b - a) / self.every for (_, a), (_, b) in itertools.pairwise(self.ends)]
         return statistics.median(spans[len(spans) // 2 :])
-
-
-def composed(conf: str, words: list[str]) -> DictConfig:
-    register_resolvers()
-    with hydra.initialize_config_dir(str(CONF), version_base=None):
-        cfg = hydra.compose(conf, words)
-    OmegaConf.resolve(cfg)
-    return cfg
 
 
 def clip_flops(cfg: DictConfig) -> float:

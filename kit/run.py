@@ -200,10 +200,10 @@ def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: Ge
         how = choice_of(of_stage(cfg, stage) if stage else cfg)
         batches = (stage.steps if stage else cfg.trainer.max_steps) * cfg.trainer.accumulate_grad_batches
 
-        def encode(source, bucket, share, read, ranks, part=part, stage=stage, how=how, batches=batches):
+        def encode(source, bucket, share, needed, ranks, part=part, stage=stage, how=how, batches=batches):
             folder = encoded_clips_of(cfg, *([stage.name] if stage else []), *([str(bucket)] if part.bucketed else []))
             images = int(batches * part.image_share)  # as `StreamSampler` counts them
-            used = max(1, read(batches - images, images)) * ranks
+            used = max(1, needed(batches - images, images)) * ranks
             sources, clips = {"train": source}, {"train": min(math.ceil(cfg.encoded_clips * share), used)}
             clip = {**part.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
             about = describe(clip, module.tokenizer, module.hparams.tokenizer_hash, how, sources)

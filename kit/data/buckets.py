@@ -20,7 +20,7 @@ from kit.data.heads import read_heads
 from kit.data.mixture import Turns
 from kit.scales import latent_frames
 
-Read = Callable[[int, int], int]  # clips that a rank reads, from the training's numbers of batches of clips and of images
+ClipsNeeded = Callable[[int, int], int]  # clips that a rank reads, from the numbers of batches of clips and of images
 AS_CLOSE = 0.05  # share of a picture: where two buckets' shapes differ by less in what they cut off it, they are alike
 
 
@@ -37,7 +37,7 @@ class Bucket(NamedTuple):
         """How many images a batch of images has: as many as there are latent frames in a batch of clips."""
         return self.batch_size * latent_frames(self.frames)
 
-    def read(self, clips: int, images: int) -> int:
+    def clips_needed(self, clips: int, images: int) -> int:
         """How many of its clips so many batches of clips, and of images, need: images are frames of the first of them."""
         return max(clips * self.batch_size, images * self.image_batch)
 
@@ -125,19 +125,19 @@ class BucketClips(Dataset):
         """Of clip n of bucket i."""
         return n * len(self.parts) + i
 
-    def encode(self, encode: Callable[[Dataset, Bucket, float, Read], Dataset]):
+    def encode(self, encode: Callable[[Dataset, Bucket, float, ClipsNeeded], Dataset]):
         """Puts encoded clips in the place of each bucket's: of its clips, its shape, its share of the files, and how many of
         them are read."""
         shares = [count / sum(self.files) for count in self.files]
-        each = zip(self.parts, self.buckets, shares, map(self._reads, range(len(self.parts))), strict=True)
+        each = zip(self.parts, self.buckets, shares, map(self._needed, range(len(self.parts))), strict=True)
         self.parts = [encode(*what) for what in each]
 
-    def _reads(self, i: int) -> Read:
-        def read(clips: int, images: int) -> int:
+    def _needed(self, i: int) -> ClipsNeeded:
+        def needed(clips: int, images: int) -> int:
             own, pictures = self.clip_turns.within(i, clips), self.image_turns.within(i, images)
-            return self.buckets[i].read(own, pictures)
+            return self.buckets[i].clips_needed(own, pictures)
 
-        return read
+        return needed
 
     def __str__(self) -> str:
         each = zip(self.buckets, self.files, strict=True)

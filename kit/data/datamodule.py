@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kit.data.buckets import Bucket, BucketClips, Read
+from kit.data.buckets import Bucket, BucketClips, ClipsNeeded
 from kit.data.cache import CachedClips
 from kit.scales import latent_frames
 from kit.stages import StagePlan, place, starts
@@ -111,7 +111,8 @@ class ClipsOnDevice(L.LightningDataModule):
     and a GPU would be waited for to have them back."""
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
-        clips = {key: batch[key].to(device, non_blocking=True) for key in ("video", "feature") if key in batch}
+        pinned = device.type == "cuda"  # see `_loader`: elsewhere such a copy could be read before it is there
+        clips = {key: batch[key].to(device, non_blocking=pinned) for key in ("video", "feature") if key in batch}
         return {**batch, **clips}
 
 
@@ -153,7 +154,7 @@ class ClipDataModule(ClipsOnDevice):
         self.encode, self.encoded, self.batches_done = None, self.cached, 0
         self.left_out: frozenset[int] = frozenset()  # batches of the stream, by their numbers
 
-    def encode_ahead(self, encode: Callable[[Dataset, Bucket, float, Read, int], CachedClips]):
+    def encode_ahead(self, encode: Callable[[Dataset, Bucket, float, ClipsNeeded, int], CachedClips]):
         """Training shall read encoded clips: at its start `encode` makes or finds those of a source, of a shape, which are
         such a share of all clips, and of which each of so many ranks reads so many."""
         self.encode = encode
@@ -191,11 +192,11 @@ class ClipDataModule(ClipsOnDevice):
             stream = StreamSampler(self.batch_size, *where, self.frames, *images, self.left_out)
         return self._loader(self.train, self.encoded, batch_sampler=stream)
 
-    def _encode(self, encode: Callable[[Dataset, Bucket, float, Read], CachedClips]):
+    def _encode(self, encode: Callable[[Dataset, Bucket, float, ClipsNeeded], CachedClips]):
         if self.bucketed:
             self.train.encode(encode)
         else:
-            self.train = encode(self.train, self.bucket, 1.0, self.bucket.read)
+            self.train = encode(self.train, self.bucket, 1.0, self.bucket.clips_needed)
 
     def val_dataloader(self) -> DataLoader:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
