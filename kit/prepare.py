@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kit.checkpoint import save_tokenizer
-from kit.data.clips import list_videos
+from kit.data.listing import list_videos
 from kit.evaluation.detectors import I3D_FILE
 from kit.files import file_sha256, written_aside
 from kit.fluent_emoji import prepare_fluent_emoji

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import csv
 import functools
-import glob
 import itertools
-import json
 import math
-import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,141 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kit.data.decode import PICTURES, UnreadableVideo, load_backend
+from kit.data.decode import UnreadableVideo, load_backend
 from kit.data.decoder_process import open_video
 from kit.data.heads import Head
-from kit.files import written_aside
+from kit.data.listing import (
+    CAPTION_FILES,
+    LABEL_SOURCES,
+    LEADING_WORDS,
+    label_files,
+    list_videos,
+    read_captions,
+    split_files,
+)
 
 ORDERS = 64  # of files in an epoch that are held: of each bucket that of its clips, and that of its images
-SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v")
-CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json")
-LABEL_SOURCES = ("auto", "folder", "filename", "none")
-LEADING_WORDS = r"^(?P<label>.+?)_+\d+$"  # jumping_jack_00000004 -> jumping_jack
-
-
-def list_videos(root: Path, pictures: bool = False) -> list[str]:
-    """The video files, and pictures where they will do, in a folder and the folders below it, as sorted posix paths
-    relative to it.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist or holds none.
-    """
-    if not root.is_dir():
-        raise FileNotFoundError(f"root={str(root)!r} is not a folder; set `root` to a folder of video files")
-    names = glob.glob("**/*", root_dir=root, recursive=True)  # follows links to folders, passes over hidden files
-    suffixes = SUFFIXES + PICTURES * pictures
-    videos = sorted(Path(name).as_posix() for name in names if name.lower().endswith(suffixes))
-    if not videos:
-        what = "no video or picture" if pictures else "no video"
-        raise FileNotFoundError(f"root={str(root)!r} holds {what}; expected files ending in {', '.join(suffixes)}")
-    return videos
-
-
-def split_files(names: Sequence[str], split: str, every: int) -> list[str]:
-    """Every `every`-th name for `val`, at least one; the others for `train`; `all`. A single name is in each."""
-    if split == "all":
-        return list(names)
-    held_out = list(names[every - 1 :: every] or names[-1:])
-    if split == "val" or len(names) == 1:
-        return held_out
-    return [name for name in names if name not in set(held_out)]
-
-
-def label_files(names: Sequence[str], source: str, pattern: str) -> dict[str, str]:
-    """Name -> class name, or nothing at all if the files have no classes.
-
-    Args:
-        source: "folder" is the innermost folder, "filename" the group `label` of the regular expression `pattern` in
-            the file name without its suffix, "none" no classes; "auto" is the first of these that tells files apart.
-    Raises:
-        ValueError: if a file has no such label, or the pattern no such group.
-    """
-    folders = {name: PurePosixPath(name).parent.name for name in names}
-    words = {name: _filename_label(name, pattern) for name in names}
-    match source:
-        case "auto" if all(folders.values()) and len(set(folders.values())) > 1:
-            return folders
-        case "auto" if all(words.values()) and 1 < len(set(words.values())) < len(names):
-            return words
-        case "auto" | "none":
-            return {}
-    labels = folders if source == "folder" else words
-    for name, label in labels.items():
-        if not label:
-            expected = "a folder named after its class" if source == "folder" else f"a name that matches {pattern!r}"
-            raise ValueError(f"label_from={source!r}: {name} has no label, expected {expected}; or set `label_from`")
-    return labels
-
-
-def _filename_label(name: str, pattern: str) -> str:
-    try:
-        match = re.search(pattern, PurePosixPath(name).stem)
-        return match["label"] if match else ""
-    except (re.error, IndexError) as error:
-        raise ValueError(f"filename_pattern={pattern!r}: {error}; expected one such as {LEADING_WORDS!r}") from error
-
-
-def read_captions(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """Name -> caption from a table with one row for each of `names`.
-
-    Args:
-        path: csv with the columns, or jsonl with the keys, `file` and `caption`; or json, a list of such rows or an
-            object of file: caption. `file` is the name, with or without its suffix.
-    Raises:
-        FileNotFoundError: if there is no such table.
-        ValueError: if it is malformed, names unknown files or the same file twice, or lacks a file.
-    """
-    captions: dict[str, str] = {}
-    for number, row in enumerate(_rows(path), start=1):
-        file, caption = (row.get(key) if isinstance(row, dict) else None for key in ("file", "caption"))
-        if not (isinstance(file, str) and isinstance(caption, str)):
-            raise ValueError(f"{path}, row {number}: expected texts named `file` and `caption`, found {row}; add them")
-        if file in captions:
-            raise ValueError(f"{path}, row {number}: a second caption for {file!r}; keep one for each file")
-        captions[file] = caption
-
-    keys = {name: name if name in captions else str(PurePosixPath(name).with_suffix("")) for name in names}
-    if unknown := sorted(captions.keys() - set(keys.values())):
-        example = f"such as {unknown[0]!r}; expected paths relative to the data folder, such as {names[0]!r}"
-        raise ValueError(f"{path} has captions for {len(unknown)} files that are not there, {example}")
-    if missing := [name for name, key in keys.items() if key not in captions]:
-        raise ValueError(f"{path} has no caption for {len(missing)} files, such as {missing[0]!r}; add their rows")
-    return {name: captions[key] for name, key in keys.items()}
-
-
-def _rows(path: Path) -> list:
-    """The rows of a caption table, not yet checked."""
-    if not path.is_file():
-        raise FileNotFoundError(f"captions={str(path)!r} is not a file; give a csv, jsonl or json, or leave it out")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            match path.suffix.lower():
-                case ".csv":
-                    return list(csv.DictReader(file))
-                case ".jsonl":
-                    return [json.loads(line) for line in file if line.strip()]
-                case ".json":
-                    table = json.load(file)
-                    named = isinstance(table, dict)
-                    return [{"file": k, "caption": v} for k, v in table.items()] if named else list(table)
-    except (csv.Error, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is not valid {path.suffix[1:]} in UTF-8: {error}") from error
-    raise ValueError(f"captions={str(path)!r}: expected a file ending in .csv, .jsonl or .json")
-
-
-def write_captions(captions: dict[str, str], path: Path) -> None:
-    """Writes name -> caption as a csv for `read_captions`."""
-    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerows([("file", "caption"), *sorted(captions.items())])
-
-
-def is_captioned(folder: Path) -> bool:
-    """Whether each video in the folder has its caption in captions.csv, and each caption its video."""
-    try:
-        return bool(read_captions(folder / "captions.csv", list_videos(folder)))
-    except (FileNotFoundError, ValueError):
-        return False
 
 
 def frame_numbers(count: int, rate: float, frames: int, fps: float | None, start: float) -> np.ndarray:

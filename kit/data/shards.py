@@ -24,8 +24,9 @@ import fsspec
 import numpy as np
 from tqdm import tqdm
 
-from kit.data.clips import ORDERS, SUFFIXES, FolderClips
+from kit.data.clips import ORDERS, FolderClips
 from kit.data.decode import PICTURES, UnreadableVideo
+from kit.data.listing import SUFFIXES
 from kit.files import read_json, write_json
 from kit.machine import cache_folder
 

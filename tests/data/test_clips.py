@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from kit.data.clips import FolderClips, fit, frame_numbers, label_files, list_videos, split_files
+from kit.data.clips import FolderClips, fit, frame_numbers
 from kit.data.decode import UnreadableVideo
+from kit.data.listing import label_files, list_videos, split_files
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 COUNT = 60
