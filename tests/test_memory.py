@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +81,20 @@ def test_paper_comes_to_what_real_tensors_do(bfloat16, words):
     between, most = held_for_real(cfg, bfloat16)
     on_paper = memory_of(cfg, stages_of(cfg)[0][2], "cpu", bfloat16)
     assert on_paper == pytest.approx((between, most), rel=0.01)
+
+
+def measured_on_a_gpu() -> list[dict]:
+    lines = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "memory_gpu.jsonl"
+    return [json.loads(line) for line in lines.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("row", measured_on_a_gpu(), ids=lambda row: row["conf"])
+def test_paper_is_within_a_tenth_of_what_a_gpu_took(row):
+    """Without fused kernels the generator's would be 30 % too much."""
+    cfg = resolved(row["conf"], *row["words"])
+    data = stages_of(cfg)[0][2]
+    assert data["batch_size"] == row["clips"]
+    assert memory_of(cfg, data, "cuda", bfloat16=True)[1] / 1e9 == pytest.approx(row["measured_gb"], rel=0.1)
 
 
 def test_what_is_held_is_weights_moments_and_average():
