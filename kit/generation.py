@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
@@ -192,9 +193,15 @@ def show(jobs: list[Job], path: Path) -> Path:
     return contact_sheet(groups, [f"{job.prompt} (seed {job.seed})" for job in jobs], path)
 
 
+def typed_keys() -> list[str]:
+    """What the command line says something of, such as `seed` and `guidance.first`; nothing outside of one."""
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return [word.split("=")[0].lstrip("+") for word in words]
+
+
 def with_settings(values: dict) -> tuple[dict, dict]:
     """`values` of conf/generate.yaml with those of the video whose sidecar `settings` names; and that sidecar, empty without
-    one.
+    one. What the command line says goes before the sidecar: `settings=FILE temperature=0.5` makes that video otherwise.
 
     `ckpt` and `tokenizer`, where they are given, say where the checkpoints are now.
     Raises:
@@ -210,12 +217,21 @@ def with_settings(values: dict) -> tuple[dict, dict]:
     known = isinstance(found, dict) and {"seed", *SETTINGS} <= set(found) <= {"seed", "prompt", "label", *SETTINGS}
     if not known or not isinstance(found["guidance"], dict):
         raise ValueError(f"settings={path} is not the JSON beside a video that `generate` of this version of kit has made")
-    for name in ("image", "video"):
-        if found[name] is not None and not Path(found[name]).is_file():
-            raise FileNotFoundError(f"settings={path} is of a video that begins with {found[name]}, which is not there")
-    print(f"note: all but where the checkpoints are is taken from {path}")
+    typed = typed_keys()
+    if {"prompt", "label", "prompts"} & {*typed}:
+        found = {**found, "prompt": None, "label": None}
     moved = {name: values[name] for name in ("ckpt", "tokenizer") if values[name] is not None}
-    return {**values, "prompt": None, "label": None, "prompts": None, "n": 1, **found, **moved}, sidecar
+    merged = {**values, "prompt": None, "label": None, "prompts": None, "n": 1, **found, **moved}
+    for name, _, part in (key.partition(".") for key in typed):
+        merged[name] = {**merged[name], part: values[name][part]} if part else values[name]
+    if any(merged[name] != found[name] for name in ("image", "video", "history_frames")):
+        sidecar = {key: value for key, value in sidecar.items() if key != "given_sha256"}
+    elif any(found[name] is not None and not Path(found[name]).is_file() for name in ("image", "video")):
+        given = found["image"] or found["video"]
+        raise FileNotFoundError(f"settings={path} is of a video that begins with {given}, which is not there")
+    changed = [key for key in typed if key.split(".")[0] in ("prompt", "label", "prompts", "seed", "n", *SETTINGS[2:])]
+    print(f"note: all but {', '.join(['where the checkpoints are', *changed])} is taken from {path}")
+    return merged, sidecar
 
 
 def check_numbers(values: dict):
@@ -236,9 +252,9 @@ def check_same(expected: dict, about: dict):
     """
     ways = {"generator_hash": "ckpt=", "tokenizer_hash": "tokenizer=", "given_sha256": None}
     for key, way in ways.items():
-        if expected and expected.get(key) != about.get(key):
+        if key in expected and expected[key] != about.get(key):
             mend = f"say with {way} where the one is that it was made with" if way else "the picture or video has changed"
-            raise ValueError(f"the settings are of a video with {key} {expected.get(key)}, found {about.get(key)}: {mend}")
+            raise ValueError(f"the settings are of a video with {key} {expected[key]}, found {about.get(key)}: {mend}")
 
 
 def prompts_of(values: dict, kind: str) -> tuple[str, list[str]]:

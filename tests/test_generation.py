@@ -123,6 +123,26 @@ def test_a_video_is_made_again_from_its_settings(pair, tmp_path, precision):
     assert {k: v for folder in tmp_path.glob("again_*") for k, v in contents(folder).items()} == made and len(made) == 3
 
 
+def test_the_command_line_goes_before_the_settings(pair, tmp_path, capsys):
+    """Equal to what it would make of all keys by hand; a key that is given with its default value counts too."""
+    for name in ("first", "second"):
+        Image.new("RGB", (32, 32), "orange" if name == "first" else "blue").save(tmp_path / f"{name}.png")
+    how = ["seed=5", "top_p=0.9", "guidance.kind=rising", "guidance.last=4", f"image={tmp_path / 'first.png'}"]
+    assert run(pair, tmp_path, f"prompt={PROMPT}", *how) == 0
+    path = next((tmp_path / "out").glob("*.json"))
+
+    changes = ["prompt=a blue star", "n=2", "seed=0", "guidance.last=2.0", f"image={tmp_path / 'second.png'}"]
+    again = [f"settings={path}", f"root={tmp_path}", "name=again", *changes]
+    assert main(["generate", *again]) == 0
+    told = "all but where the checkpoints are, prompt, n, seed, guidance.last, image is taken from"
+    assert told in capsys.readouterr().out
+    by_hand = ["top_p=0.9", "guidance.kind=rising", *changes]
+    assert main(["generate", f"ckpt={pair.generator}", f"root={tmp_path}", "name=by_hand", *by_hand]) == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "by_hand") and len(contents(tmp_path / "again")) == 2
+    made = json.loads((tmp_path / "again" / "a_blue_star_seed1.json").read_text())["settings"]
+    assert (made["seed"], made["top_p"], made["guidance"]["last"]) == (1, 0.9, 2.0)
+
+
 def test_settings_of_other_models_are_refused(pair, tmp_path, capsys):
     assert run(pair, tmp_path, f"prompt={PROMPT}") == 0
     path = next((tmp_path / "out").glob("*.json"))
