@@ -97,9 +97,7 @@ def check_bits(logits: Tensor, bits: Tensor, schedule: ScaleSchedule) -> Check:
     return Check("bits", (right.sum() > common.sum()).item(), found, "the generator has learned nothing yet")
 
 
-def check_conditioning(
-    model: Generator, inputs: Tensor, bits: Tensor, prompts: list[str], schedule: ScaleSchedule
-) -> Check:
+def check_conditioning(model: Generator, inputs: Tensor, bits: Tensor, prompts: list[str], schedule: ScaleSchedule) -> Check:
     """Are a clip's bits likelier given its own prompt than given another clip's, and than given none, beyond chance?"""
     others = prompts[1:] + prompts[:1]
     if len(prompts) < FEW or len(set(prompts)) == 1:
@@ -123,9 +121,7 @@ def _above(differences: Tensor) -> bool:
     return (differences.mean() > 2 * differences.std() / len(differences) ** 0.5).item()
 
 
-def check_cache(
-    model: Generator, bits: Tensor, logits: Tensor, prompts: list[str], schedule: ScaleSchedule
-) -> Check:
+def check_cache(model: Generator, bits: Tensor, logits: Tensor, prompts: list[str], schedule: ScaleSchedule) -> Check:
     """Does sampling, block by block with the cache, compute what training computed of the whole clip?"""
     cached = CachedGenerator(model, schedule, model.condition(prompts))
     partial = [bits_to_feature(bits, schedule, scales=k + 1) for k in range(schedule.scales)]
@@ -165,4 +161,3 @@ def check_positions(model: Generator, inputs: Tensor, logits: Tensor, prompts: l
 def _same(name: str, a: Tensor, b: Tensor, what: str, fault: str) -> Check:
     difference = (a - b).abs().max().item() / b.std().item()
     return Check(name, difference < ROUNDING, f"{what}: logits differ by {difference:.1e} of their spread", fault)
-

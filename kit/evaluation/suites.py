@@ -29,6 +29,7 @@ FLICKERING_SAMPLES = 25
 NAME_BYTES = 255  # of a file's name, on common file systems
 READABLE_BYTES = 150  # of a prompt, kept in a name that stands for it
 
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt and how many videos are wanted of it."""

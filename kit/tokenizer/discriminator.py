@@ -25,9 +25,7 @@ class PatchDiscriminator(nn.Module):
         self.dims = dims
         past = 3 if dims == 3 else 1
         widths = [3, *(width * 2 ** min(n, 2) for n in range(layers))]
-        self.convolutions = nn.ModuleList(
-            CausalConv3d(a, b, (past, 4, 4), stride=2) for a, b in zip(widths, widths[1:])
-        )
+        self.convolutions = nn.ModuleList(CausalConv3d(a, b, (past, 4, 4), stride=2) for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, b) for b in widths[2:])  # none after the first, as is usual
         self.head = CausalConv3d(widths[-1], 1, (past, 3, 3))
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import pickle
-import warnings
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -15,50 +12,9 @@ from torch.utils.data import DataLoader, Subset
 
 from kit.data.clips import FolderClips, fit, frame_numbers
 from kit.data.decode import UnreadableVideo
-from kit.data.listing import label_files, list_videos, split_files
+from tests.data.videos import COUNT, same, shown, write, write_bad
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-COUNT = 60
-STEP = 4  # of brightness from frame to frame
-
-
-def write(path: Path, count: int = COUNT, rate: int = 24, height: int = 32, width: int = 40, tint: int = 0) -> Path:
-    """A video whose frame i has brightness STEP * i; `tint` adds to blue in its upper left corner."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "4"})
-        stream.height, stream.width, stream.pix_fmt, stream.gop_size = height, width, "yuv420p", 12
-        for i in range(count):
-            image = np.full((height, width, 3), STEP * i, np.uint8)
-            image[: height // 2, : width // 2, 2] = np.clip(STEP * i + tint, 0, 255)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
-def write_bad(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("not a video")
-    return path
-
-
-def shown(item: dict) -> list[int]:
-    """Which frames of the file an item shows."""
-    return torch.round((item["video"][0].mean(dim=(1, 2)) + 1) * 127.5 / STEP).int().tolist()
-
-
-def same(a: dict, b: dict) -> bool:
-    return torch.equal(a["video"], b["video"]) and (a["caption"], a["label"]) == (b["caption"], b["label"])
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> Path:
-    """Eight files of different length, so that their clips differ."""
-    root = tmp_path_factory.mktemp("videos")
-    for i in range(8):
-        write(root / f"{'walk' if i % 2 else 'wave_hand'}_{i:03d}.mp4", count=30 + 4 * i)
-    (root / "notes.txt").write_text("ignored")
-    return root
 
 
 def test_item_format(videos):
@@ -144,112 +100,6 @@ def test_workers_give_what_the_main_process_gives(videos, backend, context):
 def test_pickled_copy_is_the_same(videos):
     dataset = FolderClips(videos, frames=2)
     assert same(pickle.loads(pickle.dumps(dataset))[4], dataset[4])
-
-
-def test_split_is_by_file_disjoint_and_stable(videos):
-    train, val = FolderClips(videos, "train", val_every=3), FolderClips(videos, "val", val_every=3, seed=4)
-    names = list_videos(videos)
-    assert val.files == [names[2], names[5]]
-    assert sorted(train.files + val.files) == names and not set(train.files) & set(val.files)
-    assert {train.file(n) for n in range(50)} == set(train.files)
-
-
-def test_small_folders_still_have_a_val_split():
-    assert split_files(["a", "b"], "val", 5) == ["b"] and split_files(["a", "b"], "train", 5) == ["a"]
-    assert split_files(["a"], "val", 5) == split_files(["a"], "train", 5) == ["a"]
-
-
-def test_single_file_is_in_both_splits_with_a_warning(tmp_path):
-    write(tmp_path / "a.mp4")
-    with pytest.warns(UserWarning, match="one video only"):
-        val = FolderClips(tmp_path, "val")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert FolderClips(tmp_path, "train").files == val.files == ["a.mp4"]
-
-
-def test_classes_from_file_names(videos):
-    train, val = FolderClips(videos, frames=1), FolderClips(videos, "val", frames=1)
-    assert train.classes == val.classes == ("walk", "wave_hand")
-    for n in range(5):
-        item, label = train[n], train.file(n).rsplit("_", 1)[0]
-        assert train.classes[item["label"]] == label and item["caption"] == label.replace("_", " ")
-
-
-def test_classes_from_folders(tmp_path):
-    names = ["ride_bike/a_1.mp4", "ride_bike/b_2.mp4", "run/a_1.mp4", "run/deep/run/c_3.mp4"]
-    for name in names:
-        write(tmp_path / name, count=2)
-    dataset = FolderClips(tmp_path, "train", frames=1)
-    assert dataset.classes == ("ride_bike", "run")
-    items = {dataset.file(n): dataset[n] for n in range(len(dataset.files))}
-    assert (items["ride_bike/a_1.mp4"]["label"], items["ride_bike/a_1.mp4"]["caption"]) == (0, "ride bike")
-    assert items["run/a_1.mp4"]["label"] == 1
-    assert FolderClips(tmp_path, label_from="filename").classes == ("a", "b", "c")
-    none = FolderClips(tmp_path, frames=1, label_from="none")
-    assert none.classes == () and (none[0]["label"], none[0]["caption"]) == (-1, "")
-
-
-def test_which_labels_auto_chooses():
-    def auto(*names: str) -> list[str]:
-        return sorted(set(label_files(names, "auto", r"^(?P<label>.+?)_+\d+$").values()))
-
-    assert auto("x/a_1.mp4", "x/b_1.mp4", "x/b_2.mp4") == ["a", "b"]  # one folder tells nothing apart
-    assert auto("a_1.mp4", "b_1.mp4") == []  # as many classes as files
-    assert auto("a_1.mp4", "a_2.mp4") == []  # one class
-    assert auto("a_1.mp4", "b_1.mp4", "b_2.mp4", "other.mp4") == []
-    assert auto("my_long_word__0004.mp4", "b_1.mp4", "b_2.mp4") == ["b", "my_long_word"]
-    assert label_files(["map__run__3.mp4"], "filename", "__(?P<label>.+)__") == {"map__run__3.mp4": "run"}
-
-
-def write_captions(path: Path, captions: dict[str, str]) -> Path:
-    rows = [{"file": file, "caption": caption} for file, caption in captions.items()]
-    text = {
-        ".csv": "file,caption\n" + "".join(f'{row["file"]},"{row["caption"]}"\n' for row in rows),
-        ".jsonl": "\n".join(map(json.dumps, rows)) + "\n",
-        ".json": json.dumps(captions),
-    }
-    path.write_text(text[path.suffix], encoding="utf-8")
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json"])
-@pytest.mark.parametrize("where", ["default", "given"])
-def test_captions_from_a_table(tmp_path, suffix, where):
-    names = ["a_1.mp4", "sub/a_2.mp4", "b_1.mp4"]
-    for name in names:
-        write(tmp_path / "videos" / name, count=2)
-    captions = {"a_1.mp4": "a cat, and a dog", "sub/a_2": "über", "b_1.mp4": ""}
-    path = tmp_path / "videos" / f"captions.{suffix}" if where == "default" else tmp_path / f"texts.{suffix}"
-    write_captions(path, captions)
-    dataset = FolderClips(tmp_path / "videos", frames=1, captions=None if where == "default" else path, val_every=3)
-    val = FolderClips(tmp_path / "videos", "val", frames=1, captions=dataset.captions, val_every=3)
-    found = {d.file(n): d[n] for d in (dataset, val) for n in range(len(d.files))}
-    assert found["a_1.mp4"]["caption"] == "a cat, and a dog" and found["sub/a_2.mp4"]["caption"] == "über"
-    assert found["b_1.mp4"]["caption"] == "" and found["b_1.mp4"]["label"] == dataset.classes.index("b")
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("c.csv", "file,text\na.mp4,hello\n", r"c\.csv, row 1: expected texts named `file` and `caption`.*text"),
-        ("c.csv", "file,caption\na.mp4,x\nb.mp4\n", "row 2: expected texts"),
-        ("c.csv", "file,caption\na.mp4,x\nb.mp4,y\nzebra.mp4,z\n", "1 files that are not there, such as 'zebra.mp4'"),
-        ("c.csv", "file,caption\na.mp4,x\n", "no caption for 1 files, such as 'b.mp4'"),
-        ("c.csv", "file,caption\na.mp4,x\na.mp4,y\nb.mp4,z\n", "row 2: a second caption for 'a.mp4'"),
-        ("c.jsonl", '{"file": "a.mp4", "caption": "x"}\n{"file": \n', r"c\.jsonl is not valid jsonl"),
-        ("c.jsonl", '"a.mp4"\n', "row 1: expected texts"),
-        ("c.json", '{"a.mp4": 5, "b": "x"}', "row 1: expected texts"),
-        ("c.json", "5", r"c\.json is not valid json"),
-        ("c.txt", "a.mp4 x", r"expected a file ending in \.csv, \.jsonl or \.json"),
-    ],
-)
-def test_bad_captions_say_what_is_wrong(tmp_path, name, text, message):
-    for video in ("a.mp4", "b.mp4"):
-        write_bad(tmp_path / video)
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        FolderClips(tmp_path, captions=tmp_path / name)
 
 
 def test_unreadable_file_is_reported_once_and_replaced_by_the_next(tmp_path):
