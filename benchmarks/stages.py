@@ -50,7 +50,7 @@ def words_of(way: str, words: list[str]) -> list[str]:
     stage = {"long": -1, "short": -2}[way]
     given = data[stage]
     steps = round(sum(whole) / each[stage] / given["batch_size"])
-    clips = [f"data.{key}={given[key]}" for key in ("frames", "height", "width", "batch_size")]
+    clips = [f"data.{key}={given[key]}" for key in ("frames", "height", "width", "batch_size", "image_share")]
     return ["conf=stage2_generator", f"recipe.generator.steps={steps}", *clips]
 
 

@@ -26,7 +26,7 @@ def forced_and_free(
     Args:
         feature: (B, d, F, h, w) of the clips.
     """
-    inputs, bits = training_sequence(feature, schedule, None, None, **model.config.reads)
+    inputs, bits, _ = training_sequence(feature, schedule, None, None, **model.config.reads)
     logits = model(inputs, schedule, model.condition(prompts))
     return {
         "reconstruction": tokenizer.decode_bits(bits, schedule),

@@ -47,7 +47,7 @@ def self_check(model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: l
     schedule = tokenizer.schedule_of(video)
     with torch.autocast(video.device.type, enabled=False), exact_float32():
         feature = tokenizer.encode(video)
-        inputs, bits = training_sequence(feature, schedule, None, None, **model.config.reads)
+        inputs, bits, _ = training_sequence(feature, schedule, None, None, **model.config.reads)
         logits = model(inputs, schedule, model.condition(prompts))
         return [
             check_tokenizer(tokenizer, video, bits, schedule),

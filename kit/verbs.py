@@ -160,7 +160,7 @@ def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, ba
         part = slice(start, start + batch_size)
         with inference_precision():
             feature = codec.encode(batch["video"][part].to(device()))
-            inputs, targets = training_sequence(feature, schedule, None, None, **model.config.reads)
+            inputs, targets, _ = training_sequence(feature, schedule, None, None, **model.config.reads)
             logits = model(inputs, schedule, model.condition(prompts[part]))
         right.append(((logits > 0) == targets).cpu())
     return {"bit_accuracy": [round(a.item(), 4) for a in accuracy_by_scale(torch.cat(right), schedule)]}

@@ -109,6 +109,17 @@ def test_every_value_has_a_comment(name):
     assert values == explained and values
 
 
+@pytest.mark.parametrize(
+    ("conf", "size", "share"),
+    [
+        ("stage1_tokenizer", "tiny", 0), ("stage2_generator", "tiny", 0.3), ("stage2_generator", "small", 0),
+        ("stage3_generator_highres", "tiny", 0.2), ("stage4_generator_long", "tiny", 0),
+    ],
+)  # fmt: skip
+def test_whose_batches_hold_images(conf, size, share):
+    assert composed(conf, f"size={size}").data.image_share == share
+
+
 def test_cfg_job_prints_the_composed_config():
     words = [sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", "seed=7", "--cfg", "job"]
     text = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout

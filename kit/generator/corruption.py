@@ -7,9 +7,10 @@ sums, so that the model learns to correct what went wrong before.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kit.draws import Draws
 from kit.machine import onto
@@ -51,21 +52,30 @@ class FlipLaw:
         return rates
 
 
+class TrainingSequence(NamedTuple):
+    """What every block reads and should predict.
+
+    Where all blocks inherit, the inputs have 2 d channels; with `history: full` each frame but the last has its history
+    block's h * w tokens more.
+    """
+
+    inputs: Tensor  # (B, L, d) float32, zero for block (0, 0)
+    targets: Tensor  # (B, L, d) bool
+    margins: Tensor  # (B, L, d) float32: how far each target was from being the other bit, in code amplitudes
+
+
 def training_sequence(
     feature: Tensor, schedule: ScaleSchedule, rates: Tensor | None, draws: Draws | None,
     inherit: str = "first", history: str = "scales",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What every block reads and should predict.
+) -> TrainingSequence:  # fmt: skip
+    """Of clips, whose earlier bits may have errors.
 
     Args:
         feature: (B, d, F, h, w), continuous, from the tokenizer's encoder.
         rates: (B, F, K) flip probabilities; None flips nothing. draws: what decides.
         inherit, history: see `GeneratorConfig`.
-    Returns:
-        inputs (B, L, d) float32, zero for block (0, 0), and targets (B, L, d) bool. Where all blocks inherit, the inputs have
-        2 d channels; with `history: full` each frame but the last has its history block's h * w tokens more.
     """
-    B, _, F, _, _ = feature.shape
+    B, d, F, _, _ = feature.shape
 
     def flip(k: int, label: Tensor) -> Tensor:
         p = onto(rates[:, :, k].reshape(B * F, 1, 1), label.device)
@@ -84,4 +94,14 @@ def training_sequence(
     sequence = sequence_of(inputs, B)
     if history == "full":  # nobody reads that of the last frame
         sequence = sequence[:, : -inputs[-1].shape[1]]
-    return sequence, sequence_of([step.label for step in steps], B)
+    margins = [margin(step.residual, d) for step in steps]
+    return TrainingSequence(sequence, sequence_of([step.label for step in steps], B), sequence_of(margins, B))
+
+
+def margin(residual: Tensor, d: int) -> Tensor:
+    """(N, d_k, h_k, w_k) -> (N, h_k * w_k, d): the residual's size in code amplitudes, 0 for bits that a scale does not have.
+
+    It is what a wrong bit costs: with code +-a the other bit leaves (|r| + a)^2 in place of (|r| - a)^2 of the residual r.
+    """
+    sizes = residual.abs().flatten(2).transpose(1, 2) * d**0.5
+    return nn.functional.pad(sizes, (0, d - sizes.shape[-1]))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kit.draws import Draws
-from kit.generator.corruption import FlipLaw, training_sequence
+from kit.generator.corruption import FlipLaw, TrainingSequence, training_sequence
 from kit.generator.mask import draw_kept_frames
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.machine import onto
@@ -20,12 +20,13 @@ from kit.sharding import ShardedStrategy
 from kit.tokenizer import Tokenizer
 
 POWERS = {"uniform": 0.0, "early": 0.5}  # what a token weighs: tokens of the finest scale that it stands for, to this power
+BIT_WEIGHTS = ("uniform", "margin")
 
 
 @functools.lru_cache(64)
 @torch.inference_mode(False)  # training may go on with what a validation made
-def bit_weights(schedule: ScaleSchedule, d: int, kind: str) -> Tensor:
-    """(L, d) weight of each bit's loss, of mean 1; 0 for bits that a scale does not have.
+def scale_weights(schedule: ScaleSchedule, d: int, kind: str) -> Tensor:
+    """(L, d) weight of each bit's loss by its scale, of mean 1; 0 for bits that a scale does not have.
 
     `uniform` is the paper's plain average over bits; `early` weighs a token by the square root of how many tokens of the
     finest scale it stands for (as Infinity does).
@@ -51,7 +52,8 @@ class GeneratorModule(L.LightningModule):
         correction: values of `FlipLaw` (Cross-Frame Error Correction); p_max = 0 and delta = 0 turn it off.
         frame_mask: p_mask of the Random Frame Mask, in [0, 1].
         drop_condition: probability of training without the condition, for guidance.
-        loss: `scale_weights`, see `bit_weights`.
+        loss: `scale_weights`, see the function of that name; `bit_weights`: `uniform` (the paper), or `margin`, each bit by
+            what a wrong one costs, see `corruption.margin`.
         optimizer, clip, steps: as for `TokenizerModule`.
         seed: of flips, masks and dropped conditions; they are a function of it and of the clips' numbers.
         tokenizer_hash: of the tokenizer whose bits this generator speaks.
@@ -69,8 +71,9 @@ class GeneratorModule(L.LightningModule):
         recompute: bool = False,
     ):  # fmt: skip
         super().__init__()
-        if loss["scale_weights"] not in POWERS:
-            raise ValueError(f"loss.scale_weights={loss['scale_weights']}; expected one of: {', '.join(POWERS)}")
+        for key, known in (("scale_weights", POWERS), ("bit_weights", BIT_WEIGHTS)):
+            if loss[key] not in known:
+                raise ValueError(f"loss.{key}={loss[key]}; expected one of: {', '.join(known)}")
         self.save_hyperparameters(ignore=["tokenizer", "recompute"])
         self.model = Generator(GeneratorConfig.from_dict(generator))
         self.model.recompute = recompute
@@ -87,9 +90,12 @@ class GeneratorModule(L.LightningModule):
         self.hparams["clip"] = clip
         self.schedule = self.tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
 
-    def weights(self, schedule: ScaleSchedule, device: torch.device) -> Tensor:
-        """Of each bit's loss, (L, d)."""
-        return onto(bit_weights(schedule, self.model.config.bits, self.loss["scale_weights"]), device)
+    def bit_loss(self, logits: Tensor, sequence: TrainingSequence, schedule: ScaleSchedule) -> Tensor:
+        """Weighted cross-entropy of all bits; logits (B, L, d)."""
+        weights = onto(scale_weights(schedule, self.model.config.bits, self.loss["scale_weights"]), logits.device)
+        if self.loss["bit_weights"] == "margin":
+            weights = weights * sequence.margins
+        return F.binary_cross_entropy_with_logits(logits, sequence.targets.float(), weight=weights)
 
     def configure_model(self):
         if isinstance(self.trainer.strategy, ShardedStrategy):
@@ -103,39 +109,37 @@ class GeneratorModule(L.LightningModule):
 
     def training_step(self, batch: dict, _) -> Tensor:
         feature = self.feature(batch)
-        B, schedule = len(feature), self.tokenizer.schedule_of_feature(feature)
-        weights = self.weights(schedule, feature.device)
+        schedule = self.tokenizer.schedule_of_feature(feature)
         draws = Draws(self.seed, batch["n"])
         rates = self.law.draw(schedule, draws)
-        inputs, targets = training_sequence(feature, schedule, rates, draws, **self.model.config.reads)
+        sequence = training_sequence(feature, schedule, rates, draws, **self.model.config.reads)
         kept = draw_kept_frames(schedule.frames, self.frame_mask, draws)
         dropped = draws.rand() < self.drop_condition
         condition = self.model.condition(self.model.condition.prompts(batch), dropped)
-        logits = self.model(inputs, schedule, condition, kept)
-        loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=weights)
+        logits = self.model(sequence.inputs, schedule, condition, kept)
+        loss = self.bit_loss(logits, sequence, schedule)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         if logs_now(self):
-            used = weights > 0
-            right = (((logits > 0) == targets) & used).sum() / (B * used.sum())
+            used = onto(schedule.used_bits(logits.shape[-1]), logits.device)
+            right = (((logits > 0) == sequence.targets) & used).sum() / (len(feature) * used.sum())
             self.log("train/bit_accuracy", right, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict, _):
-        logits, targets, schedule = self.teacher_forced(batch)
-        weights = self.weights(schedule, logits.device)
-        loss = F.binary_cross_entropy_with_logits(logits, targets.float(), weight=weights)
-        accuracy = accuracy_by_scale((logits > 0) == targets, schedule)
+        logits, sequence, schedule = self.teacher_forced(batch)
+        accuracy = accuracy_by_scale((logits > 0) == sequence.targets, schedule)
         metrics = {f"val/bit_accuracy_scale{k + 1}": a for k, a in enumerate(accuracy)}
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(targets), sync_dist=True)
-        self.log_dict(metrics, batch_size=len(targets), sync_dist=True)
+        loss = self.bit_loss(logits, sequence, schedule)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(logits), sync_dist=True)
+        self.log_dict(metrics, batch_size=len(logits), sync_dist=True)
 
-    def teacher_forced(self, batch: dict) -> tuple[Tensor, Tensor, ScaleSchedule]:
-        """Logits and labels, (B, L, d) each, with the true bits as history, and what they are of."""
+    def teacher_forced(self, batch: dict) -> tuple[Tensor, TrainingSequence, ScaleSchedule]:
+        """Logits (B, L, d) with the true bits as history, what they are to be, and of what."""
         feature = self.feature(batch)
         schedule = self.tokenizer.schedule_of_feature(feature)
-        inputs, targets = training_sequence(feature, schedule, None, None, **self.model.config.reads)
+        sequence = training_sequence(feature, schedule, None, None, **self.model.config.reads)
         condition = self.model.condition(self.model.condition.prompts(batch))
-        return self.model(inputs, schedule, condition), targets, schedule
+        return self.model(sequence.inputs, schedule, condition), sequence, schedule
 
     def configure_optimizers(self):
         warmup = self.optimizer["warmup"]

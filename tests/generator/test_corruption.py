@@ -109,7 +109,7 @@ def test_inputs_and_targets_are_the_walk_with_flipped_bits(seed, inherit):
     """Each block flipped wholly or not at all: targets are taken against flipped sums, and inputs are those sums."""
     feature = feature_of(SCHEDULE)
     rates = (draws_of(2, seed).rand(3, 3) < 0.5).float()
-    inputs, targets = training_sequence(feature, SCHEDULE, rates, draws_of(2), inherit)
+    inputs, targets, _ = training_sequence(feature, SCHEDULE, rates, draws_of(2), inherit)
     expected_inputs, expected_targets = expected_sequence(feature, SCHEDULE, rates, inherit)
     torch.testing.assert_close(inputs, expected_inputs)
     assert torch.equal(targets, expected_targets)
@@ -119,7 +119,7 @@ def test_inputs_and_targets_are_the_walk_with_flipped_bits(seed, inherit):
 @pytest.mark.parametrize("rates", [None, torch.zeros(2, 3, 3)], ids=["None", "zero"])
 def test_without_flips_the_sequence_is_clean(rates):
     feature = feature_of(SCHEDULE)
-    inputs, targets = training_sequence(feature, SCHEDULE, rates, draws_of(2))
+    inputs, targets, _ = training_sequence(feature, SCHEDULE, rates, draws_of(2))
     bits = feature_to_bits(feature, SCHEDULE)
     assert inputs.shape == targets.shape == (2, SCHEDULE.length, 6)
     assert inputs.dtype == torch.float32 and targets.dtype == torch.bool
@@ -129,6 +129,26 @@ def test_without_flips_the_sequence_is_clean(rates):
     assert not inputs[:, SCHEDULE.block(0, 0).slice].any()
     last = F.interpolate(bits_to_feature(bits, SCHEDULE)[:, :, 0], (1, 1), mode="area")
     torch.testing.assert_close(inputs[:, SCHEDULE.block(1, 0).slice], last.flatten(2).transpose(1, 2))
+
+
+def test_a_margin_is_what_a_wrong_bit_costs():
+    """4 a |r| of squared error, with codes +-a; tried on every bit of the finest scale. Flips before it change the residual."""
+    d, n = 6, SCHEDULE.tokens_per_frame
+    feature = feature_of(SCHEDULE, batch=1, d=d)
+    finest = torch.arange(SCHEDULE.length) % n >= n - 12
+    for flipped in (False, True):
+        rates = torch.zeros(1, 3, 3)
+        rates[:, :, 0] = float(flipped)  # the coarsest scale's bits are all wrong
+        _, targets, margins = training_sequence(feature, SCHEDULE, rates, draws_of(1))
+        entered = targets ^ (flipped & (torch.arange(SCHEDULE.length) % n == 0))[:, None]
+        right = (feature - bits_to_feature(entered, SCHEDULE)).square().sum()
+        assert margins.shape == targets.shape and margins.dtype == torch.float32 and (margins >= 0).all()
+        for token in torch.where(finest)[0]:
+            for bit in range(d):
+                wrong = entered.clone()
+                wrong[0, token, bit] ^= True
+                cost = (feature - bits_to_feature(wrong, SCHEDULE)).square().sum() - right
+                torch.testing.assert_close(cost, 4 * margins[0, token, bit] / d, rtol=1e-3, atol=1e-4)
 
 
 def assert_rate(flips: torch.Tensor, rate: torch.Tensor):
@@ -159,7 +179,7 @@ def test_flipped_bits_are_what_the_next_frame_reads():
     schedule = ScaleSchedule(4, ((12, 12),))
     feature = feature_of(schedule, batch=3, d=16)
     rates = FlipLaw(p_max=0.4, delta=0.02).draw(schedule, draws_of(3))
-    inputs, targets = training_sequence(feature, schedule, rates, draws_of(len(feature), 1))
+    inputs, targets, _ = training_sequence(feature, schedule, rates, draws_of(len(feature), 1))
     for f in range(3):
         entered = inputs[:, schedule.frame(f + 1)] > 0
         assert_rate((entered ^ targets[:, schedule.frame(f)]).flatten(1), rates[:, f, 0])

@@ -155,10 +155,10 @@ def test_window_matters(make_generator, history):
 def test_training_and_sampling_read_the_same_inputs(make_generator, seen, inherit):
     """The bits of a real feature as history: exactly what the trainer feeds for that feature."""
     feature = torch.randn(2, 4, 5, 2, 3, generator=torch.Generator().manual_seed(3))
-    inputs, bits = training_sequence(feature, SCHEDULE, None, None, inherit)
+    inputs, bits, _ = training_sequence(feature, SCHEDULE, None, None, inherit)
     assert torch.equal(sample(make_generator(inherit=inherit), history=bits), bits)
     assert torch.equal(torch.cat([read for *_, read, _ in seen], 1), inputs)
-    with_history, same = training_sequence(feature, SCHEDULE, None, None, inherit, "full")
+    with_history, same, _ = training_sequence(feature, SCHEDULE, None, None, inherit, "full")
     assert torch.equal(same, bits)
     torch.testing.assert_close(with_history, inputs_from(bits, inherit=inherit, history="full"), **CLOSE)
 

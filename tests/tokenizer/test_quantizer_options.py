@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kit.cli import main
 from kit.draws import Draws
 from kit.generator.corruption import FlipLaw, training_sequence
-from kit.generator.module import accuracy_by_scale, bit_weights
+from kit.generator.module import accuracy_by_scale, scale_weights
 from kit.generator.sampler import Sampling, sample_frames
 from kit.inspection import bit_use
 from kit.run import plain
@@ -98,18 +98,19 @@ def test_bits_and_feature_agree_with_the_training_path():
 def test_bits_a_scale_lacks_are_neither_read_nor_predicted():
     feature = noise(2, 6, 2, 4, 4)
     rates = FlipLaw(p_max=0.5).draw(FEWER, Draws(0, range(2)))
-    _, targets = training_sequence(feature, FEWER, rates, Draws(1, range(2)))
+    _, targets, margins = training_sequence(feature, FEWER, rates, Draws(1, range(2)))
     used = FEWER.used_bits(6)
     assert not (targets & ~used).any() and targets[:, used].any()
+    assert not margins[:, ~used].any() and (margins[:, used] > 0).all()
     bits = feature_to_bits(feature, FEWER)
     torch.testing.assert_close(bits_to_feature(bits | ~used, FEWER), bits_to_feature(bits, FEWER))
 
     for kind in ("uniform", "early"):
-        weights = bit_weights(FEWER, 6, kind)
+        weights = scale_weights(FEWER, 6, kind)
         assert weights.mean().item() == pytest.approx(1) and torch.equal(weights > 0, used)
     logits, others = noise(2, FEWER.length, 6), noise(2, FEWER.length, 6, seed=5)
     others = torch.where(used, logits, others)
-    weights = bit_weights(FEWER, 6, "uniform")
+    weights = scale_weights(FEWER, 6, "uniform")
     one, other = (F.binary_cross_entropy_with_logits(x, targets.float(), weight=weights) for x in (logits, others))
     assert one.item() == other.item()
     by_hand = F.binary_cross_entropy_with_logits(logits[:, used], targets[:, used].float())
@@ -220,7 +221,7 @@ def test_samples_have_no_bit_that_a_scale_lacks(make_generator):
     """And they are those of the full forward: greedy, each is its logits' sign where the scale has the bit."""
     model = make_generator(bits=6, scales=3)
     greedy = torch.cat([frame.bits for frame in sample_frames(model, FEWER, ["a"], [0], Sampling(temperature=0.0))], 1)
-    inputs, _ = training_sequence(bits_to_feature(greedy, FEWER), FEWER, None, None, model.config.inherit)
+    inputs, _, _ = training_sequence(bits_to_feature(greedy, FEWER), FEWER, None, None, model.config.inherit)
     partial = [bits_to_feature(greedy, FEWER, k + 1) for k in range(3)]  # what the blocks read, whatever its own bits are
     for b in FEWER.blocks:
         total = partial[b.k - 1][:, :, b.f] if b.k else partial[-1][:, :, b.f - 1] * (b.f > 0)
