@@ -366,7 +366,7 @@ def test_the_loss_of_a_batch_is_that_of_a_plain_run_of_its_shape(folder, tokeniz
     words = [
         "init=weights", f"init.ckpt={generator}/checkpoints/last.ckpt", "optimizer.lr=0", "recipe.generator.steps=8",
         "recipe.generator.encoded_clips=0", "correction.p_max=0", "correction.delta=0", "frame_mask=0", "drop_condition=0",
-        "data.batch_tokens=90", "data.source.val_every=1000", "loss.scale_weights=early",
+        "data.batch_tokens=90", "data.source.val_every=1000", "loss.scale_weights=early", "data.image_share=0",
     ]  # fmt: skip
 
     def run(name: str, kinds: tuple[str, ...], *shape: str) -> list[float]:

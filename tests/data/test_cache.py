@@ -256,7 +256,7 @@ def test_a_new_run_encodes_anew_and_a_continued_one_does_not(pair, tmp_path):
     kept = tmp_path / "run" / "encoded_clips"
 
     def fit(*words):
-        assert fit_generator(tmp_path, "name=run", *words, tokenizer=pair.tokenizer) == 0
+        assert fit_generator(tmp_path, "name=run", "data.image_share=0", *words, tokenizer=pair.tokenizer) == 0
         return [path.stat().st_ino for path in sorted(kept.glob("*.safetensors"))]
 
     first = fit("recipe.generator.steps=6")

@@ -132,7 +132,7 @@ def test_without_flips_the_sequence_is_clean(rates):
 
 
 def test_a_margin_is_what_a_wrong_bit_costs():
-    """4 a |r| of squared error, with codes +-a; tried on every bit of the finest scale. Flips before it change the residual."""
+    """4 a |r| of squared error, with codes +-a; tried on the finest scale's bits. Flips before it change the residual."""
     d, n = 6, SCHEDULE.tokens_per_frame
     feature = feature_of(SCHEDULE, batch=1, d=d)
     finest = torch.arange(SCHEDULE.length) % n >= n - 12
