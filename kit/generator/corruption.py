@@ -101,7 +101,8 @@ def training_sequence(
 def margin(residual: Tensor, d: int) -> Tensor:
     """(N, d_k, h_k, w_k) -> (N, h_k * w_k, d): the residual's size in code amplitudes, 0 for bits that a scale does not have.
 
-    It is what a wrong bit costs: with code +-a the other bit leaves (|r| + a)^2 in place of (|r| - a)^2 of the residual r.
+    It is what a wrong bit costs, at each place its token covers: with a code of +-a the other bit leaves (|r| + a)^2 of a
+    residual r in place of (|r| - a)^2.
     """
     sizes = residual.abs().flatten(2).transpose(1, 2) * d**0.5
     return nn.functional.pad(sizes, (0, d - sizes.shape[-1]))
