@@ -181,14 +181,14 @@ def test_rates_fit_their_clips(rate, tokens):
 
 def test_methods_add_one_thing_after_another():
     """Of each step of the ablation, what differs from the one before; `paper` is the paper, whatever the size."""
-    recipe = ("generator.inherit", "loss.scale_weights")
+    recipe = ("generator.inherit", "loss.scale_weights", "loss.bit_weights")
     keys = (*recipe, "align", "correction.p_max", "correction.delta", "correction.inherit", "frame_mask", "history")
     before, changed = None, {}
     for method in ("standard", "rope", "flips", "inherited", "masked", "full", "center"):
         cfg = composed("ablation", f"method={method}", "size=tiny")
         now = {key: OmegaConf.select(cfg, key) for key in keys}
         changed[method] = {key: value for key, value in now.items() if before and value != before[key]}
-        assert [now[key] for key in recipe] == ["all", "early"] and cfg.name == f"ablation_{method}_0"
+        assert [now[key] for key in recipe] == ["all", "early", "margin"] and cfg.name == f"ablation_{method}_0"
         before = now
     assert changed == {
         "standard": {}, "rope": {"align": "grid"}, "flips": {"correction.p_max": 0.1, "correction.delta": 0.01},
