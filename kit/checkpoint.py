@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
@@ -119,20 +120,28 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
     return told
 
 
-def check_resume(path: str | os.PathLike, kind: str, model: nn.Module, loss: dict):
+# what an optimizer's state holds, or what the weights are for: a run that goes on cannot change it
+KEPT = ("optimizer.name", "optimizer.betas", "optimizer.weight_decay", "loss.adversarial.betas", "tokenizer_hash")
+
+
+def check_resume(path: str | os.PathLike, module: L.LightningModule) -> list[str]:
     """
     Args:
-        model: what is to go on from the checkpoint. loss: plain values of its losses.
+        module: what is to go on from the checkpoint, with its settings as hyperparameters.
+    Returns:
+        the settings that differ from those it began with, as `differences` tells them.
     Raises:
-        ValueError: if the checkpoint is of another architecture, or has other discriminators, naming each difference, has
-            the weights of another version of kit, or holds weights alone; else as `read_checkpoint`.
+        ValueError: if the checkpoint is of another architecture, or has other discriminators, another optimizer or
+            tokenizer, naming each difference, has the weights of another version of kit, or holds weights alone; else as
+            `read_checkpoint`.
     """
+    kind, model = module.kind, module.model
     checkpoint = read_checkpoint(path, kind, described)
     if "optimizer_states" not in checkpoint:
         raise ValueError(f"{path} holds weights alone, no training to continue; start anew from them, see `init`")
-    values = checkpoint["hyper_parameters"]
-    told = differences(CONFIGS[kind](values[kind]).as_dict(), model.config.as_dict())
-    if told := told + differences(_discriminators(values["loss"]), _discriminators(loss), "loss.adversarial."):
+    began, now = checkpoint["hyper_parameters"], dict(module.hparams)
+    told = differences(CONFIGS[kind](began[kind]).as_dict(), model.config.as_dict())
+    if told := told + differences(_discriminators(began["loss"]), _discriminators(now["loss"]), "loss.adversarial."):
         raise ValueError(
             f"{path} is of another architecture ({'; '.join(told)}); give the values it was trained with, or start anew with "
             f"another name=..."
@@ -140,6 +149,15 @@ def check_resume(path: str | os.PathLike, kind: str, model: nn.Module, loss: dic
     given, ours = ({name: tuple(w.shape) for name, w in ws.items()} for ws in (weights_of(checkpoint), model.state_dict()))
     if told := differences(given, ours):
         raise ValueError(f"{path} is of another version of kit, with other weights ({told[0]}); start anew: another name=...")
+    told = differences(
+        *({k: v for k, v in values.items() if k not in (kind, "clip", "tokenizer_path")} for values in (began, now))
+    )
+    if kept := [line for line in told if line.startswith(tuple(f"{key}: " for key in KEPT))]:
+        raise ValueError(
+            f"{path} began otherwise ({'; '.join(kept)}) and cannot change that; give the values it began with, or "
+            f"start anew from its weights: init=weights init.ckpt={path} and another name=..."
+        )
+    return told
 
 
 def _discriminators(loss: dict) -> dict:

@@ -116,6 +116,9 @@ def build_optimizer(
     raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {name!r}")
 
 
+COURSE = ("warmup", "steps", "floor", "base_lrs")  # of WarmupCosine
+
+
 class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
     """Learning rate: linear from 0 over `warmup` steps, then a cosine down to `floor` of the peak at `steps`."""
 
@@ -142,7 +145,13 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
 
     def state_dict(self) -> dict:
         """Where it is; what course it follows is the config's to say."""
-        return {key: value for key, value in super().state_dict().items() if key not in ("warmup", "steps", "floor")}
+        return {key: value for key, value in super().state_dict().items() if key not in COURSE}
+
+    def load_state_dict(self, state: dict):
+        """Goes on from there on the course it has, whose rate the optimizer gets."""
+        super().load_state_dict({key: value for key, value in state.items() if key not in COURSE})
+        for group, base, rate in zip(self.optimizer.param_groups, self.base_lrs, self.get_lr()):
+            group["initial_lr"], group["lr"] = base, rate
 
 
 def batches_of_a_step(trainer: L.Trainer, module: L.LightningModule) -> int:

@@ -321,7 +321,8 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[Place] = (
     data.leave_out(lost)
     module = BUILDERS[cfg.module](cfg, data)
     if resume is not None:
-        check_resume(resume, module.kind, module.model, dict(module.hparams.loss))
+        for change in check_resume(resume, module):
+            rank_zero_info(f"  goes on with other settings than it began with (then, now): {change}")
     for note in start(plain(cfg.init), module, resumed=resume is not None):
         rank_zero_info(f"  {note}")
     check_cache(data, module)

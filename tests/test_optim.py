@@ -171,6 +171,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(name):
     assert whole[2].get_last_lr() == resumed[2].get_last_lr()
 
 
+def test_a_resumed_run_follows_the_rate_it_is_given():
+    def build(lr):
+        optimizer = build_optimizer(nn.Linear(2, 2), "adamw", lr)
+        return optimizer, WarmupCosine(optimizer, 2, 10)
+
+    began, resumed = build(0.01), build(0.002)
+    for _ in range(3):
+        began[0].step()
+        began[1].step()
+    for part, other in zip(resumed, began):
+        part.load_state_dict(other.state_dict())
+    for _ in range(2):
+        rates = [group["lr"] for optimizer in (began[0], resumed[0]) for group in optimizer.param_groups]
+        assert rates[2:] == pytest.approx([rate / 5 for rate in rates[:2]])
+        for optimizer, schedule in (began, resumed):
+            optimizer.step()
+            schedule.step()
+
+
 # --- building --------------------------------------------------------------------------------------------------------
 
 

@@ -116,6 +116,19 @@ def test_another_architecture_does_not_go_on(pair, capsys):
     assert "is of another architecture (layers: 2, 3)" in capsys.readouterr().err
 
 
+def test_what_changed_since_a_run_began_is_told_or_refused(pair, tmp_path, capsys, caplog):
+    words = ("ckpt=last", "loss.scale_weights=uniform", "optimizer.lr=1e-4")
+    assert fit_generator(pair.root, *words, tokenizer=pair.tokenizer) == 0
+    for change in ("loss.scale_weights: early, uniform", "optimizer.lr: "):
+        assert f"other settings than it began with (then, now): {change}" in caplog.text
+    assert fit_generator(pair.root, "ckpt=last", "optimizer.weight_decay=0.5", tokenizer=pair.tokenizer) == 1
+    assert "cannot change that" in (error := capsys.readouterr().err) and "optimizer.weight_decay: " in error
+    assert fit_tokenizer(tmp_path, "tokenizer.bits=8", "trainer.max_steps=1", "seed=1") == 0
+    other = tmp_path / "tokenizer" / "checkpoints" / "last.ckpt"
+    assert fit_generator(pair.root, "ckpt=last", tokenizer=other) == 1
+    assert "tokenizer_hash: " in capsys.readouterr().err
+
+
 def test_ema_is_the_average_of_the_weights():
     module, ema = torch.nn.Module(), EMA(decay=0.5)
     module.model, module.discriminator = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
