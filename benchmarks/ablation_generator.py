@@ -16,7 +16,7 @@ from pathlib import Path
 
 from runs import kit, parted
 
-METHODS = ("standard", "rope", "flips", "inherited", "masked", "full", "center", "paper")
+METHODS = ("standard", "rope", "flips", "inherited", "masked", "full", "center", "plus", "paper")
 CLIPS, LONG_CLIPS, LONG = 64, 32, 65  # that are scored of each length, and the frames of the long ones
 
 

@@ -188,7 +188,7 @@ def test_methods_add_one_thing_after_another():
         cfg = composed("ablation", f"method={method}", "size=tiny")
         now = {key: OmegaConf.select(cfg, key) for key in keys}
         changed[method] = {key: value for key, value in now.items() if before and value != before[key]}
-        assert [now[key] for key in recipe] == ["all", "early", "margin"] and cfg.name == f"ablation_{method}_0"
+        assert [now[key] for key in recipe] == ["all", "early", "uniform"] and not cfg.data.image_share and cfg.name == f"ablation_{method}_0"
         before = now
     assert changed == {
         "standard": {}, "rope": {"align": "grid"}, "flips": {"correction.p_max": 0.1, "correction.delta": 0.01},
@@ -198,6 +198,7 @@ def test_methods_add_one_thing_after_another():
     cfgs = (composed("stage2_generator", f"method={method}", "size=tiny") for method in ("plus", "inherited"))
     plus, inherited = ({key: OmegaConf.select(cfg, key) for key in keys} for cfg in cfgs)
     assert plus == {**inherited, "align": "center"}
+    assert composed("stage2_generator", "method=plus", "size=L").loss.scale_weights == "early"
     large = composed("stage2_generator", "size=L")
     for size in ("tiny", "L"):
         paper = composed("stage2_generator", "method=paper", f"size={size}")
