@@ -37,6 +37,7 @@ class RunSummary(L.Callback):
         data = trainer.datamodule
         # clips of an optimizer step, on one device
         batch = data.batch_size * batches_of_a_step(trainer, module)
+        kind = "images" if data.images is None else "pictures"
         largest = sorted(parts.items(), key=lambda item: -item[1])[:4]
         if isinstance(data, StagedClips):  # StageSwitch tells of each
             steps = {f"stage {s.name}": f"{s.steps} steps" for s in data.plan.stages}
@@ -46,14 +47,14 @@ class RunSummary(L.Callback):
                 "buckets": str(data.train),
                 "validation": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",
                 "steps": f"{trainer.max_steps} of {batches} batch(es) on {trainer.world_size} device(s)"
-                + (f", {data.image_share:.0%} of them of images instead" if data.image_share else ""),
+                + (f", {data.image_share:.0%} of them of {kind} instead" if data.image_share else ""),
             }
         else:
             steps = {
                 "clip": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",
                 "steps": f"{trainer.max_steps} of {batch} clips on {trainer.world_size} device(s), "
                 + (
-                    f"{data.image_share:.0%} of them of {data.image_batch} images instead"
+                    f"{data.image_share:.0%} of them of {data.image_batch} {kind} instead"
                     if data.image_share
                     else f"{trainer.max_steps * batch * trainer.world_size} clips in all"
                 ),

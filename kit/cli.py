@@ -40,7 +40,9 @@ VERBS = {
 }  # fmt: skip
 
 
-FREE_TEXT = ("prompt", "label", "negative", "settings", "image", "video", "videos", "real", "prompts", "data.root")
+FREE_TEXT = (
+    "prompt", "label", "negative", "settings", "image", "video", "videos", "real", "prompts", "data.root", "data.images.root",
+)  # fmt: skip
 PATHS = ("ckpt", "out", "tokenizer", "condition.encoder", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source")
 
 # What a user can mend; told without a traceback.
@@ -93,10 +95,11 @@ def describe(verb: str, conf: str) -> str:
                 queue.append(entry)
             elif isinstance(entry, dict):
                 (group, choice), *_ = entry.items()
-                group = group.removeprefix("optional ")
-                groups[group] = sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+                group, at, package = group.removeprefix("optional ").removeprefix("override ").lstrip("/").partition("@")
+                word = f"{group}@{Path(name).parent.name}.{package}" if at else group  # within the group that it is a part of
+                groups[word] = sorted(p.stem for p in (CONF / group).glob("*.yaml"))
                 choice = str(choice)
-                queue.append(f"{group}/{choice if '$' not in choice else groups[group][-1]}")
+                queue.append(f"{group}/{choice if '$' not in choice else groups[word][-1]}")
     chosen = "\n".join(f"  {group}={'|'.join(names)}" for group, names in groups.items())
     return (
         f"python -m kit {verb}{' conf=' + conf if VERBS[verb].conf is None else ''} [key=value ...]: {VERBS[verb].help}\n\n"

@@ -343,3 +343,6 @@ def check_length(frames: int, history: Tensor | None, how: Sampling, trained: in
         raise ValueError(f"frames={frames}, of which {taken} are given: ask for more frames, or take fewer history_frames")
     if frames > trained and how.extend == "positions":
         print(f"note: {frames} frames in one sequence, {trained} were trained; extend=reencode stays within what was trained")
+    elif frames > longest:
+        how_made = f"{longest} at a time, each time from the last {overlap} on"
+        print(f"note: {frames} frames, {how_made}; training saw {trained}, not what comes after them")

@@ -43,6 +43,9 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
             `ClipDataModule`.
     """
     values = {k: v for k, v in plain(cfg.data).items() if k not in ("root", "batch_tokens")}
+    images = values.pop("images", None)
+    if images and images["root"] is not None and (values["image_share"] or not cfg.get("stages")):
+        values["images"] = images  # a stage without batches of images does without
     if values.get("buckets"):
         values["buckets"] = [bucket._asdict() for bucket in buckets_of(cfg, tokenizer)]
     if tokenizer is not None:
@@ -146,14 +149,14 @@ def encoded_clips_of(cfg: DictConfig, *parts: str) -> Path:
     return Path(cfg.folder) / "_".join(("encoded_clips", *parts))
 
 
-def choice_of(cfg: DictConfig) -> dict:
+def choice_of(source: DictConfig) -> dict:
     """The plain values that choose the clips of a source, but for where its files lie: those are known by their list."""
 
     def chosen(values: dict) -> dict:  # of a mixture's sources too
         others = ("_partial_", "root", "patience", "verify")
         return {key: chosen(v) if isinstance(v, dict) else v for key, v in values.items() if key not in others}
 
-    return chosen(plain(cfg.data.source))
+    return chosen(plain(source))
 
 
 def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorModule:
@@ -197,13 +200,15 @@ def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: Ge
     for stage, part in zip(stages, data.parts if staged else [data], strict=True):
         if part.cached:
             continue
-        how = choice_of(of_stage(cfg, stage) if stage else cfg)
+        given = of_stage(cfg, stage).data if stage else cfg.data
         batches = (stage.steps if stage else cfg.trainer.max_steps) * cfg.trainer.accumulate_grad_batches
 
-        def encode(source, bucket, share, needed, ranks, part=part, stage=stage, how=how, batches=batches):
-            folder = encoded_clips_of(cfg, *([stage.name] if stage else []), *([str(bucket)] if part.bucketed else []))
-            images = int(batches * part.image_share)  # as `StreamSampler` counts them
-            used = max(1, needed(batches - images, images)) * ranks
+        def encode(source, bucket, share, needed, ranks, images, part=part, stage=stage, given=given, batches=batches):
+            of = [stage.name] if stage else []
+            folder = encoded_clips_of(cfg, *of, *["images"] * images, *[str(bucket)] * part.bucketed)
+            how = choice_of(given.images if images else given.source)
+            of_images = int(batches * part.image_share)  # as `StreamSampler` counts them
+            used = max(1, needed(batches - of_images, of_images)) * ranks
             sources, clips = {"train": source}, {"train": min(math.ceil(cfg.encoded_clips * share), used)}
             clip = {**part.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
             about = describe(clip, module.tokenizer, module.hparams.tokenizer_hash, how, sources)
@@ -221,12 +226,13 @@ def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):
     for part in data.parts if isinstance(data, StagedClips) else [data]:
         if part.cached and module.kind == "tokenizer":
             raise ValueError(f"{part.val.root} holds encoded clips, which a generator trains on; a tokenizer needs videos")
-        if part.cached and part.val.tokenizer != module.hparams.tokenizer_hash:
-            raise ValueError(
-                f"the clips in {part.val.root} are encoded by the tokenizer {part.val.tokenizer}, the generator is to learn "
-                f"those of {module.hparams.tokenizer_hash} ({module.hparams.tokenizer_path}); give tokenizer_ckpt=, or make "
-                f"another cache"
-            )
+        for clips in (part.val, part.images):
+            if isinstance(clips, CachedClips) and clips.tokenizer != module.hparams.tokenizer_hash:
+                raise ValueError(
+                    f"the clips in {clips.root} are encoded by the tokenizer {clips.tokenizer}, the generator is to learn "
+                    f"those of {module.hparams.tokenizer_hash} ({module.hparams.tokenizer_path}); give tokenizer_ckpt=, or "
+                    f"make another cache"
+                )
 
 
 def condition_of(condition: dict, data: ClipDataModule) -> dict:

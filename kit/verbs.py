@@ -226,7 +226,7 @@ def cache(cfg: DictConfig) -> Path:
     tokenizer, data, folder = load_tokenizer(cfg.tokenizer_ckpt), build_data(cfg), Path(cfg.folder)
     check_videos(data)
     sources, clips = {"train": data.train, "val": data.val}, {"train": cfg.clips, "val": cfg.val_clips}
-    about = describe(data.clip, tokenizer.model, tokenizer.hash, choice_of(cfg), sources)
+    about = describe(data.clip, tokenizer.model, tokenizer.hash, choice_of(cfg.data.source), sources)
     print(f"{cfg.clips} + {cfg.val_clips} clips, {about['schedule']}")
     began = time.perf_counter()
     write_cache(folder, about, sources, clips, tokenizer.model, data.workers)

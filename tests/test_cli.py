@@ -188,7 +188,8 @@ def test_methods_add_one_thing_after_another():
         cfg = composed("ablation", f"method={method}", "size=tiny")
         now = {key: OmegaConf.select(cfg, key) for key in keys}
         changed[method] = {key: value for key, value in now.items() if before and value != before[key]}
-        assert [now[key] for key in recipe] == ["all", "early", "uniform"] and not cfg.data.image_share and cfg.name == f"ablation_{method}_0"
+        assert [now[key] for key in recipe] == ["all", "early", "uniform"] and not cfg.data.image_share
+        assert cfg.name == f"ablation_{method}_0"
         before = now
     assert changed == {
         "standard": {}, "rope": {"align": "grid"}, "flips": {"correction.p_max": 0.1, "correction.delta": 0.01},

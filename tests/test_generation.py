@@ -296,7 +296,8 @@ def test_notes_tell_what_is_done_with_odd_input(pair, tmp_path, capsys):
     assert "never seen in training, so without a meaning: zeppelin" in told
     assert "wide.png is 40 x 30: scaled, and cut in the centre to 32 x 32" in told
     assert "9 frames in one sequence, 5 were trained" in told
-    assert run(pair, tmp_path, "prompt=", name="empty") == 0
-    assert "the prompt is empty" in capsys.readouterr().out
+    assert run(pair, tmp_path, "prompt=", "frames=9", "overlap=1", name="empty") == 0
+    told = capsys.readouterr().out
+    assert "the prompt is empty" in told and "9 frames, 5 at a time, each time from the last 1 on" in told
     assert run(pair, tmp_path, f"prompt={PROMPT}", "negative=x", "guidance.first=1", name="neutral") == 0
     assert "negative has no effect without guidance" in capsys.readouterr().out

@@ -45,6 +45,15 @@ class Bucket(NamedTuple):
         return f"{self.frames}x{self.height}x{self.width}"
 
 
+def image_buckets(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """For pictures beside clips in these buckets: each size once, with the largest of its batches of images."""
+    sizes: dict[tuple[int, int], int] = {}
+    for bucket in buckets:
+        size = bucket.height, bucket.width
+        sizes[size] = max(sizes.get(size, 0), bucket.image_batch)
+    return [Bucket(1, *size, batch) for size, batch in sizes.items()]
+
+
 def read_shape(text: str) -> tuple[int, int, int]:
     """Frames, height and width of a bucket as a config has it, such as 17x96x160.
 
@@ -115,6 +124,10 @@ class BucketClips(Dataset):
     def _turns(self, sizes: list[int]) -> Turns:
         """For batches of so many clips of each bucket."""
         return Turns({i: self.files[i] / size for i, size in enumerate(sizes)}, self.source.seed)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.source.classes
 
     def __getitem__(self, n: int) -> dict:
         """Raises: ValueError if no file of the source can be read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,8 +12,9 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kit.data.buckets import Bucket, BucketClips, ClipsNeeded
+from kit.data.buckets import Bucket, BucketClips, ClipsNeeded, image_buckets
 from kit.data.cache import CachedClips
+from kit.data.mixture import label_among
 from kit.scales import latent_frames
 from kit.stages import StagePlan, place, starts
 
@@ -61,24 +63,29 @@ class BucketSampler(StreamSampler):
     """Batches of one rank, each of one bucket, the same for all ranks. Each bucket has two streams, its clips and its images;
     whose turn it is, and so how far its stream is, is a function of the batch's number too.
 
-    Args: as of `StreamSampler`.
+    Args: as of `StreamSampler`; images: the source of batches of images, where it is not first frames of the clips.
     """
 
     def __init__(
         self, source: BucketClips, first_batch: int, rank: int, ranks: int,
-        image_share: float = 0.0, left_out: frozenset[int] = frozenset(),
+        image_share: float = 0.0, left_out: frozenset[int] = frozenset(), images: BucketClips | None = None,
     ):  # fmt: skip
-        self.source, self.first_batch, self.rank, self.ranks = source, first_batch, rank, ranks
+        self.source, self.images, self.first_batch, self.rank, self.ranks = source, images, first_batch, rank, ranks
         self.image_share, self.left_out = image_share, left_out
 
     def _images(self, number: int) -> list[tuple[int, int]]:
+        if self.images is not None:
+            return self._batch(self.images, number)
         i, before = self.source.image_turns.of(number)
         return [(self.source.number(i, n), 1) for n in self._numbers(before, self.source.buckets[i].image_batch)]
 
     def _clips(self, number: int) -> list[tuple[int, int]]:
-        i, before = self.source.clip_turns.of(number)
-        bucket = self.source.buckets[i]
-        return [(self.source.number(i, n), bucket.frames) for n in self._numbers(before, bucket.batch_size)]
+        return self._batch(self.source, number)
+
+    def _batch(self, source: BucketClips, number: int) -> list[tuple[int, int]]:
+        i, before = source.clip_turns.of(number)
+        bucket = source.buckets[i]
+        return [(source.number(i, n), bucket.frames) for n in self._numbers(before, bucket.batch_size)]
 
 
 def numbers_from(first: int, left_out: frozenset[int]) -> Iterator[int]:
@@ -92,14 +99,19 @@ def leave_sigterm_to_the_trainer(worker: int):
 
 
 class Numbered(Dataset):
-    """Clips of a source by (number, frames): so many of their first frames, and the number as `n`."""
+    """Clips of a source by (number, frames): so many of their first frames, and the number as `n`. Single frames are of
+    `images`, where there are any; of their classes those count that clips have too."""
 
-    def __init__(self, source: Dataset):
-        self.source = source
+    def __init__(self, source: Dataset, images: Dataset | None = None):
+        self.source, self.images = source, images
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         n, frames = key
-        item = {**self.source[n], "n": n}
+        if frames == 1 and self.images is not None:
+            item = {**self.images[n], "n": n}
+            item["label"] = label_among(self.source.classes, self.images.classes, item["label"])
+        else:
+            item = {**self.source[n], "n": n}
         for name, used in (("video", frames), ("feature", latent_frames(frames))):
             if name in item:
                 item[name] = item[name][:, :used]
@@ -127,19 +139,26 @@ class ClipDataModule(ClipsOnDevice):
         workers: processes that make clips.
         image_share: of the training's batches, that hold first frames of clips alone, as many as there are latent frames in
             a batch of clips: images and video jointly, as in the paper's stage I.
+        images: makes the data set that they are taken from instead, as `source` does, of clips of one frame.
         buckets: values of a `Bucket` each, which the training's clips are sorted into in place of `frames`, `height`, `width`
             and `batch_size`; validation keeps to these. None: all are alike.
     Raises:
-        ValueError: if `frames` is not 1 + 4n, or `image_share` is not in [0, 1]; as `BucketClips`.
+        ValueError: if `frames` is not 1 + 4n, `image_share` is not in [0, 1], or `images` are given that none of the
+            batches take, or that cannot be told from clips; as `BucketClips`.
     """
 
     def __init__(
         self, source: Callable[..., Dataset], frames: int, height: int, width: int, fps: float,
         batch_size: int, val_clips: int, workers: int, image_share: float = 0.0, buckets: Sequence[Mapping] = (),
+        images: Callable[..., Dataset] | None = None,
     ):  # fmt: skip
         super().__init__()
         if not 0 <= image_share <= 1:
             raise ValueError(f"data.image_share={image_share}; expected a share from 0 to 1")
+        if images and not image_share:
+            raise ValueError("data.images is given, but data.image_share=0 of the batches take them; raise it")
+        if images and 1 in (frames, *(bucket["frames"] for bucket in buckets)):
+            raise ValueError("data.images go beside clips of several frames; pictures alone are data=clips data.root=DIR")
         self.image_share, self.bucket = image_share, Bucket(frames, height, width, batch_size)
         self.image_batch = self.bucket.image_batch
         self.frames, self.height, self.width = frames, height, width
@@ -148,15 +167,20 @@ class ClipDataModule(ClipsOnDevice):
         self.train, self.val = source(split="train", **shape), source(split="val", **shape)
         self.fps = fps or self.train.native_fps
         self.classes, self.captioned = tuple(self.train.classes), self.train.captioned
+        self.images = images(split="train", frames=1, height=height, width=width) if images else None
         if buckets:
-            self.train = BucketClips(self.train, [Bucket(**bucket) for bucket in buckets])
-        self.sources = (self.train, self.val)
+            shapes = [Bucket(**bucket) for bucket in buckets]
+            self.train = BucketClips(self.train, shapes)
+            if self.images is not None:
+                self.images = BucketClips(self.images, image_buckets(shapes))
+        self.sources = [source for source in (self.train, self.val, self.images) if source is not None]
         self.encode, self.encoded, self.batches_done = None, self.cached, 0
         self.left_out: frozenset[int] = frozenset()  # batches of the stream, by their numbers
 
-    def encode_ahead(self, encode: Callable[[Dataset, Bucket, float, ClipsNeeded, int], CachedClips]):
-        """Training shall read encoded clips: at its start `encode` makes or finds those of a source, of a shape, which are
-        such a share of all clips, and of which each of so many ranks reads so many."""
+    def encode_ahead(self, encode: Callable[..., CachedClips]):
+        """Training shall read encoded clips: at its start `encode(source, bucket, share, needed, ranks=, images=)` makes or
+        finds those of a source, of a shape, which are such a share of all clips, and of which each of so many ranks reads
+        so many; `images` if they are of the source of that name."""
         self.encode = encode
 
     @property
@@ -182,35 +206,39 @@ class ClipDataModule(ClipsOnDevice):
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         if self.encode is not None:
-            self._encode(lambda *what: self.encode(*what, trainer.world_size))  # the processes share the work
+            self._encode(functools.partial(self.encode, ranks=trainer.world_size))  # the processes share the work
             self.encode, self.encoded = None, True
         where = (self.batches_done, trainer.global_rank, trainer.world_size)
         if self.bucketed:
-            stream = BucketSampler(self.train, *where, self.image_share, self.left_out)
+            stream = BucketSampler(self.train, *where, self.image_share, self.left_out, self.images)
         else:
             images = (self.image_share, self.image_batch)
             stream = StreamSampler(self.batch_size, *where, self.frames, *images, self.left_out)
-        return self._loader(self.train, self.encoded, batch_sampler=stream)
+        return self._loader(Numbered(self.train, self.images), self.encoded, batch_sampler=stream)
 
-    def _encode(self, encode: Callable[[Dataset, Bucket, float, ClipsNeeded], CachedClips]):
-        if self.bucketed:
-            self.train.encode(encode)
-        else:
-            self.train = encode(self.train, self.bucket, 1.0, self.bucket.clips_needed)
+    def _encode(self, encode: Callable[..., CachedClips]):
+        encode = functools.partial(encode, images=False)
+        if self.images is None:
+            self.train = encoded(self.train, self.bucket, encode)
+            return
+        self.train = encoded(self.train, self.bucket, of_batches(0, encode))
+        if not isinstance(self.images, CachedClips):
+            (bucket,) = image_buckets([self.bucket])
+            self.images = encoded(self.images, bucket, of_batches(1, functools.partial(encode, images=True)))
 
     def val_dataloader(self) -> DataLoader:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if self.val_clips < ranks:
             raise ValueError(f"data.val_clips={self.val_clips} leaves some of the {ranks} devices without a clip; raise it")
         keys = [(n, self.frames) for n in range(rank, self.val_clips, ranks)]
-        return self._loader(self.val, self.cached, batch_size=self.batch_size, sampler=keys)
+        return self._loader(Numbered(self.val), self.cached, batch_size=self.batch_size, sampler=keys)
 
-    def _loader(self, dataset: Dataset, encoded: bool, **order) -> DataLoader:
+    def _loader(self, dataset: Numbered, encoded: bool, **order) -> DataLoader:
         on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
         workers = 0 if encoded and on_cpu else self.workers  # its cores have better to do, and there is little to read
         prefetch = 4 if workers else None
         return DataLoader(
-            Numbered(dataset), num_workers=workers, persistent_workers=False, prefetch_factor=prefetch,
+            dataset, num_workers=workers, persistent_workers=False, prefetch_factor=prefetch,
             pin_memory=not on_cpu and torch.cuda.is_available(), worker_init_fn=leave_sigterm_to_the_trainer, **order,
         )  # fmt: skip
 
@@ -230,6 +258,23 @@ class ClipDataModule(ClipsOnDevice):
     def load_state_dict(self, state: dict):
         self.batches_done = state["batches_done"]
         self.left_out |= set(state.get("left_out", ()))
+
+
+def encoded(source: Dataset, bucket: Bucket, encode: Callable[..., CachedClips]) -> Dataset:
+    """A source with encoded clips in place of its own; `bucket` is their shape, where it is not in buckets."""
+    if isinstance(source, BucketClips):
+        source.encode(encode)
+        return source
+    return encode(source, bucket, 1.0, bucket.clips_needed)
+
+
+def of_batches(kind: int, encode: Callable[..., CachedClips]) -> Callable[..., CachedClips]:
+    """`encode` for a source that batches of clips (kind 0) or of images (1) alone read."""
+
+    def encode_those(source: Dataset, bucket: Bucket, share: float, needed: ClipsNeeded) -> CachedClips:
+        return encode(source, bucket, share, lambda *batches: needed(batches[kind], 0))
+
+    return encode_those
 
 
 class Unsized:

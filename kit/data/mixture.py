@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,12 @@ class Turns:
         return period * self.counts[name] + self.order[:place].count(name)
 
 
+def label_among(classes: Sequence[str], own: Sequence[str], label: int) -> int:
+    """The number among `classes` of what is number `label` among a source's own; -1 where it is none of them."""
+    name = own[label] if label >= 0 and own else None
+    return classes.index(name) if name in classes else -1
+
+
 class Mixture(Dataset):
     """Items of several endless sources, which take `Turns`. Item n is a pure function of n, as those of the sources are, and
     of each source no item is left out.
@@ -85,8 +91,7 @@ class Mixture(Dataset):
         name, number = self.turns.of(n)
         source = self.sources[name]
         item = source[number]
-        label = source.classes[item["label"]] if item["label"] >= 0 and source.classes else None
-        return {**item, "label": -1 if label is None else self.classes.index(label)}
+        return {**item, "label": label_among(self.classes, source.classes, item["label"])}
 
     def listing(self) -> list[str]:
         """Of all sources that have files, see `FolderClips`."""

@@ -129,7 +129,7 @@ class TextCondition(nn.Module):
 
 
 class ClassCondition(nn.Module):
-    """Class numbers -> (B, 1, D); one more learned vector stands for no class."""
+    """Class names -> (B, 1, D); one more learned vector stands for no class, whose name is empty."""
 
     length = 1
 
@@ -145,26 +145,27 @@ class ClassCondition(nn.Module):
         nn.init.normal_(self.table.weight, std=SIZE)
 
     def prompts(self, batch: dict) -> list[str]:
-        return [self.classes[label] for label in batch["label"].tolist()]
+        return ["" if label < 0 else self.classes[label] for label in batch["label"].tolist()]
 
     def notes(self, text: str) -> list[str]:
-        """None; of a class there is nothing to say. Raises ValueError for an unknown one."""
+        """Of a class there is nothing to say. Raises ValueError for an unknown one."""
         self.check([text])
-        return []
+        return [] if text else ["no class: clips of any kind"]
 
     def check(self, labels: list[str]):
         """
         Raises:
             ValueError: for an unknown class.
         """
-        unknown = sorted(set(labels) - set(self.classes))
+        unknown = sorted({label for label in labels if label} - set(self.classes))
         if unknown:
             raise ValueError(f"unknown class {unknown[0]!r}; this model knows: {', '.join(self.classes)}")
 
     def forward(self, labels: list[str], dropped: Tensor | None = None) -> Tensor:
         """Raises as `check`."""
         self.check(labels)
-        ids = onto(torch.tensor([self.classes.index(label) for label in labels]), self.table.weight.device)
+        ids = torch.tensor([self.classes.index(label) if label else len(self.classes) for label in labels])
+        ids = onto(ids, self.table.weight.device)
         if dropped is not None:
             ids = torch.where(onto(dropped, ids.device), len(self.classes), ids)
         return self.table(ids)[:, None]

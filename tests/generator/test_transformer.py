@@ -240,6 +240,15 @@ def test_conditions_read_their_part_of_a_batch(make_generator):
     assert make_generator(condition=CLASSES).condition.prompts(batch) == ["swim", "run"]
 
 
+def test_what_has_no_class_is_unconditional(make_generator):
+    """As items without a label are, which must not take the last class's."""
+    condition = make_generator(condition=CLASSES).condition
+    names = condition.prompts({"label": torch.tensor([1, -1])})
+    assert names == ["jump", ""] and condition.notes("") == ["no class: clips of any kind"]
+    without = condition(["jump", "jump"], torch.tensor([False, True]))
+    assert torch.equal(condition(names), without) and not torch.equal(without[0], without[1])
+
+
 def test_condition_kinds_build_what_they_say(make_generator):
     assert isinstance(make_generator().condition, TextCondition)
     assert isinstance(make_generator(condition=CLASSES).condition, ClassCondition)

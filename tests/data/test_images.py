@@ -1,0 +1,126 @@
+"""Batches of images from a source of their own, beside clips."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kit.cli import main
+from kit.data.buckets import Bucket, image_buckets
+from kit.data.clips import FolderClips
+from kit.data.datamodule import ClipDataModule
+from kit.data.shapes import SHAPES, Shapes
+from kit.files import read_json
+from tests.data.test_buckets import FILES, write
+from tests.fixtures import CLIP, fit_generator, fit_tokenizer
+from tests.test_training import interrupt_after, losses
+
+SHAPE = dict(frames=5, height=32, width=32, fps=8.0, batch_size=2, val_clips=1, workers=0)
+ALONE = SimpleNamespace(global_rank=0, world_size=1, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Wide and tall ones, of the classes `star`, which clips of shapes have too, and `tree`."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        (root / ("star" if i % 2 else "tree")).mkdir(exist_ok=True)
+        size = (32, 64) if i < 5 else (64, 32)
+        pixels = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize(size[::-1]).save(root / ("star" if i % 2 else "tree") / f"{i}.png")
+    return root
+
+
+def module(pictures: Path, source=Shapes, **values) -> ClipDataModule:
+    data = ClipDataModule(source, **{**SHAPE, "image_share": 0.5, **values}, images=partial(FolderClips, pictures))
+    data.trainer = ALONE
+    return data
+
+
+def test_every_other_batch_is_of_pictures(pictures):
+    """As many as a batch of clips has latent frames, in the order that their source has."""
+    data = module(pictures)
+    clips, images = Shapes(frames=5, height=32, width=32, fps=8.0), FolderClips(pictures, "train", 1, 32, 32)
+    for i, batch in zip(range(6), data.train_dataloader()):
+        source, size, first = (images, 4, i // 2 * 4) if i % 2 else (clips, 2, i // 2 * 2)
+        expected = [source[n] for n in range(first, first + size)]
+        assert batch["n"].tolist() == list(range(first, first + size))
+        assert torch.equal(batch["video"], torch.stack([item["video"] for item in expected]))
+        assert batch["caption"] == [item["caption"] for item in expected]
+        if i % 2:
+            assert batch["label"].tolist() == [SHAPES.index("star") if c == "star" else -1 for c in batch["caption"]]
+        else:
+            assert batch["label"].tolist() == [item["label"] for item in expected]
+    assert {"star", "tree"} == {images.words(name)["caption"] for name in images.files}
+
+
+def test_pictures_are_sorted_into_the_sizes_of_the_buckets(pictures, tmp_path):
+    """Each size once, in its largest batch."""
+    wide, long, tall = Bucket(5, 16, 32, 3), Bucket(9, 16, 32, 2), Bucket(5, 32, 16, 3)
+    assert image_buckets([wide, long, tall]) == [Bucket(1, 16, 32, 6), Bucket(1, 32, 16, 6)]
+    folder = write(tmp_path, FILES)
+    source, buckets = partial(FolderClips, folder, patience=None), [b._asdict() for b in (wide, tall)]
+    data = module(pictures, source, buckets=buckets)
+    seen = {}
+    for i, batch in zip(range(40), data.train_dataloader()):
+        assert (batch["video"].shape[2] == 1) == (i % 2 == 1)
+        if i % 2:
+            names = [data.images.parts[n % 2].file(n // 2) for n in batch["n"].tolist()]
+            seen.setdefault(batch["video"].shape[3:], set()).update(names)
+            assert len(names) == 6
+    assert {shape: len(names) for shape, names in seen.items()} == {(16, 32): 4, (32, 16): 3}
+    assert not set.intersection(*seen.values()) and set.union(*seen.values()) == set(data.images.source.files)
+
+
+def test_a_generator_learns_from_clips_and_pictures(pair, pictures, tmp_path, monkeypatch, caplog):
+    """The same whether they are encoded as they come, ahead, or were before; and interrupted it goes on to the last bit."""
+
+    def fit(name, *words, expected=0):
+        steps = [f"name={name}", "recipe.generator.steps=6", "trainer.precision=32-true", "data.image_share=0.5"]
+        status = fit_generator(tmp_path, *steps, *words, "callbacks.last.every=1", tokenizer=pair.tokenizer)
+        assert status == expected
+        return losses(tmp_path / name, start=0)
+
+    folder = f"data.images.root={pictures}"
+    ahead = fit("ahead", folder)
+    assert "50% of them of 8 pictures instead" in caplog.text
+    counts = {path.parent.name: read_json(path)["clips"] for path in (tmp_path / "ahead").glob("*/manifest.json")}
+    assert counts == {"encoded_clips": {"train": 12}, "encoded_clips_images": {"train": 24}}
+    torch.testing.assert_close(
+        torch.tensor(ahead), torch.tensor(fit("fresh", folder, "recipe.generator.encoded_clips=0")), atol=2e-3, rtol=2e-3
+    )
+    assert max(abs(a - b) for a, b in zip(ahead, fit("first_frames"))) > 1e-3, "first frames of clips are other images"
+    interrupt_after(4, monkeypatch)
+    fit("stopped", folder, expected=1)
+    monkeypatch.undo()
+    fit("stopped", folder, "ckpt=last")
+    assert losses(tmp_path / "stopped", start=1) == ahead[3:]
+
+    words = [*CLIP[3:5], "data.frames=1", "data=clips", f"data.root={pictures}", "clips=24", "val_clips=1"]
+    assert main(["cache", f"root={tmp_path}", "name=cache", f"tokenizer_ckpt={pair.tokenizer}", *words]) == 0
+    cached = ("images@data.images=cached", f"data.images.root={tmp_path / 'cache'}")
+    assert fit("cached", *cached) == ahead
+
+
+def test_what_cannot_be(pair, pictures, tmp_path, capsys):
+    with pytest.raises(ValueError, match="data.images go beside clips of several frames"):
+        module(pictures, frames=1)
+    for words, told in (
+        (["data.image_share=0"], "data.images is given, but data.image_share=0 of the batches take them"),
+        (["data.image_share=0.5", "data.frames=1"], "pictures alone are data=clips"),
+    ):
+        assert fit_generator(tmp_path, f"data.images.root={pictures}", *words, tokenizer=pair.tokenizer) == 1
+        assert told in capsys.readouterr().err
+    assert fit_tokenizer(tmp_path, f"data.images.root={pictures}", "data.image_share=0.5") == 1
+    assert "data.image_share is for generators" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert fit_generator(tmp_path, f"data.images.root={empty}", "data.image_share=0.5", tokenizer=pair.tokenizer) == 1
+    assert str(empty) in capsys.readouterr().err
