@@ -34,12 +34,13 @@ def scores(folder: Path, ckpt: Path, name: str, frames: int | None, data: list[s
     return kept | {name: value for name, value in captions.items() if name not in ("name", "value")}
 
 
-def bit_accuracy(folder: Path, ckpt: Path, name: str, data: list[str]) -> list[float]:
-    """By scale, with the true history."""
+def bit_accuracy(folder: Path, ckpt: Path, name: str, data: list[str]) -> dict:
+    """By scale, and by frame and scale, with the true history."""
     report = folder / name / "inspect.json"
     if not report.exists():
         kit("inspect", f"ckpt={ckpt}", f"root={folder}", f"name={name}", *data)
-    return json.loads(report.read_text())["bit_accuracy"]
+    found = json.loads(report.read_text())
+    return {key: found[key] for key in ("bit_accuracy", "bit_accuracy_by_frame")}
 
 
 def measure(folder: Path, tokenizer: str, method: str, seed: int, words: list[str]) -> dict:
@@ -51,7 +52,7 @@ def measure(folder: Path, tokenizer: str, method: str, seed: int, words: list[st
     given = [word for word in words if word.startswith("data")]
     root = next((word.removeprefix("data.root=") for word in given if word.startswith("data.root=")), None)
     protocol = ["protocol=shapes"] if root is None else ["protocol=weizmann", f"real={root}"]
-    found = {"bit_accuracy": bit_accuracy(folder, ckpt, f"{name}_inspected", given)}
+    found = bit_accuracy(folder, ckpt, f"{name}_inspected", given)
     found["trained_length"] = scores(folder, ckpt, f"{name}_scores", None, protocol)
     if root is None:
         found["long"] = scores(folder, ckpt, f"{name}_long_scores", LONG, protocol)

@@ -22,7 +22,7 @@ from kit.evaluation.shapes_score import caption_accuracy
 from kit.files import write_json
 from kit.generation import file_stem, sample_videos
 from kit.generator.corruption import training_sequence
-from kit.generator.module import accuracy_by_scale
+from kit.generator.module import accuracy_by_block
 from kit.generator.sampler import Sampling
 from kit.inspection import bit_use, bit_use_picture, forced_and_free
 from kit.machine import autocast, device, inference_precision
@@ -152,7 +152,7 @@ def seconds_for_one(
 
 @torch.no_grad()
 def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, batch_size: int) -> dict:
-    """Share of right bits for each scale, true bits as history."""
+    """Share of right bits for each scale, and for each frame and scale, true bits as history."""
     model, codec = generator.model.to(device()), tokenizer.model.to(device())
     schedule, right = codec.schedule_of(batch["video"]), []
     prompts = model.condition.prompts(batch)
@@ -163,7 +163,12 @@ def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, ba
             inputs, targets, _ = training_sequence(feature, schedule, None, None, **model.config.reads)
             logits = model(inputs, schedule, model.condition(prompts[part]))
         right.append(((logits > 0) == targets).cpu())
-    return {"bit_accuracy": [round(a.item(), 4) for a in accuracy_by_scale(torch.cat(right), schedule)]}
+    accuracy = accuracy_by_block(torch.cat(right), schedule)
+
+    def rounded(shares: Tensor) -> list[float]:
+        return [round(share, 4) for share in shares.tolist()]
+
+    return {"bit_accuracy": rounded(accuracy.mean(0)), "bit_accuracy_by_frame": list(map(rounded, accuracy))}
 
 
 def reconstruct(cfg: DictConfig) -> dict:

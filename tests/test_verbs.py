@@ -104,6 +104,8 @@ def test_inspect_and_validate(pair, tmp_path):
     assert run("inspect", pair, tmp_path, "clips=4") == 0
     report = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert len(report["by_scale"]) == len(report["bit_entropy"]) == len(report["bit_accuracy"]) == 3
+    by_frame = np.array(report["bit_accuracy_by_frame"])
+    assert by_frame.shape == (2, 3) and by_frame.mean(0) == pytest.approx(report["bit_accuracy"], abs=2e-4)
     assert Image.open(tmp_path / "out" / "bit_use.png").size[0] > 8 * 14
 
     assert run("validate", pair, tmp_path, "clips=4", "shown=2", "name=scores") == 0

@@ -37,11 +37,11 @@ def scale_weights(schedule: ScaleSchedule, d: int, kind: str) -> Tensor:
     return weights / weights.mean()
 
 
-def accuracy_by_scale(right: Tensor, schedule: ScaleSchedule) -> list[Tensor]:
-    """Share of right bits for each scale; right: (B, L, d) bool."""
-    scale = schedule.coordinates[:, 1].to(right.device)
+def accuracy_by_block(right: Tensor, schedule: ScaleSchedule) -> Tensor:
+    """(F, K) share of right bits in each frame and scale; right: (B, L, d) bool."""
     bits = schedule.bits or (right.shape[-1],) * schedule.scales
-    return [right[:, scale == k, :d].float().mean() for k, d in enumerate(bits)]
+    shares = torch.stack([right[:, b.slice, : bits[b.k]].float().mean() for b in schedule.blocks])
+    return shares.view(schedule.frames, schedule.scales)
 
 
 class GeneratorModule(L.LightningModule):
@@ -127,7 +127,7 @@ class GeneratorModule(L.LightningModule):
 
     def validation_step(self, batch: dict, _):
         logits, sequence, schedule = self.teacher_forced(batch)
-        accuracy = accuracy_by_scale((logits > 0) == sequence.targets, schedule)
+        accuracy = accuracy_by_block((logits > 0) == sequence.targets, schedule).mean(0)
         metrics = {f"val/bit_accuracy_scale{k + 1}": a for k, a in enumerate(accuracy)}
         loss = self.bit_loss(logits, sequence, schedule)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(logits), sync_dist=True)

@@ -1,4 +1,4 @@
-"""The generator's loss: what each bit weighs."""
+"""The generator's loss: what each bit weighs, and its share of right bits."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from kit.generator.corruption import training_sequence
-from kit.generator.module import POWERS
+from kit.generator.module import POWERS, accuracy_by_block
 from kit.run import BUILDERS, build_data
+from kit.scales import ScaleSchedule
 from tests.fixtures import CLIP, GENERATOR, TOKENIZER, composed
 
 
@@ -30,6 +31,15 @@ def test_the_loss_by_hand(pair, scales, bits):
     right = torch.where(sequence.targets, logits, -logits)
     expected = (weights * torch.log1p(torch.exp(-right))).mean()
     torch.testing.assert_close(module.bit_loss(logits, sequence, schedule), expected)
+
+
+def test_right_bits_are_counted_in_their_frame_and_scale():
+    schedule = ScaleSchedule(3, ((1, 1), (2, 3)), (2, 4))
+    right = torch.ones(2, schedule.length, 4, dtype=torch.bool)
+    for token, bit in ((0, 0), (0, 3), (2, 1), (7, 0), (20, 3)):  # each of one clip of two
+        right[0, token, bit] = False
+    expected = torch.tensor([[1 / 4, 1 / 48], [1 / 4, 0], [0, 1 / 48]])  # (0, 3) is a bit that the first scale has not
+    torch.testing.assert_close(accuracy_by_block(right, schedule), 1 - expected)
 
 
 def test_unknown_weights_are_told(pair):
