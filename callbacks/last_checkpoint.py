@@ -101,12 +101,12 @@ class LastCheckpoint(Checkpoint):
         """Whether the last checkpoint of any kind has been saved.
 
         Raises:
-            OSError: if not, on all processes, and more than `may_fail` in a row.
+            OSError: if more than `may_fail` in a row were not since the last look, on all processes.
         """
         io = trainer.strategy.checkpoint_io
         if not isinstance(io, TrainingCheckpointIO):  # any other raises
             return True
-        failed, failure = trainer.strategy.broadcast((io.failed, io.failure))  # in shards all fail alike
-        if failed > may_fail:
+        (worst, failure), failed = trainer.strategy.broadcast((io.look(), io.failed))  # in shards all fail alike
+        if worst > may_fail:
             raise OSError(f"{failure}. Make room and go on with ckpt=last")
         return not failed

@@ -30,12 +30,18 @@ class TrainingCheckpointIO(TorchCheckpointIO):
     """Checkpoints that a kill or a full disk leaves whole, see `save_training`. A save that fails is told and counted, for
     `LastCheckpoint` to say when it is too many.
 
-    Attributes: failed, how many in a row; failure, why the last of them did.
+    Attributes: failed, how many in a row; most_failed, the same at its worst since someone looked; failure, why the last of
+        them did.
     """
 
     def __init__(self):
         super().__init__()
-        self.failed, self.failure = 0, None
+        self.failed, self.most_failed, self.failure = 0, 0, None
+
+    def look(self) -> tuple[int, str | None]:
+        """How many have failed in a row, also if one went well since someone looked, and why."""
+        worst, self.most_failed = self.most_failed, self.failed
+        return worst, self.failure
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options=None):
         try:
@@ -43,6 +49,7 @@ class TrainingCheckpointIO(TorchCheckpointIO):
             self.failed = 0
         except OSError as error:
             self.failed, self.failure = self.failed + 1, str(error)
+            self.most_failed = max(self.most_failed, self.failed)
             rank_zero_warn(f"{error}; {self.failed} in a row", stacklevel=2)
 
     def load_checkpoint(self, path: str | os.PathLike, map_location=None, weights_only: bool | None = True) -> dict[str, Any]:

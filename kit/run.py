@@ -269,13 +269,13 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
     if cfg.ckpt is not None:
         if not Path(cfg.ckpt).is_file():
             raise FileNotFoundError(f"ckpt={cfg.ckpt}: no such checkpoint; ckpt=last continues the run in {cfg.folder}")
-        return Path(cfg.ckpt)
-    if last.exists() and not cfg.overwrite:
+    own = cfg.ckpt is not None and Path(cfg.ckpt).resolve().parent == last.resolve().parent
+    if last.exists() and not own and not cfg.overwrite:
         raise FileExistsError(
             f"{cfg.folder} already holds a trained run; continue it with ckpt=last, keep it with another name=..., or "
             f"replace it with overwrite=true"
         )
-    return None
+    return None if cfg.ckpt is None else Path(cfg.ckpt)
 
 
 def fit(cfg: DictConfig) -> L.Trainer:

@@ -12,12 +12,13 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from callbacks import LastCheckpoint, LossGuard, last_checkpoint
-from kit.checkpoint import load_tokenizer, read_checkpoint
+from kit.checkpoint import TrainingCheckpointIO, load_tokenizer, read_checkpoint
 from kit.data.shapes import Shapes
 from kit.files import contents_hash, load_checked, save_checked
 from kit.retries import DeadWorker, LostLoss, noticing_dead_workers, with_retries
@@ -141,6 +142,27 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, small_disk, may_fai
     (small_disk / "filler").unlink()
     assert started(small_disk).wait() == 0
     assert same(read_checkpoint(last(small_disk), "tokenizer"), whole)
+
+
+@pytest.mark.parametrize("may_fail", [0, 1])
+def test_a_failed_save_of_another_callback_is_not_forgotten(tmp_path, monkeypatch, may_fail):
+    """A stage's end, of which nothing is left, and then a `last.ckpt` that goes well."""
+    monkeypatch.setattr("kit.checkpoint.save_training", save := MagicMock(side_effect=[OSError("no room"), None, None]))
+    io, last = TrainingCheckpointIO(), LastCheckpoint(str(tmp_path), every=1, may_fail=may_fail)
+    strategy = SimpleNamespace(checkpoint_io=io, broadcast=lambda value: value)
+    trainer = SimpleNamespace(strategy=strategy, global_step=1)
+    trainer.save_checkpoint = lambda path, **_: io.save_checkpoint({}, path)
+    with pytest.warns(UserWarning, match="no room; 1 in a row"):
+        io.save_checkpoint({}, tmp_path / "low.ckpt")
+    if may_fail:
+        last._save(trainer, may_fail)
+        trainer.global_step = 2
+    else:
+        with pytest.raises(OSError, match="no room. Make room and go on with ckpt=last"):
+            last._save(trainer, may_fail)
+        trainer.global_step = 2  # told once
+    last._save(trainer, 0)
+    assert last.saved == 2 and save.call_count == 3
 
 
 def test_failed_save_leaves_what_was_there(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import lightning as L
@@ -13,10 +14,11 @@ import torch
 
 from callbacks import EMA, LossGuard
 from kit.checkpoint import read_checkpoint
-from kit.data.datamodule import ClipDataModule, StreamSampler
+from kit.data.datamodule import ClipDataModule, StagedClips, StreamSampler
 from kit.data.shapes import Shapes
 from kit.machine import can_compile
 from kit.run import plain
+from kit.stages import StagePlan
 from kit.tokenizer.module import TokenizerModule
 from tests.fixtures import composed, fit_generator, fit_tokenizer
 
@@ -100,6 +102,11 @@ def test_an_old_run_is_not_overwritten_unless_asked_for(pair, capsys):
     assert fit_tokenizer(pair.root) == 1
     assert "ckpt=last" in capsys.readouterr().err
     assert pair.tokenizer.read_bytes() == before
+    other = pair.root / "other.ckpt"
+    other.write_bytes(before)
+    assert fit_tokenizer(pair.root, f"ckpt={other}") == 1
+    assert "already holds a trained run" in capsys.readouterr().err
+    assert fit_tokenizer(pair.root, f"ckpt={pair.tokenizer}") == 0, "its own"
 
 
 def test_finished_run_continued_is_left_as_it_is(pair):
@@ -179,6 +186,26 @@ def test_ranks_share_the_stream_without_overlap():
     both = [batches(StreamSampler(2, 3, rank, 2, 17), 2) for rank in (0, 1)]
     assert sorted(sum(sum(both, []), [])) == [(n, 17) for n in range(12, 20)]
     assert batches(StreamSampler(4, 0, 0, 1, 17), 3)[1:] == batches(StreamSampler(4, 1, 0, 1, 17), 2)
+
+
+def test_each_rank_validates_as_many_clips():
+    """Sharded ranks wait for each other in each batch."""
+    data = ClipDataModule(partial(Shapes), 1, 16, 16, 8.0, batch_size=2, val_clips=64, workers=0)
+    cpu = SimpleNamespace(root_device=torch.device("cpu"))
+    for ranks in (1, 3, 5):
+        seen = []
+        for rank in range(ranks):
+            data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, strategy=cpu)
+            data.setup()
+            seen.append([batch["n"].tolist() for batch in data.val_dataloader()])
+        assert len({tuple(map(len, batches)) for batches in seen}) == 1
+        assert sorted(sum(sum(seen, []), [])) == list(range(64 // ranks * ranks))
+    data.trainer = SimpleNamespace(global_rank=0, world_size=65, strategy=cpu)
+    staged = StagedClips(StagePlan.of({"only": {"steps": 1}}), [data], [1])
+    staged.trainer = data.trainer
+    for each in (data, staged):
+        with pytest.raises(ValueError, match="data.val_clips=64 leaves some of the 65 devices without a clip"):
+            each.setup("fit")
 
 
 def batches(sampler, n):

@@ -26,6 +26,7 @@ from kit.data.listing import (
     CAPTION_FILES,
     LABEL_SOURCES,
     LEADING_WORDS,
+    held_out_of,
     label_files,
     list_videos,
     read_captions,
@@ -168,7 +169,7 @@ class FolderClips(Dataset):
         return list_videos(self.root, pictures=self.frames == 1)
 
     def _files_of_split(self, names: list[str]) -> list[str]:
-        return split_files(names, self.split, self.val_every)
+        return split_files(names, self.split, held_out_of(names, self.val_every))
 
     def _labels_of(self, names: list[str]) -> dict[str, str]:
         return label_files(names, self.label_from, self.filename_pattern)

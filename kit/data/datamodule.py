@@ -226,11 +226,19 @@ class ClipDataModule(ClipsOnDevice):
             (bucket,) = image_buckets([self.bucket])
             self.images = encoded(self.images, bucket, of_batches(1, functools.partial(encode, images=True)))
 
-    def val_dataloader(self) -> DataLoader:
-        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def setup(self, stage: str | None = None):
+        """
+        Raises:
+            ValueError: if there are more devices than clips to validate on.
+        """
+        ranks = self.trainer.world_size if self.trainer else 1
         if self.val_clips < ranks:
             raise ValueError(f"data.val_clips={self.val_clips} leaves some of the {ranks} devices without a clip; raise it")
-        keys = [(n, self.frames) for n in range(rank, self.val_clips, ranks)]
+
+    def val_dataloader(self) -> DataLoader:
+        """As many clips, and so batches, on each device: sharded ones wait for each other in each."""
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        keys = [(n, self.frames) for n in range(rank, self.val_clips // ranks * ranks, ranks)]
         return self._loader(Numbered(self.val), self.cached, batch_size=self.batch_size, sampler=keys)
 
     def _loader(self, dataset: Numbered, encoded: bool, **order) -> DataLoader:
@@ -311,6 +319,7 @@ class StagedClips(ClipsOnDevice):
     def setup(self, stage: str):
         for part in self.parts:
             part.trainer = self.trainer
+            part.setup(stage)
 
     @property
     def batches(self) -> list[int]:

@@ -36,14 +36,19 @@ def list_videos(root: Path, pictures: bool = False) -> list[str]:
     return videos
 
 
-def split_files(names: Sequence[str], split: str, every: int) -> list[str]:
-    """Every `every`-th name for `val`, at least one; the others for `train`; `all`. A single name is in each."""
-    if split == "all":
+def held_out_of(names: Sequence[str], every: int) -> set[str]:
+    """Every `every`-th video, and of pictures likewise, at least one of two: the videos are the same without the pictures."""
+    pictures = [name for name in names if name.lower().endswith(PICTURES)]
+    videos = [name for name in names if not name.lower().endswith(PICTURES)]
+    return {name for kind in (videos, pictures) for name in kind[every - 1 :: every] or kind[1:][-1:]}
+
+
+def split_files(names: Sequence[str], split: str, held_out: set[str]) -> list[str]:
+    """Those held out for `val`, the last one where none is; the others for `train`; `all`. A single name is in each."""
+    held_out = held_out or {names[-1]}
+    if split == "all" or len(names) == 1:
         return list(names)
-    held_out = list(names[every - 1 :: every] or names[-1:])
-    if split == "val" or len(names) == 1:
-        return held_out
-    return [name for name in names if name not in set(held_out)]
+    return [name for name in names if (name in held_out) == (split == "val")]
 
 
 def label_files(names: Sequence[str], source: str, pattern: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ import json
 import tarfile
 import tempfile
 import warnings
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +23,12 @@ from typing import NamedTuple
 
 import fsspec
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from kit.data.clips import ORDERS, FolderClips
 from kit.data.decode import PICTURES, UnreadableVideo
-from kit.data.listing import SUFFIXES
+from kit.data.listing import SUFFIXES, split_files
 from kit.files import read_json, write_json
 from kit.machine import cache_folder
 
@@ -59,19 +61,36 @@ def list_shards(root: str) -> list[str]:
     return found
 
 
+class UnreadableShard(Exception):
+    """A tar that cannot be read to its end."""
+
+
 def index_of(shard: str) -> dict[str, list]:
     """File name in a shard -> the values of its `Place` but for the shard; kept in kit's cache folder while the shard has its
     size and time.
 
-    Raises:
-        OSError, tarfile.TarError: if it cannot be read to its end.
+    Raises: UnreadableShard.
     """
-    files, path = fsspec.core.url_to_fs(shard)
-    about = files.info(path)
+    try:
+        files, path = fsspec.core.url_to_fs(shard)
+        about = files.info(path)
+    except OSError as error:
+        raise UnreadableShard(error) from error
     state = json.dumps([shard, about["size"], str(about.get("mtime") or about.get("LastModified") or about.get("ETag"))])
     kept = cache_folder() / "shards" / f"{hashlib.sha256(state.encode()).hexdigest()[:32]}.json"
-    if kept.exists():
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(kept.with_suffix(".lock")):  # the processes of a training begin together
+        if not kept.exists():
+            try:
+                index = read_index(files, path, about["size"])
+            except (OSError, tarfile.TarError) as error:
+                raise UnreadableShard(error) from error
+            write_json(kept, index)
         return read_json(kept)
+
+
+def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None) -> dict[str, list]:
+    """What `index_of` keeps. Raises: OSError, tarfile.TarError."""
     videos, words = {}, defaultdict(dict)
     with files.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         end = 0
@@ -82,11 +101,9 @@ def index_of(shard: str) -> dict[str, list]:
             elif member.isfile() and name.suffix in WORDS:
                 words[str(name.with_suffix(""))][name.suffix] = tar.extractfile(member).read().decode("utf-8", "replace")
             end = member.offset_data + member.size
-        if about["size"] is not None and end > about["size"]:
-            raise tarfile.ReadError(f"it ends after {about['size']} bytes, in the midst of a file")
-    index = {name: [*place, *said(words[str(PurePosixPath(name).with_suffix(""))])] for name, place in videos.items()}
-    write_json(kept, index)
-    return index
+        if size is not None and end > size:
+            raise tarfile.ReadError(f"it ends after {size} bytes, in the midst of a file")
+    return {name: [*place, *said(words[str(PurePosixPath(name).with_suffix(""))])] for name, place in videos.items()}
 
 
 def said(words: dict[str, str]) -> tuple[str | None, str | None]:
@@ -121,13 +138,14 @@ class ShardClips(FolderClips):
     """
 
     places: dict[str, Place] = field(init=False, repr=False, default_factory=dict)
+    counts: tuple[int, ...] = field(init=False, repr=False, default=())  # files of each shard, of this split
 
     def _names(self) -> list[str]:
         wanted = SUFFIXES + PICTURES * (self.frames == 1)
         for shard in tqdm(list_shards(str(self.root)), desc="index", unit="shard", disable=None):
             try:
                 index = index_of(shard)
-            except (OSError, tarfile.TarError) as error:
+            except UnreadableShard as error:
                 warnings.warn(f"cannot read the shard {shard}: {error}. It is left out; check or replace it.", stacklevel=4)
                 continue
             found = {f"{shard}/{name}": Place(shard, *place) for name, place in index.items()}
@@ -135,6 +153,19 @@ class ShardClips(FolderClips):
         if not self.places:
             raise FileNotFoundError(f"data.root={self.root}: no clips in its shards; they end in {', '.join(wanted)}")
         return list(self.places)
+
+    def _files_of_split(self, names: list[str]) -> list[str]:
+        """Of each shard on its own, so that one that is lost or added moves no clip of another."""
+        held_out = set()
+        for shard, files in itertools.groupby(names, lambda name: self.places[name].shard):
+            first = zlib.crc32(PurePosixPath(shard).name.encode()) % self.val_every  # small shards take turns
+            held_out |= set(list(files)[first :: self.val_every])
+        return split_files(names, self.split, held_out)
+
+    def _begin_records(self) -> None:
+        super()._begin_records()
+        shards = itertools.groupby(self.files, lambda name: self.places[name].shard)
+        self.counts = tuple(len(list(files)) for _, files in shards)
 
     def _labels_of(self, names: list[str]) -> dict[str, str]:
         labels = {name: self.places[name].label for name in names}
@@ -144,8 +175,7 @@ class ShardClips(FolderClips):
         return {name: self.places[name].caption for name in names if self.places[name].caption is not None}
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        shards = itertools.groupby(self.files, lambda name: self.places[name].shard)
-        return _order(self.seed, epoch, tuple(len(list(files)) for _, files in shards))
+        return _order(self.seed, epoch, self.counts)
 
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:

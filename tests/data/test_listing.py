@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kit.data.clips import FolderClips
-from kit.data.listing import label_files, list_videos, split_files
+from kit.data.listing import held_out_of, label_files, list_videos, split_files
 from tests.data.videos import write, write_bad
 
 
@@ -22,8 +22,17 @@ def test_split_is_by_file_disjoint_and_stable(videos):
 
 
 def test_small_folders_still_have_a_val_split():
-    assert split_files(["a", "b"], "val", 5) == ["b"] and split_files(["a", "b"], "train", 5) == ["a"]
-    assert split_files(["a"], "val", 5) == split_files(["a"], "train", 5) == ["a"]
+    for names in (["a.mp4", "b.mp4"], ["a.mp4", "b.png"], ["a.png", "b.png"]):
+        held_out = held_out_of(names, 5)
+        assert split_files(names, "val", held_out) == names[1:] and split_files(names, "train", held_out) == names[:1]
+    assert split_files(["a"], "val", set()) == split_files(["a"], "train", set()) == ["a"]
+
+
+def test_pictures_do_not_move_the_held_out_videos():
+    """A tokenizer of images trains on a folder of both first, one of videos then goes on from it."""
+    videos, pictures = [f"{i:02d}.mp4" for i in range(20)], [f"{i:02d}_still.PNG" for i in range(7)]
+    held_out = held_out_of(videos, 5)
+    assert len(held_out) == 4 and held_out_of(sorted(videos + pictures), 5) == held_out | {"04_still.PNG"}
 
 
 def test_single_file_is_in_both_splits_with_a_warning(tmp_path):

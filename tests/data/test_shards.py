@@ -6,7 +6,10 @@ import gc
 import io
 import itertools
 import json
+import multiprocessing
 import tarfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -84,14 +87,45 @@ def test_their_clips_are_sorted_into_buckets_too(packed, videos, tmp_path):
 
 
 def test_splits_share_no_clip_and_epochs_go_shard_by_shard(packed):
-    train, val = ShardClips(packed, "train", **SHAPE), ShardClips(packed, "val", **SHAPE)
-    assert len(train.files) == 10 and len(val.files) == 2 and not set(train.files) & set(val.files)
-    epochs = [[train.file(10 * epoch + i) for i in range(10)] for epoch in range(4)]
+    train, val = (ShardClips(packed, split, val_every=4, **SHAPE) for split in ("train", "val"))
+    assert len(train.files) == 9 and len(val.files) == 3 and not set(train.files) & set(val.files)
+    epochs = [[train.file(9 * epoch + i) for i in range(9)] for epoch in range(4)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(train.files)
         assert len(list(itertools.groupby(train.places[name].shard for name in epoch))) == 3
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert len({train.places[epoch[0]].shard for epoch in epochs + [[train.file(10 * e)] for e in range(4, 20)]}) == 3
+    assert len({train.places[epoch[0]].shard for epoch in epochs + [[train.file(9 * e)] for e in range(4, 20)]}) == 3
+
+
+def test_a_lost_shard_moves_no_clip_of_the_others_to_another_split(packed):
+    held_out = set(ShardClips(packed, "val", val_every=2, **SHAPE).files)
+    assert len(held_out) == 6
+    (packed / "train-0.tar").write_bytes(b"lost")
+    with pytest.warns(UserWarning, match="cannot read the shard .*train-0.tar"):
+        train = set(ShardClips(packed, "train", val_every=2, **SHAPE).files)
+    assert len(train) == 4 and not train & held_out
+
+
+def test_processes_that_begin_together_find_the_same(packed):
+    """The ranks of a training, with nothing in kit's cache folder yet."""
+    with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
+        found = [pool.submit(files_of, str(packed)) for _ in range(4)]
+        assert [future.result() for future in found] == [ShardClips(packed, "all", **SHAPE).files] * 4
+
+
+def files_of(root: str) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return ShardClips(root, "all", **SHAPE).files
+
+
+def test_no_room_for_an_index_is_no_damage_of_a_shard(packed, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(shards, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        ShardClips(packed, "all", **SHAPE)
 
 
 def test_workers_give_the_same_items(packed):
