@@ -92,11 +92,13 @@ def describe(verb: str, conf: str) -> str:
         text.append(f"--- conf/{name}.yaml\n{source.strip()}")
         for entry in (yaml.safe_load(source) or {}).get("defaults", []):
             if isinstance(entry, str) and entry != "_self_":
-                queue.append(entry)
+                queue.append((Path(name).parent / entry).as_posix())  # of the same group
             elif isinstance(entry, dict):
                 (group, choice), *_ = entry.items()
                 group, at, package = group.removeprefix("optional ").removeprefix("override ").lstrip("/").partition("@")
                 word = f"{group}@{Path(name).parent.name}.{package}" if at else group  # within the group that it is a part of
+                if word in groups:  # chosen already, by what is built on this
+                    continue
                 groups[word] = sorted(p.stem for p in (CONF / group).glob("*.yaml"))
                 choice = str(choice)
                 queue.append(f"{group}/{choice if '$' not in choice else groups[word][-1]}")

@@ -297,9 +297,9 @@ def notes_on(prompts: list[str], how: Sampling, notes: Callable[[str], list[str]
 
 
 def file_stem(prompt: str) -> str:
-    """A prompt as part of a file name; what that leaves out of it is told apart by a hash."""
+    """A prompt as part of a file name; where it is more than small letters and digits, a hash tells it from others."""
     stem = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")
-    whole = len(stem) <= 80 and sum(map(str.isalnum, prompt)) == sum(map(str.isalnum, stem))
+    whole = len(stem) <= 80 and stem in (prompt, prompt.replace(" ", "_"))
     return (stem if whole else f"{stem[:72]}_{zlib.crc32(prompt.encode()):08x}".strip("_")) or "video"
 
 

@@ -14,6 +14,7 @@ from kit.generator.transformer import Generator
 from kit.sampling import sample_clips
 from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
+from kit.tokenizer.losses import entropy_of
 
 
 @torch.no_grad()
@@ -49,12 +50,6 @@ def bit_use(bits: Tensor, schedule: ScaleSchedule) -> dict[str, Tensor]:
     for k, d in enumerate(schedule.bits):
         ones[k, d:] = torch.nan
     return {"ones": ones, "entropy": entropy_of(ones)}
-
-
-def entropy_of(ones: Tensor) -> Tensor:
-    """Entropy in bits of variables that are one with the given probabilities, any shape."""
-    p = ones.clamp(1e-6, 1 - 1e-6)
-    return -(p * p.log2() + (1 - p) * (1 - p).log2())
 
 
 def bit_use_picture(ones: Tensor, path: str | Path, cell: int = 14) -> Path:

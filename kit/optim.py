@@ -73,10 +73,16 @@ class Muon(torch.optim.Optimizer):
             (self._muon if group["muon"] else self._adam)([p for p in group["params"] if p.grad is not None], group)
         return loss
 
+    def _kept(self, p: Tensor, name: str) -> Tensor:
+        """A part of a parameter's state, at first 0."""
+        if name not in self.state[p]:
+            self.state[p][name] = torch.zeros_like(p)
+        return self.state[p][name]
+
     def _muon(self, parameters: list[Tensor], group: dict):
         updates = []
         for p in parameters:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum = self._kept(p, "momentum")
             momentum.lerp_(p.grad, 1 - group["momentum"])
             updates.append(whole(p.grad.lerp(momentum, group["momentum"])).flatten(1))
         for p, update in zip(parameters, orthogonalise_all(updates)):
@@ -90,7 +96,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[p]
             step = state["step"] = state.get("step", 0) + 1
             for i, (value, beta) in enumerate(zip((p.grad, p.grad.square()), group["betas"]), start=1):
-                state.setdefault(f"moment{i}", torch.zeros_like(p)).lerp_(value, 1 - beta)
+                self._kept(p, f"moment{i}").lerp_(value, 1 - beta)
             first, second = (state[f"moment{i}"] / (1 - beta**step) for i, beta in enumerate(group["betas"], start=1))
             p.addcdiv_(first, second.sqrt() + group["eps"], value=-group["lr"])
 

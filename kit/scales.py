@@ -7,6 +7,7 @@ of frame 0 from coarse to fine, then those of frame 1, and so on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -148,6 +149,7 @@ class ScaleSchedule:
         """The same scales for another number of latent frames."""
         return replace(self, frames=frames)
 
+    @functools.lru_cache(64)  # noqa: B019 (small and frozen)
     def with_history(self) -> ScaleSchedule:
         """What a generator of `history: full` reads: each frame ends with one more block at full grid, its finished sum.
 
@@ -165,6 +167,7 @@ class ScaleSchedule:
         return int(self.used_bits(d)[: self.tokens_per_frame].sum())
 
     @cached_property
+    @torch.inference_mode(False)  # training may go on with what a validation made
     def coordinates(self) -> torch.Tensor:
         """(L, 4) int64: f, k, y, x of every token; y, x on the grid of its own scale."""
         parts = []

@@ -31,6 +31,14 @@ def test_help_names_every_verb(capsys):
     assert all(re.search(rf"^  {verb} +\w", text, re.M) for verb in VERBS)
 
 
+def test_help_of_a_conf_shows_the_groups_that_it_chooses(capsys):
+    assert main(["fit", "conf=ucf101_generator", "--help"]) == 0
+    text = capsys.readouterr().out
+    for name, shown in (("size/L", True), ("size/tiny", False), ("data/clips", True), ("data/shapes", False)):
+        assert (f"--- conf/{name}.yaml" in text) == shown
+    assert "  size=4B|L|XL|base|small|tiny\n" in text and "  images@data.images=cached|folder\n" in text
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_shows_each_key_with_its_comment(verb, capsys):
     assert main([verb, "--help"]) == 0

@@ -43,7 +43,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_clips(part, pair):
         batch = default_collate(items)
         if part == "generator":
             return module.training_step(batch, 0)
-        output, *_ = module.model(batch["video"], module.kept_scales(batch))
+        output, *_ = module.model(batch["video"], module.kept_scales(batch["video"], Draws(module.seed, batch["n"])))
         return (output - batch["video"]).abs().mean()
 
     with torch.no_grad():

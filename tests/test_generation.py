@@ -189,11 +189,15 @@ def test_another_picture_is_another_video(pair, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "prompt, stem",
-    [("A red, ball!", "a_red_ball"), ("", "video"), ("猫", "85deb210"), ("un café", "un_caf_"), ("x" * 99, "x" * 72)],
+    [
+        ("a red ball", "a_red_ball"), ("A red, ball!", "a_red_ball_"), ("jumping_jack", "jumping_jack"), ("", "video"),
+        ("猫", "85deb210"), ("un café", "un_caf_"), ("x" * 99, "x" * 72),
+    ],
 )
 def test_file_names_tell_prompts_apart(prompt, stem):
     assert file_stem(prompt).startswith(stem) and len(file_stem(prompt)) <= 81
-    assert file_stem(prompt) != file_stem(prompt + "é")
+    for other in (f"{prompt}é", f"{prompt}.", f"{prompt} ", f"{prompt}A"):
+        assert file_stem(prompt).lower() != file_stem(other).lower()
 
 
 def test_a_video_left_without_its_settings_is_made_again(pair, tmp_path, monkeypatch):

@@ -54,11 +54,11 @@ def describe(clip: dict, tokenizer: Tokenizer, tokenizer_hash: str, how: dict, s
 
     Args:
         clip: `frames`, `height`, `width`, `fps`. how: plain values that choose the clips, the config's `data.source`.
-        sources: split -> data set; its files count too, by names and sizes, where it has a `listing` of them.
+        sources: split -> data set; its files count too, by names, sizes, captions and classes, where it has a `listing` of
+            them.
     """
     schedule = tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
-    names = {split: "\n".join(source.listing()) for split, source in sources.items() if hasattr(source, "listing")}
-    files = {split: {"count": text.count("\n") + 1, "sha256": _sha256(text)} for split, text in names.items()}
+    files = {split: _files_of(source) for split, source in sources.items() if hasattr(source, "listing")}
     first = next(iter(sources.values()))
     about = {
         "tokenizer": tokenizer_hash, "schedule": str(schedule), "clip": clip, "source": how, "files": files,
@@ -67,8 +67,10 @@ def describe(clip: dict, tokenizer: Tokenizer, tokenizer_hash: str, how: dict, s
     return json.loads(json.dumps(about))
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _files_of(source: Dataset) -> dict:
+    names, words = source.listing(), source.said()
+    hashes = {"sha256": "\n".join(names), "words": json.dumps(words)}
+    return {"count": len(names), **{key: hashlib.sha256(text.encode()).hexdigest() for key, text in hashes.items()}}
 
 
 def write_cache(

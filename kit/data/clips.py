@@ -199,8 +199,12 @@ class FolderClips(Dataset):
         load_backend(self.backend)
 
     def listing(self) -> list[str]:
-        """`NAME BYTES` of each file of the split: what a cache of its clips is known by."""
+        """`NAME BYTES` of each file of the split: with `said`, what a cache of its clips is known by."""
         return [f"{name} {(self.root / name).stat().st_size}" for name in self.files]
+
+    def said(self) -> list[dict]:
+        """`words` of each of these files."""
+        return [self.words(name) for name in self.files]
 
     @property
     def captioned(self) -> bool:

@@ -95,8 +95,14 @@ class Mixture(Dataset):
 
     def listing(self) -> list[str]:
         """Of all sources that have files, see `FolderClips`."""
-        those = ((name, source) for name, source in self.sources.items() if hasattr(source, "listing"))
-        return [f"{name}: {line}" for name, source in those for line in source.listing()]
+        return [f"{name}: {line}" for name, source in self._of_files() for line in source.listing()]
+
+    def said(self) -> list[dict]:
+        """Likewise."""
+        return [words for _, source in self._of_files() for words in source.said()]
+
+    def _of_files(self) -> list[tuple[str, Dataset]]:
+        return [(name, source) for name, source in self.sources.items() if hasattr(source, "listing")]
 
     @property
     def native_fps(self) -> float:

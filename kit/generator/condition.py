@@ -104,7 +104,7 @@ class WordEncoder(nn.Module):
 class TextCondition(nn.Module):
     """Texts -> (B, S, D). Places without a word hold learned vectors; a text without words is no condition."""
 
-    def __init__(self, encoder: nn.Module, width: int):
+    def __init__(self, encoder: TextEncoder, width: int):
         super().__init__()
         self.encoder, self.length = encoder, encoder.length
         self.project = nn.Linear(encoder.channels, width, bias=False)

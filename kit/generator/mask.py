@@ -54,6 +54,16 @@ class View(NamedTuple):
     mask: Tensor | None
 
 
+class Part(NamedTuple):
+    """A `View` where no frame is hidden; of its queries (queries, 1) and keys (keys,) the numbers of their frames; and
+    whether hiding frames matters to it."""
+
+    view: View
+    query_f: Tensor
+    key_f: Tensor
+    looks_back: bool
+
+
 def attention_views(
     schedule: ScaleSchedule, condition_length: int, tokens: int, window: int | None = None, kept: Tensor | None = None,
     history: str = "scales", device: torch.device | str = "cpu",
@@ -68,6 +78,24 @@ def attention_views(
     Raises:
         ValueError: if the sequence ends within a block.
     """
+    # a short one's are the same step after step; those of a long one are too large to keep
+    parts = (short_parts if condition_length + tokens <= SHORT else parts_of)(
+        schedule, condition_length, tokens, window, history, torch.device(device)
+    )
+    views = []
+    for view, query_f, key_f, looks_back in parts:
+        if kept is not None and looks_back:
+            shown = onto(torch.cat([kept.new_ones(len(kept), 1), kept], dim=1), device)[:, key_f + 1]  # (B, keys)
+            may = shown[:, None] | (query_f == key_f)
+            view = view._replace(mask=(may if view.mask is None else may & view.mask)[:, None])
+        views.append(view)
+    return views
+
+
+def parts_of(
+    schedule: ScaleSchedule, condition_length: int, tokens: int, window: int | None, history: str, device: torch.device
+) -> list[Part]:
+    """Of `attention_views`, whose arguments these are, what does not depend on the frames that are kept. Raises likewise."""
     S, blocks = condition_length, [b for b in schedule.blocks if b.stop <= tokens]
     if blocks[-1].stop != tokens:
         raise ValueError(f"{tokens} tokens end within a block of {schedule}")
@@ -79,7 +107,7 @@ def attention_views(
     rule = functools.partial(visible, window=window, history_k=schedule.scales - 1 if history == "full" else None)
     sees = rule(f[:, None], k[:, None], f[None], k[None])  # blocks by blocks
     frames = f.unique()[not S :]
-    views = []
+    parts = []
     for group in frames[None] if S + tokens <= SHORT else frames[:, None]:
         own = torch.isin(f, group).nonzero().flatten()
         seen = sees[own].any(0)
@@ -87,12 +115,13 @@ def attention_views(
         keys = joined([span for span, is_seen in zip(spans, seen.tolist(), strict=True) if is_seen], device)
         key_f, query_f = token_f[keys], token_f[queries, None]
         mask = None if sees[own][:, seen].all() else rule(query_f, token_k[queries, None], key_f, token_k[keys])
-        if kept is not None and (sees[own] & (f[own, None] != f) & (f != CONDITION)).any():
-            shown = onto(torch.cat([kept.new_ones(len(kept), 1), kept], dim=1), device)[:, key_f + 1]  # (B, keys)
-            may = shown[:, None] | (query_f == key_f)
-            mask = (may if mask is None else may & mask)[:, None]
-        views.append(View(queries, keys, mask))
-    return views
+        looks_back = bool((sees[own] & (f[own, None] != f) & (f != CONDITION)).any())
+        parts.append(Part(View(queries, keys, mask), query_f, key_f, looks_back))
+    return parts
+
+
+# as in a training step, whatever asks first: training may go on with what a validation made
+short_parts = functools.lru_cache(16)(torch.inference_mode(False)(parts_of))
 
 
 def joined(spans: list[tuple[int, int]], device: torch.device | str) -> slice | Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -68,6 +69,7 @@ class TokenizerConfig:
         """Pixels of a clip's shorter side: what the last scale's grid covers."""
         return self.compression * self.scales[-1]
 
+    @functools.lru_cache(64)  # noqa: B019 (small and frozen; a schedule keeps what is computed of it)
     def schedule(self, frames: int, height: int, width: int) -> ScaleSchedule:
         """The blocks of a clip of T x H x W pixels.
 

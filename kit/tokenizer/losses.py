@@ -48,7 +48,7 @@ def entropy_loss(steps: list[Step], inverse_temperature: float) -> Tensor:
         residual = step.residual.float()
         unit = residual * torch.rsqrt(residual.square().mean(1, keepdim=True) + 1e-8)  # sphere of radius sqrt(d)
         p = torch.sigmoid(inverse_temperature * unit).movedim(1, -1).flatten(0, -2)
-        losses.append(1 - (_entropy(mean_over_ranks(p.mean(0))).mean() - _entropy(p).mean()))
+        losses.append(1 - (entropy_of(mean_over_ranks(p.mean(0))).mean() - entropy_of(p).mean()))
     return torch.stack(losses).mean()
 
 
@@ -89,7 +89,7 @@ def adaptive_weight(reference: Tensor, adversarial: Tensor, last: Tensor) -> Ten
     return (pulls[0] / (pulls[1] + 1e-4)).clamp(0, 1e4).detach()
 
 
-def _entropy(p: Tensor) -> Tensor:
-    """Of a Bernoulli variable, in bits."""
+def entropy_of(p: Tensor) -> Tensor:
+    """In bits, of variables that are one with probability p, any shape."""
     p = p.clamp(1e-6, 1 - 1e-6)
     return -(p * p.log() + (1 - p) * (1 - p).log()) / math.log(2)

@@ -95,7 +95,8 @@ class TokenizerModule(L.LightningModule):
 
     def training_step(self, batch: dict, index: int):
         video = batch["video"]
-        output, features, steps = self.model(video, self.kept_scales(batch))
+        draws = Draws(self.seed, batch["n"])
+        output, features, steps = self.model(video, self.kept_scales(video, draws))
         entropy = entropy_loss(steps, self.loss["entropy_inverse_temperature"])
         terms = {
             "reconstruction": (1.0, reconstruction_loss(output, video, self.loss["reconstruction"])),
@@ -103,8 +104,8 @@ class TokenizerModule(L.LightningModule):
             "entropy": (self.entropy_weight, entropy),
         }
         if self.perceptual is not None:
-            frames = some_frames(video.shape[2], self.loss["perceptual"]["frames"], int(batch["n"][0]))
-            seen = perceptual_loss(self.perceptual, output[:, :, frames], video[:, :, frames])
+            frames = some_frames(video.shape[2], self.loss["perceptual"]["frames"], draws)
+            seen = perceptual_loss(self.perceptual, *(chosen_frames(x, frames) for x in (output, video)))
             terms["perceptual"] = (self.loss["perceptual"]["weight"], seen)
         if adversarial := self.adversarial_share:
             terms["adversarial"] = self.adversarial_term(output, terms)
@@ -121,15 +122,15 @@ class TokenizerModule(L.LightningModule):
         if (index + 1) % self.optimizer["accumulate"] == 0:
             self.step(discriminators=adversarial > 0)
 
-    def kept_scales(self, batch: dict) -> Tensor | None:
+    def kept_scales(self, video: Tensor, draws: Draws) -> Tensor | None:
         """(B, K) bool: which scales reach the decoder; None: all."""
         last, p = self.scale_dropout["last"], self.scale_dropout["p"]
         if not last or not p:
             return None
-        scales = self.model.schedule_of(batch["video"]).scales
+        scales = self.model.schedule_of(video).scales
         last = min(last, scales - 1)  # of small clips too the first one stays
-        kept = torch.ones(len(batch["n"]), scales, dtype=torch.bool)
-        kept[:, scales - last :] = Draws(self.seed, batch["n"]).rand(last) >= p
+        kept = torch.ones(len(video), scales, dtype=torch.bool)
+        kept[:, scales - last :] = draws.rand(last) >= p
         return onto(kept, self.device)
 
     @property
@@ -213,11 +214,18 @@ class TokenizerModule(L.LightningModule):
         return optimizers, schedules
 
 
-def some_frames(frames: int, wanted: int | None, seed: int) -> list[int]:
-    """Numbers of `wanted` of a clip's frames, in their order; all of them for None."""
+def some_frames(frames: int, wanted: int | None, draws: Draws) -> Tensor | None:
+    """(B, wanted) numbers of so many of each clip's frames, in their order; None: all of them."""
     if wanted is None or wanted >= frames:
-        return list(range(frames))
-    return sorted(torch.randperm(frames, generator=torch.Generator().manual_seed(seed))[:wanted].tolist())
+        return None
+    return draws.rand(frames).argsort(1)[:, :wanted].sort(1).values
+
+
+def chosen_frames(video: Tensor, numbers: Tensor | None) -> Tensor:
+    """(B, 3, n, H, W): of each clip of (B, 3, T, H, W) the frames whose numbers are (B, n), or all."""
+    if numbers is None:
+        return video
+    return video.gather(2, onto(numbers, video.device)[:, None, :, None, None].expand(-1, 3, -1, *video.shape[3:]))
 
 
 def amplitude_of(features: Tensor) -> Tensor:

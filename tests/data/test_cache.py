@@ -189,6 +189,11 @@ def test_the_list_of_files_is_a_part_of_what_it_is_of(pair, tmp_path):
     assert longer != before, "another file of the same name"
     file.rename(tmp_path / "videos" / "00.mp4")
     assert about() != longer
+    for words in ("old", "new"):
+        rows = "".join(f"{name}.mp4,{words}\n" for name in ("00", "1", "2"))
+        (tmp_path / "videos" / "captions.csv").write_text(f"file,caption\n{rows}")
+        longer, before = about(), longer
+        assert longer != before, "captions are kept in the cache"
     mixed = Mixture({"a": partial(FolderClips, tmp_path / "videos"), "b": Shapes}, {"a": 1, "b": 1}, **CLIP_SHAPE)
     assert describe(CLIP_SHAPE, tokenizer.model, "hash", {}, {"train": mixed})["files"]["train"]["count"] == 2
 

@@ -15,11 +15,12 @@ from callbacks import LossGuard
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
+from kit.draws import Draws
 from kit.perceptual import load_perceptual
 from kit.run import plain
 from kit.tokenizer.discriminator import Discriminator, PatchDiscriminator
 from kit.tokenizer.losses import adaptive_weight, adversarial_loss, discriminator_loss, lecam_loss, perceptual_loss
-from kit.tokenizer.module import TokenizerModule, some_frames, weighted_sum
+from kit.tokenizer.module import TokenizerModule, chosen_frames, some_frames, weighted_sum
 from tests.fixtures import composed, fit_tokenizer
 
 ADVERSARIAL = ["loss.adversarial.weight=0.1", "loss.adversarial.width=8", "loss.adversarial.layers=2"]
@@ -88,11 +89,19 @@ def test_perceptual_loss_is_the_mean_over_frames(shared):
     assert perceptual_loss(network, video, video).item() == 0
 
 
-def test_some_frames_are_drawn_by_the_clips_number():
-    assert some_frames(5, None, 0) == some_frames(5, 9, 0) == [0, 1, 2, 3, 4]
-    drawn = [some_frames(17, 2, n) for n in range(200)]
-    assert all(len(set(frames)) == 2 and frames == sorted(frames) for frames in drawn)
-    assert {frame for frames in drawn for frame in frames} == set(range(17)) and some_frames(17, 2, 3) == drawn[3]
+def test_some_frames_are_drawn_of_each_clip_by_its_number():
+    """And so by nothing else of the batch, or on another device."""
+    video = torch.randn(2, 3, 5, 4, 4)
+    assert some_frames(5, None, Draws(0, [0])) is some_frames(5, 9, Draws(0, [0])) is None
+    assert chosen_frames(video, None) is video
+    drawn = some_frames(17, 2, Draws(0, range(200))).tolist()
+    assert all(first < second for first, second in drawn)
+    assert {frame for frames in drawn for frame in frames} == set(range(17))
+    again, others = (some_frames(17, 2, Draws(seed, [3, 150])).tolist() for seed in (0, 1))
+    assert again == [drawn[3], drawn[150]] != others
+    numbers = torch.tensor([[0, 3], [2, 4]])
+    expected = torch.stack([video[0][:, [0, 3]], video[1][:, [2, 4]]])
+    assert torch.equal(chosen_frames(video, numbers), expected)
 
 
 def test_patch_discriminators():

@@ -137,19 +137,19 @@ def test_stochastic_depth_leaves_out_what_it_says():
 
 
 def test_scales_are_left_out_at_the_given_rate_and_again_the_same_way():
-    def batch(first: int, side: int = 16) -> dict:
-        return {"n": torch.arange(4) + first, "video": torch.zeros(4, 3, 1, side, side)}
+    def kept(module, first: int, side: int = 16) -> torch.Tensor:
+        return module.kept_scales(torch.zeros(4, 3, 1, side, side), Draws(module.seed, torch.arange(4) + first))
 
     module = make_module("scale_dropout.last=2", "scale_dropout.p=0.3")
-    drawn = torch.cat([module.kept_scales(batch(4 * i)) for i in range(500)])
+    drawn = torch.cat([kept(module, 4 * i) for i in range(500)])
     assert drawn[:, 0].all()
     assert ((~drawn[:, 1:]).float().mean(0) - 0.3).abs().max() < 0.05  # 5 standard errors of 2,000
     joint = (~drawn[:, 1] & ~drawn[:, 2]).float().mean().item()
     assert joint == pytest.approx(0.09, abs=0.035)
-    assert torch.equal(drawn[8:12], module.kept_scales(batch(8)))
-    small = torch.cat([module.kept_scales(batch(4 * i, 8)) for i in range(50)])
+    assert torch.equal(drawn[8:12], kept(module, 8))
+    small = torch.cat([kept(module, 4 * i, 8) for i in range(50)])
     assert small.shape == (200, 2) and small[:, 0].all() and not small[:, 1].all(), "the first one stays"
-    assert make_module().kept_scales(batch(0)) is None
+    assert kept(make_module(), 0) is None
     for words in (["scale_dropout.last=3"], ["scale_dropout.last=-1"], ["scale_dropout.p=1"]):
         with pytest.raises(ValueError, match="scale_dropout=.*0 to 2 of the 3 scales"):
             make_module(*words)
