@@ -13,6 +13,7 @@ import torch
 
 from kit.checkpoint import read_checkpoint
 from kit.cli import main
+from kit.machine import can_compile
 from kit.run import build_data, build_generator_module, build_trainer
 from kit.sharding import ShardedStrategy
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed
@@ -128,6 +129,15 @@ def test_bfloat16_is_near(pair, tmp_path, runs):
     run = fit(tmp_path, "bf16", pair.tokenizer, *TWO, "trainer.strategy.param_dtype=bfloat16", *STAGES, conf="progressive")
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(runs[0])), atol=2e-3, rtol=0)
     assert all(w.dtype == torch.float32 for w in averages(run).values())
+
+
+@pytest.mark.skipif(not can_compile(), reason="torch.compile does not work here")
+def test_compiled_layers_train_as_those_of_one_process_without(pair, tmp_path):
+    """Longer runs compile them, and so what recomputes and gathers them; here with clipped gradients."""
+    words = ["optimizer.name=adamw", "recipe.generator.steps=3", "trainer.gradient_clip_val=0.05", "data.image_share=0"]
+    expected = fit(tmp_path, "one", pair.tokenizer, *ONE, *words, "callbacks.compile.least_steps=-1")
+    found = fit(tmp_path, "compiled", pair.tokenizer, *TWO, *words, "callbacks.compile.least_steps=0")
+    torch.testing.assert_close(torch.tensor(losses(found)), torch.tensor(losses(expected)), **CLOSE)
 
 
 ADVERSARIAL = [  # under Muon, with clipped and accumulated gradients, and entropy over the whole batch
