@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.metadata
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +44,18 @@ def can_compile() -> bool:
 def device() -> torch.device:
     """Where trained models run."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def made_to_last(function: Callable) -> Callable:
+    """A function whose result is kept. Whoever asks first, its tensors lie on the CPU where it names no other device, and are
+    such as training can go on with."""
+
+    @functools.wraps(function)
+    def make(*args):
+        with torch.inference_mode(False), torch.device("cpu"):
+            return function(*args)
+
+    return make
 
 
 def onto(x: torch.Tensor, where: torch.device | str) -> torch.Tensor:

@@ -14,6 +14,8 @@ from functools import cached_property
 
 import torch
 
+from kit.machine import made_to_last
+
 TAU = 4  # pixel frames per latent frame, after the first frame, which is coded alone
 
 
@@ -159,15 +161,16 @@ class ScaleSchedule:
 
     def used_bits(self, d: int) -> torch.Tensor:
         """(L, d) bool: the bits of each token that say something."""
-        used = torch.tensor(self.bits or (d,) * self.scales)[self.coordinates[:, 1]]
-        return torch.arange(d) < used[:, None]
+        scale = self.coordinates[:, 1]
+        used = torch.tensor(self.bits or (d,) * self.scales, device=scale.device)[scale]
+        return torch.arange(d, device=scale.device) < used[:, None]
 
     def bits_per_frame(self, d: int) -> int:
         """What a latent frame costs, in bits."""
         return int(self.used_bits(d)[: self.tokens_per_frame].sum())
 
     @cached_property
-    @torch.inference_mode(False)  # training may go on with what a validation made
+    @made_to_last
     def coordinates(self) -> torch.Tensor:
         """(L, 4) int64: f, k, y, x of every token; y, x on the grid of its own scale."""
         parts = []

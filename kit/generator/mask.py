@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kit.draws import Draws
-from kit.machine import onto
+from kit.machine import made_to_last, onto
 from kit.scales import ScaleSchedule
 
 CONDITION = -1  # the frame number that stands for the condition
@@ -120,8 +120,7 @@ def parts_of(
     return parts
 
 
-# as in a training step, whatever asks first: training may go on with what a validation made
-short_parts = functools.lru_cache(16)(torch.inference_mode(False)(parts_of))
+short_parts = functools.lru_cache(16)(made_to_last(parts_of))
 
 
 def joined(spans: list[tuple[int, int]], device: torch.device | str) -> slice | Tensor:

@@ -13,7 +13,7 @@ from kit.draws import Draws
 from kit.generator.corruption import FlipLaw, TrainingSequence, training_sequence
 from kit.generator.mask import draw_kept_frames
 from kit.generator.transformer import Generator, GeneratorConfig
-from kit.machine import onto
+from kit.machine import made_to_last, onto
 from kit.optim import WarmupCosine, build_optimizer, logs_now
 from kit.scales import ScaleSchedule
 from kit.sharding import ShardedStrategy
@@ -24,7 +24,7 @@ BIT_WEIGHTS = ("uniform", "margin")
 
 
 @functools.lru_cache(64)
-@torch.inference_mode(False)  # training may go on with what a validation made
+@made_to_last
 def scale_weights(schedule: ScaleSchedule, d: int, kind: str) -> Tensor:
     """(L, d) weight of each bit's loss by its scale, of mean 1; 0 for bits that a scale does not have.
 

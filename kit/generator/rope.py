@@ -29,13 +29,13 @@ def positions(schedule: ScaleSchedule, condition_length: int, align: str = "grid
         raise ValueError(f"align must be one of {', '.join(ALIGN)}, got {align!r}")
     if align == "sequence":
         return torch.arange(condition_length + schedule.length, dtype=torch.float32)[:, None].expand(-1, 3)
-    condition = torch.arange(condition_length, dtype=torch.float32)[:, None].expand(-1, 3)
     f, k, y, x = schedule.coordinates.unbind(1)
     tokens = torch.stack([f, y, x], dim=1).float()
     if align == "center":
         h, w = schedule.grid
-        cell = torch.tensor([(h / hk, w / wk) for hk, wk in schedule.grids])[k]
+        cell = torch.tensor([(h / hk, w / wk) for hk, wk in schedule.grids], device=k.device)[k]
         tokens[:, 1:] = (tokens[:, 1:] + 0.5) * cell - 0.5
+    condition = torch.arange(condition_length, dtype=torch.float32, device=tokens.device)[:, None].expand(-1, 3)
     return torch.cat([condition, tokens + condition_length])
 
 
