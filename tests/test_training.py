@@ -124,10 +124,11 @@ def test_another_architecture_does_not_go_on(pair, capsys):
 
 
 def test_what_changed_since_a_run_began_is_told_or_refused(pair, tmp_path, capsys, caplog):
-    words = ("ckpt=last", "loss.scale_weights=uniform", "optimizer.lr=1e-4")
+    words = ("ckpt=last", "loss.scale_weights=uniform", "optimizer.lr=1e-4", "data.batch_size=2")
     assert fit_generator(pair.root, *words, tokenizer=pair.tokenizer) == 0
     for change in ("loss.scale_weights: early, uniform", "optimizer.lr: "):
         assert f"other settings than it began with (then, now): {change}" in caplog.text
+    assert "goes on with other data than it began with (then, now): batch_size: 4, 2" in caplog.text
     assert fit_generator(pair.root, "ckpt=last", "optimizer.weight_decay=0.5", tokenizer=pair.tokenizer) == 1
     assert "cannot change that" in (error := capsys.readouterr().err) and "optimizer.weight_decay: " in error
     assert fit_tokenizer(tmp_path, "tokenizer.bits=8", "trainer.max_steps=1", "seed=1") == 0

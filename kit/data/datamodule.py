@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from kit.checkpoint import differences
 from kit.data.buckets import Bucket, BucketClips, ClipsNeeded, image_buckets
 from kit.data.cache import CachedClips
 from kit.data.mixture import label_among
@@ -258,14 +261,31 @@ class ClipDataModule(ClipsOnDevice):
         """Batches that training shall not meet, by what `place_of` says of them, besides those that a checkpoint names."""
         self.left_out |= {number for _, number in places}
 
+    @property
+    def settings(self) -> dict:
+        """What decides which clips batch n holds, as plain values; of files their names, by a hash."""
+        buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
+        sources = [source.source if isinstance(source, BucketClips) else source for source in self.sources]
+        names = "\n".join(name for source in sources for name in getattr(source, "files", ()))
+        return {
+            **self.clip, "batch_size": self.batch_size, "image_share": self.image_share, "buckets": buckets,
+            "files": hashlib.sha256(names.encode()).hexdigest()[:8],
+        }  # fmt: skip
+
     def state_dict(self) -> dict:
         """The place in the data: batches that training has used up, and numbers of those that were left out."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        return {"batches_done": done, "left_out": sorted(self.left_out)}
+        return {"batches_done": done, "left_out": sorted(self.left_out), "settings": self.settings}
 
     def load_state_dict(self, state: dict):
         self.batches_done = state["batches_done"]
         self.left_out |= set(state.get("left_out", ()))
+        self.tell_changes(state.get("settings"))
+
+    def tell_changes(self, began: dict | None):
+        """Of the settings that a run began with, where they are known."""
+        for change in differences(began, self.settings) if began else ():
+            rank_zero_info(f"  goes on with other data than it began with (then, now): {change}")
 
 
 def encoded(source: Dataset, bucket: Bucket, encode: Callable[..., CachedClips]) -> Dataset:
@@ -382,9 +402,12 @@ class StagedClips(ClipsOnDevice):
         return {
             "batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,
             "stage": self.stage, "ended": dict(self.ended), "left_out": [sorted(part.left_out) for part in self.parts],
+            "settings": [part.settings for part in self.parts],
         }  # fmt: skip
 
     def load_state_dict(self, state: dict):
         self.batches_done, self.stage, self.ended = state["batches_done"], state["stage"], dict(state["ended"])
         for part, left_out in zip(self.parts, state.get("left_out", ())):
             part.left_out |= set(left_out)
+        for part, began in zip(self.parts, state.get("settings", ())):
+            part.tell_changes(began)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,16 @@ def test_a_generator_learns_from_clips_and_pictures(pair, pictures, tmp_path, mo
     assert main(["cache", f"root={tmp_path}", "name=cache", f"tokenizer_ckpt={pair.tokenizer}", *words]) == 0
     cached = ("images@data.images=cached", f"data.images.root={tmp_path / 'cache'}")
     assert fit("cached", *cached) == ahead
+
+
+def test_a_run_knows_the_files_that_it_began_with(pictures, tmp_path, caplog):
+    began = module(pictures)
+    began.tell_changes(began.settings)
+    assert "other data" not in caplog.text
+    shutil.copytree(pictures, tmp_path / "more")
+    shutil.copy(pictures / "star" / "1.png", tmp_path / "more" / "star" / "0.png")
+    module(tmp_path / "more").tell_changes(began.settings)
+    assert "goes on with other data than it began with (then, now): files: " in caplog.text
 
 
 def test_what_cannot_be(pair, pictures, tmp_path, capsys):
