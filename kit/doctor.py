@@ -82,9 +82,11 @@ def metric_networks() -> dict[str, str]:
     }
 
 
-def parameters(size: Path) -> tuple[int, int]:
+def parameters(size: str) -> tuple[int, int]:
     """Parameters of the tokenizer and the generator of a preset, without allocating them."""
-    cfg = OmegaConf.to_container(OmegaConf.load(size))
+    import hydra
+
+    cfg = OmegaConf.to_container(hydra.compose(f"size/{size}"))
     with torch.device("meta"):
         values = TokenizerConfig(**cfg["tokenizer"])
         generator = GeneratorConfig(**cfg["generator"], bits=values.bits, scales=len(values.scales))
@@ -94,12 +96,12 @@ def parameters(size: Path) -> tuple[int, int]:
 def presets() -> list[str]:
     """A table: parameters and memory of weights, gradients, AdamW and EMA in training, and of bfloat16 weights."""
     rows = [f"{'size':<8}{'tokenizer':>12}{'generator':>12}{'train tok.':>12}{'train gen.':>12}{'generate':>12}"]
-    sizes = {path: parameters(path) for path in (CONF / "size").glob("*.yaml")}
-    for path, (tokenizer, generator) in sorted(sizes.items(), key=lambda item: item[1][1]):
+    sizes = {path.stem: parameters(path.stem) for path in (CONF / "size").glob("*.yaml")}
+    for size, (tokenizer, generator) in sorted(sizes.items(), key=lambda item: item[1][1]):
         gigabytes = [BYTES_TRAINED * tokenizer / 1e9, BYTES_TRAINED * generator / 1e9 + 4 * tokenizer / 1e9]
         gigabytes.append(2 * (tokenizer + generator) / 1e9)
         cells = [f"{n / 1e6:.1f} M" for n in (tokenizer, generator)] + [f"{g:.2f} GB" for g in gigabytes]
-        rows.append(f"{path.stem:<8}" + "".join(f"{cell:>12}" for cell in cells))
+        rows.append(f"{size:<8}" + "".join(f"{cell:>12}" for cell in cells))
     return rows + ["(weights, gradients, AdamW and EMA; activations come on top and grow with batch and tokens)"]
 
 

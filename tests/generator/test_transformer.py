@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
+from kit.cli import CONF
 from kit.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
 from kit.generator.condition import ClassCondition, ConditionConfig, TextCondition, WordEncoder
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.scales import ScaleSchedule
+from tests.fixtures import composed
 
-SIZES = Path(__file__).resolve().parents[2] / "conf" / "size"
 SCHEDULE = ScaleSchedule(3, ((1, 1), (2, 2), (2, 3)))
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 CLASSES = ConditionConfig(kind="class", classes=("run", "jump", "swim"))
@@ -286,7 +285,7 @@ def test_head_width_must_split_over_the_axes(width, heads):
 
 @pytest.mark.parametrize("size, parameters", [("L", 926e6), ("XL", 2.0e9), ("4B", 4e9)])
 def test_presets_of_the_paper_have_its_sizes(size, parameters):
-    values = yaml.safe_load((SIZES / f"{size}.yaml").read_text())
+    values = composed(f"size/{size}")
     tokenizer = values["tokenizer"]
     with torch.device("meta"):
         config = GeneratorConfig(**values["generator"], bits=tokenizer["bits"], scales=len(tokenizer["scales"]))
@@ -294,10 +293,10 @@ def test_presets_of_the_paper_have_its_sizes(size, parameters):
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.1)
 
 
-@pytest.mark.parametrize("path", sorted(SIZES.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_preset_runs_on_another_device(path):
+@pytest.mark.parametrize("size", sorted(path.stem for path in (CONF / "size").glob("*.yaml")))
+def test_every_preset_runs_on_another_device(size):
     """On the meta device: no table or mask is left behind where the model was built."""
-    values = yaml.safe_load(path.read_text())
+    values = composed(f"size/{size}")
     sides, bits = values["tokenizer"]["scales"], values["tokenizer"]["bits"]
     schedule = ScaleSchedule.square(2, sides)
     with torch.device("meta"):
