@@ -101,7 +101,7 @@ class LastCheckpoint(Checkpoint):
         """Whether the last checkpoint of any kind has been saved.
 
         Raises:
-            OSError: if more than `may_fail` in a row were not since the last look, on all processes.
+            OSError: if more than `may_fail` in a row have failed since the last look, on all processes.
         """
         io = trainer.strategy.checkpoint_io
         if not isinstance(io, TrainingCheckpointIO):  # any other raises
