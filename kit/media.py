@@ -35,8 +35,9 @@ def video_writer(path: Path, fps: float, height: int, width: int) -> Iterator[Ca
     with written_aside(path) as aside, av.open(str(aside), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        # With its macroblock tree x264 writes the same small frames differently from run to run.
-        stream.options = {"crf": "12", "mbtree": "0"}
+        # With its macroblock tree x264 writes the same small frames differently from run to run. `veryfast` takes half the
+        # time of the default, for files as large.
+        stream.options = {"crf": "12", "mbtree": "0", "preset": "veryfast"}
 
         def add(video: Tensor):
             for frame in to_uint8(video):
