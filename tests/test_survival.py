@@ -191,6 +191,11 @@ def test_a_flipped_bit_of_a_checkpoint_is_found(pair, tmp_path):
         load_tokenizer(tmp_path / "flipped.ckpt")
 
 
+def place_of(state: dict) -> dict:
+    """In the data, without the data's settings."""
+    return {key: value for key, value in state.items() if key != "settings"}
+
+
 class Poisoned(Shapes):
     """Shapes whose clip 22 is no numbers."""
 
@@ -212,7 +217,7 @@ def test_a_lost_loss_goes_back_and_past_its_batch(tmp_path, monkeypatch):
         assert fit_tokenizer(tmp_path, *STEPS, *POISONED, name="run") == 0
     assert seen == [0, 4, 8, 12, 16, 20, 16, 24, 28, 32]
     checkpoint = read_checkpoint(last(tmp_path), "tokenizer")
-    assert checkpoint["global_step"] == 8 and checkpoint["ClipDataModule"] == {"batches_done": 8, "left_out": [5]}
+    assert checkpoint["global_step"] == 8 and place_of(checkpoint["ClipDataModule"]) == {"batches_done": 8, "left_out": [5]}
     assert 22 in torch.load(tmp_path / "run" / "lost_loss_step5.pt", weights_only=True)["n"]
     guard = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("LossGuard"))
     assert guard["count"] == 8 and guard["mean"] > 0, "kept over a resume"
@@ -229,7 +234,7 @@ def test_a_stage_leaves_out_a_batch_of_its_own(tmp_path):
     with pytest.warns(UserWarning, match="without that batch"):
         assert fit_tokenizer(tmp_path, *STEPS, POISONED[0], stages, switch, "callbacks.last.every=4", name="run") == 0
     state = read_checkpoint(last(tmp_path), "tokenizer")["StagedClips"]
-    assert state == {"batches_done": 11, "stage": 1, "ended": {0: 4}, "left_out": [[], [1]]}
+    assert place_of(state) == {"batches_done": 11, "stage": 1, "ended": {0: 4}, "left_out": [[], [1]]}
 
 
 def test_a_worker_that_dies_is_made_up_for(whole, tmp_path):
@@ -323,7 +328,7 @@ def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = read_checkpoint(last(tmp_path), "tokenizer")
-    assert checkpoint["global_step"] == 8 and checkpoint["ClipDataModule"] == {"batches_done": 8, "left_out": [2]}
+    assert checkpoint["global_step"] == 8 and place_of(checkpoint["ClipDataModule"]) == {"batches_done": 8, "left_out": [2]}
     assert 22 in torch.load(tmp_path / "run" / "lost_loss_step2.pt", weights_only=True)["n"]
 
 
