@@ -39,11 +39,13 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
     Args:
         tokenizer: whose tokens `data.batch_tokens` counts; without one it is not looked at.
     Raises:
-        ValueError: if so many tokens are less than a clip's, or the tokenizer cannot take a bucket's clips; else as
-            `ClipDataModule`.
+        ValueError: if so many tokens are less than a clip's, the tokenizer cannot take a bucket's clips, or a cache of
+            pictures is asked for without its folder; else as `ClipDataModule`.
     """
     values = {k: v for k, v in plain(cfg.data).items() if k not in ("root", "batch_tokens")}
     images = values.pop("images", None)
+    if images and images["root"] == "???":
+        raise ValueError("data.images.root is missing: the folder of the cache that holds the pictures")
     if images and images["root"] is not None and (values["image_share"] or not cfg.get("stages")):
         values["images"] = images  # a stage without batches of images does without
     if values.get("buckets"):

@@ -123,13 +123,15 @@ def test_a_run_knows_the_files_that_it_began_with(pictures, tmp_path, caplog):
 def test_what_cannot_be(pair, pictures, tmp_path, capsys):
     with pytest.raises(ValueError, match="data.images go beside clips of several frames"):
         module(pictures, frames=1)
+    root = f"data.images.root={pictures}"
     for words, told in (
-        (["data.image_share=0"], "data.images is given, but data.image_share=0 of the batches take them"),
-        (["data.image_share=0.5", "data.frames=1"], "pictures alone are data=clips"),
+        ([root, "data.image_share=0"], "data.images is given, but data.image_share=0 of the batches take them"),
+        ([root, "data.image_share=0.5", "data.frames=1"], "pictures alone are data=clips"),
+        (["images@data.images=cached"], "data.images.root is missing"),
     ):
-        assert fit_generator(tmp_path, f"data.images.root={pictures}", *words, tokenizer=pair.tokenizer) == 1
+        assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == 1
         assert told in capsys.readouterr().err
-    assert fit_tokenizer(tmp_path, f"data.images.root={pictures}", "data.image_share=0.5") == 1
+    assert fit_tokenizer(tmp_path, root, "data.image_share=0.5") == 1
     assert "data.image_share is for generators" in capsys.readouterr().err
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -8,6 +8,7 @@ import itertools
 import json
 import multiprocessing
 import tarfile
+import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from kit.data.buckets import Bucket, BucketClips
 from kit.data.clips import FolderClips
 from kit.data.shapes import Shapes
 from kit.data.shards import ShardClips, list_shards
+from kit.files import written_aside
 from kit.media import write_video
 from tests.fixtures import CLIP, QUICK, TOKENIZER
 
@@ -98,16 +100,23 @@ def test_splits_share_no_clip_and_epochs_go_shard_by_shard(packed):
 
 
 def test_a_lost_shard_moves_no_clip_of_the_others_to_another_split(packed):
-    held_out = set(ShardClips(packed, "val", val_every=2, **SHAPE).files)
-    assert len(held_out) == 6
+    held_out = set(ShardClips(packed, "val", val_every=3, **SHAPE).files)  # no divisor of a shard's 4 clips
+    assert 3 <= len(held_out) <= 6
     (packed / "train-0.tar").write_bytes(b"lost")
     with pytest.warns(UserWarning, match="cannot read the shard .*train-0.tar"):
-        train = set(ShardClips(packed, "train", val_every=2, **SHAPE).files)
-    assert len(train) == 4 and not train & held_out
+        train = set(ShardClips(packed, "train", val_every=3, **SHAPE).files)
+    assert 4 <= len(train) <= 6 and not train & held_out
 
 
-def test_processes_that_begin_together_find_the_same(packed):
-    """The ranks of a training, with nothing in kit's cache folder yet."""
+def test_processes_that_begin_together_find_the_same(packed, monkeypatch):
+    """The ranks of a training, with nothing in kit's cache folder yet, and a disk that takes its time."""
+
+    def write_slowly(path, value):
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps(value))
+            time.sleep(0.2)
+
+    monkeypatch.setattr(shards, "write_json", write_slowly)
     with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
         found = [pool.submit(files_of, str(packed)) for _ in range(4)]
         assert [future.result() for future in found] == [ShardClips(packed, "all", **SHAPE).files] * 4

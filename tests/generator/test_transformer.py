@@ -306,6 +306,19 @@ def test_every_preset_runs_on_another_device(size):
     assert logits.device.type == "meta" and logits.shape == (1, schedule.length, bits)
 
 
+def test_training_goes_on_with_what_a_validation_asked_for_first(make_generator):
+    """Places and masks of a schedule are kept; those made in inference mode could not be trained with."""
+    schedule = ScaleSchedule(2, ((1, 1), (3, 5)))  # that no other test has
+    model, inputs = make_generator().requires_grad_(), inputs_of(schedule)
+    with torch.inference_mode():
+        expected = model(inputs, schedule, model.condition(["a red ball"])).clone()
+    assert not schedule.coordinates.is_inference()
+    with torch.enable_grad():
+        logits = model(inputs, schedule, model.condition(["a red ball"]), torch.tensor([[True, True]]))
+        logits.sum().backward()
+    torch.testing.assert_close(logits.detach(), expected, **CLOSE)
+
+
 def test_double_precision_gives_the_same_logits(make_generator):
     model, inputs = make_generator(), inputs_of()
     before = model(inputs, SCHEDULE, model.condition(["a red ball"]))
