@@ -42,7 +42,8 @@ def look(folder: Path, ckpt: Path, clips: int, data: list[str]) -> dict:
         if not (folder / f"{verb}_{step}" / report).exists():
             kit(verb, f"ckpt={ckpt}", f"root={folder}", f"name={verb}_{step}", f"clips={clips}", *data)
     found = json.loads((folder / f"validate_{step}" / "metrics.json").read_text())
-    return {"step": step, **{key: found[key] for key in ("bit_accuracy", "bit_accuracy_by_frame", "caption_accuracy") if key in found}}
+    keys = ("bit_accuracy", "bit_accuracy_by_frame", "caption_accuracy")
+    return {"step": step, **{key: found[key] for key in keys if key in found}}
 
 
 def draw(rows: list[dict], path: str):

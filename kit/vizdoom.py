@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -222,26 +222,25 @@ def render(game, name: str, form: Form) -> Tensor:
 
 
 @contextmanager
-def stopped_by_signals(stop: Event) -> Iterator[None]:
-    """While the block runs, Ctrl-C and SIGTERM set `stop` and do nothing else, so that workers can close their engines: one
+def signals_noted(note: Callable[[], None]) -> Iterator[list[int]]:
+    """While the block runs, Ctrl-C and SIGTERM call `note` and do nothing else, so that workers can close their engines: one
     whose process has ended waits for it forever. In another thread than the main one signals do what they always do.
 
-    Raises:
-        KeyboardInterrupt: at the end of the block, if such a signal came.
+    Yields: the numbers of the signals that came.
     """
+    came: list[int] = []
 
-    def note(*_):
-        stop.set()
+    def handle(number, _):
+        came.append(number)
+        note()
 
     main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM) if main}
     try:
-        yield
+        yield came
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if stop.is_set():
-        raise KeyboardInterrupt
 
 
 def shares(names: list[str]) -> list[list[str]]:
@@ -253,31 +252,45 @@ def shares(names: list[str]) -> list[list[str]]:
     return [kind[n : n + SHARE] for kind in kinds.values() for n in range(0, len(kind), SHARE)]
 
 
-def begin(stop: Event) -> None:
-    """Readies a worker's process: what to ask before each clip; Ctrl-C is for the process that started it."""
-    global stopped
-    stopped = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # engines inherit it
-    torch.set_num_threads(1)
+class Board:
+    """What the workers' processes and the one that waits for them tell each other. Its fields have no locks but for `taken`,
+    which a worker that is killed would keep only in the instant that it takes a share.
 
-
-def work(names: list[str], form: Form, folder: Path) -> int:
-    """Writes the clips of a share, until it is done or told to stop; in a worker's process. Returns how many it has written.
-
-    Raises:
-        ValueError: as `render`.
+    Fields: taken, shares that somebody has begun; made, clips of each worker; stop, whether to stop before the next clip;
+    errors, what was raised.
     """
-    action, place, _ = parts_of(names[0])
-    with started(place, form, armed=action == SHOOT) as game:
-        for number, name in enumerate(names):
-            if stopped.is_set():
-                return number
-            if not parent_process().is_alive():
-                break
-            write_video(render(game, name, form), folder / name, form.fps)
-        else:
-            return len(names)
-    os._exit(1)  # nobody is left to end this process
+
+    def __init__(self, context, workers: int):
+        self.taken = context.Value("q", 0)
+        self.made = context.RawArray("q", workers)
+        self.stop = context.RawValue("b", False)
+        self.errors = context.SimpleQueue()
+
+
+def work(number: int, shares: list[list[str]], form: Form, folder: Path, board: Board) -> None:
+    """Renders shares that nobody has begun until there are none, or until it is told to stop; in a worker's process, which
+    leads a group of its own: its engine is the only other in it, and signals to the terminal's group do not reach them.
+    """
+    os.setpgrp()
+    torch.set_num_threads(1)
+    try:
+        while (share := take(board, shares)) is not None:
+            action, place, _ = parts_of(share[0])
+            with started(place, form, armed=action == SHOOT) as game:
+                for name in share:
+                    if board.stop.value or not parent_process().is_alive():
+                        return
+                    write_video(render(game, name, form), folder / name, form.fps)
+                    board.made[number] += 1
+    except Exception as error:
+        board.errors.put(error)
+        sys.exit(1)
+
+
+def take(board: Board, shares: list[list[str]]) -> list[str] | None:
+    with board.taken.get_lock():
+        board.taken.value += 1
+        return shares[board.taken.value - 1] if board.taken.value <= len(shares) else None
 
 
 def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None:
@@ -285,25 +298,53 @@ def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None
 
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM; the clips that are there are whole.
-        ChildProcessError: if a process dies. ValueError: as `render`.
+        ChildProcessError: if a process or its engine dies. ValueError: as `render`. OSError: if a clip cannot be written.
     """
     context = get_context("spawn")
-    stop = context.Event()
-    pool = ProcessPoolExecutor(workers, context, initializer=begin, initargs=(stop,))
-    with stopped_by_signals(stop), tqdm(total=len(names), desc="vizdoom", unit="clip", disable=None) as bar:
+    board, dealt = Board(context, workers), shares(names)
+
+    def stop():
+        board.stop.value = True
+
+    processes = [context.Process(target=work, args=(n, dealt, form, folder, board)) for n in range(workers)]
+    with signals_noted(stop) as came, tqdm(total=len(names), desc="vizdoom", unit="clip", disable=None) as bar:
         try:
-            for done in as_completed([pool.submit(work, share, form, folder) for share in shares(names)]):
-                bar.update(done.result())
-                if stop.is_set():
-                    break
-        except BrokenProcessPool as error:
-            if not stop.is_set():  # else the signal came to it as well
-                raise ChildProcessError("a process that renders has died; run it again to go on from there") from error
-        except BaseException:
-            stop.set()
-            raise
+            start(processes)
+            while alive := [process.sentinel for process in processes if process.is_alive()]:
+                wait(alive, timeout=0.5)
+                bar.update(sum(board.made) - bar.n)
+                if any(process.exitcode for process in processes):
+                    stop()
         finally:
-            pool.shutdown(cancel_futures=True)
+            stop()
+            for process in processes:
+                end(process)
+    if came:
+        raise KeyboardInterrupt
+    error = board.errors.get() if not board.errors.empty() else None
+    if isinstance(error, (ValueError, OSError)):
+        raise error
+    if any(process.exitcode for process in processes):
+        raise ChildProcessError(f"a process that renders has died ({error or 'killed'}); run it again to go on from there")
+
+
+def start(processes: list[BaseProcess]) -> None:
+    """Starts workers that Ctrl-C does not reach, also before they lead groups of their own."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end(process: BaseProcess) -> None:
+    """Waits for a worker that was told to stop, and ends the engine of one that was killed."""
+    if process.pid is not None:  # else it was never started
+        process.join()
+        if process.exitcode < 0:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def prepare_vizdoom(n: int, form: Form, workers: int | None = None) -> Path:

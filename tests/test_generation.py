@@ -190,8 +190,13 @@ def test_another_picture_is_another_video(pair, tmp_path, capsys):
 @pytest.mark.parametrize(
     "prompt, stem",
     [
-        ("a red ball", "a_red_ball"), ("A red, ball!", "a_red_ball_"), ("jumping_jack", "jumping_jack"), ("", "video"),
-        ("猫", "85deb210"), ("un café", "un_caf_"), ("x" * 99, "x" * 72),
+        ("a red ball", "a_red_ball"),
+        ("A red, ball!", "a_red_ball_"),
+        ("jumping_jack", "jumping_jack"),
+        ("", "video"),
+        ("猫", "85deb210"),
+        ("un café", "un_caf_"),
+        ("x" * 99, "x" * 72),
     ],
 )
 def test_file_names_tell_prompts_apart(prompt, stem):

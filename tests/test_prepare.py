@@ -49,8 +49,6 @@ def as_package(state: dict[str, torch.Tensor]) -> dict:
     return {"params": params, "batch_stats": stats}
 
 
-
-
 def test_arrays_come_back_as_they_were():
     arrays = {"a": np.arange(6, dtype="f4").reshape(2, 3), "b": {"c": np.ones((1, 1, 4), "f4")}}
     source = pickle.dumps(arrays, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")

@@ -64,7 +64,9 @@ def test_windows_make_up_the_video(frames, longest, overlap, expected):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ((18, 17, 9), "1 . 4n"), ((25, 17, 8), "1 . 4n"), ((25, 17, 17), "overlap=17 leaves nothing to add to clips of 17"),
+        ((18, 17, 9), "1 . 4n"),
+        ((25, 17, 8), "1 . 4n"),
+        ((25, 17, 17), "overlap=17 leaves nothing to add to clips of 17"),
         ((5, 1, 1), "extend=positions makes more than a picture"),
     ],
 )

@@ -74,6 +74,7 @@ def test_resumed_run_gives_the_uninterrupted_loss_to_the_last_bit(part, compiled
 @pytest.mark.skipif(not can_compile(), reason="torch.compile has no C++ compiler here")
 def test_compiled_layers_train_alike(pair, tmp_path):
     """Up to rounding, over batches of clips and of images and validations; afterwards nothing stays compiled."""
+
     def fit(name, least_steps):
         joint = ["trainer.precision=32-true", "data.image_share=0.5"]
         words = [*joint, "recipe.generator.steps=6", "trainer.val_check_interval=3", f"name={name}"]

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -140,43 +143,84 @@ def test_other_forms_and_seeds_have_other_folders():
     assert len({form.folder() for form in (SMALL, *others)}) == 6
 
 
-@rendering
-def test_two_workers_that_are_stopped_make_what_one_makes(folder, tmp_path):
-    """By Ctrl-C, which a terminal sends to workers and engines as well; nobody is left behind."""
-    made = SMALL.folder()
+@contextmanager
+def preparing(tmp_path, clips: int) -> Iterator[psutil.Process]:
+    """`prepare vizdoom` with two workers, in a session of its own, once both were started and so many clips are there."""
     words = [sys.executable, "-m", "kit", "prepare", "vizdoom", f"n={COUNT}", *WORDS, "workers=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "said", "w") as said:
-        running = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=said, stderr=said, start_new_session=True)
-    while running.poll() is None and len(list(made.glob("*/[!.]*.mp4"))) < 2:
-        time.sleep(0.01)
-    os.killpg(running.pid, signal.SIGINT)
-    assert running.wait(30) == 1 and "interrupted" in (tmp_path / "said").read_text()
-    assert is_over(running.pid)
+        running = psutil.Popen(words, cwd=tmp_path, env=environment, stdout=said, stderr=said, start_new_session=True)
+    try:
+        while running.poll() is None and (len(clips_of(SMALL.folder())) < clips or len(workers_of(running)) < 2):
+            time.sleep(0.01)
+        yield running
+    finally:
+        for process in session(running.pid):
+            process.kill()
+        running.wait()
+
+
+def workers_of(running: psutil.Process) -> list[psutil.Process]:
+    return [process for process in running.children() if "spawn_main" in " ".join(process.cmdline())]
+
+
+def session(number: int) -> list[psutil.Process]:
+    """The processes of a session: the command, its workers and their engines."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(process.pid) == number and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def is_over(number: int) -> bool:
+    """Whether all processes of a session end within some seconds."""
+    _, alive = psutil.wait_procs(session(number), timeout=10)
+    return not alive
+
+
+@rendering
+def test_two_workers_that_are_stopped_make_what_one_makes(folder, tmp_path):
+    """By Ctrl-C, which a terminal sends to the group in front; nobody is left behind."""
+    with preparing(tmp_path, clips=2) as running:
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(30) == 1 and is_over(running.pid)
+    assert "interrupted" in (tmp_path / "said").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "runs", "said"}
-    assert 2 <= len(FolderClips(made, split="all").files) < COUNT  # with a caption each
+    assert 2 <= len(FolderClips(SMALL.folder(), split="all").files) < COUNT  # with a caption each
     assert contents(prepare_vizdoom(COUNT, SMALL, workers=2)) == contents(folder)
 
 
-def is_over(session: int) -> bool:
-    """Whether all processes of a session end within some seconds."""
-    for _ in range(100):
-        try:
-            os.killpg(session, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
+@rendering
+def test_workers_are_stopped_before_their_first_clip_too(tmp_path):
+    with preparing(tmp_path, clips=0) as running:
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(30) == 1 and is_over(running.pid)
+    said = (tmp_path / "said").read_text()
+    assert "interrupted" in said and "Traceback" not in said
+
+
+@rendering
+@pytest.mark.parametrize("victim", ["worker", "engine"])
+def test_a_process_that_dies_ends_the_others(tmp_path, victim):
+    """Such as one for which memory does not suffice."""
+    with preparing(tmp_path, clips=2) as running:
+        worker = workers_of(running)[0]
+        (worker if victim == "worker" else worker.children()[0]).kill()
+        assert running.wait(30) == 1 and is_over(running.pid)
+    said = (tmp_path / "said").read_text()
+    assert "a process that renders has died" in said and "run it again" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_stop_at_the_end_of_the_block(number):
-    before, stop = signal.getsignal(number), threading.Event()
-    with pytest.raises(KeyboardInterrupt), vizdoom.stopped_by_signals(stop):
-        assert not stop.is_set()
+def test_signals_are_noted_while_the_block_runs(number):
+    before, noted = signal.getsignal(number), threading.Event()
+    with vizdoom.signals_noted(noted.set) as came:
+        assert not noted.is_set()
         os.kill(os.getpid(), number)
-        assert stop.wait(5)
-    assert signal.getsignal(number) is before
+        assert noted.wait(5)
+    assert came == [number] and signal.getsignal(number) is before
 
 
 @rendering

@@ -37,9 +37,7 @@ HOW = dict(seed=5, batch_size=3, fps=8)
 def fake(prompts: list[str], seeds: list[int]) -> torch.Tensor:
     """Clips of noise, each drawn with its seed. What else is in the batch shows too, as it may with bfloat16."""
     company = 0.1 * len(set(seeds))
-    return torch.stack(
-        [torch.rand(3, 5, 16, 16, generator=torch.Generator().manual_seed(seed)) * company for seed in seeds]
-    )
+    return torch.stack([torch.rand(3, 5, 16, 16, generator=torch.Generator().manual_seed(seed)) * company for seed in seeds])
 
 
 class Counted:

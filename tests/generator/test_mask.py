@@ -106,9 +106,7 @@ def test_frame_mask_hides_whole_frames_from_later_frames_alone(window):
     mask = attention_mask(SCHEDULE, S, window, kept)
     assert mask.shape == (4, 1, S + SCHEDULE.length, S + SCHEDULE.length)
     for sample, row in enumerate(kept.tolist()):
-        expected = [
-            [may_see(q, k, window) and (k[0] in (CONDITION, q[0]) or row[k[0]]) for k in tokens()] for q in tokens()
-        ]
+        expected = [[may_see(q, k, window) and (k[0] in (CONDITION, q[0]) or row[k[0]]) for k in tokens()] for q in tokens()]
         assert mask[sample, 0].tolist() == expected
     assert torch.equal(mask[0, 0], attention_mask(SCHEDULE, S, window))
     assert mask.any(-1).all()  # no query is left with nothing to see

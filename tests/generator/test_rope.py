@@ -49,9 +49,7 @@ def test_unknown_align_is_refused():
         positions(SMALL, 5, align="corner")
 
 
-@pytest.mark.parametrize(
-    "head_dim, shares", [(64, (8, 12, 12)), (80, (10, 15, 15)), (128, (16, 24, 24)), (8, (1, 1, 2))]
-)
+@pytest.mark.parametrize("head_dim, shares", [(64, (8, 12, 12)), (80, (10, 15, 15)), (128, (16, 24, 24)), (8, (1, 1, 2))])
 def test_every_pair_belongs_to_one_axis(head_dim, shares):
     """Moving along one axis turns that axis's pairs alone, and all three together turn all of them."""
     turned = []
