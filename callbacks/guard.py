@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from kit.files import disk_errors, not_saved, written_aside
 from kit.retries import LostLoss
 
 SPAN = 100  # losses that the running mean is over, about
@@ -41,18 +42,27 @@ class LossGuard(L.Callback):
         if all(where):
             return
         path = self.folder / f"lost_loss_step{trainer.global_step}.pt"
+        kept = f"in {path}"
         if trainer.global_rank == where.index(False):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.batch, path)
+            kept = self._keep(path)
         far = f", far above their mean, {self.mean:g}," if math.isfinite(size) else ""
         told = "the loss of another device is lost" if good else f"the loss is {loss.item():g}{far}"
         data, batch = trainer.datamodule, trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
         raise LostLoss(
-            f"{told} at step {trainer.global_step}; training stopped before the weights were touched. The batch is in "
-            f"{path}, the last good checkpoint in {self.folder / 'checkpoints'}; a lower optimizer.lr or "
+            f"{told} at step {trainer.global_step}; training stopped before the weights were touched. The batch is "
+            f"{kept}, the last good checkpoint in {self.folder / 'checkpoints'}; a lower optimizer.lr or "
             f"trainer.precision=32-true often helps",
             place=data.place_of(batch) if hasattr(data, "place_of") else (0, batch),
         )
+
+    def _keep(self, path: Path) -> str:
+        """Saves the batch; says where it is, or why it could not be saved."""
+        try:
+            with disk_errors(), written_aside(path) as aside:
+                torch.save(self.batch, aside)
+        except OSError as error:
+            return f"not kept ({not_saved(path, error)})"
+        return f"in {path}"
 
     @staticmethod
     def _of_all(trainer, good: bool) -> list[bool]:

@@ -143,13 +143,36 @@ def quoted(word: str) -> str:
     """Quotes what is free text or a file's name for hydra, whose grammar would stumble over commas and brackets."""
     key, _, text = word.partition("=")
     free = key in FREE_TEXT or (key in PATHS and "," not in text)  # several of these are a sweep
+    free = free or (("/" in text or "." in text) and text[0] not in "[{" and not readable(word))  # any other file
     if not free or text[:1] in ('"', "'") or text == "null":
         return word
     return f"{key}='" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+def readable(word: str) -> bool:
+    """Whether hydra's grammar takes it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns its exit status: 0 done, 1 failed, 2 not understood."""
+    try:
+        status = understand(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    return status
+
+
+def understand(argv: list[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
@@ -195,14 +218,14 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
                 raise  # from another process, a job of hydra's launcher, to this one, which tells of it
             print(f"kit {verb}: {cause}\n(KIT_TRACEBACK=1 shows where)", file=sys.stderr)
             failures.append(error)
-        except KeyboardInterrupt as stop:
-            print(f"\nkit {verb}: interrupted", file=sys.stderr)
-            failures.append(stop)
 
     overrides = [quoted(word) for word in overrides]
     sys.argv = [sys.argv[0], f"--config-name={conf}", *overrides]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=conf)(task)()
+    except KeyboardInterrupt:  # out here, so that it ends a --multirun too
+        print(f"\nkit {verb}: interrupted", file=sys.stderr)
+        return 1
     except SystemExit as stop:  # of hydra, which has said why, or of Lightning after an interrupt
         return stop.code if isinstance(stop.code, int) else 1
     return 1 if failures else 0

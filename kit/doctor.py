@@ -264,12 +264,18 @@ def problems(cfg: DictConfig) -> list[str]:
 
 
 def doctor(cfg: DictConfig) -> None:
-    """Prints all of the above."""
+    """Prints all of the above.
+
+    Raises:
+        ValueError: after it, if what to check is no config of a training. Problems of a config are told, and no error: files
+            that a plan needs may be made later.
+    """
     for title, facts in (("this machine", hardware()), ("packages", versions()), ("metric networks", metric_networks())):
         print(f"{title}\n" + "\n".join(f"  {name:<14}{value}" for name, value in facts.items()))
     print("memory\n" + "\n".join(f"  {row}" for row in presets()))
     if cfg.check is None:
         return
+    lost: ValueError | None = None
     fits = [] if cfg.gb is None else [f"fits={cfg.gb}GB"]
     for words in [[f"size={size}"] for size in cfg.sizes or []] or [[]]:
         name = " ".join([f"conf={cfg.check}", *words, *fits])
@@ -279,6 +285,8 @@ def doctor(cfg: DictConfig) -> None:
             if not any(problem.startswith("tokenizer and clips") for problem in found):
                 print(f"cost, on paper, of {name}\n" + "\n".join(f"  {row}" for row in costs(checked, cfg)))
         except ValueError as error:
-            found = [str(error)]
+            found, lost = [str(error)], error
         print(f"{name}: " + ("no problem found" if not found else ""))
         print("\n".join(f"  - {problem}" for problem in found), flush=True)
+    if lost:
+        raise ValueError(f"check={cfg.check}: {lost}")

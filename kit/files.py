@@ -46,8 +46,18 @@ def save_checked(contents: dict, path: Path):
             torch.save({**contents, HASH: contents_hash(contents)}, file)
             file.flush()
             os.fsync(file.fileno())
+        sync_folder(path.parent)
     except OSError as error:
         raise not_saved(path, error) from error
+
+
+def sync_folder(folder: Path):
+    """Returns when its files' names have reached the disk: those renamed are there after a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

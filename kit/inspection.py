@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from kit.files import written_aside
 from kit.generator.corruption import training_sequence
 from kit.generator.sampler import Sampling
 from kit.generator.transformer import Generator
@@ -70,6 +71,6 @@ def bit_use_picture(ones: Tensor, path: str | Path, cell: int = 14) -> Path:
             x = margin + bit * cell
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colour, outline=(200, 200, 200))
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    with written_aside(path) as aside:
+        picture.save(aside)
     return path

@@ -284,7 +284,7 @@ def fit(cfg: DictConfig) -> L.Trainer:
     """Trains what `cfg` says (conf/fit.yaml), and goes on by itself as its `retries` say; returns the trainer, its model at
     `trainer.model`."""
     resume = checkpoint_to_resume(cfg)
-    if resume is None:  # the files behind the clips may have changed since
+    if resume is None and cfg.ckpt != "last":  # the files behind the clips may have changed since
         remove_encoded_clips(Path(cfg.folder))
     last = Path(cfg.folder) / "checkpoints" / "last.ckpt"
     return with_retries(lambda *where: train(cfg, *where), resume, last, cfg.retries)

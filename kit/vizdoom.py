@@ -202,9 +202,11 @@ def motion(video: Tensor) -> float:
     return 127.5 * video.diff(dim=1).abs().mean().item()
 
 
-def render(game, name: str, form: Form) -> Tensor:
+def render(game, name: str, form: Form, check: Callable[[], None] = lambda: None) -> Tensor:
     """The clip of that name, (3, T, H, W) in [-1, 1]: it depends on its name and form alone, whatever was played before.
 
+    Args:
+        check: is called before each attempt at it, and may raise.
     Raises:
         ValueError: if it cannot be had, since the player always dies or hardly anything moves.
     """
@@ -212,6 +214,7 @@ def render(game, name: str, form: Form) -> Tensor:
     least = LEAST_FLASH if action == SHOOT else LEAST_MOTION
     rng = np.random.default_rng((form.seed, number))
     for _ in range(ATTEMPTS):
+        check()
         frames = play(game, action, form, rng)
         if frames is not None and motion(video := fit(frames, form.height, form.width)) >= least:
             return video
@@ -256,7 +259,7 @@ class Board:
     """What the workers' processes and the one that waits for them tell each other. Its fields have no locks but for `taken`,
     which a worker that is killed would keep only in the instant that it takes a share.
 
-    Fields: taken, shares that somebody has begun; made, clips of each worker; stop, whether to stop before the next clip;
+    Fields: taken, shares that somebody has begun; made, clips of each worker; stop, whether to stop before the next attempt;
     errors, what was raised.
     """
 
@@ -273,14 +276,17 @@ def work(number: int, shares: list[list[str]], form: Form, folder: Path, board: 
     """
     os.setpgrp()
     torch.set_num_threads(1)
+
+    def check():
+        if board.stop.value or not parent_process().is_alive():
+            sys.exit()
+
     try:
         while (share := take(board, shares)) is not None:
             action, place, _ = parts_of(share[0])
             with started(place, form, armed=action == SHOOT) as game:
                 for name in share:
-                    if board.stop.value or not parent_process().is_alive():
-                        return
-                    write_video(render(game, name, form), folder / name, form.fps)
+                    write_video(render(game, name, form, check), folder / name, form.fps)
                     board.made[number] += 1
     except Exception as error:
         board.errors.put(error)
@@ -297,13 +303,16 @@ def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None
     """Writes the clips of these names in so many processes, with an engine each.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C or SIGTERM; the clips that are there are whole.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; the clips that are there are whole. A second one kills the processes.
         ChildProcessError: if a process or its engine dies. ValueError: as `render`. OSError: if a clip cannot be written.
     """
     context = get_context("spawn")
     board, dealt = Board(context, workers), shares(names)
 
     def stop():
+        if board.stop.value:  # asked once more
+            for process in filter(BaseProcess.is_alive, processes):
+                process.kill()
         board.stop.value = True
 
     processes = [context.Process(target=work, args=(n, dealt, form, folder, board)) for n in range(workers)]
@@ -313,10 +322,9 @@ def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None
             while alive := [process.sentinel for process in processes if process.is_alive()]:
                 wait(alive, timeout=0.5)
                 bar.update(sum(board.made) - bar.n)
-                if any(process.exitcode for process in processes):
-                    stop()
+                board.stop.value |= any(process.exitcode for process in processes)
         finally:
-            stop()
+            board.stop.value = True
             for process in processes:
                 end(process)
     if came:

@@ -13,9 +13,10 @@ import torch
 import wandb
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from kit.cli import CONF, VERBS, confs, main, register_resolvers
+from kit.cli import CONF, VERBS, confs, main, quoted, register_resolvers
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.run import build_data, build_trainer
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -220,6 +221,38 @@ def test_doctor_reports_and_finds_a_configs_problem(capsys, tmp_path, monkeypatc
     text = capsys.readouterr().out
     assert all(size in text for size in SIZES) and "torch" in text
     assert "no checkpoint at runs/stage1_tokenizer/checkpoints/last.ckpt" in text
+    assert main(["doctor", "check=full"]) == 1
+    assert "check=full: not a training conf; choose from ablation, paper_plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "key", ["ckpt", "init.ckpt", "root", "results", "loss.perceptual.weights", "data.source.captions", "data.root"]
+)
+def test_files_may_have_any_names(key):
+    """Also those that hydra's grammar would stumble over."""
+    parse = OverridesParser.create().parse_override
+    for path in ("runs/a (1)/last.ckpt", "/my [clips]/it's x=1", "a/b c", "a/{b}/ü.csv", "a/b", "new (2).csv"):
+        assert parse(quoted(f"{key}={path}")).value() == path
+    for word in ("data.buckets=[17x96x160,17x160x96", "seed=1,2", "name=s${seed}", "name=a(b)"):
+        assert quoted(word) == word, "what is no file stays as it is"
+
+
+def test_ctrl_c_ends_all_runs_of_a_multirun(tmp_path, monkeypatch, capsys):
+    runs = []
+
+    def verb(cfg):
+        runs.append(cfg.seed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kit.cli.resolve", lambda function: verb)
+    assert main(["fit", "conf=stage1_tokenizer", "--multirun", "seed=1,2,3", f"root={tmp_path}"]) == 1
+    assert runs == [1] and "interrupted" in capsys.readouterr().err
+
+
+def test_a_pipe_whose_reader_is_gone_is_no_error():
+    words = f"{sys.executable} -c 'from kit.cli import main; raise SystemExit(main())' evaluate --help | head -n 1"
+    done = subprocess.run(words, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("python -m kit evaluate") and not done.stderr
 
 
 @pytest.mark.parametrize("name", ["generator", "ablation"])

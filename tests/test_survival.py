@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -9,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +25,7 @@ from kit.checkpoint import TrainingCheckpointIO, load_tokenizer, read_checkpoint
 from kit.data.shapes import Shapes
 from kit.files import contents_hash, load_checked, save_checked
 from kit.retries import DeadWorker, LostLoss, noticing_dead_workers, with_retries
+from tests import gated
 from tests.fixtures import CLIP, QUICK, TOKENIZER, fit_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +37,7 @@ def last(root: Path) -> Path:
 
 
 def started(root: Path, *overrides: str) -> subprocess.Popen:
-    """A training of 40 steps, that goes on where it was, in another process."""
+    """A training of 40 steps of 4 clips, that goes on where it was, in another process."""
     words = [
         f"root={root}",
         "name=run",
@@ -45,8 +49,25 @@ def started(root: Path, *overrides: str) -> subprocess.Popen:
         "ckpt=last",
         *overrides,
     ]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    return subprocess.Popen([sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", *words], **quiet)
+    command = [sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", *words]
+    with open(root / "said", "w") as said:
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
+
+
+@contextmanager
+def stopped_midway(root: Path, *overrides: str) -> Iterator[subprocess.Popen]:
+    """While the block runs, such a training waits for the clips of its half-way, with what is before them done or about to
+    be; afterwards they come."""
+    gate = root / "gate"
+    process = started(root, *gated.words(gate, at=80), *overrides)
+    wait_for(gated.reached(gate).exists, process)
+    yield process
+    gate.touch()
+
+
+def said(root: Path) -> str:
+    """By the last one that was started."""
+    return (root / "said").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +87,7 @@ def same(a: dict, b: dict) -> bool:
 def wait_for(happened, process: subprocess.Popen, seconds: float = 60.0):
     end = time.monotonic() + seconds
     while not happened():
-        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        assert process.poll() is None and time.monotonic() < end
         time.sleep(0.002)
 
 
@@ -87,12 +108,10 @@ def test_killed_while_saving_it_goes_on_to_the_same_weights(whole, tmp_path):
 def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, accumulate, workers):
     """With all its processes, as schedulers tell it."""
     every = ["callbacks.last.every=1000", f"data.workers={workers}"]
-    process = started(tmp_path, f"optimizer.accumulate={accumulate}", *every)
-    wait_for(lambda: any(tmp_path.glob("run/logs/*/metrics.csv")) or any(tmp_path.glob("run/logs/*/hparams.yaml")), process)
-    time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGTERM)
+    with stopped_midway(tmp_path, f"optimizer.accumulate={accumulate}", *every) as process:
+        os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    assert "ckpt=last goes on from there" in process.stderr.read()
+    assert "ckpt=last goes on from there" in said(tmp_path)
     saved = read_checkpoint(last(tmp_path), "tokenizer")
     assert 0 < saved["global_step"] < 40 and saved["ClipDataModule"]["batches_done"] == accumulate * saved["global_step"]
     if accumulate == 1:
@@ -126,17 +145,16 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("may_fail", [1, 1000])
 def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, small_disk, may_fail):
     """The run stops as configured, or goes on and saves once there is room."""
-    process = started(small_disk, "callbacks.last.every=2", f"callbacks.last.may_fail={may_fail}")
-    wait_for(last(small_disk).is_file, process)
-    fill(small_disk)
+    with stopped_midway(small_disk, "callbacks.last.every=2", f"callbacks.last.may_fail={may_fail}") as process:
+        fill(small_disk)
     if may_fail == 1000:
-        assert any("could not be saved: No space left on device" in line for line in process.stderr)
+        wait_for(lambda: "could not be saved: No space left on device" in said(small_disk), process)
         (small_disk / "filler").unlink()
         assert process.wait() == 0
         assert same(read_checkpoint(last(small_disk), "tokenizer"), whole)
         return
-    told = process.stderr.read()
     assert process.wait() == 1
+    told = said(small_disk)
     assert told.count("could not be saved: No space left on device") >= 1 + may_fail and "ckpt=last" in told
     assert read_checkpoint(last(small_disk), "tokenizer")["global_step"] < 40
     (small_disk / "filler").unlink()
@@ -238,11 +256,9 @@ def test_a_stage_leaves_out_a_batch_of_its_own(tmp_path):
 
 
 def test_a_worker_that_dies_is_made_up_for(whole, tmp_path):
-    process = started(tmp_path, "data.workers=1", "callbacks.last.every=2")
-    wait_for(last(tmp_path).is_file, process)
-    os.kill(worker_of(process), signal.SIGKILL)
-    told = process.stderr.read()
-    assert process.wait() == 0 and "with new processes; 1 retries left" in told, told
+    with stopped_midway(tmp_path, "data.workers=1", "callbacks.last.every=2") as process:
+        os.kill(worker_of(process), signal.SIGKILL)
+    assert process.wait() == 0 and "with new processes; 1 retries left" in said(tmp_path), said(tmp_path)
     assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
 
 
@@ -303,7 +319,7 @@ def test_worker_that_dies_before_its_tensors_are_fetched_is_a_dead_one():
         queue.get(timeout=5)
 
 
-def test_exploding_loss_is_as_bad_as_none(tmp_path):
+def test_exploding_loss_is_as_bad_as_none(tmp_path, monkeypatch):
     """By a guard that has seen a hundred losses of 0.5; on a good one their mean goes on."""
     trainer = SimpleNamespace(
         world_size=1, global_rank=0, global_step=3, datamodule=SimpleNamespace(place_of=lambda n: (0, n)),
@@ -317,7 +333,16 @@ def test_exploding_loss_is_as_bad_as_none(tmp_path):
     with pytest.raises(LostLoss, match="the loss is 2.1, far above their mean, 0.514, at step 3") as error:
         guard.on_before_backward(trainer, None, torch.tensor(2.1))
     assert error.value.place == (0, 7) and guard.mean == pytest.approx(0.514)
-    assert (tmp_path / "lost_loss_step3.pt").is_file()
+    assert (
+        tmp_path / "lost_loss_step3.pt"
+    ).is_file() and f"The batch is in {tmp_path / 'lost_loss_step3.pt'}, the last" in str(error.value)
+    (tmp_path / "lost_loss_step3.pt").unlink()
+    monkeypatch.setattr("torch.save", MagicMock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(
+        LostLoss, match="The batch is not kept .*lost_loss_step3.pt could not be saved: No space left on device"
+    ):
+        guard.on_before_backward(trainer, None, torch.tensor(2.1))
+    assert not any(tmp_path.iterdir())
 
 
 def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):

@@ -330,7 +330,7 @@ def serve(connection: Connection):
         while True:
             try:
                 path, backend, numbers, seconds = connection.recv()
-            except EOFError:
+            except (EOFError, OSError):  # OSError: it has hung up without reading the last answer
                 return
             faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)  # even where a decoder holds the interpreter
             try:
@@ -343,7 +343,10 @@ def serve(connection: Connection):
             except Exception as error:
                 answer = "error", error
             faulthandler.cancel_dump_traceback_later()
-            connection.send(answer)
+            try:
+                connection.send(answer)
+            except OSError:
+                return
 
 
 if __name__ == "__main__":

@@ -45,6 +45,9 @@ class DecoderProcess:
             reason = f"it took more than {patience:g} s" if isinstance(error, TimeoutError) else "the decoder died of it"
             self.stop()
             raise UnreadableVideo(path, reason, backend) from error
+        except BaseException:  # Ctrl-C: the answer that may yet come is not the next question's
+            self.stop()
+            raise
         match answer:
             case "unreadable", reason, which:
                 raise UnreadableVideo(path, reason, which)

@@ -272,6 +272,17 @@ def test_a_new_run_encodes_anew_and_a_continued_one_does_not(pair, tmp_path):
     assert CachedClips(kept).count == 8, "no more than are trained on"
 
 
+def test_a_run_that_ended_before_its_first_save_keeps_what_it_encoded(pair, tmp_path):
+    def fit(*words) -> list[int]:
+        words = ["name=run", "data.image_share=0", "recipe.generator.steps=6", *words]
+        assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == 0
+        return [path.stat().st_ino for path in sorted((tmp_path / "run" / "encoded_clips").glob("*.safetensors"))]
+
+    first = fit()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert fit("ckpt=last") == first
+
+
 def test_a_negative_number_is_named(pair, tmp_path, capsys):
     assert fit_generator(tmp_path, "recipe.generator.encoded_clips=-1", tokenizer=pair.tokenizer) == 1
     assert "encoded_clips=-1" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 from kit.data import decode
 from kit.data.clips import FolderClips
 from kit.data.decode import UnreadableVideo
-from kit.data.decoder_process import decoder_process, open_video
+from kit.data.decoder_process import DecoderProcess, decoder_process, open_video
 from kit.data.shapes import Shapes
 from kit.media import write_video
 
@@ -55,20 +55,39 @@ def test_what_cannot_be_read_says_why_as_here(tmp_path):
         assert told[0] == told[1]
 
 
-@pytest.mark.parametrize("number, reason, limit", [(signal.SIGKILL, "died", 3), (signal.SIGSTOP, "more than 1 s", 5)])
-def test_decoder_that_dies_or_hangs_costs_its_clip_alone(videos, number, reason, limit):
+@pytest.mark.parametrize("number, reason", [(signal.SIGKILL, "died"), (signal.SIGSTOP, "more than 1 s")])
+def test_decoder_that_dies_or_hangs_costs_its_clip_alone(videos, monkeypatch, number, reason):
     """From outside, a decoder that is stopped is one that hangs, and one that is killed one that crashed."""
-    source = FolderClips(videos, "all", frames=5, height=32, width=32, patience=1.0)
+    source = FolderClips(videos, "all", frames=5, height=32, width=32, patience=60.0)
     expected = [source[n]["video"] for n in range(5)]
     hurt = decoder_process()._process
     os.kill(hurt.pid, number)
-    began = time.perf_counter()
+    ask = DecoderProcess.ask
+
+    def impatient(self, path, backend, numbers, patience):  # with this one alone: another may take long to start
+        return ask(self, path, backend, numbers, 1.0 if self._process is hurt else patience)
+
+    monkeypatch.setattr(DecoderProcess, "ask", impatient)
     with pytest.warns(UserWarning, match=reason):
         assert torch.equal(source[0]["video"], expected[1]), "the next file takes its place"
-    assert time.perf_counter() - began < limit
     assert hurt.poll() is not None, "nothing is left behind"
     assert source.unreadable == [videos / source.file(0)]
     assert torch.equal(source[0]["video"], expected[0])
+
+
+def test_an_interrupted_question_is_not_answered_later(videos, monkeypatch):
+    """Ctrl-C in a notebook, then another clip."""
+    expected = decode.open_video(videos / "1.mp4", "pyav").frames([0, 1])
+    first, second = (open_video(videos / name, "pyav", 60.0) for name in ("0.mp4", "1.mp4"))
+    with monkeypatch.context() as patch:
+
+        def interrupt(seconds):
+            raise KeyboardInterrupt
+
+        patch.setattr(decoder_process()._connection, "poll", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            first.frames([0, 1])
+    assert np.array_equal(second.frames([0, 1]), expected)
 
 
 def test_patience_is_above_nothing(videos):
@@ -96,7 +115,7 @@ def test_the_process_ends_with_its_owner(videos):
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as owner:
         pid = int(owner.stdout.readline())
         owner.kill()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while is_running(pid) and time.monotonic() < end:
         time.sleep(0.1)
     assert not is_running(pid)
@@ -115,7 +134,7 @@ def test_a_decoder_that_nobody_waits_for_ends_by_itself(videos):
         connection = Connection(ours.detach())
         assert connection.recv() == "ready"
         connection.send((videos / "0.mp4", "pyav", None, 1.0))
-        assert process.wait(timeout=20) == 1
+        assert process.wait(timeout=60) == 1
 
 
 def is_running(pid: int) -> bool:
