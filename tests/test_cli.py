@@ -70,6 +70,9 @@ def test_mistakes_name_the_choices(words, expected, capsys):
         (["fit", "conf=stage1_tokenizer", "data.frames=16"], "a clip must have 1 + 4n frames, got 16; use 13 or 17"),
         (["fit", "conf=stage1_tokenizer", "data.height=72", "data.width=72"], "shorter side must be at most 64"),
         (["fit", "conf=stage1_tokenizer", "optimizer.name=sgd"], "'adamw' or 'muon'"),
+        (["fit", "conf=stage1_tokenizer", "data.batch_size=0"], "data.batch_size=0; expected a whole number, 1 or more"),
+        (["fit", "conf=stage1_tokenizer", "data.workers=two"], "data.workers=two; expected a whole number, 0 or more"),
+        (["fit", "conf=stage1_tokenizer", "data.image_share=x"], "data.image_share=x; expected a share from 0 to 1"),
     ],
 )
 def test_bad_input_is_told_without_a_traceback(words, expected, capsys, tmp_path, monkeypatch):

@@ -391,3 +391,14 @@ def test_saves_take_no_more_than_their_share_of_the_time(tmp_path, monkeypatch):
 def test_a_share_that_is_none_is_told(share, tmp_path):
     with pytest.raises(ValueError, match="callbacks.last.share"):
         LastCheckpoint(tmp_path, every=1, share=share)
+
+
+def test_an_error_ends_the_process_although_workers_are_left(tmp_path):
+    """They heed no SIGTERM, by which Python would end them."""
+    code = (
+        "from kit.data.datamodule import leave_sigterm_to_the_trainer as init; from torch.utils.data import DataLoader\n"
+        "left = iter(DataLoader(range(9), num_workers=1, worker_init_fn=init)); next(left)\n"
+        "raise ValueError('as told')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: as told\n")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import itertools
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,6 +103,15 @@ def leave_sigterm_to_the_trainer(worker: int):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@atexit.register
+def end_workers():
+    """Ends those that an error has left behind: this process would wait for them, since they do not heed SIGTERM."""
+    if workers := [process for process in multiprocessing.active_children() if process.daemon]:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would tell of each of them
+        for process in workers:
+            process.kill()
+
+
 class Numbered(Dataset):
     """Clips of a source by (number, frames): so many of their first frames, and the number as `n`. Single frames are of
     `images`, where there are any; of their classes those count that clips have too."""
@@ -156,7 +167,10 @@ class ClipDataModule(ClipsOnDevice):
         images: Callable[..., Dataset] | None = None,
     ):  # fmt: skip
         super().__init__()
-        if not 0 <= image_share <= 1:
+        for key, number, least in (("batch_size", batch_size, 1), ("val_clips", val_clips, 1), ("workers", workers, 0)):
+            if not isinstance(number, int) or number < least:
+                raise ValueError(f"data.{key}={number}; expected a whole number, {least} or more")
+        if not isinstance(image_share, int | float) or not 0 <= image_share <= 1:
             raise ValueError(f"data.image_share={image_share}; expected a share from 0 to 1")
         if images and not image_share:
             raise ValueError("data.images is given, but data.image_share=0 of the batches take them; raise it")
