@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kit.files import written_aside
-from kit.generator.corruption import training_sequence
+from kit.generator.corruption import teacher_forced
 from kit.generator.sampler import Sampling
 from kit.generator.transformer import Generator
 from kit.sampling import sample_clips
@@ -28,10 +28,9 @@ def forced_and_free(
     Args:
         feature: (B, d, F, h, w) of the clips.
     """
-    inputs, bits, _ = training_sequence(feature, schedule, None, None, **model.config.reads)
-    logits = model(inputs, schedule, model.condition(prompts))
+    logits, sequence = teacher_forced(model, feature, schedule, model.condition(prompts))
     return {
-        "reconstruction": tokenizer.decode_bits(bits, schedule),
+        "reconstruction": tokenizer.decode_bits(sequence.targets, schedule),
         "teacher-forced": tokenizer.decode_bits(logits > 0, schedule),
         "free sample": sample_clips(model, tokenizer, schedule, prompts, range(len(prompts)), how),
     }
@@ -53,11 +52,11 @@ def bit_use(bits: Tensor, schedule: ScaleSchedule) -> dict[str, Tensor]:
     return {"ones": ones, "entropy": entropy_of(ones)}
 
 
-def bit_use_picture(ones: Tensor, path: str | Path, cell: int = 14) -> Path:
+def bit_use_picture(ones: Tensor, path: str | Path) -> Path:
     """A row for each scale, a cell for each bit, from the share of ones (K, d): white is balanced, red always one, blue
     always zero; bits that a scale does not have are left out."""
     K, d = ones.shape
-    font, margin, line = ImageFont.load_default(12), 76, 22
+    font, margin, line, cell = ImageFont.load_default(12), 76, 22, 14  # pixels
     picture = Image.new("RGB", (margin + d * cell + 4, line + K * cell + 4), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((4, 3), f"share of ones of {d} bits: white 0.5, red 1, blue 0", fill="black", font=font)

@@ -56,20 +56,18 @@ def write_video(video: Tensor, path: str | Path, fps: float) -> Path:
     return path
 
 
-def spread(frames: int, columns: int = COLUMNS) -> list[int]:
-    """Numbers of at most `columns` of so many frames, evenly spread from the first to the last."""
-    return sorted(set(np.linspace(0, frames - 1, columns).round().astype(int).tolist()))
+def spread(frames: int) -> list[int]:
+    """Numbers of at most COLUMNS of so many frames, evenly spread from the first to the last."""
+    return sorted(set(np.linspace(0, frames - 1, COLUMNS).round().astype(int).tolist()))
 
 
-def contact_sheet(
-    groups: list[dict[str, Tensor]], titles: list[str], path: str | Path, columns: int = COLUMNS, height: int = 64
-) -> Path:
+def contact_sheet(groups: list[dict[str, Tensor]], titles: list[str], path: str | Path, height: int = 64) -> Path:
     """One PNG: for each group its title, and below it a row of frames for each of its videos.
 
     Args:
         groups: row name -> video, each.
         titles: of the groups, such as prompts.
-        columns: frames shown of each video, evenly spread. height: pixels of a frame in the picture, at least.
+        height: pixels of a frame in the picture, at least.
     """
     font = ImageFont.load_default(13)
     margin, gap, line = 108, 2, 20
@@ -81,7 +79,7 @@ def contact_sheet(
     first = next(iter(groups[0].values()))
     zoom = max(1, round(height / first.shape[-2]))
     frame_h, frame_w = first.shape[-2] * zoom, first.shape[-1] * zoom
-    columns = min(columns, max(v.shape[1] for g in groups for v in g.values()))
+    columns = max(len(spread(v.shape[1])) for g in groups for v in g.values())
     total = sum(line if isinstance(row, str) else frame_h + gap for row in rows)
     sheet = Image.new("RGB", (margin + columns * (frame_w + gap), total + 6), "white")
     draw = ImageDraw.Draw(sheet)
@@ -93,7 +91,7 @@ def contact_sheet(
             continue
         name, video = row
         draw.text((4, y + frame_h // 2 - 8), name, fill=(90, 90, 90), font=font)
-        for column, pixels in enumerate(to_uint8(video[:, spread(video.shape[1], columns)])):
+        for column, pixels in enumerate(to_uint8(video[:, spread(video.shape[1])])):
             picture = Image.fromarray(pixels).resize((frame_w, frame_h), Image.Resampling.NEAREST)
             sheet.paste(picture, (margin + column * (frame_w + gap), y))
         y += frame_h + gap

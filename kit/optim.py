@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from kit.sharding import share_of, whole
 
+PHASES = (2, 3)  # Newton-Schulz iterations; more than three in one would let rounding errors grow
 
-def orthogonalise(x: Tensor, phases: tuple[int, ...] = (2, 3)) -> Tensor:
+
+def orthogonalise(x: Tensor) -> Tensor:
     """The matrices with the singular vectors of x (..., m, n) and all singular values about 1, by Newton-Schulz iterations.
 
-    An iteration x <- (a + b A + c A^2) x with A = x x' multiplies x from the left by a polynomial in A. The factors of a
-    phase are gathered on the small side (m x m) before x is touched; more than three iterations a phase would let
-    rounding errors of A grow.
+    An iteration x <- (a + b A + c A^2) x with A = x x' multiplies x from the left by a polynomial in A. The factors of
+    PHASES are gathered on the small side (m x m) before x is touched.
     """
     if x.shape[-2] > x.shape[-1]:
-        return orthogonalise(x.mT, phases).mT
+        return orthogonalise(x.mT).mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for iterations in phases:
+    for iterations in PHASES:
         gram = x @ x.mT
         factor = None
         for _ in range(iterations):
@@ -122,14 +123,15 @@ def build_optimizer(
     raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {name!r}")
 
 
-COURSE = ("warmup", "steps", "floor", "base_lrs")  # of WarmupCosine
+COURSE = ("warmup", "steps", "base_lrs")  # of WarmupCosine
+FLOOR = 0.01  # of the peak, where its course ends
 
 
 class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
-    """Learning rate: linear from 0 over `warmup` steps, then a cosine down to `floor` of the peak at `steps`."""
+    """Learning rate: linear from 0 over `warmup` steps, then a cosine down to FLOOR of the peak at `steps`."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, warmup: int, steps: int, floor: float = 0.01):
-        self.warmup, self.steps, self.floor, self.began = warmup, steps, floor, 0
+    def __init__(self, optimizer: torch.optim.Optimizer, warmup: int, steps: int):
+        self.warmup, self.steps, self.began = warmup, steps, 0
         super().__init__(optimizer)
 
     def begin(self, lr: float, warmup: int, steps: int, began: int):
@@ -147,7 +149,7 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
         if step < self.warmup:
             return (step + 1) / self.warmup
         progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def state_dict(self) -> dict:
         """Where it is; what course it follows is the config's to say."""

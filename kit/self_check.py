@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kit.generator.corruption import training_sequence
+from kit.generator.corruption import teacher_forced
 from kit.generator.rope import positions, rotary_table
 from kit.generator.sampler import CachedGenerator
 from kit.generator.transformer import Generator
@@ -47,8 +47,7 @@ def self_check(model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: l
     schedule = tokenizer.schedule_of(video)
     with torch.autocast(video.device.type, enabled=False), exact_float32():
         feature = tokenizer.encode(video)
-        inputs, bits, _ = training_sequence(feature, schedule, None, None, **model.config.reads)
-        logits = model(inputs, schedule, model.condition(prompts))
+        logits, (inputs, bits, _) = teacher_forced(model, feature, schedule, model.condition(prompts))
         return [
             check_tokenizer(tokenizer, video, bits, schedule),
             check_streaming(tokenizer, bits, schedule),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 
 
@@ -65,10 +65,6 @@ class StagePlan:
     def steps(self) -> int:
         """Optimizer steps of all stages, at most."""
         return sum(stage.steps for stage in self.stages)
-
-    def as_dict(self) -> dict[str, dict]:
-        """Plain values, as `of` takes them."""
-        return {stage.name: {k: v for k, v in asdict(stage).items() if k != "name"} for stage in self.stages}
 
 
 def starts(lengths: list[int]) -> list[int]:

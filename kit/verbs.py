@@ -21,7 +21,7 @@ from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_accuracy
 from kit.files import write_json
 from kit.generation import file_stem, sample_videos
-from kit.generator.corruption import training_sequence
+from kit.generator.corruption import teacher_forced
 from kit.generator.module import accuracy_by_block
 from kit.generator.sampler import Sampling
 from kit.inspection import bit_use, bit_use_picture, forced_and_free
@@ -160,9 +160,8 @@ def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, ba
         part = slice(start, start + batch_size)
         with inference_precision():
             feature = codec.encode(batch["video"][part].to(device()))
-            inputs, targets, _ = training_sequence(feature, schedule, None, None, **model.config.reads)
-            logits = model(inputs, schedule, model.condition(prompts[part]))
-        right.append(((logits > 0) == targets).cpu())
+            logits, sequence = teacher_forced(model, feature, schedule, model.condition(prompts[part]))
+        right.append(((logits > 0) == sequence.targets).cpu())
     accuracy = accuracy_by_block(torch.cat(right), schedule)
 
     def rounded(shares: Tensor) -> list[float]:

@@ -79,6 +79,6 @@ def open_clip_file(path: str | Path, frames: int | None, fps: float, at_end: boo
     return ClipFile(video, numbers, fps)
 
 
-def read_clip_file(path: str | Path, frames: int, height: int, width: int, fps: float, at_end: bool = False) -> Tensor:
+def read_clip_file(path: str | Path, frames: int, height: int, width: int, fps: float) -> Tensor:
     """(3, T, H, W) in [-1, 1]: scaled to cover the size, cut in the centre. Arguments and errors as of `open_clip_file`."""
-    return open_clip_file(path, frames, fps, at_end, "decord").read(height, width)
+    return open_clip_file(path, frames, fps, backend="decord").read(height, width)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.draws import Draws
+from kit.generator.transformer import Generator
 from kit.machine import onto
 from kit.scales import ScaleSchedule
 from kit.tokenizer.quantizer import frames_of, next_input, pyramid, sequence_of
@@ -96,6 +97,14 @@ def training_sequence(
         sequence = sequence[:, : -inputs[-1].shape[1]]
     margins = [margin(step.residual, d) for step in steps]
     return TrainingSequence(sequence, sequence_of([step.label for step in steps], B), sequence_of(margins, B))
+
+
+def teacher_forced(
+    model: Generator, feature: Tensor, schedule: ScaleSchedule, condition: Tensor
+) -> tuple[Tensor, TrainingSequence]:
+    """Logits (B, L, d) of a clip's bits with the true ones as history, and what they are to be."""
+    sequence = training_sequence(feature, schedule, None, None, **model.config.reads)
+    return model(sequence.inputs, schedule, condition), sequence
 
 
 def margin(residual: Tensor, d: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kit.draws import Draws
-from kit.generator.corruption import FlipLaw, TrainingSequence, training_sequence
+from kit.generator.corruption import FlipLaw, TrainingSequence, teacher_forced, training_sequence
 from kit.generator.mask import draw_kept_frames
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.machine import made_to_last, onto
@@ -137,9 +137,8 @@ class GeneratorModule(L.LightningModule):
         """Logits (B, L, d) with the true bits as history, what they are to be, and of what."""
         feature = self.feature(batch)
         schedule = self.tokenizer.schedule_of_feature(feature)
-        sequence = training_sequence(feature, schedule, None, None, **self.model.config.reads)
         condition = self.model.condition(self.model.condition.prompts(batch))
-        return self.model(sequence.inputs, schedule, condition), sequence, schedule
+        return *teacher_forced(self.model, feature, schedule, condition), schedule
 
     def configure_optimizers(self):
         warmup = self.optimizer["warmup"]

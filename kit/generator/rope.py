@@ -39,18 +39,21 @@ def positions(schedule: ScaleSchedule, condition_length: int, align: str = "grid
     return torch.cat([condition, tokens + condition_length])
 
 
-def rotary_table(positions: Tensor, head_dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+BASE = 10_000.0
+
+
+def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine, each (tokens, head_dim / 2) float32.
 
     A quarter of the pairs turns with time, the rest is shared evenly by height and width; each axis has its own ladder
-    of frequencies from 1 down to 1 / base.
+    of frequencies from 1 down to 1 / BASE.
     """
     pairs = head_dim // 2
     time = pairs // 4
     height = (pairs - time) // 2
     angles = []
     for axis, n in enumerate((time, height, pairs - time - height)):
-        frequencies = base ** (-torch.arange(n, dtype=torch.float32, device=positions.device) / n)
+        frequencies = BASE ** (-torch.arange(n, dtype=torch.float32, device=positions.device) / n)
         angles.append(positions[:, axis, None] * frequencies)
     angle = torch.cat(angles, dim=1)
     return angle.cos(), angle.sin()

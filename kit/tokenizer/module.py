@@ -82,7 +82,7 @@ class TokenizerModule(L.LightningModule):
             self.register_buffer("anchors", torch.zeros(len(against["dims"]), 2))  # LeCAM's
 
     def enter(self, clip: dict):
-        """Validates clips of this shape from now on, and makes such. A batch of the training has its own."""
+        """Validates clips of this shape from now on. A batch of the training has its own."""
         self.hparams["clip"] = clip
         self.schedule = self.model.schedule(clip["frames"], clip["height"], clip["width"])
 
