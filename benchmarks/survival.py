@@ -104,7 +104,7 @@ def compare(root: Path, words: list[str], expected: dict, losses: dict[int, floa
     parts = ("global_step", "state_dict", "ema", "optimizer_states")
     weights = contents_hash({k: found[k] for k in parts}) == contents_hash({k: expected[k] for k in parts})
     seen = logged(root / "run", "train/loss")
-    alike = all(losses[step] == loss for step, loss in seen.items())
+    alike = bool(seen) and all(losses[step] == loss for step, loss in seen.items())
     starts = len(list((root / "run" / "logs").glob("version_*")))
     row = {"starts": starts, "same_weights": weights, "losses_compared": len(seen), "same_losses": alike}
     print(json.dumps(row), flush=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kit.cli import main
+from kit.cli import VERBS, main, quoted, split
 from kit.data.shapes import Shapes
 from kit.media import write_video
-from tests.fixtures import CLIP, GENERATOR, INFINITY, QUICK, TOKENIZER, infinity_file
+from tests.fixtures import CLIP, GENERATOR, INFINITY, QUICK, TOKENIZER, composed, infinity_file
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -74,13 +74,25 @@ def test_make_targets_of_the_readme_exist():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("paper_map", "evaluation", "tokenizer", "training", "data_format"))]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_named_in_the_docs_exist(page):
     for name in re.findall(r"`((?:kit|conf|callbacks|notebooks|tests|docs)/[\w./]*)", (ROOT / page).read_text()):
         assert (ROOT / name.split(":")[0]).exists(), f"{page} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_the_docs_have_keys_that_there_are(page):
+    """Their configs compose, with the first value of each that is swept over."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    for line in re.findall(r"^(?:[A-Z_]+=\S+ )*python -m kit (\w.*)", text, re.M):
+        verb, *words = shlex.split(line, comments=True)
+        conf, words = split([word for word in words if not word.startswith("-") and "=" in word])
+        words = [quoted(re.sub(r"=([^\[{,]+),.*", r"=\1", word) if "prompt" not in word else word) for word in words]
+        composed(conf or VERBS[verb].conf, *words)
 
 
 def test_functions_named_in_the_paper_map_exist():
