@@ -131,21 +131,28 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
 KEPT = ("optimizer.name", "optimizer.betas", "optimizer.weight_decay", "loss.adversarial.betas", "tokenizer_hash")
 
 
-def check_resume(path: str | os.PathLike, module: L.LightningModule) -> list[str]:
+def check_resume(path: str | os.PathLike, module: L.LightningModule, data: L.LightningDataModule) -> list[str]:
     """
     Args:
-        module: what is to go on from the checkpoint, with its settings as hyperparameters.
+        module: what is to go on from the checkpoint, with its settings as hyperparameters. data: its clips, in stages or not.
     Returns:
         the settings that differ from those it began with, as `differences` tells them.
     Raises:
         ValueError: if the checkpoint is of another architecture, or has other discriminators, another optimizer or
-            tokenizer, naming each difference, has the weights of another version of kit, or holds weights alone; else as
-            `read_checkpoint`.
+            tokenizer, naming each difference, is of a training in stages where this one is not or the reverse, has the
+            weights of another version of kit, or holds weights alone; else as `read_checkpoint`.
     """
     kind, model = module.kind, module.model
     checkpoint = read_checkpoint(path, kind, described)
     if "optimizer_states" not in checkpoint:
         raise ValueError(f"{path} holds weights alone, no training to continue; start anew from them, see `init`")
+    ours = type(data).__qualname__  # as Lightning names its state
+    if theirs := next((name for name in ("ClipDataModule", "StagedClips") if name in checkpoint and name != ours), None):
+        ways = {"ClipDataModule": "without stages", "StagedClips": "in stages"}
+        raise ValueError(
+            f"{path} is of a training {ways[theirs]}, this one is {ways[ours]} and would not find its place in the data; "
+            f"start anew from its weights: init=weights init.ckpt={path} and another name=..."
+        )
     began, now = checkpoint["hyper_parameters"], dict(module.hparams)
     told = differences(CONFIGS[kind](began[kind]).as_dict(), model.config.as_dict())
     if told := told + differences(_discriminators(began["loss"]), _discriminators(now["loss"]), "loss.adversarial."):

@@ -123,7 +123,7 @@ def build_optimizer(
     raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {name!r}")
 
 
-COURSE = ("warmup", "steps", "base_lrs")  # of WarmupCosine
+COURSE = ("warmup", "steps", "began", "base_lrs")  # of WarmupCosine
 FLOOR = 0.01  # of the peak, where its course ends
 
 

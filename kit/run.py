@@ -329,7 +329,7 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[Place] = (
     data.leave_out(lost)
     module = BUILDERS[cfg.module](cfg, data)
     if resume is not None:
-        for change in check_resume(resume, module):
+        for change in check_resume(resume, module, data):
             rank_zero_info(f"  goes on with other settings than it began with (then, now): {change}")
     for note in start(plain(cfg.init), module, resumed=resume is not None):
         rank_zero_info(f"  {note}")

@@ -20,6 +20,7 @@ from kit.checkpoint import differences
 from kit.data.buckets import Bucket, BucketClips, ClipsNeeded, image_buckets
 from kit.data.cache import CachedClips
 from kit.data.mixture import label_among
+from kit.optim import batches_of_a_step
 from kit.scales import latent_frames
 from kit.stages import StagePlan, place, starts
 
@@ -277,13 +278,17 @@ class ClipDataModule(ClipsOnDevice):
 
     @property
     def settings(self) -> dict:
-        """What decides which clips batch n holds, as plain values; of files their names, by a hash."""
+        """What decides which clips a step's batches hold, as plain values; of files their names, by a hash."""
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
         sources = [source.source if isinstance(source, BucketClips) else source for source in self.sources]
         names = "\n".join(name for source in sources for name in getattr(source, "files", ()))
+        steps = {}
+        if self.trainer is not None:
+            batches = batches_of_a_step(self.trainer, self.trainer.lightning_module)
+            steps = {"devices": self.trainer.world_size, "batches_of_a_step": batches}
         return {
             **self.clip, "batch_size": self.batch_size, "image_share": self.image_share, "buckets": buckets,
-            "files": hashlib.sha256(names.encode()).hexdigest()[:8],
+            "files": hashlib.sha256(names.encode()).hexdigest()[:8], **steps,
         }  # fmt: skip
 
     def state_dict(self) -> dict:
@@ -298,7 +303,9 @@ class ClipDataModule(ClipsOnDevice):
 
     def tell_changes(self, began: dict | None):
         """Of the settings that a run began with, where they are known."""
-        for change in differences(began, self.settings) if began else ():
+        began = began or {}
+        now = {key: value for key, value in self.settings.items() if key in began}  # those that kit knew of then
+        for change in differences(began, now):
             rank_zero_info(f"  goes on with other data than it began with (then, now): {change}")
 
 
@@ -415,11 +422,24 @@ class StagedClips(ClipsOnDevice):
         was left out of each."""
         return {
             "batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,
-            "stage": self.stage, "ended": dict(self.ended), "left_out": [sorted(part.left_out) for part in self.parts],
+            "stage": self.stage, "names": [stage.name for stage in self.plan.stages], "ended": dict(self.ended),
+            "left_out": [sorted(part.left_out) for part in self.parts],
             "settings": [part.settings for part in self.parts],
         }  # fmt: skip
 
     def load_state_dict(self, state: dict):
+        """
+        Raises:
+            ValueError: if stages that are over, or the one it was in, are others now, or a step has other batches: the place
+                in the data is counted in batches.
+        """
+        begun = [stage.name for stage in self.plan.stages[: state["stage"] + 1]]
+        if (before := state.get("names", begun)[: state["stage"] + 1]) != begun:
+            raise ValueError(f"the stages begun so far were {', '.join(before)}, now {', '.join(begun)}: those must stay")
+        for part, began in zip(self.parts, state.get("settings", ())):
+            now = part.settings["batches_of_a_step"]
+            if (then := began.get("batches_of_a_step", now)) != now:
+                raise ValueError(f"a step had {then} batches on each device, now {now}: in stages that cannot change")
         self.batches_done, self.stage, self.ended = state["batches_done"], state["stage"], dict(state["ended"])
         for part, left_out in zip(self.parts, state.get("left_out", ())):
             part.left_out |= set(left_out)

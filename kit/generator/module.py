@@ -74,6 +74,9 @@ class GeneratorModule(L.LightningModule):
         for key, known in (("scale_weights", POWERS), ("bit_weights", BIT_WEIGHTS)):
             if loss[key] not in known:
                 raise ValueError(f"loss.{key}={loss[key]}; expected one of: {', '.join(known)}")
+        for key, share in (("frame_mask", frame_mask), ("drop_condition", drop_condition)):
+            if not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise ValueError(f"{key}={share}; expected a probability from 0 to 1")
         self.save_hyperparameters(ignore=["tokenizer", "recompute"])
         self.model = Generator(GeneratorConfig.from_dict(generator))
         self.model.recompute = recompute
@@ -86,7 +89,7 @@ class GeneratorModule(L.LightningModule):
             self.enter(clip)
 
     def enter(self, clip: dict):
-        """Validates clips of this shape from now on, and makes such. A batch of the training has its own."""
+        """Validates clips of this shape from now on. A batch of the training has its own."""
         self.hparams["clip"] = clip
         self.schedule = self.tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
 

@@ -78,14 +78,16 @@ def lecam_loss(real: list[Tensor], fake: list[Tensor], anchors: Tensor) -> Tenso
 
 
 def adaptive_weight(reference: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
-    """How much stronger one loss pulls at the decoder's last layer than another (VQGAN, arXiv 2012.09841, eq. 7).
+    """How much stronger one loss pulls at the decoder's last layer than another (VQGAN, arXiv 2012.09841, eq. 7), with the
+    clips of all devices.
 
     Args:
         reference, adversarial: scalars that depend on `last`, a weight.
     Returns:
         a scalar in [0, 10,000], without gradient.
     """
-    pulls = [torch.autograd.grad(loss, last, retain_graph=True)[0].float().norm() for loss in (reference, adversarial)]
+    slopes = [torch.autograd.grad(loss, last, retain_graph=True)[0].float() for loss in (reference, adversarial)]
+    pulls = [mean_over_ranks(slope).norm() for slope in slopes]
     return (pulls[0] / (pulls[1] + 1e-4)).clamp(0, 1e4).detach()
 
 

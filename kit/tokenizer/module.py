@@ -112,7 +112,7 @@ class TokenizerModule(L.LightningModule):
         self.backward_of(terms)
         self.log("train/loss", weighted_sum(terms), prog_bar=True, sync_dist=True)
         if adversarial:
-            against = self.discriminator_terms(video, output.detach())
+            against = self.discriminator_terms(video, output.detach(), index % self.optimizer["accumulate"])
             self.backward_of(against)
             terms |= against
         if logs_now(self):
@@ -166,13 +166,16 @@ class TokenizerModule(L.LightningModule):
             weight = weight * adaptive_weight(weighted_sum(seen), loss, self.model.decoder.head.weight)
         return weight, loss
 
-    def discriminator_terms(self, video: Tensor, output: Tensor) -> dict:
-        """What the discriminators learn from: telling real from reconstructed clips, calmly."""
+    def discriminator_terms(self, video: Tensor, output: Tensor, number: int) -> dict:
+        """What the discriminators learn from in batch `number` of an iteration: telling real from reconstructed clips,
+        calmly."""
         real, fake = self.discriminator(video), self.discriminator(output)
         means = torch.stack([torch.stack([r.float().mean(), f.float().mean()]) for r, f in zip(real, fake)])
         means = mean_over_ranks(means.detach())
-        seen = self.global_step - self.start  # of batches, where an iteration has one
-        self.anchors.lerp_(means, 1 - min(ANCHOR_DECAY, seen / (seen + 1)))  # at first the mean of all so far
+        batches = self.optimizer["accumulate"]
+        seen = (self.global_step - self.start) * batches + number
+        decay = ANCHOR_DECAY ** (1 / batches)
+        self.anchors.lerp_(means, 1 - min(decay, seen / (seen + 1)))  # at first the mean of all so far
         return {
             "discriminator": (1.0, discriminator_loss(real, fake)),
             "lecam": (self.loss["adversarial"]["lecam"], lecam_loss(real, fake, self.anchors)),
@@ -211,7 +214,7 @@ class TokenizerModule(L.LightningModule):
             against = self.loss["adversarial"]
             optimizers.append(build_optimizer(self.discriminator, "adamw", against["lr"], against["betas"], 0.0))
             schedules.append(WarmupCosine(optimizers[1], 0, self.steps - self.start))
-        return optimizers, schedules
+        return optimizers, [{"scheduler": schedule, "interval": "step"} for schedule in schedules]  # as it is logged
 
 
 def some_frames(frames: int, wanted: int | None, draws: Draws) -> Tensor | None:

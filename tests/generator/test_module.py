@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kit.checkpoint import load_generator
+from kit.data.shapes import Shapes
+from kit.draws import Draws
 from kit.generator.corruption import training_sequence
+from kit.generator.mask import draw_kept_frames
 from kit.generator.module import POWERS, accuracy_by_block
 from kit.run import BUILDERS, build_data
 from kit.scales import ScaleSchedule
@@ -33,6 +37,38 @@ def test_the_loss_by_hand(pair, scales, bits):
     torch.testing.assert_close(module.bit_loss(logits, sequence, schedule), expected)
 
 
+def test_a_training_step_by_hand(pair):
+    """With flipped bits, hidden frames and dropped conditions, each by the clips' own draws, and each of which matters."""
+    words = ["correction.p_max=0.4", "frame_mask=0.4", "drop_condition=0.4", "data.frames=13", "data.batch_size=8"]
+    module = module_of(pair, *words)
+    module.model.load_state_dict(load_generator(pair.generator)[0].model.state_dict())  # a new one heeds nothing yet
+    clips = Shapes("train", 13, 32, 32)
+    batch = torch.utils.data.default_collate([{**clips[n], "n": n} for n in range(8)])
+    draws, model = Draws(module.seed, batch["n"]), module.model
+    feature = module.tokenizer.encode(batch["video"])
+    schedule = module.tokenizer.schedule_of(batch["video"])
+    rates = module.law.draw(schedule, draws)
+    sequence = training_sequence(feature, schedule, rates, draws, **model.config.reads)
+    kept = draw_kept_frames(schedule.frames, 0.4, draws)
+    dropped = draws.rand() < 0.4
+    clean = training_sequence(feature, schedule, None, None, **model.config.reads)
+
+    def loss(sequence=sequence, kept=kept, dropped=dropped):
+        condition = model.condition(model.condition.prompts(batch), dropped)
+        return module.bit_loss(model(sequence.inputs, schedule, condition, kept), sequence, schedule)
+
+    assert 0 < dropped.sum() < 8 and not kept.all()
+    found = module.training_step(batch, 0)
+    torch.testing.assert_close(found, loss())
+    for other in (
+        loss(sequence=clean),
+        loss(kept=None),
+        loss(dropped=torch.zeros(8, dtype=torch.bool)),
+        loss(dropped=~dropped),
+    ):
+        assert abs(other - found) > 1e-5
+
+
 def test_right_bits_are_counted_in_their_frame_and_scale():
     schedule = ScaleSchedule(3, ((1, 1), (2, 3)), (2, 4))
     right = torch.ones(2, schedule.length, 4, dtype=torch.bool)
@@ -40,6 +76,12 @@ def test_right_bits_are_counted_in_their_frame_and_scale():
         right[0, token, bit] = False
     expected = torch.tensor([[1 / 4, 1 / 48], [1 / 4, 0], [0, 1 / 48]])  # (0, 3) is a bit that the first scale has not
     torch.testing.assert_close(accuracy_by_block(right, schedule), 1 - expected)
+
+
+@pytest.mark.parametrize("key", ["frame_mask", "drop_condition"])
+def test_probabilities_are_no_percentages(pair, key):
+    with pytest.raises(ValueError, match=f"{key}=10; expected a probability from 0 to 1"):
+        module_of(pair, f"{key}=10")
 
 
 def test_unknown_weights_are_told(pair):

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -21,8 +25,11 @@ from kit.run import plain
 from kit.tokenizer.discriminator import Discriminator, PatchDiscriminator
 from kit.tokenizer.losses import adaptive_weight, adversarial_loss, discriminator_loss, lecam_loss, perceptual_loss
 from kit.tokenizer.module import TokenizerModule, chosen_frames, some_frames, weighted_sum
-from tests.fixtures import composed, fit_tokenizer
+from tests import fixtures
+from tests.fixtures import QUICK, composed, fit_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
+SMALL, TOKENIZER_WORDS = [word for word in fixtures.CLIP if "devices" not in word], fixtures.TOKENIZER
 ADVERSARIAL = ["loss.adversarial.weight=0.1", "loss.adversarial.width=8", "loss.adversarial.layers=2"]
 CLIP = {"frames": 5, "height": 16, "width": 16, "fps": 8}
 TOKENIZER = {"bits": 4, "scales": [1, 2], "patch": 4, "widths": [8, 8], "blocks": 1}
@@ -157,6 +164,82 @@ def test_losses_of_a_step_are_those_of_its_tensors():
     assert logged["train/lecam"] == pytest.approx(sum(calm).item() / 2, abs=1e-5)
     for anchor, r, f in zip(module.anchors, real, fake):
         assert anchor.tolist() == pytest.approx([r.mean().item(), f.mean().item()], abs=1e-5)
+
+
+def test_anchors_are_the_mean_of_all_batches_at_first_and_then_of_about_a_hundred_iterations(monkeypatch):
+    real, fake = torch.rand(2, 2, 3, 5, 16, 16) * 2 - 1
+
+    def means(module) -> torch.Tensor:
+        with torch.no_grad():
+            maps = [module.discriminator(clips) for clips in (real, fake)]
+        return torch.tensor([[r.mean(), f.mean()] for r, f in zip(*maps)])
+
+    for batches in (1, 4):
+        module = make_module(f"optimizer.accumulate={batches}")
+        for seen in range(6):
+            monkeypatch.setattr(TokenizerModule, "global_step", seen // batches)
+            module.discriminator_terms(real, fake, seen % batches)
+            torch.testing.assert_close(module.anchors, means(module))  # always the same clips
+        module.anchors.zero_()
+        monkeypatch.setattr(TokenizerModule, "global_step", 1000)
+        for number in range(batches):
+            module.discriminator_terms(real, fake, number)
+        torch.testing.assert_close(module.anchors, 0.01 * means(module), atol=1e-6, rtol=1e-4)
+
+
+def test_the_discriminators_have_an_optimizer_of_their_own():
+    (_, against), schedules = make_module(
+        "loss.adversarial.lr=3e-4", "loss.adversarial.betas=[0.4,0.8]"
+    ).configure_optimizers()
+    assert isinstance(against, torch.optim.AdamW)
+    for group in against.param_groups:
+        assert (group["initial_lr"], group["betas"], group["weight_decay"]) == (3e-4, (0.4, 0.8), 0.0)
+    assert all(schedule["interval"] == "step" for schedule in schedules), "or their rates are logged once"
+
+
+def test_the_perceptual_term_compares_with_the_clips(shared, monkeypatch):
+    weights = shared / "weights" / "stlpips_vgg_fp16.pt"
+    if not weights.is_file():
+        pytest.skip(f"no {weights}")
+    words = ["loss.perceptual.weight=0.5", "loss.perceptual.kind=st-lpips", f"loss.perceptual.weights={weights}"]
+    monkeypatch.setitem(TOKENIZER, "scales", [1, 2, 4])
+    monkeypatch.setitem(CLIP, "height", 32)
+    monkeypatch.setitem(CLIP, "width", 32)
+    module = make_module(*words)
+    video = torch.stack([Shapes("train", 5, 32, 32, 8.0)[n]["video"] for n in range(2)])
+    logged = {}
+    monkeypatch.setattr(module, "backward_of", logged.update)
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    monkeypatch.setattr(module, "step", lambda **_: None)
+    monkeypatch.setattr(TokenizerModule, "global_step", 0)
+    module.training_step({"video": video, "n": torch.arange(2)}, 0)
+    weight, found = logged["perceptual"]
+    assert weight == 0.5
+    torch.testing.assert_close(found, perceptual_loss(module.perceptual, module.model(video)[0], video))
+
+
+def test_two_processes_train_adversarially_as_one(tmp_path):
+    """With the adaptive weight: the pulls are those of all clips."""
+    words = [*ADVERSARIAL, "loss.adversarial.adaptive=true", "data.batch_size=4", "optimizer.name=adamw", "optimizer.clip=1"]
+    ddp = "+trainer.strategy=ddp_find_unused_parameters_true"
+    for name, more in (("one", []), ("two", ["trainer.devices=2", "data.batch_size=2", ddp])):
+        run = [
+            f"root={tmp_path}",
+            f"name={name}",
+            *SMALL,
+            *TOKENIZER_WORDS,
+            *QUICK,
+            *words,
+            "recipe.tokenizer.steps=4",
+            *more,
+        ]
+        command = [sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", "trainer.precision=32-true", *run]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt", "tokenizer") for name in ("one", "two"))
+    assert any(name.startswith("discriminator") for name in one["state_dict"])
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], weight, atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_iterations_count_once_and_the_discriminators_wait_for_their_turn():
