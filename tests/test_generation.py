@@ -13,7 +13,7 @@ from PIL import Image
 from kit.checkpoint import load_generator
 from kit.cli import main
 from kit.data.shapes import Shapes
-from kit.generation import file_stem, sample_videos, stream_samples
+from kit.generation import file_stem, history_of, sample_videos, stream_samples
 from kit.generator.sampler import Guidance, Sampling
 from kit.media import write_video
 from kit.sampling import sample_clips
@@ -57,6 +57,14 @@ def test_goes_on_from_an_image_and_from_a_video(pair, tmp_path):
     more = ["history_frames=1", "frames=9", "overlap=1"]
     assert run(pair, tmp_path, f"video={tmp_path / 'before.mp4'}", "prompt=x", *more, name="more") == 0
     assert frames_of(next((tmp_path / "more").glob("*.mp4"))) == 9
+
+
+def test_a_video_is_gone_on_with_from_its_end_at_the_generators_rate(tmp_path):
+    levels = torch.linspace(-0.9, 0.9, 20)
+    write_video(levels.view(1, 20, 1, 1).expand(3, 20, 32, 32), tmp_path / "ramp.mp4", 16)
+    values = {"image": None, "video": str(tmp_path / "ramp.mp4"), "history_frames": 5}
+    history, _ = history_of(values, {"frames": 9, "height": 32, "width": 32, "fps": 8.0})
+    torch.testing.assert_close(history.mean((0, 2, 3)), levels[[11, 13, 15, 17, 19]], atol=0.02, rtol=0)
 
 
 def test_clip_begins_with_the_given_image(loaded):

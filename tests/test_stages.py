@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from callbacks import StageSwitch
 from kit.checkpoint import load_generator, read_checkpoint
 from kit.cli import main
 from kit.stages import Stage, StagePlan, place, starts
 from kit.tokenizer import TokenizerConfig
-from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER
+from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_tokenizer
 from tests.test_training import interrupt_after, losses
 
 PLAN = [
@@ -216,6 +218,56 @@ def test_a_tokenizer_in_stages_goes_on_too(tmp_path, monkeypatch):
     assert fit("resumed", "ckpt=last") == 0
     assert losses(tmp_path / "whole")[2:] == losses(tmp_path / "resumed", start=1)
     assert column(tmp_path / "whole", "stage") == [0] * 6 + [1] * 4, "logged with each batch"
+
+
+def test_learning_rates_follow_steps_of_several_batches(tmp_path):
+    plan = "stages={low:{steps:3,data:{height:16,width:16}},high:{steps:2,lr:1e-3}}"
+    switch = (
+        "+callbacks.stage_switch={_target_:callbacks.StageSwitch,folder:'${folder}/checkpoints',monitor:val/psnr,mode:max}"
+    )
+    assert fit_tokenizer(tmp_path, plan, switch, "optimizer.accumulate=2", "optimizer.warmup=4", *ALIKE, name="run") == 0
+    with open(tmp_path / "run/logs/version_0/metrics.csv") as log:
+        name = next(key for key in csv.DictReader(log).fieldnames if key.startswith("lr"))
+    peak = composed("stage1_tokenizer", "size=tiny").optimizer.lr
+    steps = [peak * share for share in (0.25, 0.5, 0.75)] + [1e-3 * share for share in (0.25, 0.5)]
+    assert column(tmp_path / "run", name) == pytest.approx([rate for rate in steps for _ in range(2)])
+
+
+def test_each_stage_has_its_own_plateau(monkeypatch):
+    switch = StageSwitch("folder", "val/loss")
+    switch.best, switch.waited = 0.5, 1
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(stage=0, enter=lambda stage: None))
+    monkeypatch.setattr(switch, "_enter", lambda *_: None)
+    switch.on_train_batch_start(trainer, None, {"stage": 0}, 0)
+    assert (switch.best, switch.waited) == (0.5, 1)
+    switch.on_train_batch_start(trainer, None, {"stage": 1}, 1)
+    assert (switch.best, switch.waited) == (float("inf"), 0)
+
+
+def test_what_a_run_in_stages_cannot_go_on_with_is_told(whole, pair, tmp_path, monkeypatch, capsys):
+    interrupt_after(6, monkeypatch)  # in the second
+    assert fit_stages(tmp_path, pair.tokenizer, *PLAN, "callbacks.last.every=1") == 1
+    monkeypatch.undo()
+    capsys.readouterr()
+    for words, told in (
+        (
+            [*PLAN, "trainer.accumulate_grad_batches=2"],
+            "a step had 1 batches on each device, now 2: in stages that cannot change",
+        ),
+        (PLAN[1:], "the stages begun so far were low, high, now high, long: those must stay"),
+    ):
+        assert fit_stages(tmp_path, pair.tokenizer, *words, "ckpt=last") == 1
+        error = capsys.readouterr().err
+        assert told in error and "Traceback" not in error
+    assert fit_stages(tmp_path, pair.tokenizer, *PLAN[:2], "ckpt=last") == 0, "one that has not begun may go"
+
+
+def test_a_run_in_stages_and_one_without_do_not_go_on_with_each_other(whole, pair, tmp_path, capsys):
+    last = whole / "checkpoints" / "last.ckpt"
+    assert fit_stages(tmp_path, pair.tokenizer, f"ckpt={last}", conf="stage2_generator") == 1
+    assert "is of a training in stages, this one is without stages" in capsys.readouterr().err
+    assert fit_stages(tmp_path, pair.tokenizer, *PLAN, f"ckpt={pair.generator}") == 1
+    assert "is of a training without stages, this one is in stages" in capsys.readouterr().err
 
 
 def test_what_a_stage_leaves_can_be_sampled(whole, tmp_path):

@@ -95,6 +95,20 @@ def test_the_same_command_gives_the_same_number(evaluate, read, pair, kind, chan
         assert first == second
 
 
+def test_each_fold_has_samples_of_its_own(evaluate, pair, monkeypatch):
+    seeds = []
+    sample = Samples.sample
+
+    def noted(self, prompts, given):
+        seeds.append(given)
+        return sample(self, prompts, given)
+
+    monkeypatch.setattr(Samples, "sample", noted)
+    folds = ["protocol.folds=2", "protocol.samples=4", "protocol.real.clips=4", "metrics=[captions]"]
+    assert evaluate(f"ckpt={pair.generator}", *folds) == 0
+    assert len({seed for given in seeds for seed in given}) == 8, "those on the contact sheet are drawn twice"
+
+
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
 def test_an_interrupted_run_goes_on(evaluate, read, pair, kind, monkeypatch, tmp_path):
     """Stopped in the second fold: the first is not done again, and the result is that of an uninterrupted run."""
