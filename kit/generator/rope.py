@@ -1,6 +1,6 @@
 """Multi-scale Temporal RoPE: where a token sits, and how its queries and keys are turned.
 
-Condition token i sits at (i, i, i), which is ordinary RoPE. Token (f, k, y, x) sits at (f, y, x) + |c|, with y, x on the
+Condition token i sits at (i, i, i): a rotation by i alone, as in ordinary RoPE but with each axis's frequencies. Token (f, k, y, x) sits at (f, y, x) + |c|, with y, x on the
 raw integer grid of its own scale and |c| the condition's length; scales of a frame share f and are told apart by the
 learned scale embedding alone (VideoAR eq. 7, figure 2).
 """
@@ -20,8 +20,8 @@ def positions(schedule: ScaleSchedule, condition_length: int, align: str = "grid
 
     Args:
         align: `grid` is the paper: raw indices, so a coarse grid lies in the corner of the plane. `center` puts each
-            coarse cell at the centre of what it covers on the finest grid. `sequence` is ordinary RoPE, the place in the
-            sequence on all axes: what the paper's ablation compares with, as far as it says.
+            coarse cell at the centre of what it covers on the finest grid. `sequence` has the place in the sequence on
+            all axes: what the paper's ablation compares with, as far as it says.
     Raises:
         ValueError: for another `align`.
     """
