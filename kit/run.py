@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import lightning as L
+from filelock import FileLock, Timeout
 from hydra.utils import instantiate
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -283,11 +286,33 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
 def fit(cfg: DictConfig) -> L.Trainer:
     """Trains what `cfg` says (conf/fit.yaml), and goes on by itself as its `retries` say; returns the trainer, its model at
     `trainer.model`."""
-    resume = checkpoint_to_resume(cfg)
-    if resume is None and cfg.ckpt != "last":  # the files behind the clips may have changed since
-        remove_encoded_clips(Path(cfg.folder))
-    last = Path(cfg.folder) / "checkpoints" / "last.ckpt"
-    return with_retries(lambda *where: train(cfg, *where), resume, last, cfg.retries)
+    with sole_user(Path(cfg.folder)):
+        resume = checkpoint_to_resume(cfg)
+        if resume is None and cfg.ckpt != "last":  # the files behind the clips may have changed since
+            remove_encoded_clips(Path(cfg.folder))
+        last = Path(cfg.folder) / "checkpoints" / "last.ckpt"
+        return with_retries(lambda *where: train(cfg, *where), resume, last, cfg.retries)
+
+
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """While the block runs no other training can enter its folder, but for further processes of this one.
+
+    Raises:
+        FileExistsError: if another has.
+    """
+    path = folder / ".training.lock"
+    with ExitStack() as stack:
+        if rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0":
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(FileLock(path, timeout=0))
+                stack.callback(path.unlink, missing_ok=True)
+            except Timeout as error:
+                raise FileExistsError(f"another process trains in {folder}; wait for it, or give another name=...") from error
+            except (NotImplementedError, OSError) as error:
+                rank_zero_warn(f"{folder} cannot be locked ({error}): see to it yourself that one training alone is there")
+        yield
 
 
 @rank_zero_only  # the other processes meet it before they encode

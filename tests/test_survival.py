@@ -119,6 +119,16 @@ def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, accumulate, wor
         assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
 
 
+def test_two_trainings_do_not_share_a_folder(whole, tmp_path, capsys):
+    with stopped_midway(tmp_path) as process:
+        for words in (["ckpt=last"], ["overwrite=true"]):
+            assert fit_tokenizer(tmp_path, *words, name="run") == 1
+            assert f"another process trains in {tmp_path / 'run'}; wait for it" in capsys.readouterr().err
+    assert process.wait() == 0
+    assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
+    assert not list((tmp_path / "run").glob(".*lock"))
+
+
 def test_what_sigterm_did_before_it_does_again(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     assert fit_tokenizer(tmp_path, *STEPS, "recipe.tokenizer.steps=1", name="run") == 0

@@ -1,8 +1,8 @@
 """Multi-scale Temporal RoPE: where a token sits, and how its queries and keys are turned.
 
-Condition token i sits at (i, i, i): a rotation by i alone, as in ordinary RoPE but with each axis's frequencies. Token (f, k, y, x) sits at (f, y, x) + |c|, with y, x on the
-raw integer grid of its own scale and |c| the condition's length; scales of a frame share f and are told apart by the
-learned scale embedding alone (VideoAR eq. 7, figure 2).
+Condition token i sits at (i, i, i): turned by i alone, as in ordinary RoPE, but with each axis's frequencies. Token
+(f, k, y, x) sits at (f, y, x) + |c|, with y, x on the raw integer grid of its own scale and |c| the condition's length;
+scales of a frame share f and are told apart by the learned scale embedding alone (VideoAR eq. 7, figure 2).
 """
 
 from __future__ import annotations
