@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from kit.data.datamodule import StagedClips
+from kit.data.staged import StagedClips
 from kit.optim import batches_of_a_step
 from kit.stages import Stage, starts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from kit.data.datamodule import StagedClips
+from kit.data.staged import StagedClips
 from kit.optim import batches_of_a_step
 
 

@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from kit.checkpoint import TrainingCheckpointIO, check_resume, load_tokenizer
 from kit.data.buckets import Bucket, read_shape
 from kit.data.cache import CachedClips, describe, write_cache
-from kit.data.datamodule import ClipDataModule, StagedClips
+from kit.data.datamodule import ClipDataModule
+from kit.data.staged import StagedClips
 from kit.generator.module import GeneratorModule
 from kit.generator.pretrained import find_encoder
 from kit.machine import fast_float32_products, keep_freed_memory
@@ -212,7 +213,7 @@ def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: Ge
             of = [stage.name] if stage else []
             folder = encoded_clips_of(cfg, *of, *["images"] * images, *[str(bucket)] * part.bucketed)
             how = choice_of(given.images if images else given.source)
-            of_images = int(batches * part.image_share)  # as `StreamSampler` counts them
+            of_images = int(batches * part.image_share)  # as `Stream` counts them
             used = max(1, needed(batches - of_images, of_images)) * ranks
             sources, clips = {"train": source}, {"train": min(math.ceil(cfg.encoded_clips * share), used)}
             clip = {**part.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}

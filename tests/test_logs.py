@@ -8,7 +8,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from kit.data.datamodule import ClipDataModule, StagedClips
+from kit.data.datamodule import ClipDataModule
+from kit.data.staged import StagedClips
 from kit.generator.module import GeneratorModule
 from kit.tokenizer.module import TokenizerModule
 from tests.fixtures import fit_generator, fit_tokenizer

@@ -14,8 +14,10 @@ import torch
 
 from callbacks import EMA, LossGuard
 from kit.checkpoint import read_checkpoint
-from kit.data.datamodule import ClipDataModule, StagedClips, StreamSampler
+from kit.data.datamodule import ClipDataModule
+from kit.data.sampler import StreamSampler
 from kit.data.shapes import Shapes
+from kit.data.staged import StagedClips
 from kit.machine import can_compile
 from kit.run import plain
 from kit.stages import StagePlan

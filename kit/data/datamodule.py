@@ -1,102 +1,27 @@
-"""Clips as Lightning wants them, one DataModule for each stage's resolution and duration."""
+"""Clips as Lightning wants them: a DataModule of one resolution and duration, or of buckets."""
 
 from __future__ import annotations
 
 import atexit
 import functools
 import hashlib
-import itertools
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from kit.checkpoint import differences
 from kit.data.buckets import Bucket, BucketClips, ClipsNeeded, image_buckets
 from kit.data.cache import CachedClips
 from kit.data.mixture import label_among
+from kit.data.sampler import BucketSampler, StreamSampler, numbers_from
 from kit.optim import batches_of_a_step
 from kit.scales import latent_frames
-from kit.stages import StagePlan, place, starts
-
-
-class StreamSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of one rank, from a given one on, without end: lists of (clip number, how many of its frames).
-
-    Clips and images are streams of their own. With m batches of images before it, batch i holds clips [i - m, i - m + 1) *
-    batch_size * ranks, whole, or the first frames of clips [m, m + 1) * image_batch * ranks: the place in the data is one
-    number.
-
-    Args:
-        frames: of a clip. image_share: of the batches, in [0, 1], that hold images. left_out: numbers of batches that are
-            not given, so that the ones behind them move up.
-    """
-
-    def __init__(
-        self, batch_size: int, first_batch: int, rank: int, ranks: int, frames: int,
-        image_share: float = 0.0, image_batch: int = 0, left_out: frozenset[int] = frozenset(),
-    ):  # fmt: skip
-        self.batch_size, self.first_batch, self.rank, self.ranks = batch_size, first_batch, rank, ranks
-        self.frames, self.image_share, self.image_batch, self.left_out = frames, image_share, image_batch, left_out
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for i in numbers_from(self.first_batch, self.left_out):
-            images = int(i * self.image_share)  # batches of images before this one
-            if int((i + 1) * self.image_share) > images:
-                yield self._images(images)
-            else:
-                yield self._clips(i - images)
-
-    def _images(self, number: int) -> list[tuple[int, int]]:
-        """A batch of images, by how many of them came before."""
-        return [(n, 1) for n in self._numbers(number, self.image_batch)]
-
-    def _clips(self, number: int) -> list[tuple[int, int]]:
-        """A batch of clips, likewise."""
-        return [(n, self.frames) for n in self._numbers(number, self.batch_size)]
-
-    def _numbers(self, batch: int, size: int) -> list[int]:
-        """Of this rank's clips in a batch of a stream whose batches have that size."""
-        return [(batch * size + j) * self.ranks + self.rank for j in range(size)]
-
-
-class BucketSampler(StreamSampler):
-    """Batches of one rank, each of one bucket, the same for all ranks. Each bucket has two streams, its clips and its images;
-    whose turn it is, and so how far its stream is, is a function of the batch's number too.
-
-    Args: as of `StreamSampler`; images: the source of batches of images, where it is not first frames of the clips.
-    """
-
-    def __init__(
-        self, source: BucketClips, first_batch: int, rank: int, ranks: int,
-        image_share: float = 0.0, left_out: frozenset[int] = frozenset(), images: BucketClips | None = None,
-    ):  # fmt: skip
-        self.source, self.images, self.first_batch, self.rank, self.ranks = source, images, first_batch, rank, ranks
-        self.image_share, self.left_out = image_share, left_out
-
-    def _images(self, number: int) -> list[tuple[int, int]]:
-        if self.images is not None:
-            return self._batch(self.images, number)
-        i, before = self.source.image_turns.of(number)
-        return [(self.source.number(i, n), 1) for n in self._numbers(before, self.source.buckets[i].image_batch)]
-
-    def _clips(self, number: int) -> list[tuple[int, int]]:
-        return self._batch(self.source, number)
-
-    def _batch(self, source: BucketClips, number: int) -> list[tuple[int, int]]:
-        i, before = source.clip_turns.of(number)
-        bucket = source.buckets[i]
-        return [(source.number(i, n), bucket.frames) for n in self._numbers(before, bucket.batch_size)]
-
-
-def numbers_from(first: int, left_out: frozenset[int]) -> Iterator[int]:
-    """0, 1, 2, ... without those left out, from the `first`-th on."""
-    return itertools.islice((n for n in itertools.count() if n not in left_out), first, None)
 
 
 def leave_sigterm_to_the_trainer(worker: int):
@@ -324,124 +249,3 @@ def of_batches(kind: int, encode: Callable[..., CachedClips]) -> Callable[..., C
         return encode(source, bucket, share, lambda *batches: needed(batches[kind], 0))
 
     return encode_those
-
-
-class Unsized:
-    """What is iterated over anew each time; Lightning takes it for a loader that does not know its length."""
-
-    def __init__(self, begin: Callable[[], Iterator[dict]]):
-        self.begin = begin
-
-    def __iter__(self) -> Iterator[dict]:
-        return self.begin()
-
-
-class StagedClips(ClipsOnDevice):
-    """Clips of one stage after another. Whatever else a `ClipDataModule` knows, it knows of the stage being trained.
-
-    The data leads and `StageSwitch` follows: batches carry the number of their stage as `stage`.
-
-    Args:
-        plan: its stages. parts: a DataModule for each. batches: how many each has, on a rank, where none ends early.
-    """
-
-    def __init__(self, plan: StagePlan, parts: list[ClipDataModule], batches: list[int]):
-        super().__init__()
-        self.plan, self.parts, self.planned = plan, parts, batches
-        self.stage = 0  # the one being trained
-        self.ended: dict[int, int] = {}  # batches of stages that are over, or whose end is decided
-        self.batches_done, self.handed_out = 0, 0
-
-    def __getattr__(self, name: str):
-        if name.startswith("__") or "parts" not in self.__dict__:  # while unpickling or copying
-            raise AttributeError(name)
-        return getattr(self.parts[self.stage], name)
-
-    def setup(self, stage: str):
-        for part in self.parts:
-            part.trainer = self.trainer
-            part.setup(stage)
-
-    @property
-    def batches(self) -> list[int]:
-        """How many each stage has, as far as is known."""
-        return [self.ended.get(i, n) for i, n in enumerate(self.planned)]
-
-    @property
-    def began(self) -> int:
-        """Batches of the stages before the one being trained."""
-        return starts(self.batches)[self.stage]
-
-    def enter(self, stage: int):
-        """Goes on with another stage."""
-        self.ended |= {i: self.batches[i] for i in range(stage)}
-        self.stage = stage
-
-    def end_stage(self, multiple: int):
-        """The stage being trained ends with the batches that are already under way, rounded up to a multiple."""
-        batches = -(-(self.handed_out - self.began) // multiple) * multiple
-        self.ended[self.stage] = min(batches, self.batches[self.stage])
-
-    @property
-    def finished(self) -> bool:
-        """Whether no stage has a batch left."""
-        return place(self.batches, self.batches_done) is None
-
-    @property
-    def unreadable(self) -> list[Path]:
-        return [path for part in self.parts for path in part.unreadable]
-
-    def train_dataloader(self) -> Unsized:
-        return Unsized(self._train_batches)
-
-    def val_dataloader(self) -> Unsized:
-        return Unsized(lambda: iter(self.parts[self.stage].val_dataloader()))
-
-    def _train_batches(self) -> Iterator[dict]:
-        self.handed_out = self.batches_done
-        while (where := place(self.batches, self.handed_out)) is not None:
-            stage, self.parts[where[0]].batches_done = where
-            for batch in self.parts[stage].train_dataloader():
-                self.handed_out += 1
-                yield {**batch, "stage": stage}
-                if self.handed_out >= starts(self.batches)[stage + 1]:
-                    break
-
-    def place_of(self, batch: int) -> tuple[int, int]:
-        """(stage, number in its stream) of a batch by its number in the training."""
-        stage, number = place(self.batches, batch)
-        return stage, self.parts[stage].place_of(number)[1]
-
-    def leave_out(self, places: Iterable[tuple[int, int]]):
-        """As of a `ClipDataModule`."""
-        for stage, number in places:
-            self.parts[stage].leave_out([(0, number)])
-
-    def state_dict(self) -> dict:
-        """The place in the data: batches that training has used up, the stage, how long the ones before it were, and what
-        was left out of each."""
-        return {
-            "batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,
-            "stage": self.stage, "names": [stage.name for stage in self.plan.stages], "ended": dict(self.ended),
-            "left_out": [sorted(part.left_out) for part in self.parts],
-            "settings": [part.settings for part in self.parts],
-        }  # fmt: skip
-
-    def load_state_dict(self, state: dict):
-        """
-        Raises:
-            ValueError: if stages that are over, or the one it was in, are others now, or a step has other batches: the place
-                in the data is counted in batches.
-        """
-        begun = [stage.name for stage in self.plan.stages[: state["stage"] + 1]]
-        if (before := state.get("names", begun)[: state["stage"] + 1]) != begun:
-            raise ValueError(f"the stages begun so far were {', '.join(before)}, now {', '.join(begun)}: those must stay")
-        for part, began in zip(self.parts, state.get("settings", ())):
-            now = part.settings["batches_of_a_step"]
-            if (then := began.get("batches_of_a_step", now)) != now:
-                raise ValueError(f"a step had {then} batches on each device, now {now}: in stages that cannot change")
-        self.batches_done, self.stage, self.ended = state["batches_done"], state["stage"], dict(state["ended"])
-        for part, left_out in zip(self.parts, state.get("left_out", ())):
-            part.left_out |= set(left_out)
-        for part, began in zip(self.parts, state.get("settings", ())):
-            part.tell_changes(began)

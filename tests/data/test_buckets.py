@@ -16,8 +16,9 @@ from kit.cli import main
 from kit.data import heads
 from kit.data.buckets import Bucket, BucketClips, read_shape, suiting
 from kit.data.clips import FolderClips, frame_numbers, most_frames
-from kit.data.datamodule import BucketSampler, ClipDataModule
+from kit.data.datamodule import ClipDataModule
 from kit.data.heads import Head, read_heads
+from kit.data.sampler import BucketSampler
 from kit.data.shapes import Shapes
 from kit.doctor import costs, problems
 from kit.files import read_json

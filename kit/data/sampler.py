@@ -1,0 +1,101 @@
+"""Which clips a batch holds: a function of its number."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+from torch.utils.data import Sampler
+
+from kit.data.buckets import BucketClips
+
+Batch = list[tuple[int, int]]  # (clip number, how many of its frames)
+
+
+class Stream(Sampler[Batch], ABC):
+    """Batches of one rank, from a given one on, without end. Clips and images are streams of their own; a batch is of one.
+
+    Args:
+        image_share: of the batches, in [0, 1], that hold images. left_out: numbers of batches that are not given, so that the
+            ones behind them move up.
+    """
+
+    def __init__(self, first_batch: int, rank: int, ranks: int, image_share: float, left_out: frozenset[int]):
+        self.first_batch, self.rank, self.ranks = first_batch, rank, ranks
+        self.image_share, self.left_out = image_share, left_out
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i in numbers_from(self.first_batch, self.left_out):
+            images = int(i * self.image_share)  # batches of images before this one
+            if int((i + 1) * self.image_share) > images:
+                yield self.images(images)
+            else:
+                yield self.clips(i - images)
+
+    @abstractmethod
+    def images(self, number: int) -> Batch:
+        """A batch of images, by how many of them came before."""
+
+    @abstractmethod
+    def clips(self, number: int) -> Batch:
+        """A batch of clips, likewise."""
+
+    def numbers(self, batch: int, size: int) -> list[int]:
+        """Of this rank's clips in a batch of a stream whose batches have that size."""
+        return [(batch * size + j) * self.ranks + self.rank for j in range(size)]
+
+
+class StreamSampler(Stream):
+    """Batches of clips that are all alike. With m batches of images before it, batch i holds clips [i - m, i - m + 1) *
+    batch_size * ranks, whole, or the first frames of clips [m, m + 1) * image_batch * ranks.
+
+    Args: frames: of a clip. image_batch: as batch_size, of images. Others as of `Stream`.
+    """
+
+    def __init__(
+        self, batch_size: int, first_batch: int, rank: int, ranks: int, frames: int,
+        image_share: float = 0.0, image_batch: int = 0, left_out: frozenset[int] = frozenset(),
+    ):  # fmt: skip
+        super().__init__(first_batch, rank, ranks, image_share, left_out)
+        self.batch_size, self.frames, self.image_batch = batch_size, frames, image_batch
+
+    def images(self, number: int) -> Batch:
+        return [(n, 1) for n in self.numbers(number, self.image_batch)]
+
+    def clips(self, number: int) -> Batch:
+        return [(n, self.frames) for n in self.numbers(number, self.batch_size)]
+
+
+class BucketSampler(Stream):
+    """Batches of one bucket each, the same for all ranks. Each bucket has two streams, its clips and its images; whose turn
+    it is, and so how far its stream is, is a function of the batch's number too.
+
+    Args: pictures: the source of batches of images, where it is not first frames of the clips. Others as of `Stream`.
+    """
+
+    def __init__(
+        self, source: BucketClips, first_batch: int, rank: int, ranks: int,
+        image_share: float = 0.0, left_out: frozenset[int] = frozenset(), pictures: BucketClips | None = None,
+    ):  # fmt: skip
+        super().__init__(first_batch, rank, ranks, image_share, left_out)
+        self.source, self.pictures = source, pictures
+
+    def images(self, number: int) -> Batch:
+        if self.pictures is not None:
+            return self._batch(self.pictures, number)
+        i, before = self.source.image_turns.of(number)
+        return [(self.source.number(i, n), 1) for n in self.numbers(before, self.source.buckets[i].image_batch)]
+
+    def clips(self, number: int) -> Batch:
+        return self._batch(self.source, number)
+
+    def _batch(self, source: BucketClips, number: int) -> Batch:
+        i, before = source.clip_turns.of(number)
+        bucket = source.buckets[i]
+        return [(source.number(i, n), bucket.frames) for n in self.numbers(before, bucket.batch_size)]
+
+
+def numbers_from(first: int, left_out: frozenset[int]) -> Iterator[int]:
+    """0, 1, 2, ... without those left out, from the `first`-th on."""
+    return itertools.islice((n for n in itertools.count() if n not in left_out), first, None)
