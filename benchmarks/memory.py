@@ -1,4 +1,4 @@
-"""What a training's memory comes to (`kit.doctor.memory_of`) against what a training here takes.
+"""What a training's memory comes to (`kit.plan.memory_of`) against what a training here takes.
 
     python benchmarks/memory.py CONF [key=value ...]
 
@@ -21,7 +21,7 @@ if __name__ == "__main__" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # rea
 import torch
 from omegaconf import DictConfig
 
-from kit.doctor import memory_of, stages_of
+from kit.plan import memory_of, stages_of
 from kit.run import BUILDERS, build_data, build_trainer, tokenizer_config
 from runs import composed
 

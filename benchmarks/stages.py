@@ -18,7 +18,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from kit.costs import generator_cost, stage_cost
-from kit.doctor import generator_config, stages_of
+from kit.plan import generator_config, stages_of
 from kit.scales import latent_frames
 from kit.tokenizer import TokenizerConfig
 from runs import composed, kit, parted

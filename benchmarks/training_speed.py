@@ -20,7 +20,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from kit.costs import generator_cost, tokenizer_cost
-from kit.doctor import generator_config
+from kit.plan import generator_config
 from kit.run import accumulate_of, fit
 from kit.tokenizer import TokenizerConfig
 from runs import composed

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kit.cli import main
 from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
-from kit.doctor import costs
 from kit.generator.mask import SHORT
 from kit.generator.transformer import Generator, GeneratorConfig
+from kit.plan import costs
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from tests.fixtures import composed
 
@@ -90,12 +90,6 @@ def test_what_is_held_is_shared_out_under_fsdp():
     sharded = ("trainer=fsdp", "trainer.devices=4")
     whole, shared, replicated = held(), held(*sharded), held(*sharded, "trainer.strategy.replicas=2")
     assert whole == pytest.approx(4 * shared, abs=0.2) and whole == pytest.approx(2 * replicated, abs=0.1) and shared < whole
-
-
-def test_the_doctor_tells_of_clips_that_do_not_fit(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["doctor", "check=full"]) == 0
-    assert "not a training conf; choose from ablation, paper_plan, progressive, stage0" in capsys.readouterr().out
 
 
 def test_computing_layers_once_more_costs_a_third_of_them():

@@ -20,9 +20,10 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.heads import Head, read_heads
 from kit.data.sampler import BucketSampler
 from kit.data.shapes import Shapes
-from kit.doctor import costs, problems
+from kit.doctor import problems
 from kit.files import read_json
 from kit.media import write_video
+from kit.plan import costs
 from kit.run import buckets_of
 from kit.tokenizer import TokenizerConfig
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed

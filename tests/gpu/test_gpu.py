@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from kit.checkpoint import load_generator, read_checkpoint, save_tokenizer
 from kit.cli import main
 from kit.data.shapes import Shapes
-from kit.doctor import memory_of, stages_of
 from kit.generator.sampler import Sampling, sample_frames
 from kit.machine import exact_float32
+from kit.plan import memory_of, stages_of
 from kit.run import fit, plain
 from kit.scales import ScaleSchedule
 from kit.self_check import self_check

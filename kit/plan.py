@@ -1,0 +1,136 @@
+"""What a training's config comes to, on paper: its stages, the clips and tokens of a step, memory, GPU-hours."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
+from kit.data.buckets import read_shape
+from kit.generator.condition import ConditionConfig
+from kit.generator.module import GeneratorModule
+from kit.generator.transformer import GeneratorConfig
+from kit.memory import training_memory
+from kit.run import accumulate_of, batch_size_of, generator_module, generator_values, tokenizer_module
+from kit.scales import latent_frames
+from kit.stages import StagePlan
+from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.tokenizer.module import TokenizerModule
+
+COLUMNS = "{:<12}{:>14}{:>8}{:>9}{:>14}{:>8}{:>14}{:>12}{:>11}{:>9}{:>9}"
+
+
+def stages_of(cfg: DictConfig) -> list[tuple[str, int, dict]]:
+    """Name, steps and data of each stage; a training without stages is one."""
+    if not cfg.stages:
+        return [(cfg.name, cfg.trainer.max_steps, OmegaConf.to_container(cfg.data))]
+    stages = StagePlan.of(OmegaConf.to_container(cfg.stages, resolve=True)).stages
+    return [(stage.name, stage.steps, {**OmegaConf.to_container(cfg.data), **stage.data}) for stage in stages]
+
+
+def shapes_of(data: dict) -> dict[str, dict]:
+    """A stage's data, by each shape of its clips; without buckets there is one.
+
+    Raises:
+        ValueError: as `read_shape`.
+    """
+    shapes = data.get("buckets") or ["x".join(str(data[key]) for key in ("frames", "height", "width"))]
+    return {str(text): {**data, **dict(zip(("frames", "height", "width"), read_shape(text)))} for text in shapes}
+
+
+def generator_config(cfg: DictConfig, tokenizer: TokenizerConfig) -> GeneratorConfig:
+    """Of the generator that a training's config describes, on the default condition."""
+    return GeneratorConfig.from_dict(generator_values(cfg, tokenizer, asdict(ConditionConfig())))
+
+
+def clips_of_a_step(data: dict, tokenizer: TokenizerConfig) -> int:
+    """On one device, of a stage's data. Raises as `batch_size_of`."""
+    return batch_size_of(data, tokenizer, data["frames"], data["height"], data["width"])
+
+
+def tokens_of_a_step(data: dict, tokenizer: TokenizerConfig) -> int:
+    """On one device, of all its clips, the condition's not counted. Raises as `clips_of_a_step`."""
+    length = tokenizer.schedule(data["frames"], data["height"], data["width"]).length
+    return clips_of_a_step(data, tokenizer) * length
+
+
+def memory_of(cfg: DictConfig, data: dict, device: str, bfloat16: bool) -> tuple[int, int]:
+    """What a stage of a training takes on a device which holds all weights, see `training_memory`.
+
+    Raises:
+        ValueError: if the tokenizer cannot take the clips; FileNotFoundError: if a perceptual loss lacks its weights.
+    """
+    values = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
+    clip = {key: data[key] for key in ("frames", "height", "width", "fps")}
+    shape, clips = (clip["frames"], clip["height"], clip["width"]), clips_of_a_step(data, values)
+    encoded = cfg.module == "generator" and cfg.encoded_clips
+
+    def build() -> TokenizerModule | GeneratorModule:
+        if cfg.module == "tokenizer":
+            return tokenizer_module(cfg, clip)
+        return generator_module(cfg, clip, asdict(ConditionConfig()), Tokenizer(values), "", "")
+
+    def batch(where: torch.device) -> dict:
+        words = {"n": range(clips), "caption": [""] * clips, "label": [-1] * clips}
+        if encoded:
+            grid = values.schedule(*shape)
+            return {"feature": torch.zeros(clips, values.bits, grid.frames, *grid.grid, device=where), **words}
+        return {"video": torch.zeros(clips, 3, *shape, device=where), **words}
+
+    return training_memory(build, batch, device, bfloat16, bool(cfg.callbacks.get("ema")), accumulate_of(cfg))
+
+
+def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
+    """A table of what each stage of a training costs, of buckets the one with the most tokens in a step, and of the days it
+    takes on some numbers of GPUs.
+
+    Raises:
+        ValueError: if the tokenizer cannot take the clips.
+    """
+    tokenizer = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
+    generator = generator_config(cfg, tokenizer) if cfg.module == "generator" else None
+    devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
+    devices *= cfg.trainer.get("num_nodes", 1)
+    strategy = cfg.trainer.get("strategy")
+    shares = devices / strategy.replicas if isinstance(strategy, DictConfig) and "replicas" in strategy else 1
+    per_step = devices * accumulate_of(cfg)
+
+    def cost(frames: int, data: dict) -> ClipCost:
+        size = (frames, data["height"], data["width"])
+        if generator is None:
+            return tokenizer_cost(tokenizer, *size)
+        return generator_cost(generator, tokenizer, *size, encoded=bool(cfg.encoded_clips), recompute=cfg.recompute)
+
+    heads = ("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")
+    rows, total = [COLUMNS.format(*heads, "GB held", "at most")], 0.0
+    for name, steps, data in stages_of(cfg):
+        data = max(shapes_of(data).values(), key=lambda data: tokens_of_a_step(data, tokenizer))
+        clip, share = cost(data["frames"], data), data["image_share"]
+        batch = clips_of_a_step(data, tokenizer) * per_step
+        try:
+            held, most = memory_of(cfg, data, "cuda", bfloat16=True)
+            memory = [f"{size / 1e9:,.1f}" for size in (held / shares, held / shares + most - held)]
+        except FileNotFoundError:  # a perceptual loss without its weights, which `metric_networks` tells of
+            memory = ["?", "?"]
+        latents = latent_frames(data["frames"])
+        whole = stage_cost(clip, cost(1, data) if share else None, steps * batch, share, latents)
+        hours = gpu_hours(whole.flops, doctor.tflops, doctor.utilisation)
+        total += hours
+        size = f"{data['frames']}x{data['height']}x{data['width']}"
+        figures = (f"{clip.flops / 1e9:,.1f}", f"{whole.flops / 1e18:,.4g}", f"{hours:,.4g}")
+        rows.append(COLUMNS.format(name, size, clip.tokens, steps, batch, f"{share:.0%}", *figures, *memory))
+    rows.append(
+        f"in all {total:,.4g} GPU-hours at {doctor.utilisation:.0%} of {doctor.tflops:g} TFLOP/s: "
+        + ", ".join(f"{days(total / n)} on {n}" for n in doctor.gpus)
+    )
+    rows.append(
+        "GB of each GPU's memory, in bfloat16 mixed precision, not compiled: held between steps, and at most within one"
+        + (f"; what is held is shared out to {shares:.0f}" if shares > 1 else "")
+    )
+    return rows
+
+
+def days(hours: float) -> str:
+    return f"{hours / 24:,.3g} days" if hours >= 48 else f"{hours:.3g} h"
