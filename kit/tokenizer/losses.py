@@ -23,6 +23,13 @@ def reconstruction_loss(output: Tensor, video: Tensor, kind: str) -> Tensor:
     raise ValueError(f"unknown reconstruction loss {kind!r}; expected 'l1' or 'l2'")
 
 
+def motion_loss(output: Tensor, video: Tensor, kind: str) -> Tensor:
+    """`reconstruction_loss` of what changes from frame to frame of (B, 3, T, H, W), against flicker; 0 for single frames."""
+    if output.shape[2] == 1:
+        return output.new_zeros(())
+    return reconstruction_loss(output.float().diff(dim=2), video.float().diff(dim=2), kind)
+
+
 def perceptual_loss(network: Perceptual, output: Tensor, video: Tensor) -> Tensor:
     """Mean learned distance of frames: (B, 3, T, H, W) in [-1, 1] twice -> scalar."""
     return network(*(x.float().transpose(1, 2).flatten(0, 1) for x in (output, video))).mean()

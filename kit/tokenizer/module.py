@@ -21,6 +21,7 @@ from kit.tokenizer.losses import (
     discriminator_loss,
     entropy_loss,
     lecam_loss,
+    motion_loss,
     perceptual_loss,
     reconstruction_loss,
 )
@@ -97,12 +98,14 @@ class TokenizerModule(L.LightningModule):
         video = batch["video"]
         draws = Draws(self.seed, batch["n"])
         output, features, steps = self.model(video, self.kept_scales(video, draws))
-        entropy = entropy_loss(steps, self.loss["entropy_inverse_temperature"])
+        entropy, kind = entropy_loss(steps, self.loss["entropy_inverse_temperature"]), self.loss["reconstruction"]
         terms = {
-            "reconstruction": (1.0, reconstruction_loss(output, video, self.loss["reconstruction"])),
+            "reconstruction": (1.0, reconstruction_loss(output, video, kind)),
             "commitment": (self.loss["commitment_weight"], commitment_loss(features, steps)),
             "entropy": (self.entropy_weight, entropy),
         }
+        if weight := self.loss["motion_weight"]:
+            terms["motion"] = (weight, motion_loss(output, video, kind))
         if self.perceptual is not None:
             frames = some_frames(video.shape[2], self.loss["perceptual"]["frames"], draws)
             seen = perceptual_loss(self.perceptual, *(chosen_frames(x, frames) for x in (output, video)))
@@ -162,7 +165,7 @@ class TokenizerModule(L.LightningModule):
         loss = loss.detach() + told - told.detach()
         weight = self.adversarial_share * self.loss["adversarial"]["weight"]
         if self.loss["adversarial"]["adaptive"]:
-            seen = {name: term for name, term in terms.items() if name in ("reconstruction", "perceptual")}
+            seen = {name: term for name, term in terms.items() if name in ("reconstruction", "motion", "perceptual")}
             weight = weight * adaptive_weight(weighted_sum(seen), loss, self.model.decoder.head.weight)
         return weight, loss
 

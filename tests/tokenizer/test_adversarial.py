@@ -23,7 +23,14 @@ from kit.draws import Draws
 from kit.perceptual import load_perceptual
 from kit.run import plain
 from kit.tokenizer.discriminator import Discriminator, PatchDiscriminator
-from kit.tokenizer.losses import adaptive_weight, adversarial_loss, discriminator_loss, lecam_loss, perceptual_loss
+from kit.tokenizer.losses import (
+    adaptive_weight,
+    adversarial_loss,
+    discriminator_loss,
+    lecam_loss,
+    motion_loss,
+    perceptual_loss,
+)
 from kit.tokenizer.module import TokenizerModule, chosen_frames, some_frames, weighted_sum
 from tests import fixtures
 from tests.fixtures import QUICK, composed, fit_tokenizer
@@ -88,6 +95,15 @@ def test_adaptive_weight_is_the_ratio_of_pulls():
     assert adaptive_weight(1e9 * last.sum(), 0 * last.sum(), last).item() == 1e4
 
 
+@pytest.mark.parametrize("kind, power", [("l1", 1), ("l2", 2)])
+def test_motion_loss_by_hand(kind, power):
+    output, video = torch.rand(2, 2, 3, 5, 4, 4) * 2 - 1
+    errors = [(output[:, :, t] - output[:, :, t - 1]) - (video[:, :, t] - video[:, :, t - 1]) for t in range(1, 5)]
+    torch.testing.assert_close(motion_loss(output, video, kind), torch.stack(errors).abs().pow(power).mean())
+    assert motion_loss(output + 0.3, output, kind) < 1e-6, "a still error is none of motion"
+    assert motion_loss(output[:, :, :1], video[:, :, :1], kind) == 0
+
+
 def test_perceptual_loss_is_the_mean_over_frames(shared):
     network = load_perceptual("st-lpips", shared / "weights" / "stlpips_vgg_fp16.pt")
     video, output = torch.rand(2, 3, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 3, 32, 32) * 2 - 1
@@ -139,13 +155,15 @@ def test_discriminators_learn_to_tell_noise_from_flat_clips():
 
 
 def test_every_term_is_logged_raw_and_weighted():
-    recorder = train(make_module("loss.commitment_weight=0.5"), 2)
+    recorder = train(make_module("loss.commitment_weight=0.5", "loss.motion_weight=2"), 2)
     logged = recorder.logged[-1]
-    weights = {"reconstruction": 1.0, "commitment": 0.5, "entropy": 0.01}
+    weights = {"reconstruction": 1.0, "motion": 2.0, "commitment": 0.5, "entropy": 0.01}
     weights |= {"adversarial": 0.1, "discriminator": 1.0, "lecam": 0.001}
     for name, weight in weights.items():
         assert logged[f"train/{name}_weighted"] == pytest.approx(weight * logged[f"train/{name}"], rel=1e-5), name
-    parts = [logged[f"train/{name}_weighted"] for name in ("reconstruction", "commitment", "entropy", "adversarial")]
+    parts = [
+        logged[f"train/{name}_weighted"] for name in ("reconstruction", "motion", "commitment", "entropy", "adversarial")
+    ]
     assert logged["train/loss"] == pytest.approx(sum(parts), rel=1e-5)
 
 
