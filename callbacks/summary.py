@@ -62,6 +62,7 @@ class RunSummary(L.Callback):
         return {
             "model": f"{module.kind}, {million(averaged)} parameters "
             f"({', '.join(f'{name} {million(n)}' for name, n in largest if n)})",
+            "data": data.about,
             **steps,
             "memory": f"up to {16 * trained / 1e9:.2f} GB for weights, gradients and optimizer, "
             f"{4 * averaged / 1e9:.2f} GB for EMA, and the activations",

@@ -205,6 +205,7 @@ class Loaded:
     Args:
         clip: `frames`, `height`, `width`, `fps` of the clips it was trained on.
         steps: optimizer steps it was trained for.
+        held_out: files that were, by a hash, see `ClipDataModule.settings`; None if that is not known.
     """
 
     model: nn.Module
@@ -212,6 +213,7 @@ class Loaded:
     path: Path
     steps: int
     hash: str
+    held_out: str | None = None
 
 
 def load_tokenizer(path: str | os.PathLike, averaged: bool = True) -> Loaded:
@@ -264,5 +266,5 @@ def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike, average
         told = str(error).splitlines()[1].strip()
         raise ValueError(f"{path} is of another version of kit, with other weights ({told}); train it again") from error
     model.eval().requires_grad_(False)
-    clip = checkpoint["hyper_parameters"]["clip"]
-    return Loaded(model, clip, Path(path), checkpoint["global_step"], model_hash(model))
+    clip, settings = checkpoint["hyper_parameters"]["clip"], checkpoint.get("ClipDataModule", {}).get("settings", {})
+    return Loaded(model, clip, Path(path), checkpoint["global_step"], model_hash(model), settings.get("held_out"))

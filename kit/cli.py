@@ -5,7 +5,9 @@ A verb is a thin function over a Python API of the same name; Hydra composes its
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -76,6 +78,11 @@ def confs() -> list[str]:
     return sorted(path.stem for path in CONF.glob("*.yaml") if trains(path))
 
 
+def first_comment(conf: str) -> str:
+    """What its file begins with."""
+    return (CONF / f"{conf}.yaml").read_text().splitlines()[0].removeprefix("# ")
+
+
 def describe(verb: str, conf: str) -> str:
     """Help of a verb: its config files with their comments, and the choices of each group."""
     import yaml
@@ -139,14 +146,38 @@ def split(args: list[str]) -> tuple[str | None, list[str]]:
     return (names[-1] if names else None), [a for a in args if not a.startswith("conf=")]
 
 
-def quoted(word: str) -> str:
-    """Quotes what is free text or a file's name for hydra, whose grammar would stumble over commas and brackets."""
-    key, _, text = word.partition("=")
-    free = key in FREE_TEXT or (key in PATHS and "," not in text)  # several of these are a sweep
-    free = free or (("/" in text or "." in text) and text[0] not in "[{" and not readable(word))  # any other file
-    if not free or text[:1] in ('"', "'") or text == "null":
+def quoted(word: str, sweep: bool = False) -> str:
+    """Quotes what is free text or a file's name for hydra, whose grammar would stumble over commas and brackets.
+
+    Args:
+        sweep: whether several paths, with commas between them, are a sweep.
+    """
+    key, equals, text = word.partition("=")
+    if text.startswith("~/"):
+        text = os.path.expanduser(text)
+        word = f"{key}={text}"
+    free = key in FREE_TEXT or (key in PATHS and not (sweep and "," in text))
+    free = free or bool(text) and text[0] not in "[{" and not readable(word)
+    if not equals or not free or text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"):
         return word
-    return f"{key}='" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    text = re.sub(r"(\\*)'", r"\1\1\\'", text)  # of backslashes hydra minds those before a quote alone
+    return f"{key}='" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
+
+
+VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+
+
+def options_first(words: list[str]) -> list[str]:
+    """Hydra's own options before the overrides, between which it does not look for any."""
+    options, overrides, rest = [], [], iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        options.append(word)
+        if word in VALUED:
+            options += [value for value in [next(rest, None)] if value is not None]
+    return options + overrides
 
 
 def readable(word: str) -> bool:
@@ -186,10 +217,14 @@ def understand(argv: list[str] | None) -> int:
     conf = conf or VERBS[verb].conf
     if conf is None and not {"-h", "--help"} & set(rest):
         return complain(f"{verb} needs conf=NAME; choose from {', '.join(confs())}")
-    conf = conf or confs()[0]
+    conf = conf or "stage1_tokenizer"
     if not (CONF / f"{conf}.yaml").exists():
         return complain(f"no conf named {conf!r}; choose from {', '.join(confs())}, or `python -m kit {verb} --help`")
+    if (conf in confs()) != (verb == "fit"):
+        return complain(f"conf={conf} is not for {verb}" + (f"; choose from {', '.join(confs())}" if verb == "fit" else ""))
     if {"-h", "--help"} & set(rest):
+        if verb == "fit":
+            print("conf=\n" + "".join(f"  {name:<24}{first_comment(name)}\n" for name in confs()))
         print(describe(verb, conf))
         return 0
     return run_verb(verb, conf, rest)
@@ -199,12 +234,19 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
     """Composes the config and calls the verb; what a user can mend is told without a traceback."""
     import hydra
     from hydra.errors import InstantiationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
     register_resolvers()
     failures: list[BaseException] = []
     here = os.getpid()
 
     def task(cfg):
+        for told in wrong_kinds(cfg, conf, overrides):
+            print(f"kit {verb}: {told}", file=sys.stderr)
+            failures.append(ValueError(told))
+        if failures:
+            return
         sys.argv = [sys.argv[0], verb, f"conf={conf}", *overrides]  # Lightning starts further ranks with these words
         if cfg.threads:
             import torch
@@ -212,14 +254,21 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
             torch.set_num_threads(cfg.threads)
         try:
             resolve(VERBS[verb].function)(cfg)
-        except (*MENDABLE, InstantiationException) as error:
+        except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
+            found = re.search(r"Missing mandatory value: (\S+)", str(error))
+            key = found[1] if found else error.full_key
+            print(f"kit {verb}: {key} is missing; give {key}=...", file=sys.stderr)
+            failures.append(error)
+        except (*MENDABLE, InstantiationException, MisconfigurationException) as error:
             cause = error.__cause__ if isinstance(error, InstantiationException) else error
-            if os.environ.get("KIT_TRACEBACK") or not isinstance(cause, MENDABLE) or os.getpid() != here:
+            mendable = isinstance(cause, (*MENDABLE, MisconfigurationException))
+            if os.environ.get("KIT_TRACEBACK") or not mendable or os.getpid() != here:
                 raise  # from another process, a job of hydra's launcher, to this one, which tells of it
             print(f"kit {verb}: {cause}\n(KIT_TRACEBACK=1 shows where)", file=sys.stderr)
             failures.append(error)
 
-    overrides = [quoted(word) for word in overrides]
+    sweep = bool({"-m", "--multirun"} & set(overrides))
+    overrides = [quoted(word, sweep) for word in options_first(overrides)]
     sys.argv = [sys.argv[0], f"--config-name={conf}", *overrides]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=conf)(task)()
@@ -227,5 +276,58 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
         print(f"\nkit {verb}: interrupted", file=sys.stderr)
         return 1
     except SystemExit as stop:  # of hydra, which has said why, or of Lightning after an interrupt
+        for told in misspelt(conf, overrides) if stop.code == 1 and not failures else ():
+            print(f"kit {verb}: {told}", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else 1
     return 1 if failures else 0
+
+
+def groups_of(overrides: list[str]) -> list[str]:
+    """The words that choose a group's config, or add and remove keys: what defaults depend on."""
+    return [word for word in overrides if word[0] in "+~" or (CONF / word.split("=")[0].split("@")[0]).is_dir()]
+
+
+def wrong_kinds(cfg, conf: str, overrides: list[str]) -> list[str]:
+    """Of the words, those that put a text where the config has a number, or one value where it has several."""
+    import hydra
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    chosen = groups_of([word for word in overrides if "=" in word and not word.startswith(("-", "hydra"))])
+    try:
+        usual, told = hydra.compose(conf, chosen), []
+    except Exception:  # whatever is wrong with it was told, or will be
+        return []
+    for key in (word.split("=")[0] for word in overrides if word not in chosen and "=" in word):
+        try:
+            before, now = (OmegaConf.select(values, key) for values in (usual, cfg))
+        except OmegaConfBaseException:  # hydra's own, or what depends on a value that is missing
+            continue
+        several = OmegaConf.is_config(before) and now is not None and not OmegaConf.is_config(now)
+        if several or (isinstance(before, int | float) and isinstance(now, str)):
+            example = OmegaConf.to_container(before) if several else before
+            told.append(f"{key}={now}; expected {'values' if several else 'a number'} such as {example}")
+    return told
+
+
+def misspelt(conf: str, overrides: list[str]) -> list[str]:
+    """Of the words, those whose key the config has not, with the key most like it."""
+    import hydra
+    from omegaconf import DictConfig
+
+    def leaves(node, prefix: str = "") -> list[str]:
+        found = []
+        for key in node:
+            inner = node._get_node(key)
+            found += [f"{prefix}{key}", *(leaves(inner, f"{prefix}{key}.") if isinstance(inner, DictConfig) else [])]
+        return found
+
+    chosen = groups_of([word for word in overrides if "=" in word and not word.startswith(("-", "hydra"))])
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            known = leaves(hydra.compose(conf, chosen))
+    except Exception:
+        return []
+    keys = [word.split("=")[0] for word in overrides if word not in chosen and "=" in word and word[0] not in "-"]
+    nearest = {key: difflib.get_close_matches(key, known, 1) for key in keys if key not in known}
+    return [f"no key {key}; did you mean {near[0]}?" for key, near in nearest.items() if near and not key.startswith("hydra")]

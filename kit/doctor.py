@@ -146,7 +146,8 @@ def doctor(cfg: DictConfig) -> None:
         return
     lost: ValueError | None = None
     fits = [] if cfg.gb is None else [f"fits={cfg.gb}GB"]
-    for words in [[f"size={size}"] for size in cfg.sizes or []] or [[]]:
+    sizes = [cfg.sizes] if isinstance(cfg.sizes, str) else cfg.sizes or []
+    for words in [[*cfg.words, f"size={size}"] for size in sizes] or [[*cfg.words]]:
         name = " ".join([f"conf={cfg.check}", *words, *fits])
         try:
             checked = compose(cfg.check, *words, *fits)

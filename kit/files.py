@@ -96,6 +96,7 @@ def load_checked(path: Path, mmap: bool = False) -> dict:
         raise
     except Exception as error:  # of any kind, as the damage is
         told = next(iter(str(error).splitlines()), "") or type(error).__name__
+        told = "it is no file of torch, or holds more than tensors and plain values" if "weights_only" in told else told
         raise ValueError(f"{path} is not a readable file of tensors: {told}") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds {type(contents).__name__}, expected what kit saves")

@@ -309,6 +309,8 @@ def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
     Raises:
         ValueError: for both, or a video too short; as `open_clip_file`.
     """
+    if values["history_frames"] is not None and values["video"] is None:
+        raise ValueError(f"history_frames={values['history_frames']} are those of a video to go on from; give video=FILE too")
     if values["image"] is None and values["video"] is None:
         return None, {}
     if values["image"] is not None and values["video"] is not None:
@@ -317,7 +319,7 @@ def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
     frames = 1 if values["image"] is not None else values["history_frames"] or max(1, min(9, clip["frames"] - TAU))
     latent_frames(frames)
     try:
-        file = open_clip_file(path, frames, clip["fps"], at_end=True)
+        file = open_clip_file(path, frames, clip["fps"], at_end=values["image"] is None)
     except ValueError as error:
         raise ValueError(f"{error}; say with history_frames= how many to go on from: 1, 5, 9 and so on") from error
     height, width = file.size

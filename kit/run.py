@@ -244,6 +244,11 @@ def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):
 def condition_of(condition: dict, data: ClipDataModule) -> dict:
     """Values of `ConditionConfig`; `auto` takes classes where the data has nothing better to say."""
     kind = condition["kind"]
+    if not data.classes and not data.captioned:
+        rank_zero_warn(
+            "the clips have neither captions nor classes: the generator learns without words. Captions go into captions.csv "
+            "(file,caption) in the folder or a .txt beside each file; classes are folders, or names such as jump_001.mp4"
+        )
     if kind == "auto":
         kind = "class" if data.classes and not data.captioned else "text"
     if kind == "text" and condition["encoder"] is not None:

@@ -54,6 +54,10 @@ def start(init: Mapping, module: TokenizerModule | GeneratorModule, resumed: boo
     """
     how, path, starts = init["how"], init.get("ckpt"), STARTS[module.kind]
     if how == "scratch":
+        if path is not None:
+            raise ValueError(
+                f"init.ckpt={path}, but init=scratch takes none; give one of {', '.join(f'init={s}' for s in starts)} too"
+            )
         return []
     if how not in starts:
         raise ValueError(f"init.how={how}; expected for a {module.kind} one of scratch, {', '.join(starts)}")

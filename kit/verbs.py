@@ -36,14 +36,21 @@ from kit.tokenizer.module import psnr
 CHECKED = 8  # clips that `inspect` tries the self-check on, and samples
 
 
-def data_for(cfg: DictConfig, clip: dict) -> ClipDataModule:
-    """The data of `cfg`, with clips of the shape that a checkpoint was trained on; says so."""
-    print("clips of {frames} x {height} x {width} at {fps:g} fps, the checkpoint's shape".format(**clip))
+def data_for(cfg: DictConfig, model: Loaded, frames: int | None = None) -> ClipDataModule:
+    """The data of `cfg`, with clips of the shape that a checkpoint was trained on, but for `frames`; says what they are."""
+    clip = {**model.clip, "frames": frames or model.clip["frames"]}
     cfg = cfg.copy()
     cfg.data.update({**clip, "batch_size": cfg.batch_size, "val_clips": cfg.clips, "workers": 0})
     if cfg.data.get("buckets"):  # of the training
         cfg.data.buckets = []
-    return build_data(cfg)
+    data = build_data(cfg)
+    print("clips of {frames} x {height} x {width} at {fps:g} fps, held out of".format(**clip), data.about)
+    if model.held_out is not None and model.held_out != data.settings["held_out"]:
+        print(
+            "  other clips than were held out of its training, some of which it may have learned: to score those, give the "
+            "training's words for data, data.root and data.source.val_every"
+        )
+    return data
 
 
 def check_classes(generator: Loaded, data: ClipDataModule):
@@ -93,7 +100,7 @@ def reconstruct_batches(tokenizer: Loaded, video: Tensor, batch_size: int) -> Te
 
 def validate_tokenizer(cfg: DictConfig) -> dict:
     tokenizer = load_tokenizer(cfg.ckpt)
-    data = data_for(cfg, tokenizer.clip)
+    data = data_for(cfg, tokenizer)
     batch = held_out(data)
     video = batch["video"]
     output = reconstruct_batches(tokenizer, video, cfg.batch_size)
@@ -112,7 +119,7 @@ def reconstruction_metrics(output: Tensor, batch: dict, data: ClipDataModule) ->
 
 def validate_generator(cfg: DictConfig) -> dict:
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
-    data = data_for(cfg, generator.clip)
+    data = data_for(cfg, generator)
     batch = held_out(data)
     check_classes(generator, data)
     video, prompts = batch["video"], generator.model.condition.prompts(batch)
@@ -173,6 +180,8 @@ def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, ba
 def reconstruct(cfg: DictConfig) -> dict:
     """Writes original and reconstruction side by side; prints PSNR and SSIM after each scale."""
     tokenizer, folder = load_tokenizer(cfg.ckpt), Path(cfg.folder)
+    for old in folder.glob("reconstruction*.*"):  # of another call, perhaps of more clips
+        old.unlink()
     if cfg.video is not None:
         by_scale = reconstruct_file(tokenizer, cfg.video, cfg.frames, folder)
     else:
@@ -184,7 +193,7 @@ def reconstruct(cfg: DictConfig) -> dict:
 
 def reconstruct_held_out(tokenizer: Loaded, cfg: DictConfig) -> list[dict]:
     """The same of held-out clips, of the shape of the training but for `frames`."""
-    data = data_for(cfg, {**tokenizer.clip, "frames": cfg.frames or tokenizer.clip["frames"]})
+    data = data_for(cfg, tokenizer, cfg.frames)
     video = held_out(data)["video"]
     rows, by_scale = per_scale(tokenizer, video, cfg.batch_size)
     folder = Path(cfg.folder)
@@ -256,7 +265,7 @@ def inspect(cfg: DictConfig) -> dict:
     without the true history."""
     is_generator = kind_of(cfg.ckpt) == "generator"
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer) if is_generator else (None, load_tokenizer(cfg.ckpt))
-    data = data_for(cfg, (generator or tokenizer).clip)
+    data = data_for(cfg, generator or tokenizer)
     if generator is not None:
         check_classes(generator, data)
     batch = held_out(data)

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from kit.cli import CONF, VERBS, confs, main, quoted, register_resolvers
+from kit.cli import CONF, FREE_TEXT, PATHS, VERBS, confs, main, options_first, quoted, register_resolvers
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.run import build_data, build_trainer
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -30,6 +30,12 @@ def test_help_names_every_verb(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(re.search(rf"^  {verb} +\w", text, re.M) for verb in VERBS)
+
+
+def test_help_of_fit_lists_what_can_be_trained(capsys):
+    assert main(["fit", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w", text, re.M) for name in confs()) and "--- conf/stage1_tokenizer.yaml" in text
 
 
 def test_help_of_a_conf_shows_the_groups_that_it_chooses(capsys):
@@ -53,6 +59,8 @@ def test_help_of_a_verb_shows_each_key_with_its_comment(verb, capsys):
         (["paint"], "unknown verb 'paint'; choose from fit"),
         (["fit"], "fit needs conf=NAME; choose from ablation, paper_plan, progressive, stage0_image_tokenizer"),
         (["fit", "conf=stage9"], "no conf named 'stage9'"),
+        (["fit", "conf=generate"], "conf=generate is not for fit; choose from ablation"),
+        (["generate", "conf=stage1_tokenizer"], "conf=stage1_tokenizer is not for generate"),
     ],
 )
 def test_mistakes_name_the_choices(words, expected, capsys):
@@ -70,9 +78,15 @@ def test_mistakes_name_the_choices(words, expected, capsys):
         (["fit", "conf=stage1_tokenizer", "data.frames=16"], "a clip must have 1 + 4n frames, got 16; use 13 or 17"),
         (["fit", "conf=stage1_tokenizer", "data.height=72", "data.width=72"], "shorter side must be at most 64"),
         (["fit", "conf=stage1_tokenizer", "optimizer.name=sgd"], "'adamw' or 'muon'"),
+        (["fit", "conf=stage1_tokenizer", "data.fps=abc"], "data.fps=abc; expected a number such as 12"),
+        (["fit", "conf=stage1_tokenizer", "tokenizer.scales=1"], "tokenizer.scales=1; expected values such as [1, 2, 4, 8]"),
+        (["fit", "conf=stage1_tokenizer", "data=clips"], "data.root is missing; give data.root=..."),
+        (["validate"], "ckpt is missing; give ckpt=..."),
+        (["generate", "ckpt=x", "guidance=3"], "guidance=3; expected values such as {'kind': 'constant'"),
+        (["fit", "conf=stage1_tokenizer", "init.ckpt=x.ckpt"], "init.ckpt=x.ckpt, but init=scratch takes none"),
         (["fit", "conf=stage1_tokenizer", "data.batch_size=0"], "data.batch_size=0; expected a whole number, 1 or more"),
-        (["fit", "conf=stage1_tokenizer", "data.workers=two"], "data.workers=two; expected a whole number, 0 or more"),
-        (["fit", "conf=stage1_tokenizer", "data.image_share=x"], "data.image_share=x; expected a share from 0 to 1"),
+        (["fit", "conf=stage1_tokenizer", "data.workers=2.5"], "data.workers=2.5; expected a whole number, 0 or more"),
+        (["fit", "conf=stage1_tokenizer", "data.image_share=3"], "data.image_share=3; expected a share from 0 to 1"),
     ],
 )
 def test_bad_input_is_told_without_a_traceback(words, expected, capsys, tmp_path, monkeypatch):
@@ -234,10 +248,33 @@ def test_doctor_reports_and_finds_a_configs_problem(capsys, tmp_path, monkeypatc
 def test_files_may_have_any_names(key):
     """Also those that hydra's grammar would stumble over."""
     parse = OverridesParser.create().parse_override
-    for path in ("runs/a (1)/last.ckpt", "/my [clips]/it's x=1", "a/b c", "a/{b}/ü.csv", "a/b", "new (2).csv"):
+    for path in (
+        "runs/a (1)/last.ckpt",
+        "/my [clips]/it's x=1",
+        "a/b c",
+        "a/{b}/ü.csv",
+        "é",
+        "step=3.ckpt",
+        "a\\b\\'c\\",
+        "'a' b",
+    ):
         assert parse(quoted(f"{key}={path}")).value() == path
-    for word in ("data.buckets=[17x96x160,17x160x96", "seed=1,2", "name=s${seed}", "name=a(b)"):
-        assert quoted(word) == word, "what is no file stays as it is"
+    if key in FREE_TEXT + PATHS:
+        assert parse(quoted(f"{key}=/a, b/c")).value() == "/a, b/c"
+    assert parse(quoted(f"{key}=~/a")).value() == str(Path("~/a").expanduser())
+    for word in ("data.buckets=[17x96x160,17x160x96", "seed=1,2", "name=s${seed}"):
+        assert quoted(word) == word, "what is no text stays as it is"
+
+
+def test_hydras_options_may_stand_anywhere(capsys):
+    assert options_first(["a=1", "--cfg", "job", "b=2", "-m"]) == ["--cfg", "job", "-m", "a=1", "b=2"]
+    assert main(["fit", "conf=stage1_tokenizer", "seed=3", "--cfg", "job", "name=x"]) == 0
+    assert "seed: 3" in capsys.readouterr().out
+
+
+def test_a_misspelt_key_is_told_with_the_one_most_like_it(capsys):
+    assert main(["fit", "conf=stage1_tokenizer", "data=clips", "data.heigth=64"]) == 1
+    assert "no key data.heigth; did you mean data.height?" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_all_runs_of_a_multirun(tmp_path, monkeypatch, capsys):

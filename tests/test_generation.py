@@ -67,6 +67,16 @@ def test_a_video_is_gone_on_with_from_its_end_at_the_generators_rate(tmp_path):
     torch.testing.assert_close(history.mean((0, 2, 3)), levels[[11, 13, 15, 17, 19]], atol=0.02, rtol=0)
 
 
+def test_an_animated_image_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (32, 32), (shade, shade, shade)) for shade in (20, 120, 220)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    values = {"image": str(tmp_path / "a.gif"), "video": None, "history_frames": None}
+    history, _ = history_of(values, {"frames": 9, "height": 32, "width": 32, "fps": 8.0})
+    assert history.shape[1] == 1 and history.mean().item() == pytest.approx(20 / 127.5 - 1, abs=0.05)
+    with pytest.raises(ValueError, match="history_frames=5 are those of a video to go on from"):
+        history_of({"image": None, "video": None, "history_frames": 5}, {"frames": 9})
+
+
 def test_clip_begins_with_the_given_image(loaded):
     image = Shapes("val", frames=1, height=32, width=32)[3]["video"]
     clip = sample_videos(*loaded, ["x"], [0], (5, 32, 32), GUIDED, "float32", 16, image)

@@ -128,6 +128,26 @@ def demo_words(root: Path, *generator: str) -> list[str]:
     return ["demo", f"root={root}", "clips=2", *lists]
 
 
+def test_other_clips_than_those_held_out_are_told(tmp_path, capsys, caplog):
+    """A tokenizer of one's own clips, scored on `shapes`, or on another choice of what is held out."""
+    for n in range(6):
+        write_video(Shapes(frames=5, height=32, width=32)[n]["video"], tmp_path / "clips" / f"{n}.mp4", 8)
+    data = ["data=clips", f"data.root={tmp_path / 'clips'}"]
+    assert fit_tokenizer(tmp_path, *data, "data.source.val_every=3", "recipe.tokenizer.steps=1") == 0
+    assert f"{tmp_path / 'clips'}, 4 files to train on, 2 held out, neither captions nor classes" in caplog.text
+    capsys.readouterr()
+    ckpt = f"ckpt={tmp_path / 'tokenizer' / 'checkpoints' / 'last.ckpt'}"
+    for words, told in (([*data, "data.source.val_every=3"], False), (data, True), ([], True)):
+        assert main(["validate", ckpt, f"root={tmp_path}", "clips=2", *words]) == 0
+        assert ("other clips than were held out of its training" in capsys.readouterr().out) == told
+
+
+def test_reconstructions_of_another_call_do_not_stay(pair, tmp_path):
+    for clips in (3, 1):
+        assert main(["reconstruct", f"ckpt={pair.tokenizer}", f"root={tmp_path}", f"clips={clips}"]) == 0
+        assert len(list((tmp_path / "reconstructed").glob("reconstruction_*.mp4"))) == clips
+
+
 def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tmp_path):
     """In a reduced form: killed with all its processes once the generator has saved a step, started again with the same
     words, and once more, with nothing left to train."""

@@ -26,6 +26,7 @@ from kit.data.listing import (
     CAPTION_FILES,
     LABEL_SOURCES,
     LEADING_WORDS,
+    captions_beside,
     held_out_of,
     label_files,
     list_videos,
@@ -176,7 +177,7 @@ class FolderClips(Dataset):
 
     def _captions_of(self, names: list[str]) -> dict[str, str]:
         table = self.captions or next(filter(Path.is_file, map(self.root.joinpath, CAPTION_FILES)), None)
-        return read_captions(Path(table), names) if table else {}
+        return read_captions(Path(table), names) if table else captions_beside(self.root, names)
 
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:

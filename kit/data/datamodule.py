@@ -193,6 +193,16 @@ class ClipDataModule(ClipsOnDevice):
             pin_memory=not on_cpu and torch.cuda.is_available(), worker_init_fn=leave_sigterm_to_the_trainer, **order,
         )  # fmt: skip
 
+    @property
+    def about(self) -> str:
+        """Where clips come from, how many files, and what is said of them."""
+        train, val = (source.source if isinstance(source, BucketClips) else source for source in (self.train, self.val))
+        parts = [str(getattr(train, "root", type(train).__name__.lower()))]
+        if hasattr(train, "files"):
+            parts.append(f"{len(train.files)} files to train on, {len(val.files)} held out")
+        known = f"{len(self.classes)} classes" if self.classes else "neither captions nor classes"
+        return ", ".join([*parts, "captions" if self.captioned else known])
+
     def place_of(self, batch: int) -> tuple[int, int]:
         """(0, number in the stream) of a batch by its number in the training."""
         return 0, next(numbers_from(batch, self.left_out))
@@ -206,14 +216,14 @@ class ClipDataModule(ClipsOnDevice):
         """What decides which clips a step's batches hold, as plain values; of files their names, by a hash."""
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
         sources = [source.source if isinstance(source, BucketClips) else source for source in self.sources]
-        names = "\n".join(name for source in sources for name in getattr(source, "files", ()))
+        names = [name for source in sources for name in getattr(source, "files", ())]
         steps = {}
         if self.trainer is not None:
             batches = batches_of_a_step(self.trainer, self.trainer.lightning_module)
             steps = {"devices": self.trainer.world_size, "batches_of_a_step": batches}
         return {
             **self.clip, "batch_size": self.batch_size, "image_share": self.image_share, "buckets": buckets,
-            "files": hashlib.sha256(names.encode()).hexdigest()[:8], **steps,
+            "files": hash_of(names), "held_out": None if self.cached else hash_of(getattr(self.val, "files", ())), **steps,
         }  # fmt: skip
 
     def state_dict(self) -> dict:
@@ -232,6 +242,10 @@ class ClipDataModule(ClipsOnDevice):
         now = {key: value for key, value in self.settings.items() if key in began}  # those that kit knew of then
         for change in differences(began, now):
             rank_zero_info(f"  goes on with other data than it began with (then, now): {change}")
+
+
+def hash_of(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
 
 
 def encoded(source: Dataset, bucket: Bucket, encode: Callable[..., CachedClips]) -> Dataset:

@@ -327,6 +327,7 @@ def serve(connection: Connection):
     video, opened = None, None
     connection.send("ready")
     with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())  # where decoders tell of each damaged frame, but not of what file
         while True:
             try:
                 path, backend, numbers, seconds = connection.recv()

@@ -6,11 +6,12 @@ import csv
 import glob
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from kit.data.decode import PICTURES
-from kit.files import written_aside
+from kit.files import read_text, written_aside
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v")
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json")
@@ -68,6 +69,9 @@ def label_files(names: Sequence[str], source: str, pattern: str) -> dict[str, st
         case "auto" if all(words.values()) and 1 < len(set(words.values())) < len(names):
             return words
         case "auto" | "none":
+            if source == "auto":
+                _tell_odd_ones(folders, "lie in no folder")
+                _tell_odd_ones(words, "have names of another form")
             return {}
     labels = folders if source == "folder" else words
     for name, label in labels.items():
@@ -75,6 +79,14 @@ def label_files(names: Sequence[str], source: str, pattern: str) -> dict[str, st
             expected = "a folder named after its class" if source == "folder" else f"a name that matches {pattern!r}"
             raise ValueError(f"label_from={source!r}: {name} has no label, expected {expected}; or set `label_from`")
     return labels
+
+
+def _tell_odd_ones(labels: dict[str, str], what: str):
+    """Warns where some files alone keep the others' labels from being classes."""
+    odd = [name for name, label in labels.items() if not label]
+    if odd and 1 < len(set(labels.values()) - {""}) < len(labels) - len(odd):
+        told = f"{len(odd)} of {len(labels)} files {what}, such as {odd[0]!r}, so the others' are no classes either"
+        warnings.warn(f"{told}; move or rename them, or set label_from", stacklevel=6)
 
 
 def _filename_label(name: str, pattern: str) -> str:
@@ -98,8 +110,11 @@ def read_captions(path: Path, names: Sequence[str]) -> dict[str, str]:
     captions: dict[str, str] = {}
     for number, row in enumerate(_rows(path), start=1):
         file, caption = (row.get(key) if isinstance(row, dict) else None for key in ("file", "caption"))
+        if isinstance(row, dict) and None in row:  # as csv names what is beyond the columns
+            raise ValueError(f"{path}, row {number}: more values than columns, {row[None]}; quote captions with commas")
         if not (isinstance(file, str) and isinstance(caption, str)):
-            raise ValueError(f"{path}, row {number}: expected texts named `file` and `caption`, found {row}; add them")
+            named = "named `file` and `caption`, in a csv by its first line and with commas between them"
+            raise ValueError(f"{path}, row {number}: expected texts {named}; found {row}; add them")
         if file in captions:
             raise ValueError(f"{path}, row {number}: a second caption for {file!r}; keep one for each file")
         captions[file] = caption
@@ -113,6 +128,22 @@ def read_captions(path: Path, names: Sequence[str]) -> dict[str, str]:
     return {name: captions[key] for name, key in keys.items()}
 
 
+def captions_beside(root: Path, names: Sequence[str]) -> dict[str, str]:
+    """Name -> caption from a text file of its name beside each, a.txt beside a.mp4; nothing where there are none.
+
+    Raises:
+        ValueError: if only some files have one, or it is not UTF-8.
+    """
+    texts = {name: (root / name).with_suffix(".txt") for name in names}
+    missing = [name for name, path in texts.items() if not path.is_file()]
+    if len(missing) == len(names):
+        return {}
+    if missing:
+        told = f"{len(missing)} of {len(names)} files have no caption in a .txt beside them, such as {missing[0]!r}"
+        raise ValueError(f"{root}: {told}; add them, or a captions.csv")
+    return {name: " ".join(read_text(path).split()) for name, path in texts.items()}
+
+
 def _rows(path: Path) -> list:
     """The rows of a caption table, not yet checked."""
     if not path.is_file():
@@ -123,7 +154,8 @@ def _rows(path: Path) -> list:
                 case ".csv":
                     return list(csv.DictReader(file))
                 case ".jsonl":
-                    return [json.loads(line) for line in file if line.strip()]
+                    lines = [(n, line) for n, line in enumerate(file, start=1) if line.strip()]
+                    return [_json_of(line, n, path) for n, line in lines]
                 case ".json":
                     table = json.load(file)
                     named = isinstance(table, dict)
@@ -131,6 +163,13 @@ def _rows(path: Path) -> list:
     except (csv.Error, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{path} is not valid {path.suffix[1:]} in UTF-8: {error}") from error
     raise ValueError(f"captions={str(path)!r}: expected a file ending in .csv, .jsonl or .json")
+
+
+def _json_of(line: str, number: int, path: Path):
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
 
 
 def write_captions(captions: dict[str, str], path: Path) -> None:

@@ -95,6 +95,14 @@ def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Sha
                 f"paired=true compares each file from its start, {len(videos.files)} in all: say protocol.real.start=first "
                 f"protocol.real.random_crop=false protocol.folds=1, and neither clips nor samples"
             )
+    if protocol.real.start != "first":
+        print(
+            f"the given videos are scored from their first frame on, the real ones from a {protocol.real.start} one; for the "
+            f"same moments say protocol.real.start=first"
+        )
+    rate, theirs = videos.native_fps, source.native_fps
+    if not protocol.fps and abs(theirs - rate) > 0.01 * rate:
+        print(f"the given videos have {rate:g} frames per second, the real ones {theirs:g}: motions differ by that alone")
     return GivenVideos(videos, cfg.paired), protocol
 
 
@@ -124,6 +132,8 @@ def check_fit(clip: dict, condition: ConditionConfig, protocol: Protocol, source
                 f"the protocol {protocol.name} has {key}={expected:g}, the generator was trained with {clip[key]:g}; take "
                 f"another generator, or say protocol.{key}={clip[key]:g}, {ANOTHER}"
             )
+    if condition.kind == "text" and not source.captioned and not source.classes:
+        print("the real clips have no captions: all samples are of the empty prompt")
     if condition.kind == "class" and tuple(condition.classes) != tuple(source.classes):
         raise ValueError(
             f"the generator knows the classes {', '.join(condition.classes)}, the protocol's real clips have "

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kit.data.clips import FolderClips
-from kit.data.listing import held_out_of, label_files, list_videos, split_files
+from kit.data.listing import LEADING_WORDS, captions_beside, held_out_of, label_files, list_videos, split_files
 from tests.data.videos import write, write_bad
 
 
@@ -113,7 +113,12 @@ def test_captions_from_a_table(tmp_path, suffix, where):
         ("c.csv", "file,caption\na.mp4,x\nb.mp4,y\nzebra.mp4,z\n", "1 files that are not there, such as 'zebra.mp4'"),
         ("c.csv", "file,caption\na.mp4,x\n", "no caption for 1 files, such as 'b.mp4'"),
         ("c.csv", "file,caption\na.mp4,x\na.mp4,y\nb.mp4,z\n", "row 2: a second caption for 'a.mp4'"),
-        ("c.jsonl", '{"file": "a.mp4", "caption": "x"}\n{"file": \n', r"c\.jsonl is not valid jsonl"),
+        ("c.jsonl", '{"file": "a.mp4", "caption": "x"}\n{"file": \n', r"c\.jsonl, line 2: not JSON"),
+        (
+            "c.csv",
+            "file,caption\na.mp4,a dog, running\nb.mp4,x\n",
+            "row 1: more values than columns, .*quote captions",
+        ),
         ("c.jsonl", '"a.mp4"\n', "row 1: expected texts"),
         ("c.json", '{"a.mp4": 5, "b": "x"}', "row 1: expected texts"),
         ("c.json", "5", r"c\.json is not valid json"),
@@ -126,3 +131,28 @@ def test_bad_captions_say_what_is_wrong(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         FolderClips(tmp_path, captions=tmp_path / name)
+
+
+def test_captions_in_texts_beside_the_files(tmp_path):
+    names = ["a.mp4", "deep/b.mp4"]
+    assert captions_beside(tmp_path, names) == {}
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_text("a red ball,\nmoving\n")
+    with pytest.raises(ValueError, match="1 of 2 files have no caption in a .txt beside them, such as 'deep/b.mp4'"):
+        captions_beside(tmp_path, names)
+    (tmp_path / "deep" / "b.txt").write_text("\ufeffa blue star")
+    assert captions_beside(tmp_path, names) == {"a.mp4": "a red ball, moving", "deep/b.mp4": "a blue star"}
+
+
+def test_what_keeps_labels_from_being_classes_is_told():
+    folders = ["a/1.mp4", "a/2.mp4", "b/1.mp4", "b/2.mp4"]
+    with pytest.warns(UserWarning, match="1 of 5 files lie in no folder, such as 'stray.mp4'"):
+        assert label_files([*folders, "stray.mp4"], "auto", LEADING_WORDS) == {}
+    names = ["jump_1.mp4", "jump_2.mp4", "walk_1.mp4", "walk_2.mp4"]
+    with pytest.warns(UserWarning, match="1 of 5 files have names of another form, such as 'jump-3.mp4'"):
+        assert label_files([*names, "jump-3.mp4"], "auto", LEADING_WORDS) == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        label_files(folders, "auto", LEADING_WORDS)
+        label_files(["x.mp4", "y_1.mp4"], "auto", LEADING_WORDS)
+        label_files([*names, "jump-3.mp4"], "none", LEADING_WORDS)
