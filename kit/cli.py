@@ -224,7 +224,7 @@ def understand(argv: list[str] | None) -> int:
         return complain(f"conf={conf} is not for {verb}" + (f"; choose from {', '.join(confs())}" if verb == "fit" else ""))
     if {"-h", "--help"} & set(rest):
         if verb == "fit":
-            print("conf=\n" + "".join(f"  {name:<24}{first_comment(name)}\n" for name in confs()))
+            print("conf=\n" + "".join(f"  {name:<26}{first_comment(name)}\n" for name in confs()))
         print(describe(verb, conf))
         return 0
     return run_verb(verb, conf, rest)

@@ -220,8 +220,8 @@ def test_a_flipped_bit_of_a_checkpoint_is_found(pair, tmp_path):
 
 
 def place_of(state: dict) -> dict:
-    """In the data, without the data's settings."""
-    return {key: value for key, value in state.items() if key != "settings"}
+    """In the data, without the data's settings and the stages' names."""
+    return {key: value for key, value in state.items() if key not in ("settings", "names")}
 
 
 class Poisoned(Shapes):

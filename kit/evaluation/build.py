@@ -100,9 +100,10 @@ def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Sha
             f"the given videos are scored from their first frame on, the real ones from a {protocol.real.start} one; for the "
             f"same moments say protocol.real.start=first"
         )
-    rate, theirs = videos.native_fps, source.native_fps
-    if not protocol.fps and abs(theirs - rate) > 0.01 * rate:
-        print(f"the given videos have {rate:g} frames per second, the real ones {theirs:g}: motions differ by that alone")
+    if not protocol.fps:  # each at its own
+        rate, theirs = videos.native_fps, source.native_fps
+        if abs(theirs - rate) > 0.01 * rate:
+            print(f"the given videos have {rate:g} frames per second, the real ones {theirs:g}: motions differ by that alone")
     return GivenVideos(videos, cfg.paired), protocol
 
 

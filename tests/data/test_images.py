@@ -23,7 +23,10 @@ from tests.fixtures import CLIP, fit_generator, fit_tokenizer
 from tests.test_training import interrupt_after, losses
 
 SHAPE = dict(frames=5, height=32, width=32, fps=8.0, batch_size=2, val_clips=1, workers=0)
-ALONE = SimpleNamespace(global_rank=0, world_size=1, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+ALONE = SimpleNamespace(
+    global_rank=0, world_size=1, accumulate_grad_batches=1, strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    lightning_module=SimpleNamespace(hparams=SimpleNamespace(optimizer={})),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

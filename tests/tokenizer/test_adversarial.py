@@ -415,7 +415,8 @@ class Automatic(TokenizerModule):
         return found[0]
 
     def configure_optimizers(self):
-        (optimizer,), (schedule,) = super().configure_optimizers()
+        (optimizer,), (course,) = super().configure_optimizers()
+        schedule = course["scheduler"]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
