@@ -242,10 +242,9 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
     here = os.getpid()
 
     def task(cfg):
-        for told in wrong_kinds(cfg, conf, overrides):
-            print(f"kit {verb}: {told}", file=sys.stderr)
-            failures.append(ValueError(told))
-        if failures:
+        if wrong := wrong_kinds(cfg, conf, overrides):
+            print("\n".join(f"kit {verb}: {told}" for told in wrong), file=sys.stderr)
+            failures.append(ValueError(*wrong))
             return
         sys.argv = [sys.argv[0], verb, f"conf={conf}", *overrides]  # Lightning starts further ranks with these words
         if cfg.threads:
@@ -303,8 +302,9 @@ def wrong_kinds(cfg, conf: str, overrides: list[str]) -> list[str]:
             before, now = (OmegaConf.select(values, key) for values in (usual, cfg))
         except OmegaConfBaseException:  # hydra's own, or what depends on a value that is missing
             continue
-        several = OmegaConf.is_config(before) and now is not None and not OmegaConf.is_config(now)
-        if several or (isinstance(before, int | float) and isinstance(now, str)):
+        several = OmegaConf.is_config(before) and now not in (None, False) and not OmegaConf.is_config(now)
+        number = isinstance(before, int | float) and not key.startswith("trainer.")  # it takes words, such as auto
+        if several or (number and isinstance(now, str)):
             example = OmegaConf.to_container(before) if several else before
             told.append(f"{key}={now}; expected {'values' if several else 'a number'} such as {example}")
     return told

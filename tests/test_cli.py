@@ -289,6 +289,19 @@ def test_ctrl_c_ends_all_runs_of_a_multirun(tmp_path, monkeypatch, capsys):
     assert runs == [1] and "interrupted" in capsys.readouterr().err
 
 
+def test_a_run_that_fails_does_not_keep_the_others_of_a_multirun(tmp_path, monkeypatch):
+    runs = []
+
+    def verb(cfg):
+        runs.append(cfg.seed)
+        raise ValueError("told")
+
+    monkeypatch.setattr("kit.cli.resolve", lambda function: verb)
+    words = ["trainer.devices=auto", "callbacks.video_logger=false", f"root={tmp_path}"]
+    assert main(["fit", "conf=stage1_tokenizer", "--multirun", "seed=1,2", *words]) == 1
+    assert runs == [1, 2]
+
+
 def test_a_pipe_whose_reader_is_gone_is_no_error():
     words = f"{sys.executable} -c 'from kit.cli import main; raise SystemExit(main())' evaluate --help | head -n 1"
     done = subprocess.run(words, shell=True, cwd=ROOT, capture_output=True, text=True)

@@ -87,12 +87,13 @@ def test_files_named_in_the_docs_exist(page):
 def test_commands_of_the_docs_have_keys_that_there_are(page):
     """Their configs compose, with the first value of each that is swept over."""
     blocks = re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
-    text = "\n".join(blocks).replace("\\\n", " ")
+    text, found = "\n".join(blocks).replace("\\\n", " "), []
     for line in re.findall(r"^(?:[A-Z_]+=\S+ )*python -m kit (\w.*)", text, re.M):
         verb, *words = shlex.split(line, comments=True)
         conf, words = split([word for word in words if not word.startswith("-") and "=" in word])
         words = [quoted(re.sub(r"=([^\[{,]+),.*", r"=\1", word) if "prompt" not in word else word) for word in words]
-        composed(conf or VERBS[verb].conf, *words)
+        found.append(composed(conf or VERBS[verb].conf, *words))
+    assert all(found) and len(found) >= text.count("\npython -m kit ")
 
 
 def test_functions_named_in_the_paper_map_exist():
