@@ -25,7 +25,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
 
 from kit.checkpoint import save_training
-from kit.cli import CONF, register_resolvers
+from kit.cli import register_resolvers
+from kit.confs import CONF
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.run import generator_values, plain
 from kit.sharding import ShardedStrategy

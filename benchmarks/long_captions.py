@@ -16,7 +16,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from kit.checkpoint import load_generator
-from kit.cli import CONF, register_resolvers
+from kit.cli import register_resolvers
+from kit.confs import CONF
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_hits
 from kit.generation import stream_samples

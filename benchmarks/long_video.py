@@ -26,7 +26,8 @@ from hydra import compose, initialize_config_dir
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.streaming import megabytes  # noqa: E402
 from kit.checkpoint import Loaded  # noqa: E402
-from kit.cli import CONF, register_resolvers  # noqa: E402
+from kit.cli import register_resolvers  # noqa: E402
+from kit.confs import CONF  # noqa: E402
 from kit.generation import stream_samples  # noqa: E402
 from kit.generator.sampler import Sampling  # noqa: E402
 from kit.generator.transformer import Generator, GeneratorConfig  # noqa: E402

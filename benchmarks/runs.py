@@ -10,7 +10,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from kit.cli import CONF, register_resolvers
+from kit.cli import register_resolvers
+from kit.confs import CONF
 
 
 def composed(conf: str, words: list[str]) -> DictConfig:

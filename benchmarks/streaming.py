@@ -25,7 +25,8 @@ from hydra import compose, initialize_config_dir
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kit.checkpoint import Loaded  # noqa: E402
-from kit.cli import CONF, register_resolvers  # noqa: E402
+from kit.cli import register_resolvers  # noqa: E402
+from kit.confs import CONF  # noqa: E402
 from kit.machine import fast_bfloat16  # noqa: E402
 from kit.media import video_writer  # noqa: E402
 from kit.reconstruction import reconstruct_file  # noqa: E402

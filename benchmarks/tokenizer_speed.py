@@ -20,7 +20,8 @@ from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from kit.cli import CONF, register_resolvers
+from kit.cli import register_resolvers
+from kit.confs import CONF
 from kit.machine import keep_freed_memory
 from kit.run import plain
 from kit.tokenizer import Tokenizer, TokenizerConfig

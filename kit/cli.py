@@ -5,7 +5,6 @@ A verb is a thin function over a Python API of the same name; Hydra composes its
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -14,10 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from kit.confs import CONF, confs, describe, first_comment, located, misspelt, trains, wrong_kinds
 from kit.data.decode import UnreadableVideo
-
-PACKAGE = Path(__file__).resolve().parent
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
 
 class Verb(NamedTuple):
@@ -64,57 +61,6 @@ def usage() -> str:
         '  python -m kit generate ckpt=runs/demo/generator/checkpoints/last.ckpt prompt="a red ball moving right over a '
         'green field" n=4 seed=0\n'
     )
-
-
-def confs() -> list[str]:
-    """Names that conf= takes for `fit`: those that say what to train, and those built on them."""
-    import yaml
-
-    def trains(path: Path) -> bool:
-        values = yaml.safe_load(path.read_text()) or {}
-        below = [name for name in values.get("defaults", []) if isinstance(name, str) and name != "_self_"]
-        return "module" in values or any(trains(CONF / f"{name}.yaml") for name in below)
-
-    return sorted(path.stem for path in CONF.glob("*.yaml") if trains(path))
-
-
-def first_comment(conf: str) -> str:
-    """What its file begins with."""
-    return (CONF / f"{conf}.yaml").read_text().splitlines()[0].removeprefix("# ")
-
-
-def describe(verb: str, conf: str) -> str:
-    """Help of a verb: its config files with their comments, and the choices of each group."""
-    import yaml
-
-    text, seen, queue = [], set(), [conf]
-    groups = {}
-    while queue:
-        name = queue.pop(0)
-        path = CONF / f"{name}.yaml"
-        if name in seen or not path.exists():
-            continue
-        seen.add(name)
-        source = path.read_text()
-        text.append(f"--- conf/{name}.yaml\n{source.strip()}")
-        for entry in (yaml.safe_load(source) or {}).get("defaults", []):
-            if isinstance(entry, str) and entry != "_self_":
-                queue.append((Path(name).parent / entry).as_posix())  # of the same group
-            elif isinstance(entry, dict):
-                (group, choice), *_ = entry.items()
-                group, at, package = group.removeprefix("optional ").removeprefix("override ").lstrip("/").partition("@")
-                word = f"{group}@{Path(name).parent.name}.{package}" if at else group  # within the group that it is a part of
-                if word in groups:  # chosen already, by what is built on this
-                    continue
-                groups[word] = sorted(p.stem for p in (CONF / group).glob("*.yaml"))
-                choice = str(choice)
-                queue.append(f"{group}/{choice if '$' not in choice else groups[word][-1]}")
-    chosen = "\n".join(f"  {group}={'|'.join(names)}" for group, names in groups.items())
-    return (
-        f"python -m kit {verb}{' conf=' + conf if VERBS[verb].conf is None else ''} [key=value ...]: {VERBS[verb].help}\n\n"
-        + (f"groups:\n{chosen}\n\n" if chosen else "")
-        + "keys, with their defaults:\n\n" + "\n\n".join(text)
-    )  # fmt: skip
 
 
 def register_resolvers():
@@ -217,20 +163,33 @@ def understand(argv: list[str] | None) -> int:
     conf = conf or VERBS[verb].conf
     if conf is None and not {"-h", "--help"} & set(rest):
         return complain(f"{verb} needs conf=NAME; choose from {', '.join(confs())}")
-    conf = conf or "stage1_tokenizer"
-    if not (CONF / f"{conf}.yaml").exists():
-        return complain(f"no conf named {conf!r}; choose from {', '.join(confs())}, or `python -m kit {verb} --help`")
-    if (conf in confs()) != (verb == "fit"):
-        return complain(f"conf={conf} is not for {verb}" + (f"; choose from {', '.join(confs())}" if verb == "fit" else ""))
-    if {"-h", "--help"} & set(rest):
-        if verb == "fit":
-            print("conf=\n" + "".join(f"  {name:<26}{first_comment(name)}\n" for name in confs()))
-        print(describe(verb, conf))
-        return 0
-    return run_verb(verb, conf, rest)
+    try:
+        path = located(conf or "stage1_tokenizer")
+        if trains(path) != (verb == "fit"):
+            choice = f"; choose from {', '.join(confs())}" if verb == "fit" else ""
+            raise ValueError(f"conf={conf} is not for {verb}{choice}")
+        if {"-h", "--help"} & set(rest):
+            if verb == "fit":
+                print("conf=\n" + "".join(f"  {name:<26}{first_comment(name)}\n" for name in confs()))
+            asked = f" conf={conf or path.stem}" if VERBS[verb].conf is None else ""
+            print(f"python -m kit {verb}{asked} [key=value ...]: {VERBS[verb].help}\n\n{describe(path)}")
+            return 0
+    except ValueError as error:
+        return complain(str(error))
+    return run_verb(verb, path, rest)
 
 
-def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
+def set_threads(number: int | None):
+    """Of torch; null and 0 leave its own choice. Raises: ValueError if negative."""
+    import torch
+
+    if number and number < 0:
+        raise ValueError(f"threads={number}; expected a number of threads, or null for torch's own choice")
+    if number:
+        torch.set_num_threads(number)
+
+
+def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
     """Composes the config and calls the verb; what a user can mend is told without a traceback."""
     import hydra
     from hydra.errors import InstantiationException
@@ -240,18 +199,17 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
     register_resolvers()
     failures: list[BaseException] = []
     here = os.getpid()
+    conf, own = path.stem, [] if path.parent == CONF else [f"--config-dir={path.parent}"]
 
     def task(cfg):
-        if wrong := wrong_kinds(cfg, conf, overrides):
+        if wrong := wrong_kinds(cfg, path, overrides):
             print("\n".join(f"kit {verb}: {told}" for told in wrong), file=sys.stderr)
             failures.append(ValueError(*wrong))
             return
-        sys.argv = [sys.argv[0], verb, f"conf={conf}", *overrides]  # Lightning starts further ranks with these words
-        if cfg.threads:
-            import torch
-
-            torch.set_num_threads(cfg.threads)
+        # Lightning starts further ranks with these words.
+        sys.argv = [sys.argv[0], verb, f"conf={path if own else conf}", *overrides]
         try:
+            set_threads(cfg.threads)
             resolve(VERBS[verb].function)(cfg)
         except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
             found = re.search(r"Missing mandatory value: (\S+)", str(error))
@@ -268,66 +226,14 @@ def run_verb(verb: str, conf: str, overrides: list[str]) -> int:
 
     sweep = bool({"-m", "--multirun"} & set(overrides))
     overrides = [quoted(word, sweep) for word in options_first(overrides)]
-    sys.argv = [sys.argv[0], f"--config-name={conf}", *overrides]
+    sys.argv = [sys.argv[0], f"--config-name={conf}", *own, *overrides]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=conf)(task)()
     except KeyboardInterrupt:  # out here, so that it ends a --multirun too
         print(f"\nkit {verb}: interrupted", file=sys.stderr)
         return 1
     except SystemExit as stop:  # of hydra, which has said why, or of Lightning after an interrupt
-        for told in misspelt(conf, overrides) if stop.code == 1 and not failures else ():
+        for told in misspelt(path, overrides) if stop.code == 1 and not failures else ():
             print(f"kit {verb}: {told}", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else 1
     return 1 if failures else 0
-
-
-def groups_of(overrides: list[str]) -> list[str]:
-    """The words that choose a group's config, or add and remove keys: what defaults depend on."""
-    return [word for word in overrides if word[0] in "+~" or (CONF / word.split("=")[0].split("@")[0]).is_dir()]
-
-
-def wrong_kinds(cfg, conf: str, overrides: list[str]) -> list[str]:
-    """Of the words, those that put a text where the config has a number, or one value where it has several."""
-    import hydra
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    chosen = groups_of([word for word in overrides if "=" in word and not word.startswith(("-", "hydra"))])
-    try:
-        usual, told = hydra.compose(conf, chosen), []
-    except Exception:  # whatever is wrong with it was told, or will be
-        return []
-    for key in (word.split("=")[0] for word in overrides if word not in chosen and "=" in word):
-        try:
-            before, now = (OmegaConf.select(values, key) for values in (usual, cfg))
-        except OmegaConfBaseException:  # hydra's own, or what depends on a value that is missing
-            continue
-        several = OmegaConf.is_config(before) and now not in (None, False) and not OmegaConf.is_config(now)
-        number = isinstance(before, int | float) and not key.startswith("trainer.")  # it takes words, such as auto
-        if several or (number and isinstance(now, str)):
-            example = OmegaConf.to_container(before) if several else before
-            told.append(f"{key}={now}; expected {'values' if several else 'a number'} such as {example}")
-    return told
-
-
-def misspelt(conf: str, overrides: list[str]) -> list[str]:
-    """Of the words, those whose key the config has not, with the key most like it."""
-    import hydra
-    from omegaconf import DictConfig
-
-    def leaves(node, prefix: str = "") -> list[str]:
-        found = []
-        for key in node:
-            inner = node._get_node(key)
-            found += [f"{prefix}{key}", *(leaves(inner, f"{prefix}{key}.") if isinstance(inner, DictConfig) else [])]
-        return found
-
-    chosen = groups_of([word for word in overrides if "=" in word and not word.startswith(("-", "hydra"))])
-    try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            known = leaves(hydra.compose(conf, chosen))
-    except Exception:
-        return []
-    keys = [word.split("=")[0] for word in overrides if word not in chosen and "=" in word and word[0] not in "-"]
-    nearest = {key: difflib.get_close_matches(key, known, 1) for key in keys if key not in known}
-    return [f"no key {key}; did you mean {near[0]}?" for key, near in nearest.items() if near and not key.startswith("hydra")]

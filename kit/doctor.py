@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from kit import machine
-from kit.cli import CONF, confs
+from kit.confs import CONF, compose, confs, located, trains
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.perceptual import GET_VGG16, vgg16_path
@@ -88,18 +89,17 @@ def presets() -> list[str]:
     return rows + ["(weights, gradients, AdamW and EMA; activations come on top and grow with batch and tokens)"]
 
 
-def compose(name: str, *words: str) -> DictConfig:
+def training_config(name: str, words: Sequence[str] = ()) -> DictConfig:
     """A training's conf, with words as `fit` takes them.
 
     Raises:
         ValueError: if it is no conf for training, or does not compose.
     """
-    import hydra
-
-    if name not in confs():
-        raise ValueError(f"not a training conf; choose from {', '.join(confs())}")
+    path = located(name)
+    if not trains(path):
+        raise ValueError(f"not a training conf; choose from {', '.join(confs())}, or give a .yaml file of your own")
     try:
-        cfg = hydra.compose(name, list(words))
+        cfg = compose(path, words)
         OmegaConf.resolve(cfg)
     except Exception as error:  # whatever hydra or omegaconf raise, it is the config's problem
         raise ValueError(f"does not compose: {error}") from error
@@ -150,7 +150,7 @@ def doctor(cfg: DictConfig) -> None:
     for words in [[*cfg.words, f"size={size}"] for size in sizes] or [[*cfg.words]]:
         name = " ".join([f"conf={cfg.check}", *words, *fits])
         try:
-            checked = compose(cfg.check, *words, *fits)
+            checked = training_config(cfg.check, [*words, *fits])
             found = problems(checked)
             if not any(problem.startswith("tokenizer and clips") for problem in found):
                 print(f"cost, on paper, of {name}\n" + "\n".join(f"  {row}" for row in costs(checked, cfg)))

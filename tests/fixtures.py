@@ -9,7 +9,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from kit.cli import CONF, main, register_resolvers
+from kit.cli import main, register_resolvers
+from kit.confs import CONF
 from kit.generator.sampler import Guidance
 
 CLIP = ["trainer.accelerator=cpu", "trainer.devices=1", "data.frames=5", "data.height=32", "data.width=32", "data.workers=0"]

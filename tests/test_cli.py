@@ -16,7 +16,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from kit.cli import CONF, FREE_TEXT, PATHS, VERBS, confs, main, options_first, quoted, register_resolvers
+from kit.cli import FREE_TEXT, PATHS, VERBS, main, options_first, quoted, register_resolvers
+from kit.confs import CONF, confs
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.run import build_data, build_trainer
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -61,11 +62,46 @@ def test_help_of_a_verb_shows_each_key_with_its_comment(verb, capsys):
         (["fit", "conf=stage9"], "no conf named 'stage9'"),
         (["fit", "conf=generate"], "conf=generate is not for fit; choose from ablation"),
         (["generate", "conf=stage1_tokenizer"], "conf=stage1_tokenizer is not for generate"),
+        (["fit", "conf=nowhere.yaml"], "conf=nowhere.yaml: no such file"),
+        (["fit", "conf=generate.yaml"], "conf=generate.yaml: kit has a generate.yaml too; give yours another name"),
+        (["fit", "conf=broken.yaml"], "broken.yaml is no config"),
+        (["generate", "conf=mine.yaml"], "conf=mine.yaml is not for generate"),
     ],
 )
-def test_mistakes_name_the_choices(words, expected, capsys):
+def test_mistakes_name_the_choices(words, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("generate", ""), ("broken", "- a list"), ("mine", "defaults: [stage1_tokenizer]")):
+        (tmp_path / f"{name}.yaml").write_text(text)
     assert main(words) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_conf(tmp_path):
+    """A user's conf, built on one of kit's, with a group's choice of its own."""
+    folder = tmp_path / "my confs"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "few.yaml").write_text("defaults: [shapes]\nval_clips: 3\n")
+    (folder / "mine.yaml").write_text(
+        "# Mine.\ndefaults: [stage1_tokenizer, {override data: few}, _self_]\nrecipe: {tokenizer: {steps: 7}}\n"
+    )
+    return folder / "mine.yaml"
+
+
+def test_conf_takes_a_file_built_on_one_of_kits(own_conf, capfd):
+    assert main(["fit", f"conf={own_conf}", "--cfg", "job", "--resolve"]) == 0
+    cfg = OmegaConf.create(capfd.readouterr().out)
+    assert (cfg.data.val_clips, cfg.trainer.max_steps, cfg.name, cfg.module) == (3, 7, "stage1_tokenizer", "tokenizer")
+    assert main(["fit", f"conf={own_conf}", "--help"]) == 0
+    assert f"--- {own_conf}\n# Mine." in (text := capfd.readouterr().out) and "--- conf/stage1_tokenizer.yaml" in text
+    assert main(["doctor", f"check={own_conf}"]) == 0
+    assert f"conf={own_conf}: no problem found" in capfd.readouterr().out
+    for word, told in (
+        ("data.val_clps=1", "no key data.val_clps; did you mean data.val_clips?"),
+        ("recipe.tokenizer.steps=many", "recipe.tokenizer.steps=many; expected a number such as 7"),
+    ):
+        assert main(["fit", f"conf={own_conf}", word]) == 1
+        assert told in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -82,6 +118,7 @@ def test_mistakes_name_the_choices(words, expected, capsys):
         (["fit", "conf=stage1_tokenizer", "tokenizer.scales=1"], "tokenizer.scales=1; expected values such as [1, 2, 4, 8]"),
         (["fit", "conf=stage1_tokenizer", "data=clips"], "data.root is missing; give data.root=..."),
         (["validate"], "ckpt is missing; give ckpt=..."),
+        (["validate", "ckpt=x", "threads=-2"], "threads=-2; expected a number of threads, or null"),
         (["generate", "ckpt=x", "guidance=3"], "guidance=3; expected values such as {'kind': 'constant'"),
         (["fit", "conf=stage1_tokenizer", "init.ckpt=x.ckpt"], "init.ckpt=x.ckpt, but init=scratch takes none"),
         (["fit", "conf=stage1_tokenizer", "data.batch_size=0"], "data.batch_size=0; expected a whole number, 1 or more"),
@@ -238,8 +275,8 @@ def test_doctor_reports_and_finds_a_configs_problem(capsys, tmp_path, monkeypatc
     text = capsys.readouterr().out
     assert all(size in text for size in SIZES) and "torch" in text
     assert "no checkpoint at runs/stage1_tokenizer/checkpoints/last.ckpt" in text
-    assert main(["doctor", "check=full"]) == 1
-    assert "check=full: not a training conf; choose from ablation, paper_plan" in capsys.readouterr().err
+    assert main(["doctor", "check=generate"]) == 1
+    assert "check=generate: not a training conf; choose from ablation, paper_plan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

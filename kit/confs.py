@@ -1,0 +1,164 @@
+"""The config files: kit's own in conf/, a user's anywhere; which of them train, what their help says, and what is wrong with
+words that do not fit them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+PACKAGE = Path(__file__).resolve().parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+
+
+def located(conf: str) -> Path:
+    """The file of a conf: of kit's own by their name, of a user's by its path.
+
+    Raises:
+        ValueError: if there is none, or a user's has the name of one of kit's, which hydra would take in its place.
+    """
+    path = Path(conf).expanduser()
+    if path.suffix != ".yaml":
+        path = CONF / f"{conf}.yaml"
+        if not path.is_file():
+            raise ValueError(f"no conf named {conf!r}; choose from {', '.join(confs())}, or give a .yaml file of your own")
+    elif not path.is_file():
+        raise ValueError(f"conf={conf}: no such file")
+    elif path.resolve().parent != CONF and (CONF / path.name).exists():
+        raise ValueError(f"conf={conf}: kit has a {path.name} too; give yours another name")
+    return path.resolve()
+
+
+def defaults_of(path: Path) -> list:
+    """What a config file is built on. Raises: ValueError if it is no YAML with keys."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+        return [entry for entry in values.get("defaults", []) if entry != "_self_"]
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ValueError(f"{path} is no config: {error}") from error
+
+
+def compose(path: Path, words: Iterable[str] = ()) -> DictConfig:
+    """A conf's config, with words as hydra takes them, also from within a command that has another."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.initialize import get_gh_backup, restore_gh_from_backup
+
+    kits = [] if path.parent == CONF else [f"hydra.searchpath=['file://{CONF}']"]
+    around = get_gh_backup()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(path.parent), version_base="1.3"):
+            return hydra.compose(path.stem, [*kits, *words])
+    finally:
+        restore_gh_from_backup(around)
+
+
+def beside(path: Path, name: str) -> Path:
+    """A config that another is built on: in its folder, or kit's."""
+    own = path.parent / f"{name}.yaml"
+    return own if own.exists() else CONF / f"{name}.yaml"
+
+
+def trains(path: Path) -> bool:
+    """Whether a conf is for `fit`: one that says what to train, or is built on one that does."""
+    below = [beside(path, name.lstrip("/")) for name in defaults_of(path) if isinstance(name, str)]
+    return bool(re.search(r"^module:", path.read_text(), re.M)) or any(trains(found) for found in below if found.exists())
+
+
+def confs() -> list[str]:
+    """Names that conf= takes for `fit`."""
+    return sorted(path.stem for path in CONF.glob("*.yaml") if trains(path))
+
+
+def first_comment(conf: str) -> str:
+    """What its file begins with."""
+    return (CONF / f"{conf}.yaml").read_text().splitlines()[0].removeprefix("# ")
+
+
+def describe(conf: Path) -> str:
+    """The choices of each of its groups, and the config files it is made of, with their comments."""
+    text, seen, queue = [], set(), [conf.stem]
+    groups = {}
+    while queue:
+        name = queue.pop(0)
+        path = beside(conf, name)
+        if name in seen or not path.exists():
+            continue
+        seen.add(name)
+        text.append(f"--- {path.relative_to(CONF.parent) if path.is_relative_to(CONF) else path}\n{path.read_text().strip()}")
+        for entry in defaults_of(path):
+            if isinstance(entry, str):
+                queue.append((Path(name).parent / entry).as_posix())  # of the same group
+            elif isinstance(entry, dict):
+                (group, choice), *_ = entry.items()
+                group, at, package = group.removeprefix("optional ").removeprefix("override ").lstrip("/").partition("@")
+                word = f"{group}@{Path(name).parent.name}.{package}" if at else group  # within the group that it is a part of
+                if word in groups:  # chosen already, by what is built on this
+                    continue
+                groups[word] = sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+                choice = str(choice)
+                queue.append(f"{group}/{choice if '$' not in choice else groups[word][-1]}")
+    chosen = "\n".join(f"  {group}={'|'.join(names)}" for group, names in groups.items())
+    return (f"groups:\n{chosen}\n\n" if chosen else "") + "keys, with their defaults:\n\n" + "\n\n".join(text)
+
+
+def sorted_out(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Of a command's words, those that choose a group's config or add and remove keys, which defaults depend on; and the keys
+    that others set."""
+
+    def chooses(word: str) -> bool:
+        return word[0] in "+~" or (CONF / word.split("=")[0].split("@")[0]).is_dir()
+
+    words = [word for word in overrides if "=" in word and not word.startswith(("-", "hydra"))]
+    return [word for word in words if chooses(word)], [word.split("=")[0] for word in words if not chooses(word)]
+
+
+def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
+    """Of the words, those that put a text where the config has a number, or one value where it has several."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    chosen, keys = sorted_out(overrides)
+    try:
+        usual, told = compose(conf, chosen), []
+    except Exception:  # whatever is wrong with it was told, or will be
+        return []
+    for key in keys:
+        try:
+            before, now = (OmegaConf.select(values, key) for values in (usual, cfg))
+        except OmegaConfBaseException:  # what depends on a value that is missing
+            continue
+        several = OmegaConf.is_config(before) and now not in (None, False) and not OmegaConf.is_config(now)
+        number = isinstance(before, int | float) and not key.startswith("trainer.")  # it takes words, such as auto
+        if several or (number and isinstance(now, str)):
+            example = OmegaConf.to_container(before) if several else before
+            told.append(f"{key}={now}; expected {'values' if several else 'a number'} such as {example}")
+    return told
+
+
+def misspelt(conf: Path, overrides: list[str]) -> list[str]:
+    """Of the words, those whose key the config has not, with the key most like it."""
+    from omegaconf import DictConfig
+
+    def leaves(node, prefix: str = "") -> list[str]:
+        found = []
+        for key in node:
+            inner = node._get_node(key)
+            found += [f"{prefix}{key}", *(leaves(inner, f"{prefix}{key}.") if isinstance(inner, DictConfig) else [])]
+        return found
+
+    chosen, keys = sorted_out(overrides)
+    try:
+        known = leaves(compose(conf, chosen))
+    except Exception:
+        return []
+    nearest = {key: difflib.get_close_matches(key, known, 1) for key in keys if key not in known}
+    return [f"no key {key}; did you mean {near[0]}?" for key, near in nearest.items() if near]
