@@ -1,6 +1,6 @@
 """Bits and quality: tokenizers of several rates on real clips, beside JPEG at the same bits per frame.
 
-    python benchmarks/rates.py FOLDER REAL [steps=400] [only=4x8x8,32] [picture=FILE.png]
+    python benchmarks/rates.py FOLDER REAL [steps=400] [only=4x8x8,32] [picture=FILE.png] [words of fit ...]
 
 REAL holds `train` and `val`, folders of clips: 17 frames, shorter side 128, the middle of each file of `val`. Trains
 `size=small` with Muon in FOLDER, goes on there when stopped, and prints one JSON line for each rate. JPEG's bits are those of
@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -25,21 +26,21 @@ from kit.checkpoint import load_tokenizer
 from kit.data.clips import FolderClips
 from kit.media import contact_sheet, to_uint8
 from kit.tokenizer.module import psnr
-from runs import kit
+from runs import kit, parted
 
 RATES = [(latent, bits) for latent in ("4x16x16", "4x8x8") for bits in (16, 32, 48)]
 FRAMES, SIDE, FPS = 17, 128, 25
 RECIPE = {"optimizer": "muon", "lr": 3e-3, "warmup": 40, "batch_size": 4}
 
 
-def train(folder: Path, real: Path, latent: str, bits: int, steps: int) -> Path:
-    """Runs stage 1, or what is left of it; returns its checkpoint."""
-    name = f"{latent}_{bits}_{steps}"
+def train(folder: Path, real: Path, latent: str, bits: int, steps: int, more: list[str]) -> Path:
+    """Runs stage 1 with words of the user's, or what is left of it; returns its checkpoint."""
+    name = "_".join([latent, str(bits), str(steps), *(re.sub(r"[^\w.]+", "-", word) for word in more)])
     data = ["data=clips", f"data.root={real / 'train'}", "data.source.val_every=1000", "data.val_clips=4"]
-    more = ["data.source.flip=true", "data.source.random_crop=true"]
+    augmented = ["data.source.flip=true", "data.source.random_crop=true"]
     recipe = [f"recipe.tokenizer.{key}={value}" for key, value in {**RECIPE, "steps": steps}.items()]
     run = ["conf=stage1_tokenizer", "size=small", f"rate={latent}", f"tokenizer.bits={bits}", f"root={folder}"]
-    words = [*run, f"name={name}", "ckpt=last", *data, *more, *recipe, f"trainer.val_check_interval={steps}"]
+    words = [*run, f"name={name}", "ckpt=last", *data, *augmented, *recipe, f"trainer.val_check_interval={steps}", *more]
     kit("fit", *words)
     return folder / name / "checkpoints" / "last.ckpt"
 
@@ -79,14 +80,14 @@ def in_8_bits(video: Tensor) -> Tensor:
     return ((video + 1) * 127.5).round() / 127.5 - 1
 
 
-def main(folder: Path, real: Path, steps: int, only: str, picture: str):
+def main(folder: Path, real: Path, steps: int, only: str, picture: str, words: list[str]):
     rates = [rate for rate in RATES if not only or only == f"{rate[0]},{rate[1]}"]
     if not rates:
         raise SystemExit(f"only={only}; expected one of {', '.join(f'{latent},{bits}' for latent, bits in RATES)}")
     clips = FolderClips(real / "val", "all", frames=FRAMES, height=SIDE, width=SIDE, fps=0)
     video = torch.stack([clips[n]["video"] for n in range(len(clips.files))])
     for latent, bits in rates:
-        tokenizer = load_tokenizer(train(folder, real, latent, bits, steps)).model
+        tokenizer = load_tokenizer(train(folder, real, latent, bits, steps, words)).model
         with torch.no_grad():
             output = in_8_bits(torch.cat([tokenizer.reconstruct(v[None]) for v in video]))
         schedule = tokenizer.schedule_of(video)
@@ -94,7 +95,7 @@ def main(folder: Path, real: Path, steps: int, only: str, picture: str):
         pictures, truth = (x.transpose(1, 2).flatten(0, 1) for x in (output, video))
         jpeg = [jpeg_at(v, spent * schedule.frames / FRAMES) for v in video]
         found = {
-            "rate": latent, "d": bits, "tokens": schedule.tokens_per_frame, "bits_per_latent_frame": spent,
+            "rate": latent, "d": bits, "words": words, "tokens": schedule.tokens_per_frame, "bits_per_latent_frame": spent,
             "kbit_per_s": round(spent * FPS / 4 / 1000, 1), "psnr": round(psnr(output, video).item(), 2),
             "ssim": round(structural_similarity_index_measure(pictures, truth, data_range=(-1.0, 1.0)).item(), 4),
             "jpeg_psnr": round(float(np.mean([value for value, _ in jpeg])), 2), "iterations": steps, "clips": len(video),
@@ -109,5 +110,6 @@ def main(folder: Path, real: Path, steps: int, only: str, picture: str):
 
 
 if __name__ == "__main__":
-    given = dict(word.split("=", 1) for word in sys.argv[3:])
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(given.get("steps", 400)), given.get("only", ""), given.get("picture", ""))
+    given, words = parted(tuple(sys.argv[3:]), "steps", "only", "picture")
+    steps, only, picture = int(given.get("steps", 400)), given.get("only", ""), given.get("picture", "")
+    main(Path(sys.argv[1]), Path(sys.argv[2]), steps, only, picture, words)

@@ -7,18 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from kit.cli import register_resolvers
-from kit.confs import CONF
+from kit.confs import compose, located
 
 
 def composed(conf: str, words: list[str]) -> DictConfig:
     """A training's config as `fit` composes it, its interpolations resolved."""
     register_resolvers()
-    with hydra.initialize_config_dir(str(CONF), version_base=None):
-        cfg = hydra.compose(conf, words)
+    cfg = compose(located(conf), words)
     OmegaConf.resolve(cfg)
     return cfg
 
