@@ -262,7 +262,6 @@ def test_methods_add_one_thing_after_another():
     cfgs = (composed("stage2_generator", f"method={method}", "size=tiny") for method in ("plus", "inherited"))
     plus, inherited = ({key: OmegaConf.select(cfg, key) for key in keys} for cfg in cfgs)
     assert plus == {**inherited, "align": "center"}
-    assert composed("stage2_generator", "method=plus", "size=L").loss.scale_weights == "early"
     large = composed("stage2_generator", "size=L")
     for size in ("tiny", "L"):
         paper = composed("stage2_generator", "method=paper", f"size={size}")
