@@ -23,6 +23,7 @@ TITLES = {
     "lpips": ("LPIPS", "", 4), "caption_accuracy": ("caption accuracy", "", 4),
     "caption_accuracy_of_real": ("caption accuracy of real clips", "", 4),
 }  # fmt: skip
+SETTLED = 1.05  # a Fréchet distance of half the clips over that of all, where their number hardly matters any more
 
 
 def title_of(name: str, metric: dict) -> str:
@@ -41,7 +42,9 @@ def details(name: str, metric: dict) -> str:
     """The parts of a metric, in a few words."""
     digits = TITLES[name][2]
     if "at" in metric:
-        return ", ".join(f"at {part} clips {value:.{digits}f}" for part, value in metric["at"].items() if part != "N")
+        told = [f"at {part} clips {value:.{digits}f}" for part, value in metric["at"].items() if part != "N"]
+        unsettled = metric["at"].get("N/2", 0) > SETTLED * metric["at"]["N"]
+        return ", ".join([*told, "of more clips lower still: compare like with like"] if unsettled else told)
     parts = [key for key in metric if key not in ("value", "by_frame", "folds", "spread", "name")]
     return ", ".join(f"{key.replace('_', ' ')} {metric[key]:.{digits}f}" for key in parts)
 

@@ -12,6 +12,7 @@ import torch
 from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.evaluation import run
+from kit.evaluation.report import details
 from kit.evaluation.candidates import Reconstructions, Samples
 from kit.evaluation.clips import FileClips, choose
 from kit.evaluation.report import read_result, table
@@ -93,6 +94,13 @@ def test_the_same_command_gives_the_same_number(evaluate, read, pair, kind, chan
     assert run.result_lines(first) == run.result_lines(second)
     if "batch_size" not in change:  # else the digits that are not printed may differ, by the machine
         assert first == second
+
+
+@pytest.mark.parametrize(("half", "told"), [(1105.0, False), (1107.0, True), (1250.0, True), (None, False)])
+def test_a_distance_that_still_falls_with_the_number_of_clips_says_so(half, told):
+    at = {"N/2": half, "N": 1053.0} if half else {"N": 1053.0}
+    found = details("fvd", {"value": 1053.0, "at": at, "folds": [1053.0], "spread": None})
+    assert ("more clips" in found) == told and ("at N/2 clips" in found) == bool(half)
 
 
 def test_each_fold_has_samples_of_its_own(evaluate, pair, monkeypatch):
