@@ -12,10 +12,9 @@ import torch
 from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.evaluation import run
-from kit.evaluation.report import details
 from kit.evaluation.candidates import Reconstructions, Samples
 from kit.evaluation.clips import FileClips, choose
-from kit.evaluation.report import read_result, table
+from kit.evaluation.report import details, read_result, table
 from kit.machine import cache_folder
 from kit.media import write_video
 from tests.fixtures import fit_generator
