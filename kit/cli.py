@@ -5,9 +5,11 @@ A verb is a thin function over a Python API of the same name; Hydra composes its
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -189,6 +191,18 @@ def set_threads(number: int | None):
         torch.set_num_threads(number)
 
 
+def no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
+
+
+def silence():
+    """What Lightning says that is no user's business: an advertisement, a warning to its own authors, and that models which
+    are not trained, such as a generator's tokenizer, are in eval mode."""
+    for told in (".*LeafSpec", "Found .* in eval mode at the start of training"):
+        warnings.filterwarnings("ignore", told)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+
+
 def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
     """Composes the config and calls the verb; what a user can mend is told without a traceback."""
     import hydra
@@ -197,6 +211,7 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
     from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
     register_resolvers()
+    silence()
     failures: list[BaseException] = []
     here = os.getpid()
     conf, own = path.stem, [] if path.parent == CONF else [f"--config-dir={path.parent}"]

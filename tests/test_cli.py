@@ -88,6 +88,13 @@ def own_conf(tmp_path):
     return folder / "mine.yaml"
 
 
+def test_a_training_says_nothing_that_is_no_users_business(pair, tmp_path, caplog, recwarn):
+    """Neither Lightning's advertisement nor warnings at what is meant to be so: users would look for a fault."""
+    assert fit_generator(tmp_path, "debug=smoke", tokenizer=pair.tokenizer) == 0
+    assert "GPU available" in caplog.text and "litlogger" not in caplog.text
+    assert not [str(w.message) for w in recwarn if "LeafSpec" in str(w.message) or "eval mode" in str(w.message)]
+
+
 def test_conf_takes_a_file_built_on_one_of_kits(own_conf, capfd):
     assert main(["fit", f"conf={own_conf}", "--cfg", "job", "--resolve"]) == 0
     cfg = OmegaConf.create(capfd.readouterr().out)
