@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from kit.inspection import bit_use, bit_use_picture, entropy_of
 
@@ -40,7 +41,11 @@ class CodeUse(L.Callback):
         module.log_dict({**metrics, "val/dead_bits": (entropy < DEAD).float().sum()}, rank_zero_only=True)
         if trainer.is_global_zero:
             step = trainer.global_step
-            picture = bit_use_picture(ones, self.folder / f"bit_use_step{step:06d}.png")
+            try:
+                picture = bit_use_picture(ones, self.folder / f"bit_use_step{step:06d}.png")
+            except OSError as error:  # a full disk shall not end a training for want of a picture
+                rank_zero_warn(f"no picture of the bits' use at step {step}: {error}")
+                return
             for logger in trainer.loggers:
                 if hasattr(logger, "log_image"):  # W&B
                     logger.log_image("bit_use", [str(picture)], step=step)

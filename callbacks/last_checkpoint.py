@@ -85,8 +85,12 @@ class LastCheckpoint(Checkpoint):
     def on_train_end(self, trainer, module):
         self._save(trainer, may_fail=0)
 
+    def on_fit_end(self, trainer, module):
+        self._save(trainer, may_fail=0)  # where there was no step left to train
+
     def on_load_checkpoint(self, trainer, module, checkpoint):
-        self.saved = checkpoint["global_step"]
+        if self.path.is_file():  # else it is another run's that this one goes on from
+            self.saved = checkpoint["global_step"]
 
     def _save(self, trainer, may_fail: int):
         if trainer.global_step != self.saved:

@@ -31,6 +31,12 @@ class StageSwitch(L.Callback):
         self.folder, self.monitor, self.sign = Path(folder), monitor, 1 if mode == "min" else -1
         self.best, self.waited = float("inf"), 0
 
+    def on_load_checkpoint(self, trainer, module, checkpoint):
+        """A stage may have been longer than it is planned now: the others keep their steps."""
+        if isinstance(trainer.datamodule, StagedClips):
+            steps = sum(trainer.datamodule.batches) // batches_of_a_step(trainer, module)
+            trainer.fit_loop.epoch_loop.max_steps = steps
+
     def on_fit_start(self, trainer, module):
         """
         Raises:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import default_collate
 
 from kit.generator.sampler import Sampling
@@ -32,7 +33,10 @@ class VideoLogger(L.Callback):
             return
         model = whole_model(module.model, lambda: type(module.model)(module.model.config))
         if trainer.is_global_zero:
-            self._show(trainer, module, model)
+            try:
+                self._show(trainer, module, model)
+            except OSError as error:  # a full disk shall not end a training for want of a picture
+                rank_zero_warn(f"no pictures of step {trainer.global_step}: {error}")
 
     @torch.no_grad()
     def _show(self, trainer, module, model):

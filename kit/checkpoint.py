@@ -40,7 +40,7 @@ class TrainingCheckpointIO(TorchCheckpointIO):
 
     def look(self) -> tuple[int, str | None]:
         """How many have failed in a row, also if one went well since someone looked, and why."""
-        worst, self.most_failed = self.most_failed, self.failed
+        worst, self.most_failed = self.most_failed, 0
         return worst, self.failure
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options=None):
@@ -266,5 +266,12 @@ def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike, average
         told = str(error).splitlines()[1].strip()
         raise ValueError(f"{path} is of another version of kit, with other weights ({told}); train it again") from error
     model.eval().requires_grad_(False)
-    clip, settings = checkpoint["hyper_parameters"]["clip"], checkpoint.get("ClipDataModule", {}).get("settings", {})
-    return Loaded(model, clip, Path(path), checkpoint["global_step"], model_hash(model), settings.get("held_out"))
+    clip, held_out = checkpoint["hyper_parameters"]["clip"], data_settings(checkpoint).get("held_out")
+    return Loaded(model, clip, Path(path), checkpoint["global_step"], model_hash(model), held_out)
+
+
+def data_settings(checkpoint: dict) -> dict:
+    """`ClipDataModule.settings` of the training that left it, of the stage it was in; empty where they are not known."""
+    if staged := checkpoint.get("StagedClips"):
+        return dict(enumerate(staged.get("settings", ()))).get(staged["stage"], {})
+    return checkpoint.get("ClipDataModule", {}).get("settings", {})

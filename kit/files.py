@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -52,12 +52,14 @@ def save_checked(contents: dict, path: Path):
 
 
 def sync_folder(folder: Path):
-    """Returns when its files' names have reached the disk: those renamed are there after a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Returns when its files' names have reached the disk, where the file system can say so: those renamed are there after a
+    power loss. They are in place already, so that it cannot is no reason to call the file lost."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -76,4 +78,7 @@ def with_retries(train: Callable[[Path | None, list[Place]], T], resume: Path | 
             lost = lost + [error.place] if isinstance(error, LostLoss) else lost
             way = "without that batch" if isinstance(error, LostLoss) else "with new processes"
             rank_zero_warn(f"{error}. Going on from {resume} {way}; {left - 1} retries left")
+        gc.collect()  # the first training's model and optimizer, which hang in cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     raise AssertionError("unreachable")

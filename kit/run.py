@@ -207,21 +207,19 @@ def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: Ge
         if part.cached:
             continue
         given = of_stage(cfg, stage).data if stage else cfg.data
-        batches = (stage.steps if stage else cfg.trainer.max_steps) * cfg.trainer.accumulate_grad_batches
 
-        def encode(source, bucket, share, needed, ranks, images, part=part, stage=stage, given=given, batches=batches):
+        def encode(source, bucket, share, needed, images, part=part, stage=stage, given=given):
             of = [stage.name] if stage else []
             folder = encoded_clips_of(cfg, *of, *["images"] * images, *[str(bucket)] * part.bucketed)
             how = choice_of(given.images if images else given.source)
-            of_images = int(batches * part.image_share)  # as `Stream` counts them
-            used = max(1, needed(batches - of_images, of_images)) * ranks
-            sources, clips = {"train": source}, {"train": min(math.ceil(cfg.encoded_clips * share), used)}
+            sources, clips = {"train": source}, {"train": max(1, min(math.ceil(cfg.encoded_clips * share), needed))}
             clip = {**part.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
             about = describe(clip, module.tokenizer, module.hparams.tokenizer_hash, how, sources)
             write_cache(folder, about, sources, clips, module.tokenizer, part.workers)
             return CachedClips(folder)
 
-        part.encode_ahead(encode)
+        steps = stage.steps if stage else cfg.trainer.max_steps
+        part.encode_ahead(encode, steps * accumulate_of(cfg))
 
 
 def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):

@@ -35,8 +35,18 @@ class Stage:
             value = getattr(self, key)
             if value is not None and not (isinstance(value, int) and value >= least):
                 raise ValueError(f"stages.{self.name}.{key}={value}; expected a whole number of {least} or more")
-        if self.lr is not None and self.lr <= 0:
+        if self.lr is not None and not (isinstance(self.lr, int | float) and self.lr > 0):
             raise ValueError(f"stages.{self.name}.lr={self.lr}; expected a number above 0")
+        if self.train is not None and (isinstance(self.train, str) or not self.train):
+            raise ValueError(
+                f"stages.{self.name}.train={self.train}; expected beginnings of names, such as [head], or null: all"
+            )
+        if not isinstance(self.data, Mapping):
+            raise ValueError(f"stages.{self.name}.data={self.data}; expected keys and values of data")
+        if self.name in ("last", "best"):
+            raise ValueError(
+                f"stages.{self.name}: a stage leaves a checkpoint of its name, and {self.name}.ckpt is another's"
+            )
 
 
 @dataclass(frozen=True)
@@ -47,13 +57,15 @@ class StagePlan:
 
     @classmethod
     def of(cls, values: Mapping[str, Mapping]) -> StagePlan:
-        """From plain values: name -> the other values of a `Stage`.
+        """From plain values: name -> the other values of a `Stage`, or None: left out.
 
         Raises:
             ValueError: for an unknown key, or one that is missing; else as `Stage`.
         """
         known, stages = {f.name for f in fields(Stage)} - {"name"}, []
         for name, stage in values.items():
+            if stage is None:  # left out
+                continue
             if unknown := sorted(set(stage) - known):
                 raise ValueError(f"stages.{name} has no {', '.join(unknown)}; its keys are {', '.join(sorted(known))}")
             if "steps" not in stage:

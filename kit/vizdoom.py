@@ -322,7 +322,8 @@ def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None
             while alive := [process.sentinel for process in processes if process.is_alive()]:
                 wait(alive, timeout=0.5)
                 bar.update(sum(board.made) - bar.n)
-                board.stop.value |= any(process.exitcode for process in processes)
+                if any(process.exitcode for process in processes):
+                    board.stop.value = True
         finally:
             board.stop.value = True
             for process in processes:
@@ -333,7 +334,9 @@ def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None
     if isinstance(error, (ValueError, OSError)):
         raise error
     if any(process.exitcode for process in processes):
-        raise ChildProcessError(f"a process that renders has died ({error or 'killed'}); run it again to go on from there")
+        code = next(process.exitcode for process in processes if process.exitcode)
+        why = error or (f"killed by signal {-code}" if code < 0 else f"its exit code is {code}")
+        raise ChildProcessError(f"a process that renders has died ({why}); run it again to go on from there")
 
 
 def start(processes: list[BaseProcess]) -> None:

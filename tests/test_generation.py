@@ -95,9 +95,12 @@ def test_a_clip_is_the_same_in_any_batch(loaded, how):
 
 
 def test_bfloat16_is_near(loaded):
-    words = ([PROMPT], [3], (5, 32, 32), Sampling(temperature=0.0))
-    exact, rounded = (sample_videos(*loaded, *words, precision, 1) for precision in ("float32", "bfloat16"))
-    assert 0 < (exact - rounded).abs().mean() < 0.05
+    """In most clips: a bit that hangs in the balance can turn, and changes all that comes after it."""
+    prompts = [Shapes("train", frames=5, height=32, width=32, fps=8.0)[n]["caption"] for n in range(9)]
+    words = (prompts, range(9), (5, 32, 32), Sampling(temperature=0.0))
+    exact, rounded = (sample_videos(*loaded, *words, precision, 9) for precision in ("float32", "bfloat16"))
+    apart = (exact - rounded).abs().mean((1, 2, 3, 4))
+    assert apart.min() > 0 and apart.median() < 0.01
 
 
 def test_mixed_precision_ends_with_each_piece(loaded):

@@ -64,11 +64,22 @@ def test_plan_from_plain_values():
      ({}, "stages.a needs steps"),
      ({"steps": 2, "lr": 0.0}, "stages.a.lr=0.0; expected a number above 0"),
      ({"steps": 2, "patience": 0}, "stages.a.patience=0"),
+     ({"steps": 2, "lr": "fast"}, "stages.a.lr=fast; expected a number above 0"),
+     ({"steps": 2, "train": "head"}, r"stages.a.train=head; expected beginnings of names, such as \[head\]"),
+     ({"steps": 2, "train": []}, "stages.a.train=.*; expected beginnings of names"),
+     ({"steps": 2, "data": None}, "stages.a.data=None; expected keys and values of data"),
      ({"steps": 2, "speed": 3}, "stages.a has no speed; its keys are data, lr, patience, steps, train, warmup")],
 )  # fmt: skip
 def test_wrong_stages_are_refused(stage, message):
     with pytest.raises(ValueError, match=message):
         StagePlan.of({"a": stage})
+
+
+def test_a_stage_can_be_left_out_and_has_a_name_of_its_own():
+    assert [stage.name for stage in StagePlan.of({"a": None, "b": {"steps": 3}}).stages] == ["b"]
+    for name in ("last", "best"):  # whose checkpoint would take the stage's place
+        with pytest.raises(ValueError, match=f"stages.{name}: .*{name}.ckpt"):
+            StagePlan.of({name: {"steps": 3}})
 
 
 def test_smaller_clips_have_the_first_scales():
@@ -135,6 +146,17 @@ def test_other_steps_of_a_stage_that_is_over_change_nothing(whole, pair, tmp_pat
     longer = [PLAN[0].replace("steps:4", "steps:9"), *PLAN[1:]]
     assert fit_stages(tmp_path, pair.tokenizer, *longer, "ckpt=last") == 0
     assert losses(tmp_path / "run", start=1) == losses(whole)[5:]
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_stage_that_is_shortened_below_where_it_was_costs_the_others_no_step(step, pair, tmp_path, monkeypatch):
+    """Within it, it ends; behind it, nothing changes."""
+    interrupt_after(step, monkeypatch)
+    assert fit_stages(tmp_path, pair.tokenizer, *PLAN, "callbacks.last.every=1") == 1
+    monkeypatch.undo()
+    shorter = [PLAN[0].replace("steps:4", "steps:2"), *PLAN[1:]]
+    assert fit_stages(tmp_path, pair.tokenizer, *shorter, "ckpt=last") == 0
+    assert column(tmp_path / "run", "stage", start=1) == {4: [1] * 3 + [2] * 3, 6: [1] * 2 + [2] * 3}[step]
 
 
 def test_a_stage_can_end_on_a_plateau(pair, tmp_path, monkeypatch, caplog):
@@ -272,6 +294,7 @@ def test_a_run_in_stages_and_one_without_do_not_go_on_with_each_other(whole, pai
 
 def test_what_a_stage_leaves_can_be_sampled(whole, tmp_path):
     generator, tokenizer = load_generator(whole / "checkpoints" / "low.ckpt")
+    assert generator.held_out == tokenizer.held_out is not None, "so that it is told when others are scored"
     assert tokenizer.model.schedule(5, 16, 16).scales == generator.model.config.scales - 1
     words = ["prompt=a red ball", f"root={tmp_path}", "name=video"]
     assert main(["generate", f"ckpt={whole / 'checkpoints' / 'low.ckpt'}", *words]) == 0

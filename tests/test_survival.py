@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -193,6 +195,54 @@ def test_a_failed_save_of_another_callback_is_not_forgotten(tmp_path, monkeypatc
     assert last.saved == 2 and save.call_count == 3
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_failure_that_was_let_pass_does_not_fail_a_later_save(tmp_path, monkeypatch, failures):
+    """The last save of a training may not fail; that those before it did is over."""
+    outcomes = [OSError("no room")] * failures + [None]
+    monkeypatch.setattr("kit.checkpoint.save_training", MagicMock(side_effect=outcomes))
+    io, last = TrainingCheckpointIO(), LastCheckpoint(str(tmp_path), every=1, may_fail=2)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=io, broadcast=lambda value: value))
+    trainer.save_checkpoint = lambda path, **_: io.save_checkpoint({}, path)
+    for trainer.global_step in range(1, failures + 1):
+        with pytest.warns(UserWarning, match="no room"):
+            last._save(trainer, may_fail=2)
+    last.on_train_end(trainer, None)
+    assert last.saved == trainer.global_step
+
+
+def test_a_folder_that_cannot_be_synced_loses_no_save(tmp_path, monkeypatch):
+    """As on some network file systems: the file is in its place all the same."""
+    sync = os.fsync
+
+    def files_alone(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    save_checked({"step": 2}, tmp_path / "last.ckpt")
+    assert load_checked(tmp_path / "last.ckpt") == {"step": 2}
+
+
+def test_a_full_disk_costs_pictures_and_not_the_run(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("callbacks.video_logger.contact_sheet", full)
+    monkeypatch.setattr("callbacks.code_use.bit_use_picture", full)
+    words = ["recipe.tokenizer.steps=4", "trainer.val_check_interval=2", "callbacks.video_logger.clips=1"]
+    with pytest.warns(UserWarning) as told:
+        assert fit_tokenizer(tmp_path, *words, name="run") == 0
+    for what in ("no pictures of step 2: .*No space left", "no picture of the bits' use at step 4"):
+        assert any(re.search(what, str(warning.message)) for warning in told)
+
+
+def test_a_run_from_another_ones_end_has_a_checkpoint_of_its_own(pair, tmp_path):
+    assert fit_tokenizer(tmp_path, f"ckpt={pair.tokenizer}", name="other") == 0
+    own = read_checkpoint(tmp_path / "other" / "checkpoints" / "last.ckpt", "tokenizer")
+    assert own["global_step"] == 150 and same(own, read_checkpoint(pair.tokenizer, "tokenizer"))
+
+
 def test_failed_save_leaves_what_was_there(tmp_path):
     """As on a full disk: the process may not write files of more than 64 KiB."""
     path = tmp_path / "last.ckpt"
@@ -263,6 +313,25 @@ def test_a_stage_leaves_out_a_batch_of_its_own(tmp_path):
         assert fit_tokenizer(tmp_path, *STEPS, POISONED[0], stages, switch, "callbacks.last.every=4", name="run") == 0
     state = read_checkpoint(last(tmp_path), "tokenizer")["StagedClips"]
     assert place_of(state) == {"batches_done": 11, "stage": 1, "ended": {0: 4}, "left_out": [[], [1]]}
+
+
+def test_a_second_try_begins_without_what_the_first_held(tmp_path):
+    class Model:
+        def __init__(self):
+            self.itself = self  # as trainer, module and optimizer hold each other
+
+    before = []
+
+    def train(resume, lost):
+        if before:
+            assert before[0]() is None
+            return "done"
+        before.append(weakref.ref(Model()))
+        (tmp_path / "last.ckpt").touch()
+        raise DeadWorker("a process of the loader died")
+
+    with pytest.warns(UserWarning, match="with new processes"):
+        assert with_retries(train, None, tmp_path / "last.ckpt", 1) == "done"
 
 
 def test_a_worker_that_dies_is_made_up_for(whole, tmp_path):

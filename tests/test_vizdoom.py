@@ -161,7 +161,12 @@ def preparing(tmp_path, clips: int) -> Iterator[psutil.Process]:
 
 
 def workers_of(running: psutil.Process) -> list[psutil.Process]:
-    return [process for process in running.children() if "spawn_main" in " ".join(process.cmdline())]
+    found = []
+    for process in running.children():
+        with suppress(psutil.Error):  # one that has just ended
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def session(number: int) -> list[psutil.Process]:
@@ -210,6 +215,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path, victim):
             workers_of(running)[0].kill()
         else:
             while not (engines := [engine for worker in workers_of(running) for engine in worker.children()]):
+                assert running.poll() is None
                 time.sleep(0.001)  # between two
             engines[0].kill()
         assert running.wait(120) == 1 and is_over(running.pid)

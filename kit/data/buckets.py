@@ -20,7 +20,6 @@ from kit.data.heads import read_heads
 from kit.data.mixture import Turns
 from kit.scales import latent_frames
 
-ClipsNeeded = Callable[[int, int], int]  # clips that a rank reads, from the numbers of batches of clips and of images
 AS_CLOSE = 0.05  # share of a picture: where two buckets' shapes differ by less in what they cut off it, they are alike
 
 
@@ -138,19 +137,12 @@ class BucketClips(Dataset):
         """Of clip n of bucket i."""
         return n * len(self.parts) + i
 
-    def encode(self, encode: Callable[[Dataset, Bucket, float, ClipsNeeded], Dataset]):
+    def encode(self, encode: Callable[[Dataset, Bucket, float, int], Dataset], clips: int, images: int):
         """Puts encoded clips in the place of each bucket's: of its clips, its shape, its share of the files, and how many of
-        them are read."""
-        shares = [count / sum(self.files) for count in self.files]
-        each = zip(self.parts, self.buckets, shares, map(self._needed, range(len(self.parts))), strict=True)
-        self.parts = [encode(*what) for what in each]
-
-    def _needed(self, i: int) -> ClipsNeeded:
-        def needed(clips: int, images: int) -> int:
+        them so many batches of clips and of images, of all buckets, read."""
+        for i, (part, bucket, files) in enumerate(zip(self.parts, self.buckets, self.files, strict=True)):
             own, pictures = self.clip_turns.within(i, clips), self.image_turns.within(i, images)
-            return self.buckets[i].clips_needed(own, pictures)
-
-        return needed
+            self.parts[i] = encode(part, bucket, files / sum(self.files), bucket.clips_needed(own, pictures))
 
     def __str__(self) -> str:
         each = zip(self.buckets, self.files, strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import functools
 import hashlib
 import multiprocessing
 import signal
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from kit.checkpoint import differences
-from kit.data.buckets import Bucket, BucketClips, ClipsNeeded, image_buckets
+from kit.data.buckets import Bucket, BucketClips, image_buckets
 from kit.data.cache import CachedClips
 from kit.data.mixture import label_among
 from kit.data.sampler import BucketSampler, StreamSampler, numbers_from
@@ -117,14 +116,14 @@ class ClipDataModule(ClipsOnDevice):
             if self.images is not None:
                 self.images = BucketClips(self.images, image_buckets(shapes))
         self.sources = [source for source in (self.train, self.val, self.images) if source is not None]
-        self.encode, self.encoded, self.batches_done = None, self.cached, 0
+        self.encode, self.batches, self.encoded, self.batches_done = None, 0, self.cached, 0
         self.left_out: frozenset[int] = frozenset()  # batches of the stream, by their numbers
 
-    def encode_ahead(self, encode: Callable[..., CachedClips]):
-        """Training shall read encoded clips: at its start `encode(source, bucket, share, needed, ranks=, images=)` makes or
-        finds those of a source, of a shape, which are such a share of all clips, and of which each of so many ranks reads
-        so many; `images` if they are of the source of that name."""
-        self.encode = encode
+    def encode_ahead(self, encode: Callable[..., CachedClips], batches: int):
+        """Training shall read encoded clips: at its start `encode(source, bucket, share, number, images=)` makes or finds
+        those of a source, of a shape, which are such a share of all clips, and of which so many batches on each rank read so
+        many in all; `images` if they are of the source of that name."""
+        self.encode, self.batches = encode, batches
 
     @property
     def bucketed(self) -> bool:
@@ -149,7 +148,7 @@ class ClipDataModule(ClipsOnDevice):
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         if self.encode is not None:
-            self._encode(functools.partial(self.encode, ranks=trainer.world_size))  # the processes share the work
+            self._encode()
             self.encode, self.encoded = None, True
         where = (self.batches_done, trainer.global_rank, trainer.world_size)
         if self.bucketed:
@@ -159,15 +158,28 @@ class ClipDataModule(ClipsOnDevice):
             stream = StreamSampler(self.batch_size, *where, self.frames, *images, self.left_out)
         return self._loader(Numbered(self.train, self.images), self.encoded, batch_sampler=stream)
 
-    def _encode(self, encode: Callable[..., CachedClips]):
-        encode = functools.partial(encode, images=False)
+    def _encode(self):
+        images = int(self.batches * self.image_share)  # of the batches, as a `Stream` counts them
+        clips = self.batches - images
         if self.images is None:
-            self.train = encoded(self.train, self.bucket, encode)
+            self.train = self._encoded(self.train, self.bucket, clips, images)
             return
-        self.train = encoded(self.train, self.bucket, of_batches(0, encode))
+        self.train = self._encoded(self.train, self.bucket, clips, 0)
         if not isinstance(self.images, CachedClips):
             (bucket,) = image_buckets([self.bucket])
-            self.images = encoded(self.images, bucket, of_batches(1, functools.partial(encode, images=True)))
+            self.images = self._encoded(self.images, bucket, images, 0, images=True)
+
+    def _encoded(self, source: Dataset, bucket: Bucket, clips: int, pictures: int, images: bool = False) -> Dataset:
+        """A source with encoded clips in place of its own, as many as so many batches of clips and of images read; `bucket`
+        is their shape, where it is not in buckets."""
+
+        def encode(part: Dataset, shape: Bucket, share: float, needed: int) -> CachedClips:
+            return self.encode(part, shape, share, needed * self.trainer.world_size, images)  # the processes share the work
+
+        if isinstance(source, BucketClips):
+            source.encode(encode, clips, pictures)
+            return source
+        return encode(source, bucket, 1.0, bucket.clips_needed(clips, pictures))
 
     def setup(self, stage: str | None = None):
         """
@@ -217,13 +229,15 @@ class ClipDataModule(ClipsOnDevice):
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
         sources = [source.source if isinstance(source, BucketClips) else source for source in self.sources]
         names = [name for source in sources for name in getattr(source, "files", ())]
+        draws = {key: [getattr(source, key) for source in sources if hasattr(source, key)] for key in ("seed", "weights")}
         steps = {}
         if self.trainer is not None:
             batches = batches_of_a_step(self.trainer, self.trainer.lightning_module)
             steps = {"devices": self.trainer.world_size, "batches_of_a_step": batches}
         return {
             **self.clip, "batch_size": self.batch_size, "image_share": self.image_share, "buckets": buckets,
-            "files": hash_of(names), "held_out": None if self.cached else hash_of(getattr(self.val, "files", ())), **steps,
+            "files": hash_of(names), "held_out": None if self.cached else hash_of(getattr(self.val, "files", ())),
+            **draws, **steps,
         }  # fmt: skip
 
     def state_dict(self) -> dict:
@@ -246,20 +260,3 @@ class ClipDataModule(ClipsOnDevice):
 
 def hash_of(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
-
-
-def encoded(source: Dataset, bucket: Bucket, encode: Callable[..., CachedClips]) -> Dataset:
-    """A source with encoded clips in place of its own; `bucket` is their shape, where it is not in buckets."""
-    if isinstance(source, BucketClips):
-        source.encode(encode)
-        return source
-    return encode(source, bucket, 1.0, bucket.clips_needed)
-
-
-def of_batches(kind: int, encode: Callable[..., CachedClips]) -> Callable[..., CachedClips]:
-    """`encode` for a source that batches of clips (kind 0) or of images (1) alone read."""
-
-    def encode_those(source: Dataset, bucket: Bucket, share: float, needed: ClipsNeeded) -> CachedClips:
-        return encode(source, bucket, share, lambda *batches: needed(batches[kind], 0))
-
-    return encode_those

@@ -68,8 +68,8 @@ class Mixture(Dataset):
         sources: name -> what makes a data set, as `ClipDataModule` has it. weights: name -> share, of any sum.
         split, shape: for the sources, which all have the same `frames`, `height`, `width` and `fps`.
         seed: of the order.
-    Attributes: classes, those of all sources, sorted; captioned, whether any is: what has classes alone is captioned by
-        their names.
+    Attributes: seed, weights; classes, those of all sources, sorted; captioned, whether any is: what has classes alone is
+        captioned by their names.
     Raises:
         ValueError: if the names differ, or the sources' own frame rates do where `fps` leaves them as they are.
     """
@@ -83,7 +83,8 @@ class Mixture(Dataset):
         if set(sources) != set(weights):
             raise ValueError(f"data.source.weights are of {', '.join(weights)}, the sources are {', '.join(sources)}")
         self.sources = {name: build(split=split, **shape) for name, build in sources.items()}
-        self.turns = Turns({name: weights[name] for name in self.sources}, seed)
+        self.seed, self.weights = seed, {name: weights[name] for name in self.sources}
+        self.turns = Turns(self.weights, seed)
         self.classes = tuple(sorted({name for source in self.sources.values() for name in source.classes}))
         self.captioned = any(source.captioned for source in self.sources.values())
 
@@ -93,8 +94,13 @@ class Mixture(Dataset):
         item = source[number]
         return {**item, "label": label_among(self.classes, source.classes, item["label"])}
 
+    @property
+    def files(self) -> list[str]:
+        """Of all sources that have some, each behind its source's name."""
+        return [f"{name}/{file}" for name, source in self._of_files() for file in source.files]
+
     def listing(self) -> list[str]:
-        """Of all sources that have files, see `FolderClips`."""
+        """Likewise, see `FolderClips`."""
         return [f"{name}: {line}" for name, source in self._of_files() for line in source.listing()]
 
     def said(self) -> list[dict]:

@@ -61,21 +61,28 @@ def list_shards(root: str) -> list[str]:
     return found
 
 
-class UnreadableShard(Exception):
+class BrokenShard(Exception):
     """A tar that cannot be read to its end."""
+
+
+def unreachable(shard: str, error: Exception) -> OSError:
+    """Of a storage that did not give it. It may another time: to leave it out would be to train on less, unasked, and on each
+    machine on something else."""
+    told = f"cannot reach the shard {shard} ({type(error).__name__}: {error})"
+    return OSError(f"{told}; try again, or take it out of data.root")
 
 
 def index_of(shard: str) -> dict[str, list]:
     """File name in a shard -> the values of its `Place` but for the shard; kept in kit's cache folder while the shard has its
     size and time.
 
-    Raises: UnreadableShard.
+    Raises: BrokenShard. OSError as `unreachable`.
     """
     try:
         files, path = fsspec.core.url_to_fs(shard)
         about = files.info(path)
-    except OSError as error:
-        raise UnreadableShard(error) from error
+    except Exception as error:  # of as many kinds as there are storages
+        raise unreachable(shard, error) from error
     state = json.dumps([shard, about["size"], str(about.get("mtime") or about.get("LastModified") or about.get("ETag"))])
     kept = cache_folder() / "shards" / f"{hashlib.sha256(state.encode()).hexdigest()[:32]}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -83,14 +90,16 @@ def index_of(shard: str) -> dict[str, list]:
         if not kept.exists():
             try:
                 index = read_index(files, path, about["size"])
-            except (OSError, tarfile.TarError) as error:
-                raise UnreadableShard(error) from error
+            except tarfile.TarError as error:
+                raise BrokenShard(error) from error
+            except Exception as error:
+                raise unreachable(shard, error) from error
             write_json(kept, index)
         return read_json(kept)
 
 
 def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None) -> dict[str, list]:
-    """What `index_of` keeps. Raises: OSError, tarfile.TarError."""
+    """What `index_of` keeps. Raises: tarfile.TarError; and whatever the storage does."""
     videos, words = {}, defaultdict(dict)
     with files.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         end = 0
@@ -130,8 +139,8 @@ class ShardClips(FolderClips):
     """Clips of WebDataset shards, which `FolderClips` numbers, splits and skips. Training goes through the shards in a new
     order each epoch, and through each in one of its own, so that what is near in the stream is near on the disk.
 
-    A shard that cannot be read is told and left out. Captions and classes are the shards' own; classes only if all clips have
-    one.
+    A broken shard is told and left out; one that cannot be reached ends the training's start. Captions and classes are the
+    shards' own; classes only if all clips have one.
 
     Args:
         root: see `list_shards`.
@@ -145,8 +154,8 @@ class ShardClips(FolderClips):
         for shard in tqdm(list_shards(str(self.root)), desc="index", unit="shard", disable=None):
             try:
                 index = index_of(shard)
-            except UnreadableShard as error:
-                warnings.warn(f"cannot read the shard {shard}: {error}. It is left out; check or replace it.", stacklevel=4)
+            except BrokenShard as error:
+                warnings.warn(f"the shard {shard} is broken: {error}. It is left out; check or replace it.", stacklevel=4)
                 continue
             found = {f"{shard}/{name}": Place(shard, *place) for name, place in index.items()}
             self.places |= {name: place for name, place in found.items() if name.lower().endswith(wanted)}

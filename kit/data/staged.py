@@ -124,6 +124,8 @@ class StagedClips(ClipsOnDevice):
             if (then := began.get("batches_of_a_step", now)) != now:
                 raise ValueError(f"a step had {then} batches on each device, now {now}: in stages that cannot change")
         self.batches_done, self.stage, self.ended = state["batches_done"], state["stage"], dict(state["ended"])
+        if (done := self.batches_done - self.began) > self.batches[self.stage]:  # it has fewer steps now
+            self.ended[self.stage] = done
         for part, left_out in zip(self.parts, state.get("left_out", ())):
             part.left_out |= set(left_out)
         for part, began in zip(self.parts, state.get("settings", ())):

@@ -106,11 +106,17 @@ def test_processes_share_the_work(pair, tmp_path):
     write(pair, tmp_path / "one", train=100)
     torch.set_num_threads(1)  # forked processes cannot use the threads of this one
     context, seen = multiprocessing.get_context("fork"), []
-    counts, both = context.Queue(), context.Barrier(2)
+    counts, both, write_file = context.Queue(), context.Barrier(2), cache._write
+
+    def write_together(path, features):
+        """Each process has its first file before either goes on to its second."""
+        if not seen:
+            both.wait(60)
+        write_file(path, features)
 
     def work():
         torch.set_num_threads(1)
-        both.wait(60)
+        cache._write = write_together  # in this process alone
         write(pair, tmp_path / "two", train=100, seen=seen)
         counts.put(sum(seen))
 

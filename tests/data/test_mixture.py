@@ -10,6 +10,7 @@ import torch
 
 from kit.cli import main
 from kit.data.clips import FolderClips
+from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import PERIOD, Mixture, shares
 from kit.data.shapes import Shapes
 from kit.media import write_video
@@ -86,6 +87,21 @@ def test_classes_are_those_of_all(tmp_path):
 def test_wrong_weights_are_told(weights, message):
     with pytest.raises(ValueError, match=message):
         Mixture(THREE, weights, **SHAPE)
+
+
+def test_what_a_mixture_draws_is_known_when_a_run_goes_on(tmp_path):
+    for name, count in (("one", 3), ("two", 4)):
+        for i in range(count):
+            write_video(torch.zeros(3, 5, 16, 16), tmp_path / name / f"{i}.mp4", 8)
+
+    def settings(folder="one", seed=0, weight=1.0):
+        sources = {"shapes": Shapes, "folder": partial(FolderClips, tmp_path / folder)}
+        source = partial(Mixture, sources, {"shapes": weight, "folder": 1.0}, seed=seed)
+        return ClipDataModule(source, 5, 16, 16, 8.0, batch_size=2, val_clips=2, workers=0).settings
+
+    assert settings() == settings()
+    assert all(settings(**other) != settings() for other in ({"folder": "two"}, {"seed": 3}, {"weight": 9.0}))
+    assert settings(folder="two")["held_out"] != settings()["held_out"]
 
 
 def test_own_rates_must_agree(tmp_path):

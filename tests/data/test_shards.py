@@ -103,7 +103,7 @@ def test_a_lost_shard_moves_no_clip_of_the_others_to_another_split(packed):
     held_out = set(ShardClips(packed, "val", val_every=3, **SHAPE).files)  # no divisor of a shard's 4 clips
     assert 3 <= len(held_out) <= 6
     (packed / "train-0.tar").write_bytes(b"lost")
-    with pytest.warns(UserWarning, match="cannot read the shard .*train-0.tar"):
+    with pytest.warns(UserWarning, match="the shard .*train-0.tar is broken"):
         train = set(ShardClips(packed, "train", val_every=3, **SHAPE).files)
     assert 4 <= len(train) <= 6 and not train & held_out
 
@@ -176,12 +176,25 @@ def test_damage_costs_what_is_damaged(packed):
     contents = bytearray(changed.read_bytes())
     contents[place.offset : place.offset + place.size] = bytes(place.size)
     changed.write_bytes(contents)
-    with pytest.warns(UserWarning, match="cannot read the shard .*train-0.tar"):
+    with pytest.warns(UserWarning, match="the shard .*train-0.tar is broken"):
         source = ShardClips(packed, "all", **SHAPE)
     assert len(source.files) == 8
     with pytest.warns(UserWarning, match=r"cannot read the video .*train-1.tar/04.mp4"):
         assert torch.equal(source[0]["video"], expected), "the next one takes its place"
     assert [path.name for path in source.unreadable] == ["04.mp4"]
+
+
+@pytest.mark.parametrize("call", ["info", "open"])
+def test_a_shard_that_cannot_be_reached_is_not_left_out(packed, monkeypatch, call):
+    """Another time it may be, or by another process of the training, which would have other clips."""
+
+    def times_out(*_, **__):
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(shards, "list_shards", lambda _: [str(packed / "train-0.tar")])
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, call, times_out)
+    with pytest.raises(OSError, match=r"cannot reach the shard .*train-0.tar \(TimeoutError: no answer\); try again"):
+        ShardClips(packed, "all", **SHAPE)
 
 
 def test_what_is_no_shard_is_told(tmp_path):
