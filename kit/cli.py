@@ -183,11 +183,11 @@ def understand(argv: list[str] | None) -> int:
 
 def set_threads(number: int | None):
     """Of torch; null and 0 leave its own choice. Raises: ValueError if negative."""
-    import torch
-
     if number and number < 0:
         raise ValueError(f"threads={number}; expected a number of threads, or null for torch's own choice")
     if number:
+        import torch
+
         torch.set_num_threads(number)
 
 
