@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from kit.confs import CONF, confs, describe, first_comment, located, misspelt, trains, wrong_kinds
+from kit.confs import CONF, confs, describe, first_comment, located, misspelt, misspelt_in, trains, wrong_kinds
 from kit.data.decode import UnreadableVideo
 
 
@@ -168,7 +168,7 @@ def understand(argv: list[str] | None) -> int:
     try:
         path = located(conf or "stage1_tokenizer")
         if trains(path) != (verb == "fit"):
-            choice = f"; choose from {', '.join(confs())}" if verb == "fit" else ""
+            choice = f"; choose from {', '.join(confs())}, or build yours on one of them" if verb == "fit" else ""
             raise ValueError(f"conf={conf} is not for {verb}{choice}")
         if {"-h", "--help"} & set(rest):
             if verb == "fit":
@@ -239,6 +239,8 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
             print(f"kit {verb}: {cause}\n(KIT_TRACEBACK=1 shows where)", file=sys.stderr)
             failures.append(error)
 
+    for told in misspelt_in(path) if own else ():
+        print(f"kit {verb}: note: {path.name}: {told}", file=sys.stderr)
     sweep = bool({"-m", "--multirun"} & set(overrides))
     overrides = [quoted(word, sweep) for word in options_first(overrides)]
     sys.argv = [sys.argv[0], f"--config-name={conf}", *own, *overrides]

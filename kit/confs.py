@@ -4,7 +4,7 @@ words that do not fit them."""
 from __future__ import annotations
 
 import difflib
-import re
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,24 +34,31 @@ def located(conf: str) -> Path:
     return path.resolve()
 
 
-def defaults_of(path: Path) -> list:
-    """What a config file is built on. Raises: ValueError if it is no YAML with keys."""
+def values_of(path: Path) -> dict:
+    """What a config file says itself. Raises: ValueError if it is no YAML with keys, or its `defaults` are no list."""
     import yaml
 
     try:
         values = yaml.safe_load(path.read_text()) or {}
-        return [entry for entry in values.get("defaults", []) if entry != "_self_"]
-    except (yaml.YAMLError, AttributeError) as error:
-        raise ValueError(f"{path} is no config: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("defaults", []), list):
+        raise ValueError(f"{path} is no config: expected keys, and defaults as a list such as [stage2_generator, _self_]")
+    return values
 
 
-def compose(path: Path, words: Iterable[str] = ()) -> DictConfig:
-    """A conf's config, with words as hydra takes them, also from within a command that has another."""
+def compose(path: Path, words: Iterable[str] = (), beside_it: Path | None = None) -> DictConfig:
+    """A conf's config, with words as hydra takes them, also from within a command that has another.
+
+    Args:
+        beside_it: a further folder to look for what it is built on.
+    """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
 
-    kits = [] if path.parent == CONF else [f"hydra.searchpath=['file://{CONF}']"]
+    others = ", ".join(f"'file://{folder}'" for folder in (beside_it, CONF) if folder)
+    kits = [] if path.parent == CONF else [f"hydra.searchpath=[{others}]"]
     around = get_gh_backup()
     GlobalHydra.instance().clear()
     try:
@@ -69,8 +76,10 @@ def beside(path: Path, name: str) -> Path:
 
 def trains(path: Path) -> bool:
     """Whether a conf is for `fit`: one that says what to train, or is built on one that does."""
-    below = [beside(path, name.lstrip("/")) for name in defaults_of(path) if isinstance(name, str)]
-    return bool(re.search(r"^module:", path.read_text(), re.M)) or any(trains(found) for found in below if found.exists())
+    values = values_of(path)
+    names = [name for name in values.get("defaults", []) if isinstance(name, str) and name != "_self_"]
+    below = [beside(path, name.lstrip("/")) for name in names]
+    return "module" in values or any(trains(found) for found in below if found.exists())
 
 
 def confs() -> list[str]:
@@ -94,8 +103,8 @@ def describe(conf: Path) -> str:
             continue
         seen.add(name)
         text.append(f"--- {path.relative_to(CONF.parent) if path.is_relative_to(CONF) else path}\n{path.read_text().strip()}")
-        for entry in defaults_of(path):
-            if isinstance(entry, str):
+        for entry in values_of(path).get("defaults", []):
+            if isinstance(entry, str) and entry != "_self_":
                 queue.append((Path(name).parent / entry).as_posix())  # of the same group
             elif isinstance(entry, dict):
                 (group, choice), *_ = entry.items()
@@ -146,19 +155,42 @@ def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
 
 def misspelt(conf: Path, overrides: list[str]) -> list[str]:
     """Of the words, those whose key the config has not, with the key most like it."""
-    from omegaconf import DictConfig
-
-    def leaves(node, prefix: str = "") -> list[str]:
-        found = []
-        for key in node:
-            inner = node._get_node(key)
-            found += [f"{prefix}{key}", *(leaves(inner, f"{prefix}{key}.") if isinstance(inner, DictConfig) else [])]
-        return found
-
     chosen, keys = sorted_out(overrides)
     try:
-        known = leaves(compose(conf, chosen))
-    except Exception:
+        return nearest(keys, leaves(compose(conf, chosen)))
+    except Exception:  # whatever is wrong with it was told, or will be
         return []
-    nearest = {key: difflib.get_close_matches(key, known, 1) for key in keys if key not in known}
-    return [f"no key {key}; did you mean {near[0]}?" for key, near in nearest.items() if near]
+
+
+def misspelt_in(conf: Path) -> list[str]:
+    """Of the keys in a user's conf, those that what it is built on has not, with the key most like each: hydra adds them and
+    says nothing, since they may be meant so."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    values = values_of(conf)
+    defaults = {"defaults": values.pop("defaults", [])}
+    with tempfile.TemporaryDirectory() as folder:
+        alone = Path(folder).resolve() / conf.name
+        alone.write_text(yaml.safe_dump(defaults))
+        try:
+            return nearest(leaves(OmegaConf.create(values)), leaves(compose(alone, beside_it=conf.parent)))
+        except Exception:  # as above
+            return []
+
+
+def leaves(node: DictConfig, prefix: str = "") -> list[str]:
+    """All keys, those of groups of keys too, such as `data` and `data.fps`."""
+    from omegaconf import DictConfig
+
+    found = []
+    for key in node:
+        inner = node._get_node(key)
+        found += [f"{prefix}{key}", *(leaves(inner, f"{prefix}{key}.") if isinstance(inner, DictConfig) else [])]
+    return found
+
+
+def nearest(keys: list[str], known: list[str]) -> list[str]:
+    """What to say of those keys that are not known, but like one that is."""
+    like = {key: difflib.get_close_matches(key, known, 1) for key in keys if key not in known}
+    return [f"no key {key}; did you mean {near[0]}?" for key, near in like.items() if near]

@@ -64,13 +64,21 @@ def test_help_of_a_verb_shows_each_key_with_its_comment(verb, capsys):
         (["generate", "conf=stage1_tokenizer"], "conf=stage1_tokenizer is not for generate"),
         (["fit", "conf=nowhere.yaml"], "conf=nowhere.yaml: no such file"),
         (["fit", "conf=generate.yaml"], "conf=generate.yaml: kit has a generate.yaml too; give yours another name"),
-        (["fit", "conf=broken.yaml"], "broken.yaml is no config"),
+        (["fit", "conf=broken.yaml"], "broken.yaml is no config: expected keys"),
+        (["fit", "conf=word.yaml"], "word.yaml is no config: expected keys, and defaults as a list"),
+        (["fit", "conf=bare.yaml"], "conf=bare.yaml is not for fit; choose from ablation"),
         (["generate", "conf=mine.yaml"], "conf=mine.yaml is not for generate"),
     ],
 )
 def test_mistakes_name_the_choices(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, text in (("generate", ""), ("broken", "- a list"), ("mine", "defaults: [stage1_tokenizer]")):
+    for name, text in (
+        ("generate", ""),
+        ("broken", "- a list"),
+        ("word", "defaults: stage1_tokenizer"),
+        ("bare", "seed: 3"),
+        ("mine", "defaults: [stage1_tokenizer]"),
+    ):
         (tmp_path / f"{name}.yaml").write_text(text)
     assert main(words) == 2
     assert expected in capsys.readouterr().err
@@ -109,6 +117,15 @@ def test_conf_takes_a_file_built_on_one_of_kits(own_conf, capfd):
     ):
         assert main(["fit", f"conf={own_conf}", word]) == 1
         assert told in capfd.readouterr().err
+
+
+def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
+    """Hydra adds it, and nothing would be other than without the file."""
+    assert main(["fit", f"conf={own_conf}", "--cfg", "job"]) == 0
+    assert "note" not in capfd.readouterr().err, "of groups' choices beside it, and of keys that there are"
+    own_conf.write_text(own_conf.read_text() + "data: {val_clps: 3}\n")
+    assert main(["fit", f"conf={own_conf}", "--cfg", "job"]) == 0
+    assert "note: mine.yaml: no key data.val_clps; did you mean data.val_clips?" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
