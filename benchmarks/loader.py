@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from kit.data import decode
 from kit.data.clips import FolderClips, frame_numbers
-from kit.data.datamodule import Numbered
+from kit.data.numbered import Numbered
 from kit.data.sampler import StreamSampler
 from runs import parted
 

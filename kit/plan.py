@@ -73,7 +73,7 @@ def memory_of(cfg: DictConfig, data: dict, device: str, bfloat16: bool) -> tuple
         return generator_module(cfg, clip, asdict(ConditionConfig()), Tokenizer(values), "", "")
 
     def batch(where: torch.device) -> dict:
-        words = {"n": range(clips), "caption": [""] * clips, "label": [-1] * clips}
+        words = {"n": range(clips), "caption": [""] * clips, "label": [-1] * clips, "given": torch.zeros(clips)}
         if encoded:
             grid = values.schedule(*shape)
             return {"feature": torch.zeros(clips, values.bits, grid.frames, *grid.grid, device=where), **words}

@@ -48,7 +48,8 @@ def held_for_real(cfg: DictConfig, bfloat16: bool) -> tuple[int, int]:
 
     def batch(_) -> dict:
         video = torch.zeros(data["batch_size"], 3, clip["frames"], clip["height"], clip["width"])
-        return {"video": video, "n": range(len(video)), "caption": [""] * len(video), "label": [-1] * len(video)}
+        words = {"caption": [""] * len(video), "label": [-1] * len(video), "given": torch.zeros(len(video))}
+        return {"video": video, "n": range(len(video)), **words}
 
     with Held("cpu") as held:
         if cfg.module == "tokenizer":

@@ -2,7 +2,7 @@
 
 A cache is a folder with `manifest.json`, which says what the clips are and which files hold them, and for each split files of
 up to `SHARD` clips, `train_00000.safetensors` and so on: `feature` (n, d, F, h, w) float16, of `Tokenizer.encode`; `label`
-(n,) int64; and in the header the captions.
+(n,) int64; `given` (n,) int64, how many latent frames of each are not to be predicted; and in the header the captions.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from kit.data.numbered import Numbered
 from kit.files import file_sha256, read_json, write_json, written_aside
 from kit.machine import device, inference_precision
 from kit.scales import latent_frames
@@ -91,14 +92,14 @@ def write_cache(
         if number < 1:
             raise ValueError(f"{number} clips of the split {split}; expected 1 or more")
     _claim(folder, about, clips)
-    model, shards, met = tokenizer.to(device()).eval(), shards_of(clips), set()
+    model, frames, shards, met = tokenizer.to(device()).eval(), about["clip"]["frames"], shards_of(clips), set()
     with tqdm(total=sum(clips.values()), desc="encode", unit="clip", disable=None) as bar:
         for seconds in (0, -1):  # first what is free; then, however long it takes, what others were at: they may be dead
             for shard in shards:
                 try:
                     with _locked(folder / shard.file, seconds):
                         if not is_whole(folder / shard.file, shard):
-                            _write(folder / shard.file, _encoded(sources[shard.split], shard, model, workers, bar))
+                            _write(folder / shard.file, _encoded(sources[shard.split], shard, model, frames, workers, bar))
                         elif shard not in met:
                             bar.update(shard.clips)
                     met.add(shard)
@@ -134,20 +135,20 @@ def is_whole(path: Path, shard: Shard) -> bool:
 
 
 def _encoded(
-    source: Dataset, shard: Shard, model: Tokenizer, workers: int, bar: tqdm
-) -> Iterator[tuple[Tensor, Tensor, list[str]]]:  # fmt: skip
-    """Feature (b, d, F, h, w), label (b,) and captions of a file's clips, some at a time."""
-    items = Subset(source, range(shard.first, shard.first + shard.clips))
-    for batch in DataLoader(items, batch_size=BATCH, num_workers=workers):
+    source: Dataset, shard: Shard, model: Tokenizer, frames: int, workers: int, bar: tqdm
+) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:  # fmt: skip
+    """Feature (b, d, F, h, w), label (b,), given (b,) and captions of a file's clips, some at a time."""
+    items = [(n, frames) for n in range(shard.first, shard.first + shard.clips)]
+    for batch in DataLoader(Numbered(source), sampler=items, batch_size=BATCH, num_workers=workers):
         with torch.no_grad(), inference_precision():
             feature = model.encode(batch["video"].to(device()))
-        yield feature.half().cpu(), batch["label"], batch["caption"]
+        yield feature.half().cpu(), batch["label"], batch["given"], batch["caption"]
         bar.update(len(feature))
 
 
-def _write(path: Path, parts: Iterator[tuple[Tensor, Tensor, list[str]]]):
-    features, labels, captions = zip(*parts, strict=True)
-    tensors = {"feature": torch.cat(features).contiguous(), "label": torch.cat(labels)}
+def _write(path: Path, parts: Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]):
+    *numbers, captions = zip(*parts, strict=True)
+    tensors = {name: torch.cat(each).contiguous() for name, each in zip(("feature", "label", "given"), numbers, strict=True)}
     with written_aside(path) as aside:
         aside.write_bytes(save(tensors, {"captions": json.dumps(sum(captions, []))}))  # `save_file` lets no one else read it
 
@@ -187,8 +188,8 @@ def of_manifest(folder: str, key: str):
 
 
 class CachedClips(Dataset):
-    """Items {"feature": (d, F, h, w) float16, "caption": str, "label": int} of a cache, numbered from 0 without end: they
-    repeat. Read from the disk as they are asked for.
+    """Items {"feature": (d, F, h, w) float16, "caption": str, "label": int, "given": int} of a cache, numbered from 0
+    without end: they repeat. Read from the disk as they are asked for.
 
     Args:
         root: the cache's folder. split: `train` or `val`.
@@ -229,12 +230,15 @@ class CachedClips(Dataset):
 
     def __getitem__(self, n: int) -> dict:
         number, place = divmod(n % self.count, SHARD)
-        features, labels, captions = _open(*self.written[number])
-        return {"feature": features[place, :, : self.latents], "caption": captions[place], "label": labels[place]}
+        features, labels, given, captions = _open(*self.written[number])
+        words = {"caption": captions[place], "label": labels[place]}
+        return {"feature": features[place, :, : self.latents], "given": given[place], **words}
 
 
 @functools.lru_cache(maxsize=64)
 def _open(path: str, written: int):
-    """Features of a file that stay there until they are asked for, labels and captions."""
+    """Features of a file that stay there until they are asked for, labels, how many frames are given, and captions."""
     file = safe_open(path, "pt")
-    return file.get_slice("feature"), file.get_tensor("label").tolist(), json.loads(file.metadata()["captions"])
+    labels = file.get_tensor("label").tolist()
+    given = file.get_tensor("given").tolist() if "given" in file.keys() else [0] * len(labels)  # noqa: SIM118, no dict
+    return file.get_slice("feature"), labels, given, json.loads(file.metadata()["captions"])

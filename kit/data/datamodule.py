@@ -17,10 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from kit.checkpoint import differences
 from kit.data.buckets import Bucket, BucketClips, image_buckets
 from kit.data.cache import CachedClips
-from kit.data.mixture import label_among
+from kit.data.numbered import Numbered
 from kit.data.sampler import BucketSampler, StreamSampler, numbers_from
 from kit.optim import batches_of_a_step
-from kit.scales import latent_frames
 
 
 def leave_sigterm_to_the_trainer(worker: int):
@@ -35,26 +34,6 @@ def end_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would tell of each of them
         for process in workers:
             process.kill()
-
-
-class Numbered(Dataset):
-    """Clips of a source by (number, frames): so many of their first frames, and the number as `n`. Single frames are of
-    `images`, where there are any; of their classes those count that clips have too."""
-
-    def __init__(self, source: Dataset, images: Dataset | None = None):
-        self.source, self.images = source, images
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        n, frames = key
-        if frames == 1 and self.images is not None:
-            item = {**self.images[n], "n": n}
-            item["label"] = label_among(self.source.classes, self.images.classes, item["label"])
-        else:
-            item = {**self.source[n], "n": n}
-        for name, used in (("video", frames), ("feature", latent_frames(frames))):
-            if name in item:
-                item[name] = item[name][:, :used]
-        return item
 
 
 class ClipsOnDevice(L.LightningDataModule):
@@ -72,7 +51,8 @@ class ClipDataModule(ClipsOnDevice):
 
     Args:
         source: makes the data set of a split: source(split=, frames=, height=, width=, fps=) -> items numbered from 0
-            without end, each {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}.
+            without end, each {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}, and of some "given": int,
+            see `Numbered`.
         frames: T = 1 + 4n. height, width: pixels. fps: frames per second; 0: the files' own.
         batch_size: clips per rank and step. val_clips: clips of the validation split to use.
         workers: processes that make clips.
@@ -229,7 +209,8 @@ class ClipDataModule(ClipsOnDevice):
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
         sources = [source.source if isinstance(source, BucketClips) else source for source in self.sources]
         names = [name for source in sources for name in getattr(source, "files", ())]
-        draws = {key: [getattr(source, key) for source in sources if hasattr(source, key)] for key in ("seed", "weights")}
+        keys = ("seed", "weights", "late")
+        draws = {key: [getattr(source, key) for source in sources if hasattr(source, key)] for key in keys}
         steps = {}
         if self.trainer is not None:
             batches = batches_of_a_step(self.trainer, self.trainer.lightning_module)

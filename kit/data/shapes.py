@@ -36,6 +36,7 @@ GROWTH_SPEED = 0.3  # base radii per second
 GROWTH_PERIOD = 4.0  # seconds after which growing and shrinking start again
 CIRCLE_PERIOD = 2.0  # seconds per turn
 BOUNCE_PERIOD = 1.0  # seconds per bounce
+LATEST = 8.0  # seconds; every motion has repeated by then
 LIGHT = np.array([-0.5, -0.6, 0.62], dtype=np.float32)  # towards the light: from the upper left, out of the picture
 
 
@@ -194,13 +195,15 @@ def _shade(shape: str, x: np.ndarray, y: np.ndarray, distance: np.ndarray) -> np
     return 0.9 + 0.14 * (LIGHT[0] * x + LIGHT[1] * y) + 0.4 * np.maximum(distance, -0.25)
 
 
-def render(attributes: Attributes, rng: np.random.Generator, frames: int, height: int, width: int, fps: float):
-    """Draws a clip; `rng` decides place, size and light within what `attributes` say.
+def render(
+    attributes: Attributes, rng: np.random.Generator, frames: int, height: int, width: int, fps: float, start: float = 0.0
+):  # fmt: skip
+    """Draws a clip; `rng` decides place, size and light within what `attributes` say, `start` is the time of its first frame.
 
     Returns: float32 array (3, T, H, W) in [-1, 1].
     """
     side = min(height, width)
-    seconds = np.arange(frames, dtype=np.float32) / fps
+    seconds = np.float32(start) + np.arange(frames, dtype=np.float32) / fps
     radius = rng.uniform(0.17, 0.22)
     xs, ys, radii = trajectory(attributes.motion, seconds, radius, height / side, width / side, rng)
     background = _background(attributes.background, height, width, rng)
@@ -238,13 +241,17 @@ def render(attributes: Attributes, rng: np.random.Generator, frames: int, height
 
 @dataclass(frozen=True)
 class Shapes(Dataset):
-    """The data set: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}.
+    """The data set: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int, "given": int}.
 
     Args:
         split: `train` (combinations of training) or `val` (the held-out tenth).
         frames: T, 1 gives images. height, width: pixels. fps: frames per second.
         seed: another seed is another endless set of clips.
         paraphrased: whether captions say the same in other words (`kit.data.paraphrase`).
+        late: share of the training's clips that begin later, at any time up to `LATEST`: what a long video shows in the end.
+            The first latent frame of these is `given`, for what is in sight then a caption does not say.
+    Raises:
+        ValueError: if `late` is not in [0, 1].
     """
 
     split: str = "train"
@@ -254,9 +261,14 @@ class Shapes(Dataset):
     fps: float = 8.0
     seed: int = 0
     paraphrased: bool = False
+    late: float = 0.0
 
     classes = SHAPES  # `label` is the shape, for class-conditional models
     captioned = True
+
+    def __post_init__(self):
+        if not isinstance(self.late, int | float) or not 0 <= self.late <= 1:
+            raise ValueError(f"late={self.late}; expected a share from 0 to 1")
 
     def attributes(self, n: int) -> Attributes:
         """What clip n shows, without drawing it."""
@@ -269,24 +281,29 @@ class Shapes(Dataset):
         still = self.frames == 1
         if not self.paraphrased:
             return shown.caption(still)
-        rng = np.random.default_rng((*self._place(n), 1))
+        rng = self._rng(n, 1)
         return paraphrase(shown.colour, shown.shape, None if still else shown.motion, shown.background, rng)
 
     def __getitem__(self, n: int) -> dict:
         rng = self._rng(n)
         shown = attributes_of(rng, self.split)
-        video = render(shown, rng, self.frames, self.height, self.width, self.fps)
+        start = self.start(n)
+        video = render(shown, rng, self.frames, self.height, self.width, self.fps, start or 0.0)
         return {
             "video": torch.from_numpy(video),
             "caption": self._caption(shown, n),
             "label": SHAPES.index(shown.shape),
+            "given": 0 if start is None else 1,
         }
 
-    def _rng(self, n: int) -> np.random.Generator:
-        return np.random.default_rng(self._place(n))
+    def start(self, n: int) -> float | None:
+        """Seconds into its motion at which clip n begins, if it is a late one."""
+        chance, time = self._rng(n, 2).random(2)
+        return time * LATEST if self.split == "train" and self.frames > 1 and chance < self.late else None
 
-    def _place(self, n: int) -> tuple[int, int, int]:
-        return self.seed, 0 if self.split == "train" else 1, n
+    def _rng(self, n: int, *use: int) -> np.random.Generator:
+        """What decides of clip n: what it shows, or, by `use`, 1: its words, 2: when it begins."""
+        return np.random.default_rng((self.seed, 0 if self.split == "train" else 1, n, *use))
 
 
 def as_targets(attributes: Attributes) -> dict[str, str]:

@@ -93,11 +93,17 @@ class GeneratorModule(L.LightningModule):
         self.hparams["clip"] = clip
         self.schedule = self.tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
 
-    def bit_loss(self, logits: Tensor, sequence: TrainingSequence, schedule: ScaleSchedule) -> Tensor:
-        """Weighted cross-entropy of all bits; logits (B, L, d)."""
+    def bit_loss(
+        self, logits: Tensor, sequence: TrainingSequence, schedule: ScaleSchedule, given: Tensor | None = None
+    ) -> Tensor:
+        """Weighted cross-entropy of all bits but those of the first `given` (B,) latent frames of each clip, which count as
+        right; logits (B, L, d)."""
         weights = onto(scale_weights(schedule, self.model.config.bits, self.loss["scale_weights"]), logits.device)
         if self.loss["bit_weights"] == "margin":
             weights = weights * sequence.margins
+        if given is not None:
+            f = torch.tensor([b.f for b in schedule.blocks for _ in range(b.h * b.w)])
+            weights = weights * onto((f >= given[:, None])[..., None], logits.device)
         return F.binary_cross_entropy_with_logits(logits, sequence.targets.float(), weight=weights)
 
     def configure_model(self):
@@ -120,7 +126,7 @@ class GeneratorModule(L.LightningModule):
         dropped = draws.rand() < self.drop_condition
         condition = self.model.condition(self.model.condition.prompts(batch), dropped)
         logits = self.model(sequence.inputs, schedule, condition, kept)
-        loss = self.bit_loss(logits, sequence, schedule)
+        loss = self.bit_loss(logits, sequence, schedule, batch["given"])
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         if logs_now(self):
             used = onto(schedule.used_bits(logits.shape[-1]), logits.device)

@@ -34,7 +34,7 @@ def write(pair, folder, train=20, val=4, seen=None, **how):
     if seen is not None:
         original = tokenizer.model.encode
         tokenizer.model.encode = lambda video: seen.append(len(video)) or original(video)
-    sources = {split: Shapes(split, **CLIP_SHAPE) for split in ("train", "val")}
+    sources = {split: Shapes(split, **CLIP_SHAPE, late=0.5) for split in ("train", "val")}
     about = describe(CLIP_SHAPE, tokenizer.model, tokenizer.hash, how, sources)
     write_cache(folder, about, sources, {"train": train, "val": val}, tokenizer.model, 0)
     return tokenizer.model, sources
@@ -53,7 +53,7 @@ def test_items_are_the_features_of_the_clips_and_repeat(pair, tmp_path):
             expected = tokenizer.encode(source["video"][None])[0]
             torch.testing.assert_close(clips[n]["feature"].float(), expected, atol=0.02, rtol=0.02)
             for item in (clips[n], clips[n + count]):
-                assert (item["caption"], item["label"]) == (source["caption"], source["label"])
+                assert all(item[key] == source[key] for key in ("caption", "label", "given"))
                 assert torch.equal(item["feature"], clips[n]["feature"])
     assert (clips.classes, clips.captioned, clips.native_fps) == (sources["val"].classes, True, 8.0)
 

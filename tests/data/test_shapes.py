@@ -50,6 +50,30 @@ def test_a_clip_at_half_the_rate_shows_every_second_frame():
     torch.testing.assert_close(slow, fast[:, ::2], atol=1e-4, rtol=0)
 
 
+def test_late_clips_are_what_long_ones_come_to_show():
+    few, many = Shapes(frames=5, fps=8), Shapes(frames=70, fps=8)
+    late = Shapes(frames=5, fps=8, late=0.5)
+    starts = [late.start(n) for n in range(400)]
+    chosen = [n for n, start in enumerate(starts) if start is not None]
+    assert 160 < len(chosen) < 240 and 0 <= min(starts[n] for n in chosen) < 0.5 and 7.5 < max(starts[n] for n in chosen) <= 8
+    for n in range(12):
+        item = late[n]
+        assert item["given"] == (n in chosen) and item["caption"] == few[n]["caption"]
+        if n not in chosen:
+            assert torch.equal(item["video"], few[n]["video"])
+    for n in [n for n in chosen if "moving" in late.attributes(n).motion and starts[n] < 6][:4]:
+        shown, whole = late[n]["video"], many[n]["video"]
+        nearest = min(range(66), key=lambda f: (whole[:, f : f + 5] - shown).abs().mean())
+        assert abs(nearest / 8 - starts[n]) <= 1 / 16
+
+
+def test_neither_what_is_held_out_nor_pictures_are_late():
+    assert all(Shapes("val", late=1.0).start(n) is None for n in range(20))
+    assert all(Shapes(frames=1, late=1.0).start(n) is None for n in range(20))
+    with pytest.raises(ValueError, match="late=30; expected a share from 0 to 1"):
+        Shapes(late=30)
+
+
 def test_held_out_combinations_are_a_tenth_and_never_trained_on():
     everything = set(itertools.product(COLOURS, SHAPES, MOTIONS))
     assert len(HELD_OUT) == len(everything) // 10 and set(TRAIN) | HELD_OUT == everything

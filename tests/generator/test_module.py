@@ -37,12 +37,29 @@ def test_the_loss_by_hand(pair, scales, bits):
     torch.testing.assert_close(module.bit_loss(logits, sequence, schedule), expected)
 
 
+def test_given_frames_are_not_to_be_predicted(pair):
+    """Their logits have no gradient; those of other frames the one they have without."""
+    module = module_of(pair, "data.frames=13")
+    schedule = module.schedule
+    sequence = training_sequence(torch.randn(3, 8, schedule.frames, *schedule.grid), schedule, None, None)
+    logits = torch.randn(sequence.targets.shape, requires_grad=True)
+
+    def gradient(given):
+        (found,) = torch.autograd.grad(module.bit_loss(logits, sequence, schedule, given), logits)
+        return found.unflatten(1, (schedule.frames, -1))
+
+    everywhere, found = gradient(None), gradient(torch.tensor([0, 1, 3]))
+    assert torch.equal(gradient(torch.zeros(3, dtype=torch.long)), everywhere)
+    for clip, given in enumerate((0, 1, 3)):
+        assert not found[clip, :given].any() and torch.equal(found[clip, given:], everywhere[clip, given:])
+
+
 def test_a_training_step_by_hand(pair):
     """With flipped bits, hidden frames and dropped conditions, each by the clips' own draws, and each of which matters."""
     words = ["correction.p_max=0.4", "frame_mask=0.4", "drop_condition=0.4", "data.frames=13", "data.batch_size=8"]
     module = module_of(pair, *words)
     module.model.load_state_dict(load_generator(pair.generator)[0].model.state_dict())  # a new one heeds nothing yet
-    clips = Shapes("train", 13, 32, 32)
+    clips = Shapes("train", 13, 32, 32, late=0.4)
     batch = torch.utils.data.default_collate([{**clips[n], "n": n} for n in range(8)])
     draws, model = Draws(module.seed, batch["n"]), module.model
     feature = module.tokenizer.encode(batch["video"])
@@ -53,11 +70,11 @@ def test_a_training_step_by_hand(pair):
     dropped = draws.rand() < 0.4
     clean = training_sequence(feature, schedule, None, None, **model.config.reads)
 
-    def loss(sequence=sequence, kept=kept, dropped=dropped):
+    def loss(sequence=sequence, kept=kept, dropped=dropped, given=batch["given"]):
         condition = model.condition(model.condition.prompts(batch), dropped)
-        return module.bit_loss(model(sequence.inputs, schedule, condition, kept), sequence, schedule)
+        return module.bit_loss(model(sequence.inputs, schedule, condition, kept), sequence, schedule, given)
 
-    assert 0 < dropped.sum() < 8 and not kept.all()
+    assert 0 < dropped.sum() < 8 and not kept.all() and 0 < batch["given"].sum() < 8
     found = module.training_step(batch, 0)
     torch.testing.assert_close(found, loss())
     for other in (
@@ -65,6 +82,7 @@ def test_a_training_step_by_hand(pair):
         loss(kept=None),
         loss(dropped=torch.zeros(8, dtype=torch.bool)),
         loss(dropped=~dropped),
+        loss(given=None),
     ):
         assert abs(other - found) > 1e-5
 
