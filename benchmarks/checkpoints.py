@@ -18,28 +18,23 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import hydra
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
 
 from kit.checkpoint import save_training
-from kit.cli import register_resolvers
-from kit.confs import CONF
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.run import generator_values, plain
 from kit.sharding import ShardedStrategy
 from kit.shards import consolidate
 from kit.tokenizer import TokenizerConfig
-from runs import parted
+from runs import composed, parted
 
 
 def training(size: str) -> tuple[int, dict]:
     """Weights, and the checkpoint of a generator that has made a step, shared out; it is never whole anywhere."""
-    register_resolvers()
-    with hydra.initialize_config_dir(str(CONF), version_base=None):
-        cfg = hydra.compose("stage2_generator", [f"size={size}"])
+    cfg = composed("stage2_generator", [f"size={size}"])
     values = generator_values(cfg, TokenizerConfig(**plain(cfg.tokenizer)), {**plain(cfg.condition), "kind": "text"})
     with torch.device("meta"):
         model = Generator(GeneratorConfig.from_dict({**values, "condition": {**values["condition"], "classes": []}}))

@@ -13,18 +13,15 @@ import json
 import sys
 
 import torch
-from hydra import compose, initialize_config_dir
 
 from kit.checkpoint import load_generator
-from kit.cli import register_resolvers
-from kit.confs import CONF
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_hits
 from kit.generation import stream_samples
 from kit.generator.sampler import Sampling
 from kit.run import plain
 from kit.sampling import seed_of
-from runs import parted
+from runs import composed, parted
 
 KINDS = {
     "goes on": ("bouncing", "circling", "standing still"),
@@ -50,9 +47,7 @@ def mean(found: list[dict]) -> dict:
 def main(checkpoint: str, *words: str):
     chosen, rest = parted(words, "clips", "frames")
     clips, frames = int(chosen.get("clips", 128)), int(chosen.get("frames", 65))
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        how = compose("generate", rest)
+    how = composed("generate", rest)
     generator, tokenizer = load_generator(checkpoint)
     size = (frames, generator.clip["height"], generator.clip["width"])
     data = Shapes("val", *size, fps=generator.clip["fps"])

@@ -21,20 +21,17 @@ import time
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
+from streaming import megabytes
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.streaming import megabytes  # noqa: E402
-from kit.checkpoint import Loaded  # noqa: E402
-from kit.cli import register_resolvers  # noqa: E402
-from kit.confs import CONF  # noqa: E402
-from kit.generation import stream_samples  # noqa: E402
-from kit.generator.sampler import Sampling  # noqa: E402
-from kit.generator.transformer import Generator, GeneratorConfig  # noqa: E402
-from kit.media import video_writer  # noqa: E402
-from kit.run import plain  # noqa: E402
-from kit.scales import latent_frames, pixel_frames  # noqa: E402
-from kit.tokenizer import Tokenizer, TokenizerConfig  # noqa: E402
+from kit.checkpoint import Loaded
+from kit.generation import stream_samples
+from kit.generator.sampler import Sampling
+from kit.generator.transformer import Generator, GeneratorConfig
+from kit.media import video_writer
+from kit.run import plain
+from kit.scales import latent_frames, pixel_frames
+from kit.tokenizer import Tokenizer, TokenizerConfig
+from runs import composed
 
 LENGTHS = (5, 50, 500)  # latent frames
 COUNTED = 20  # windows that an early and a late time are the median of
@@ -42,11 +39,9 @@ COUNTED = 20  # windows that an early and a late time are the median of
 
 def fresh_pair(words: list[str]) -> tuple[Loaded, Loaded, Sampling, str]:
     """Generator and tokenizer of a config, untrained, and how to sample."""
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        of_model = [word for word in words if word.split("=")[0] in ("size", "history", "window")]
-        cfg = compose("stage2_generator", ["size=tiny", *of_model])
-        how = compose("generate", [word for word in words if word not in of_model])
+    of_model = [word for word in words if word.split("=")[0] in ("size", "history", "window")]
+    cfg = composed("stage2_generator", ["size=tiny", *of_model])
+    how = composed("generate", [word for word in words if word not in of_model])
     values = TokenizerConfig(**plain(cfg.tokenizer))
     chosen = {"history": cfg.history, "window": cfg.window}
     config = GeneratorConfig(**plain(cfg.generator), bits=values.bits, scales=len(values.scales), **chosen)

@@ -14,7 +14,7 @@ from kit.confs import compose, located
 
 
 def composed(conf: str, words: list[str]) -> DictConfig:
-    """A training's config as `fit` composes it, its interpolations resolved."""
+    """A conf as its verb has it, its interpolations resolved."""
     register_resolvers()
     cfg = compose(located(conf), words)
     OmegaConf.resolve(cfg)

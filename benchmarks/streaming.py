@@ -21,17 +21,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kit.checkpoint import Loaded  # noqa: E402
-from kit.cli import register_resolvers  # noqa: E402
-from kit.confs import CONF  # noqa: E402
-from kit.machine import fast_bfloat16  # noqa: E402
-from kit.media import video_writer  # noqa: E402
-from kit.reconstruction import reconstruct_file  # noqa: E402
-from kit.run import plain  # noqa: E402
-from kit.tokenizer import Tokenizer, TokenizerConfig  # noqa: E402
+from kit.checkpoint import Loaded
+from kit.machine import fast_bfloat16
+from kit.media import video_writer
+from kit.reconstruction import reconstruct_file
+from kit.run import plain
+from kit.tokenizer import Tokenizer, TokenizerConfig
+from runs import composed
 
 VIDEOS = ((17, 128, 128), (170, 128, 128), (1700, 128, 128), (17, 1080, 1920), (170, 1080, 1920))
 
@@ -46,9 +43,7 @@ def make_video(path: Path, frames: int, height: int, width: int):
 
 
 def fresh_tokenizer() -> Loaded:
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = TokenizerConfig(**plain(compose("stage1_tokenizer", ["size=small"]).tokenizer))
+    config = TokenizerConfig(**plain(composed("stage1_tokenizer", ["size=small"]).tokenizer))
     return Loaded(Tokenizer(config).eval().requires_grad_(False), {"fps": 0}, Path("fresh"), 0, "")
 
 

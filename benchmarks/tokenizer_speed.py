@@ -16,15 +16,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from kit.cli import register_resolvers
-from kit.confs import CONF
 from kit.machine import keep_freed_memory
 from kit.run import plain
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from runs import composed
 
 FRAMES, SIDE = 17, 128
 
@@ -52,10 +50,7 @@ def rates(dtype: torch.dtype) -> dict:
 def main(*words: str):
     torch.set_num_threads(1)
     keep_freed_memory()
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("stage1_tokenizer", list(words))
-    model = Tokenizer(TokenizerConfig(**plain(cfg.tokenizer)))
+    model = Tokenizer(TokenizerConfig(**plain(composed("stage1_tokenizer", list(words)).tokenizer)))
     video = torch.rand(1, 3, FRAMES, SIDE, SIDE) * 2 - 1
     schedule = model.schedule_of(video)
     with torch.no_grad(), FlopCounterMode(display=False) as counted:

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from kit.cli import main, register_resolvers
-from kit.confs import CONF
+from kit.confs import compose, located
 from kit.generator.sampler import Guidance
 
 CLIP = ["trainer.accelerator=cpu", "trainer.devices=1", "data.frames=5", "data.height=32", "data.width=32", "data.workers=0"]
@@ -91,8 +90,7 @@ def infinity_file(path: Path) -> dict[str, torch.Tensor]:
 def composed(name: str, *overrides: str):
     """A conf as the command line would compose it."""
     register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(name, list(overrides))
+    return compose(located(name), overrides)
 
 
 def fit_tokenizer(root: Path, *overrides: str, name: str = "tokenizer") -> int:
