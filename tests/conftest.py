@@ -17,6 +17,7 @@ from kit.generator.transformer import Generator, GeneratorConfig
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.causal import CausalConv3d
 from tests.fixtures import pair  # noqa: F401  a fixture
+from tests.interrupted import whole  # noqa: F401  likewise
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""Runs that are killed, told to end, out of disk, or lose their loss: what is saved, and how they go on."""
+"""Runs that are killed, told to end, or out of disk: what is saved, and how they go on."""
 
 from __future__ import annotations
 
@@ -9,12 +9,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
-import time
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -22,75 +16,11 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from callbacks import LastCheckpoint, LossGuard, last_checkpoint
+from callbacks import LastCheckpoint, last_checkpoint
 from kit.checkpoint import TrainingCheckpointIO, load_tokenizer, read_checkpoint
-from kit.data.shapes import Shapes
-from kit.files import contents_hash, load_checked, save_checked
-from kit.retries import DeadWorker, LostLoss, noticing_dead_workers, with_retries
-from tests import gated
-from tests.fixtures import CLIP, QUICK, TOKENIZER, fit_tokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
-STEPS = ["trainer.precision=32-true", "callbacks.compile.least_steps=-1", "callbacks.ema.decay=0.9"]
-
-
-def last(root: Path) -> Path:
-    return root / "run" / "checkpoints" / "last.ckpt"
-
-
-def started(root: Path, *overrides: str) -> subprocess.Popen:
-    """A training of 40 steps of 4 clips, that goes on where it was, in another process."""
-    words = [
-        f"root={root}",
-        "name=run",
-        *CLIP,
-        *TOKENIZER,
-        *QUICK,
-        *STEPS,
-        "recipe.tokenizer.steps=40",
-        "ckpt=last",
-        *overrides,
-    ]
-    command = [sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", *words]
-    with open(root / "said", "w") as said:
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
-
-
-@contextmanager
-def stopped_midway(root: Path, *overrides: str) -> Iterator[subprocess.Popen]:
-    """While the block runs, such a training waits for the clips of its half-way, with what is before them done or about to
-    be; afterwards they come."""
-    gate = root / "gate"
-    process = started(root, *gated.words(gate, at=80), *overrides)
-    wait_for(gated.reached(gate).exists, process)
-    yield process
-    gate.touch()
-
-
-def said(root: Path) -> str:
-    """By the last one that was started."""
-    return (root / "said").read_text()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> dict:
-    """The checkpoint of the same training, never interrupted."""
-    root = tmp_path_factory.mktemp("whole")
-    assert started(root).wait() == 0
-    return read_checkpoint(last(root), "tokenizer")
-
-
-def same(a: dict, b: dict) -> bool:
-    """Whether two checkpoints have the same step, weights, averages and optimizer state, to the last bit."""
-    parts = ("global_step", "state_dict", "ema", "optimizer_states")
-    return contents_hash({key: a[key] for key in parts}) == contents_hash({key: b[key] for key in parts})
-
-
-def wait_for(happened, process: subprocess.Popen, seconds: float = 60.0):
-    end = time.monotonic() + seconds
-    while not happened():
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.002)
+from kit.files import load_checked, save_checked
+from tests.fixtures import fit_tokenizer
+from tests.interrupted import STEPS, last, said, same, started, stopped_midway, wait_for
 
 
 def test_killed_while_saving_it_goes_on_to_the_same_weights(whole, tmp_path):
@@ -269,173 +199,6 @@ def test_a_flipped_bit_of_a_checkpoint_is_found(pair, tmp_path):
         load_tokenizer(tmp_path / "flipped.ckpt")
 
 
-def place_of(state: dict) -> dict:
-    """In the data, without the data's settings and the stages' names."""
-    return {key: value for key, value in state.items() if key not in ("settings", "names")}
-
-
-class Poisoned(Shapes):
-    """Shapes whose clip 22 is no numbers."""
-
-    def __getitem__(self, n):
-        item = super().__getitem__(n)
-        return {**item, "video": item["video"] * (float("nan") if n == 22 and self.split == "train" else 1)}
-
-
-POISONED = ["data.source._target_=tests.test_survival.Poisoned", "recipe.tokenizer.steps=8", "callbacks.last.every=2"]
-
-
-def test_a_lost_loss_goes_back_and_past_its_batch(tmp_path, monkeypatch):
-    """Batch 5 has the clip; the last checkpoint is of step 4."""
-    seen = []
-    monkeypatch.setattr(
-        "callbacks.LastCheckpoint.on_train_batch_start", lambda *a: seen.append(a[3]["n"][0].item()), raising=False
-    )
-    with pytest.warns(UserWarning, match="Going on from .*without that batch; 1 retries left"):
-        assert fit_tokenizer(tmp_path, *STEPS, *POISONED, name="run") == 0
-    assert seen == [0, 4, 8, 12, 16, 20, 16, 24, 28, 32]
-    checkpoint = read_checkpoint(last(tmp_path), "tokenizer")
-    assert checkpoint["global_step"] == 8 and place_of(checkpoint["ClipDataModule"]) == {"batches_done": 8, "left_out": [5]}
-    assert 22 in torch.load(tmp_path / "run" / "lost_loss_step5.pt", weights_only=True)["n"]
-    guard = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("LossGuard"))
-    assert guard["count"] == 8 and guard["mean"] > 0, "kept over a resume"
-    seen.clear()
-    more = [word for word in POISONED if "steps" not in word] + ["recipe.tokenizer.steps=10", "ckpt=last"]
-    assert fit_tokenizer(tmp_path, *STEPS, *more, name="run") == 0
-    assert seen == [36, 40], "still without it"
-
-
-def test_a_stage_leaves_out_a_batch_of_its_own(tmp_path):
-    """The last checkpoint is of the stage before the one whose batch is lost."""
-    stages = "stages={first:{steps:4},second:{steps:7,data:{batch_size:16}}}"
-    switch = "+callbacks.stage_switch={_target_:callbacks.StageSwitch,folder:'${folder}/checkpoints',monitor:val/psnr}"
-    with pytest.warns(UserWarning, match="without that batch"):
-        assert fit_tokenizer(tmp_path, *STEPS, POISONED[0], stages, switch, "callbacks.last.every=4", name="run") == 0
-    state = read_checkpoint(last(tmp_path), "tokenizer")["StagedClips"]
-    assert place_of(state) == {"batches_done": 11, "stage": 1, "ended": {0: 4}, "left_out": [[], [1]]}
-
-
-def test_a_second_try_begins_without_what_the_first_held(tmp_path):
-    class Model:
-        def __init__(self):
-            self.itself = self  # as trainer, module and optimizer hold each other
-
-    before = []
-
-    def train(resume, lost):
-        if before:
-            assert before[0]() is None
-            return "done"
-        before.append(weakref.ref(Model()))
-        (tmp_path / "last.ckpt").touch()
-        raise DeadWorker("a process of the loader died")
-
-    with pytest.warns(UserWarning, match="with new processes"):
-        assert with_retries(train, None, tmp_path / "last.ckpt", 1) == "done"
-
-
-def test_a_worker_that_dies_is_made_up_for(whole, tmp_path):
-    with stopped_midway(tmp_path, "data.workers=1", "callbacks.last.every=2") as process:
-        os.kill(worker_of(process), signal.SIGKILL)
-    assert process.wait() == 0 and "with new processes; 1 retries left" in said(tmp_path), said(tmp_path)
-    assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
-
-
-def worker_of(process: subprocess.Popen) -> int:
-    """A child of a training, which is a worker of its loader."""
-    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1])
-
-
-def test_what_no_retry_mends_is_raised(tmp_path):
-    """Nothing to go on from, no retry left, or an error of another kind."""
-    path, calls = tmp_path / "last.ckpt", []
-
-    def fails(error, resume, places):
-        calls.append((resume, places))
-        raise error
-
-    with pytest.raises(ValueError, match="retries=-1; expected 0 or more"):
-        with_retries(lambda *_: pytest.fail("it began"), None, path, -1)
-    lost, rewound = LostLoss("lost", (0, 7)), tmp_path / "best.ckpt"
-    with pytest.raises(LostLoss):
-        with_retries(partial(fails, lost), None, path, 2)
-    path.write_text("of another run")
-    with pytest.raises(LostLoss):
-        with_retries(partial(fails, lost), None, path, 2)
-    assert calls == [(None, [])] * 2
-    with pytest.warns(UserWarning), pytest.raises(LostLoss):
-        with_retries(partial(fails, lost), path, path, 2)
-    assert calls[2:] == [(path, []), (path, [(0, 7)]), (path, [(0, 7)] * 2)]
-    with pytest.raises(RuntimeError, match="out of memory"):
-        with_retries(partial(fails, RuntimeError("out of memory")), path, path, 2)
-    assert len(calls) == 6
-    with pytest.warns(UserWarning), pytest.raises(LostLoss):
-        with_retries(partial(fails, lost), rewound, path, 1)
-    assert [resume for resume, _ in calls[6:]] == [rewound] * 2, "not from what another training has left"
-    with pytest.raises(DeadWorker), noticing_dead_workers():
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-    with pytest.raises(RuntimeError, match="out of memory"), noticing_dead_workers():
-        raise RuntimeError("out of memory")
-
-
-def announce(queue):
-    """As a loader's worker does: the tensor itself is fetched later."""
-    queue.put(torch.zeros(3))
-    time.sleep(60)
-
-
-def test_worker_that_dies_before_its_tensors_are_fetched_is_a_dead_one():
-    processes = torch.multiprocessing.get_context("spawn")
-    queue = processes.Queue()
-    with pytest.raises(ConnectionError, match="elsewhere"), noticing_dead_workers():
-        raise ConnectionError("elsewhere")
-    worker = processes.Process(target=announce, args=(queue,))
-    worker.start()
-    assert queue._reader.poll(60)
-    worker.kill()
-    worker.join()
-    with pytest.raises(DeadWorker, match="a process of the loader died"), noticing_dead_workers():
-        queue.get(timeout=5)
-
-
-def test_exploding_loss_is_as_bad_as_none(tmp_path, monkeypatch):
-    """By a guard that has seen a hundred losses of 0.5; on a good one their mean goes on."""
-    trainer = SimpleNamespace(
-        world_size=1, global_rank=0, global_step=3, datamodule=SimpleNamespace(place_of=lambda n: (0, n)),
-        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=SimpleNamespace(ready=8)))),
-    )  # fmt: skip
-    guard = LossGuard(tmp_path, explosion=4.0)
-    guard.load_state_dict({"mean": 0.5, "count": 100})
-    guard.on_train_batch_start(trainer, None, {"n": torch.arange(2)}, 7)
-    guard.on_before_backward(trainer, None, torch.tensor(-1.9))
-    assert guard.mean == pytest.approx(0.5 + 1.4 / 100)
-    with pytest.raises(LostLoss, match="the loss is 2.1, far above their mean, 0.514, at step 3") as error:
-        guard.on_before_backward(trainer, None, torch.tensor(2.1))
-    assert error.value.place == (0, 7) and guard.mean == pytest.approx(0.514)
-    assert (
-        tmp_path / "lost_loss_step3.pt"
-    ).is_file() and f"The batch is in {tmp_path / 'lost_loss_step3.pt'}, the last" in str(error.value)
-    (tmp_path / "lost_loss_step3.pt").unlink()
-    monkeypatch.setattr("torch.save", MagicMock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(
-        LostLoss, match="The batch is not kept .*lost_loss_step3.pt could not be saved: No space left on device"
-    ):
-        guard.on_before_backward(trainer, None, torch.tensor(2.1))
-    assert not any(tmp_path.iterdir())
-
-
-def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
-    """Of batch 2, clips 16 to 23 over both."""
-    alone = [word for word in CLIP if word != "trainer.devices=1"]
-    words = [f"root={tmp_path}", "name=run", *alone, *TOKENIZER, *QUICK, *STEPS, *POISONED, "trainer.devices=2"]
-    command = [sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", *words]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    checkpoint = read_checkpoint(last(tmp_path), "tokenizer")
-    assert checkpoint["global_step"] == 8 and place_of(checkpoint["ClipDataModule"]) == {"batches_done": 8, "left_out": [2]}
-    assert 22 in torch.load(tmp_path / "run" / "lost_loss_step2.pt", weights_only=True)["n"]
-
-
 def test_saves_take_no_more_than_their_share_of_the_time(tmp_path, monkeypatch):
     """Of steps of a second, where a save takes two: every step without a share, every ninth with a fifth of the time."""
     clock = SimpleNamespace(now=0.0)
@@ -470,14 +233,3 @@ def test_saves_take_no_more_than_their_share_of_the_time(tmp_path, monkeypatch):
 def test_a_share_that_is_none_is_told(share, tmp_path):
     with pytest.raises(ValueError, match="callbacks.last.share"):
         LastCheckpoint(tmp_path, every=1, share=share)
-
-
-def test_an_error_ends_the_process_although_workers_are_left(tmp_path):
-    """They heed no SIGTERM, by which Python would end them."""
-    code = (
-        "from kit.data.datamodule import leave_sigterm_to_the_trainer as init; from torch.utils.data import DataLoader\n"
-        "left = iter(DataLoader(range(9), num_workers=1, worker_init_fn=init)); next(left)\n"
-        "raise ValueError('as told')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.endswith("ValueError: as told\n")

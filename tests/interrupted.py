@@ -1,0 +1,83 @@
+"""Trainings in another process, to be interrupted; how they ended and what they left."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kit.checkpoint import read_checkpoint
+from kit.files import contents_hash
+from tests import gated
+from tests.fixtures import CLIP, QUICK, TOKENIZER
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = ["trainer.precision=32-true", "callbacks.compile.least_steps=-1", "callbacks.ema.decay=0.9"]
+
+
+def last(root: Path) -> Path:
+    return root / "run" / "checkpoints" / "last.ckpt"
+
+
+def started(root: Path, *overrides: str) -> subprocess.Popen:
+    """A training of 40 steps of 4 clips, that goes on where it was, in another process."""
+    words = [
+        f"root={root}",
+        "name=run",
+        *CLIP,
+        *TOKENIZER,
+        *QUICK,
+        *STEPS,
+        "recipe.tokenizer.steps=40",
+        "ckpt=last",
+        *overrides,
+    ]
+    command = [sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", *words]
+    with open(root / "said", "w") as said:
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
+
+
+@contextmanager
+def stopped_midway(root: Path, *overrides: str) -> Iterator[subprocess.Popen]:
+    """While the block runs, such a training waits for the clips of its half-way, with what is before them done or about to
+    be; afterwards they come."""
+    gate = root / "gate"
+    process = started(root, *gated.words(gate, at=80), *overrides)
+    try:
+        wait_for(gated.reached(gate).exists, process)
+        yield process
+    except BaseException:
+        process.kill()
+        raise
+    gate.touch()
+
+
+def said(root: Path) -> str:
+    """By the last one that was started."""
+    return (root / "said").read_text()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> dict:
+    """The checkpoint of the same training, never interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    assert started(root).wait() == 0
+    return read_checkpoint(last(root), "tokenizer")
+
+
+def same(a: dict, b: dict) -> bool:
+    """Whether two checkpoints have the same step, weights, averages and optimizer state, to the last bit."""
+    parts = ("global_step", "state_dict", "ema", "optimizer_states")
+    return contents_hash({key: a[key] for key in parts}) == contents_hash({key: b[key] for key in parts})
+
+
+def wait_for(happened, process: subprocess.Popen, seconds: float = 300.0):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.002)
