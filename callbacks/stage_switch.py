@@ -123,8 +123,14 @@ def find_unused(strategy) -> bool:
 def check_parts(module: L.LightningModule, stage: Stage):
     """
     Raises:
-        ValueError: if no parameter's name begins as the stage has it.
+        ValueError: if no parameter's name begins as the stage has it, or one is left out that an adaptive loss looks at.
     """
+    adaptive = getattr(module, "discriminator", None) is not None and module.loss["adversarial"]["adaptive"]
+    if adaptive and not "decoder.head.weight".startswith(tuple(stage.train)):
+        raise ValueError(
+            f"stages.{stage.name}.train={list(stage.train)}: loss.adversarial.adaptive=true weighs losses by what they ask "
+            f"of decoder.head, which does not learn then; add decoder.head, or set loss.adversarial.adaptive=false"
+        )
     names = [name for name, _ in module.model.named_parameters()]
     for beginning in stage.train:
         if not any(name.startswith(beginning) for name in names):

@@ -22,7 +22,7 @@ from kit.generator.transformer import Generator, GeneratorConfig
 from kit.shards import described, load_whole, mapped, remove_shards, save_shards
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
-CONFIGS = {"generator": GeneratorConfig.from_dict, "tokenizer": lambda values: TokenizerConfig(**values)}
+CONFIGS = {"generator": GeneratorConfig.from_dict, "tokenizer": TokenizerConfig.from_dict}
 KINDS = ("generator", "tokenizer")  # each is the name of the architecture's values in its checkpoint
 
 
@@ -220,7 +220,7 @@ def load_tokenizer(path: str | os.PathLike, averaged: bool = True) -> Loaded:
     """A trained `Tokenizer`. Raises as `read_checkpoint`."""
     checkpoint = read_checkpoint(path, "tokenizer")
     values = checkpoint["hyper_parameters"]
-    model = Tokenizer(TokenizerConfig(**values["tokenizer"]))
+    model = Tokenizer(TokenizerConfig.from_dict(values["tokenizer"]))
     return _loaded(model, checkpoint, path, averaged)
 
 

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from kit.confs import CONF, confs, describe, first_comment, located, misspelt, misspelt_in, trains, wrong_kinds
+from kit.confs import confs, describe, first_comment, located, misspelt, misspelt_in, searched, trains, wrong_kinds
 from kit.data.decode import UnreadableVideo
 
 
@@ -66,15 +66,18 @@ def usage() -> str:
 
 
 def register_resolvers():
-    """Values that depend on the machine, each a function of `kit.machine`: ${kit_precision:} and so on; and on a cache of
-    clips."""
+    """Values that depend on the machine, each a function of `kit.machine`: ${kit_precision:} and so on; on a cache of clips;
+    and on how many clips fit at once."""
     from omegaconf import OmegaConf
 
     from kit import machine
     from kit.data.cache import of_manifest
+    from kit.values import batches_of, part_of
 
     for name in ("machine_size", "precision", "devices", "processes", "wandb_offline", "sweep_run"):
         OmegaConf.register_new_resolver(f"kit_{name}", getattr(machine, name), replace=True)
+    for function in (batches_of, part_of):
+        OmegaConf.register_new_resolver(f"kit_{function.__name__}", function, replace=True)
     OmegaConf.register_new_resolver("kit_cached", of_manifest, replace=True)
 
 
@@ -104,12 +107,36 @@ def quoted(word: str, sweep: bool = False) -> str:
     if text.startswith("~/"):
         text = os.path.expanduser(text)
         word = f"{key}={text}"
+    if key == "words" and text[:1] == "[" and text[-1:] == "]":  # of doctor: others, for another conf
+        return f"{key}=[{','.join(as_text(part) for part in parts_of(text[1:-1]))}]"
     free = key in FREE_TEXT or (key in PATHS and not (sweep and "," in text))
     free = free or bool(text) and text[0] not in "[{" and not readable(word)
-    if not equals or not free or text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"):
+    if not equals or not free:
         return word
+    return f"{key}={as_text(text)}"
+
+
+def as_text(text: str) -> str:
+    """In quotes, as hydra takes any text; what is in quotes already, or null, as it is."""
+    if text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"):
+        return text
     text = re.sub(r"(\\*)'", r"\1\1\\'", text)  # of backslashes hydra minds those before a quote alone
-    return f"{key}='" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
+    return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
+
+
+def parts_of(text: str) -> list[str]:
+    """What commas divide, but for those within brackets, or within quotes that a part begins with."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote or (letter in "\"'" and not parts[-1].strip()):
+            quote = "" if letter == quote else quote or letter
+        else:
+            depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
 
 
 VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
@@ -214,7 +241,7 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
     silence()
     failures: list[BaseException] = []
     here = os.getpid()
-    conf, own = path.stem, [] if path.parent == CONF else [f"--config-dir={path.parent}"]
+    conf, own = path.stem, searched(path)
 
     def task(cfg):
         if wrong := wrong_kinds(cfg, path, overrides):
@@ -243,9 +270,9 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
         print(f"kit {verb}: note: {path.name}: {told}", file=sys.stderr)
     sweep = bool({"-m", "--multirun"} & set(overrides))
     overrides = [quoted(word, sweep) for word in options_first(overrides)]
-    sys.argv = [sys.argv[0], f"--config-name={conf}", *own, *overrides]
+    sys.argv = [sys.argv[0], f"--config-name={conf}", *overrides, *own]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=conf)(task)()
+        hydra.main(version_base="1.3", config_path=str(path.parent), config_name=conf)(task)()
     except KeyboardInterrupt:  # out here, so that it ends a --multirun too
         print(f"\nkit {verb}: interrupted", file=sys.stderr)
         return 1

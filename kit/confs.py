@@ -57,15 +57,19 @@ def compose(path: Path, words: Iterable[str] = (), beside_it: Path | None = None
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
 
-    others = ", ".join(f"'file://{folder}'" for folder in (beside_it, CONF) if folder)
-    kits = [] if path.parent == CONF else [f"hydra.searchpath=[{others}]"]
     around = get_gh_backup()
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(path.parent), version_base="1.3"):
-            return hydra.compose(path.stem, [*kits, *words])
+            return hydra.compose(path.stem, [*searched(path, beside_it), *words])
     finally:
         restore_gh_from_backup(around)
+
+
+def searched(path: Path, beside_it: Path | None = None) -> list[str]:
+    """Where hydra shall look for what a conf is built on, behind the conf's own folder."""
+    others = ", ".join(f"'file://{folder}'" for folder in (beside_it, CONF) if folder)
+    return [] if path.parent == CONF else [f"hydra.searchpath=[{others}]"]
 
 
 def beside(path: Path, name: str) -> Path:
@@ -74,12 +78,17 @@ def beside(path: Path, name: str) -> Path:
     return own if own.exists() else CONF / f"{name}.yaml"
 
 
-def trains(path: Path) -> bool:
-    """Whether a conf is for `fit`: one that says what to train, or is built on one that does."""
+def trains(path: Path, within: tuple[Path, ...] = ()) -> bool:
+    """Whether a conf is for `fit`: one that says what to train, or is built on one that does.
+
+    Raises: ValueError if it is built on itself, or as `values_of`.
+    """
+    if path in within:
+        raise ValueError(f"{path} is built on itself; name in its defaults what else it is built on")
     values = values_of(path)
     names = [name for name in values.get("defaults", []) if isinstance(name, str) and name != "_self_"]
     below = [beside(path, name.lstrip("/")) for name in names]
-    return "module" in values or any(trains(found) for found in below if found.exists())
+    return "module" in values or any(trains(found, (*within, path)) for found in below if found.exists())
 
 
 def confs() -> list[str]:
@@ -112,19 +121,24 @@ def describe(conf: Path) -> str:
                 word = f"{group}@{Path(name).parent.name}.{package}" if at else group  # within the group that it is a part of
                 if word in groups:  # chosen already, by what is built on this
                     continue
-                groups[word] = sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+                groups[word] = choices(conf, group)
                 choice = str(choice)
                 queue.append(f"{group}/{choice if '$' not in choice else groups[word][-1]}")
     chosen = "\n".join(f"  {group}={'|'.join(names)}" for group, names in groups.items())
     return (f"groups:\n{chosen}\n\n" if chosen else "") + "keys, with their defaults:\n\n" + "\n\n".join(text)
 
 
-def sorted_out(overrides: list[str]) -> tuple[list[str], list[str]]:
+def choices(conf: Path, group: str) -> list[str]:
+    """Of a group: those of kit, and those beside a user's conf."""
+    return sorted({path.stem for folder in (CONF, conf.parent) for path in (folder / group).glob("*.yaml")})
+
+
+def sorted_out(conf: Path, overrides: list[str]) -> tuple[list[str], list[str]]:
     """Of a command's words, those that choose a group's config or add and remove keys, which defaults depend on; and the keys
     that others set."""
 
     def chooses(word: str) -> bool:
-        return word[0] in "+~" or (CONF / word.split("=")[0].split("@")[0]).is_dir()
+        return word[0] in "+~" or bool(choices(conf, word.split("=")[0].split("@")[0]))
 
     words = [word for word in overrides if "=" in word and not word.startswith(("-", "hydra"))]
     return [word for word in words if chooses(word)], [word.split("=")[0] for word in words if not chooses(word)]
@@ -135,7 +149,7 @@ def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    chosen, keys = sorted_out(overrides)
+    chosen, keys = sorted_out(conf, overrides)
     try:
         usual, told = compose(conf, chosen), []
     except Exception:  # whatever is wrong with it was told, or will be
@@ -155,7 +169,7 @@ def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
 
 def misspelt(conf: Path, overrides: list[str]) -> list[str]:
     """Of the words, those whose key the config has not, with the key most like it."""
-    chosen, keys = sorted_out(overrides)
+    chosen, keys = sorted_out(conf, overrides)
     try:
         return nearest(keys, leaves(compose(conf, chosen)))
     except Exception:  # whatever is wrong with it was told, or will be

@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from kit import machine
-from kit.confs import CONF, compose, confs, located, trains
+from kit.confs import CONF, compose, confs, located, misspelt, trains, wrong_kinds
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
-from kit.perceptual import GET_VGG16, vgg16_path
-from kit.plan import clips_of_a_step, costs, shapes_of, stages_of
-from kit.run import build_data, build_trainer, of_stage
+from kit.perceptual import GET_VGG16, load_perceptual, vgg16_path
+from kit.plan import clips_of_a_step, codec_of, costs, shapes_of, stages_of
+from kit.run import build_data, build_trainer, of_stage, plain, plan_of
 from kit.stages import StagePlan
+from kit.start import given_start
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
 PACKAGES = {  # package -> what lacks without it
@@ -72,28 +74,28 @@ def parameters(size: str) -> tuple[int, int]:
 
     cfg = OmegaConf.to_container(hydra.compose(f"size/{size}"))
     with torch.device("meta"):
-        values = TokenizerConfig(**cfg["tokenizer"])
+        values = TokenizerConfig.from_dict(cfg["tokenizer"])
         generator = GeneratorConfig(**cfg["generator"], bits=values.bits, scales=len(values.scales))
         return tuple(sum(p.numel() for p in m.parameters()) for m in (Tokenizer(values), Generator(generator)))
 
 
 def presets() -> list[str]:
-    """A table: parameters and memory of weights, gradients, AdamW and EMA in training, and of bfloat16 weights."""
+    """A table: parameters and memory of weights, gradients, AdamW and EMA in training, and of weights alone."""
     rows = [f"{'size':<8}{'tokenizer':>12}{'generator':>12}{'train tok.':>12}{'train gen.':>12}{'generate':>12}"]
     sizes = {path.stem: parameters(path.stem) for path in (CONF / "size").glob("*.yaml")}
     for size, (tokenizer, generator) in sorted(sizes.items(), key=lambda item: item[1][1]):
         gigabytes = [BYTES_TRAINED * tokenizer / 1e9, BYTES_TRAINED * generator / 1e9 + 4 * tokenizer / 1e9]
-        gigabytes.append(2 * (tokenizer + generator) / 1e9)
+        gigabytes.append(4 * (tokenizer + generator) / 1e9)
         cells = [f"{n / 1e6:.1f} M" for n in (tokenizer, generator)] + [f"{g:.2f} GB" for g in gigabytes]
         rows.append(f"{size:<8}" + "".join(f"{cell:>12}" for cell in cells))
-    return rows + ["(weights, gradients, AdamW and EMA; activations come on top and grow with batch and tokens)"]
+    return rows + ["(train: weights, gradients, AdamW and EMA; generate: weights; activations come on top)"]
 
 
 def training_config(name: str, words: Sequence[str] = ()) -> DictConfig:
     """A training's conf, with words as `fit` takes them.
 
     Raises:
-        ValueError: if it is no conf for training, or does not compose.
+        ValueError: if it is no conf for training, or does not compose, or a word is of the wrong kind.
     """
     path = located(name)
     if not trains(path):
@@ -102,34 +104,66 @@ def training_config(name: str, words: Sequence[str] = ()) -> DictConfig:
         cfg = compose(path, words)
         OmegaConf.resolve(cfg)
     except Exception as error:  # whatever hydra or omegaconf raise, it is the config's problem
-        raise ValueError(f"does not compose: {error}") from error
+        told = "; ".join([str(error), *misspelt(path, list(words))])
+        raise ValueError(f"does not compose: {told}") from error
+    if wrong := wrong_kinds(cfg, path, list(words)):
+        raise ValueError("; ".join(wrong))
     return cfg
+
+
+def start_of(cfg: DictConfig):
+    """Raises: as `given_start`, or FileNotFoundError if there is no such checkpoint."""
+    given = given_start(plain(cfg.init), cfg.module)
+    if given and not Path(given[1]).is_file():
+        raise FileNotFoundError(f"no checkpoint at {given[1]}")
+
+
+def perceptual_of(cfg: DictConfig):
+    """Raises: as `load_perceptual`."""
+    if cfg.module == "tokenizer" and cfg.loss.perceptual.weight:
+        load_perceptual(cfg.loss.perceptual.kind, cfg.loss.perceptual.weights)
 
 
 def problems(cfg: DictConfig) -> list[str]:
     """What is wrong with a training's config on this machine, as far as can be seen without running it."""
-    plan = StagePlan.of(OmegaConf.to_container(cfg.stages, resolve=True)) if cfg.stages else StagePlan(())
-    builds = [(f"data of stage {stage.name}", lambda stage=stage: build_data(of_stage(cfg, stage))) for stage in plan.stages]
-    builds = builds or [("data", lambda: build_data(cfg))]
-    found = []
-    for what, build in [*builds, ("trainer", lambda: build_trainer(cfg))]:
+    found: list[str] = []
+
+    def met(what: str, function: Callable, *given):
+        """What a function returns; None, and a problem more, if it raises."""
         try:
-            build()
+            return function(*given)
         except Exception as error:  # a problem of any part is what we are here to report
-            found.append(f"{what}: {error}")
-    values = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
-    for stage, _, data in stages_of(cfg):
-        buckets = {f"{stage}, {text}": bucket for text, bucket in shapes_of(data).items()} if data.get("buckets") else {}
-        for name, clips in {stage: data, **buckets}.items():
-            try:
-                schedule = values.schedule(clips["frames"], clips["height"], clips["width"])
-                step = f", {clips_of_a_step(clips, values)} clips a step" if name in buckets else ""
+            cause = error.__cause__ if isinstance(error, InstantiationException) else error
+            found.append(f"{what}: {cause}")
+
+    plan = met("stages", plan_of, cfg) if cfg.stages else StagePlan(())
+    for stage in plan.stages if plan else ():
+        met(f"data of stage {stage.name}", lambda stage=stage: build_data(of_stage(cfg, stage)))
+    if not cfg.stages:
+        met("data", build_data, cfg)
+    met("trainer", build_trainer, cfg)
+    met("init.ckpt", start_of, cfg)
+    met("loss.perceptual", perceptual_of, cfg)
+    values = met("tokenizer", codec_of, cfg)
+    if values is not None and plan is not None:
+        for name, clips in clips_by_name(cfg).items():
+            schedule = met(f"clips of {name}", values.schedule, clips["frames"], clips["height"], clips["width"])
+            if schedule:
+                step = f", {clips_of_a_step(clips, values)} clips a step" if clips.get("buckets") else ""
                 print(f"clips of {name}: {schedule}{step}")
-            except ValueError as error:
-                found.append(f"tokenizer and clips of {name}: {error}")
-    if cfg.module == "generator" and not Path(cfg.tokenizer_ckpt).is_file():
+    if cfg.module == "generator" and cfg.tokenizer_ckpt is not None and not Path(cfg.tokenizer_ckpt).is_file():
         found.append(f"tokenizer_ckpt: no checkpoint at {cfg.tokenizer_ckpt}; run conf=stage1_tokenizer first")
     return found
+
+
+def clips_by_name(cfg: DictConfig) -> dict[str, dict]:
+    """The data of each stage, and of each of its buckets."""
+    named = {}
+    for stage, _, data in stages_of(cfg):
+        named[stage] = {**data, "buckets": []}
+        if data.get("buckets"):
+            named |= {f"{stage}, {text}": bucket for text, bucket in shapes_of(data).items()}
+    return named
 
 
 def doctor(cfg: DictConfig) -> None:
@@ -151,11 +185,16 @@ def doctor(cfg: DictConfig) -> None:
         name = " ".join([f"conf={cfg.check}", *words, *fits])
         try:
             checked = training_config(cfg.check, [*words, *fits])
-            found = problems(checked)
-            if not any(problem.startswith("tokenizer and clips") for problem in found):
-                print(f"cost, on paper, of {name}\n" + "\n".join(f"  {row}" for row in costs(checked, cfg)))
         except ValueError as error:
             found, lost = [str(error)], error
+        else:
+            found = problems(checked)
+            try:
+                rows = costs(checked, cfg)
+                print(f"cost, on paper, of {name}\n" + "\n".join(f"  {row}" for row in rows))
+            except Exception as error:  # of a part that has a problem, which is told already, or one of its own
+                if not found:
+                    found.append(f"cost: {error}")
         print(f"{name}: " + ("no problem found" if not found else ""))
         print("\n".join(f"  - {problem}" for problem in found), flush=True)
     if lost:

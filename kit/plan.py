@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
 from kit.data.buckets import read_shape
@@ -13,7 +14,15 @@ from kit.generator.condition import ConditionConfig
 from kit.generator.module import GeneratorModule
 from kit.generator.transformer import GeneratorConfig
 from kit.memory import training_memory
-from kit.run import accumulate_of, batch_size_of, generator_module, generator_values, tokenizer_module
+from kit.run import (
+    accumulate_of,
+    batch_size_of,
+    generator_module,
+    generator_values,
+    plain,
+    tokenizer_config,
+    tokenizer_module,
+)  # fmt: skip
 from kit.scales import latent_frames
 from kit.stages import StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -40,6 +49,27 @@ def shapes_of(data: dict) -> dict[str, dict]:
     return {str(text): {**data, **dict(zip(("frames", "height", "width"), read_shape(text)))} for text in shapes}
 
 
+def codec_of(cfg: DictConfig) -> TokenizerConfig:
+    """Of the tokenizer to train, or the one that a generator is trained on; of the size's own where that is not made yet.
+
+    Raises: as `tokenizer_config`.
+    """
+    made = cfg.module == "tokenizer" or cfg.tokenizer_ckpt is None or Path(cfg.tokenizer_ckpt).is_file()
+    return tokenizer_config(cfg) if made else TokenizerConfig.from_dict(plain(cfg.tokenizer))
+
+
+def encodes(cfg: DictConfig) -> bool:
+    """Whether the training encodes clips as they come: of a cache, or `encoded_clips`, they are before it."""
+    return not cfg.encoded_clips and cfg.data.source.get("_target_") != "kit.data.cache.CachedClips"
+
+
+def devices_of(cfg: DictConfig) -> int:
+    """Of all nodes; one where it depends on the machine."""
+    devices = cfg.trainer.devices
+    count = devices if isinstance(devices, int) and devices > 0 else len(devices) if isinstance(devices, ListConfig) else 1
+    return count * cfg.trainer.get("num_nodes", 1)
+
+
 def generator_config(cfg: DictConfig, tokenizer: TokenizerConfig) -> GeneratorConfig:
     """Of the generator that a training's config describes, on the default condition."""
     return GeneratorConfig.from_dict(generator_values(cfg, tokenizer, asdict(ConditionConfig())))
@@ -62,10 +92,10 @@ def memory_of(cfg: DictConfig, data: dict, device: str, bfloat16: bool) -> tuple
     Raises:
         ValueError: if the tokenizer cannot take the clips; FileNotFoundError: if a perceptual loss lacks its weights.
     """
-    values = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
+    values = codec_of(cfg)
     clip = {key: data[key] for key in ("frames", "height", "width", "fps")}
     shape, clips = (clip["frames"], clip["height"], clip["width"]), clips_of_a_step(data, values)
-    encoded = cfg.module == "generator" and cfg.encoded_clips
+    encoded = cfg.module == "generator" and not encodes(cfg)
 
     def build() -> TokenizerModule | GeneratorModule:
         if cfg.module == "tokenizer":
@@ -89,10 +119,9 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
     Raises:
         ValueError: if the tokenizer cannot take the clips.
     """
-    tokenizer = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
+    tokenizer = codec_of(cfg)
     generator = generator_config(cfg, tokenizer) if cfg.module == "generator" else None
-    devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
-    devices *= cfg.trainer.get("num_nodes", 1)
+    devices = devices_of(cfg)
     strategy = cfg.trainer.get("strategy")
     shares = devices / strategy.replicas if isinstance(strategy, DictConfig) and "replicas" in strategy else 1
     per_step = devices * accumulate_of(cfg)
@@ -101,7 +130,7 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
         size = (frames, data["height"], data["width"])
         if generator is None:
             return tokenizer_cost(tokenizer, *size)
-        return generator_cost(generator, tokenizer, *size, encoded=bool(cfg.encoded_clips), recompute=cfg.recompute)
+        return generator_cost(generator, tokenizer, *size, encoded=not encodes(cfg), recompute=cfg.recompute)
 
     heads = ("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")
     rows, total = [COLUMNS.format(*heads, "GB held", "at most")], 0.0

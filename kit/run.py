@@ -31,6 +31,7 @@ from kit.stages import Stage, StagePlan
 from kit.start import start
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.module import TokenizerModule
+from kit.values import equal_parts
 
 
 def plain(node: DictConfig) -> dict:
@@ -44,8 +45,9 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
         tokenizer: whose tokens `data.batch_tokens` counts; without one it is not looked at.
     Raises:
         ValueError: if so many tokens are less than a clip's, the tokenizer cannot take a bucket's clips, or a cache of
-            pictures is asked for without its folder; else as `ClipDataModule`.
+            pictures is asked for without its folder; else as `check_parts`, and as `ClipDataModule`.
     """
+    check_parts(cfg)
     values = {k: v for k, v in plain(cfg.data).items() if k not in ("root", "batch_tokens")}
     images = values.pop("images", None)
     if images and images["root"] == "???":
@@ -57,6 +59,24 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
     if tokenizer is not None:
         values["batch_size"] = batch_size_of(cfg.data, tokenizer, values["frames"], values["height"], values["width"])
     return instantiate(values)
+
+
+def check_parts(cfg: DictConfig):
+    """
+    Raises:
+        ValueError: if `fits` has a step go through the recipe's batch in parts, but the clips of a part are given otherwise.
+    """
+    if not (recipe := cfg.get("recipe")):
+        return
+    key, recipe = f"recipe.{cfg.module}", recipe[cfg.module]
+    parts = equal_parts(recipe.batch_size, recipe.at_once)
+    given = "batch_tokens" if cfg.data.get("batch_tokens") else "batch_size"
+    if parts > 1 and (given == "batch_tokens" or cfg.data.batch_size != recipe.batch_size // parts):
+        raise ValueError(
+            f"data.{given}={cfg.data[given]}, but {key}.at_once={recipe.at_once} (fits=) splits {key}.batch_size="
+            f"{recipe.batch_size} into {parts}, and a step would have {parts} times as many clips: give {key}.batch_size, or "
+            f"{key}.at_once=null and {key}.accumulate"
+        )
 
 
 def batch_size_of(data: Mapping, tokenizer: TokenizerConfig, frames: int, height: int, width: int) -> int:
@@ -98,6 +118,13 @@ def of_stage(cfg: DictConfig, stage: Stage) -> DictConfig:
         raise ValueError(f"stages.{stage.name}.data: {str(error).splitlines()[0]}") from error
 
 
+def plan_of(cfg: DictConfig) -> StagePlan:
+    """The stages of a training that has some. Raises: ValueError as `StagePlan.of`, or if nothing moves on."""
+    if not cfg.callbacks.get("stage_switch"):
+        raise ValueError("stages need the callback that moves on: callbacks.stage_switch as in conf/progressive.yaml")
+    return StagePlan.of(plain(cfg.stages))
+
+
 def build_stages(cfg: DictConfig, plan: StagePlan, tokenizer: TokenizerConfig) -> StagedClips:
     """The data of all stages, so that what is wrong with a later one is told at once.
 
@@ -119,9 +146,15 @@ def accumulate_of(cfg: DictConfig) -> int:
 
 
 def tokenizer_config(cfg: DictConfig) -> TokenizerConfig:
-    """Of the tokenizer to train, or the one whose bits a generator is trained on."""
+    """Of the tokenizer to train, or the one whose bits a generator is trained on.
+
+    Raises:
+        ValueError: as `TokenizerConfig.from_dict`, or if there is none to train on; else as `load_tokenizer`.
+    """
     if cfg.module == "tokenizer":
-        return TokenizerConfig(**plain(cfg.tokenizer))
+        return TokenizerConfig.from_dict(plain(cfg.tokenizer))
+    if cfg.tokenizer_ckpt is None:
+        raise ValueError("tokenizer_ckpt=null: a generator is trained on a tokenizer's bits; give its checkpoint")
     return load_tokenizer(cfg.tokenizer_ckpt).model.config
 
 
@@ -348,9 +381,7 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[Place] = (
     keep_freed_memory()
     codec = tokenizer_config(cfg)
     if cfg.stages:
-        if not cfg.callbacks.get("stage_switch"):
-            raise ValueError("stages need the callback that moves on: callbacks.stage_switch as in conf/progressive.yaml")
-        plan = StagePlan.of(plain(cfg.stages))
+        plan = plan_of(cfg)
         cfg.trainer.max_steps = plan.steps
         data = build_stages(cfg, plan, codec)
     else:

@@ -39,11 +39,13 @@ class ShardedStrategy(ModelParallelStrategy):
         self.param_dtype = None if param_dtype is None else getattr(torch, param_dtype)
         if checkpoints not in ("whole", "sharded"):
             raise ValueError(f"trainer.strategy.checkpoints={checkpoints}; expected whole or sharded")
+        if replicas < 1:
+            raise ValueError(f"trainer.strategy.replicas={replicas}; expected 1 or more")
         self.replicas, self.in_shards = replicas, checkpoints == "sharded"
 
     def setup_environment(self):
         processes = self.num_nodes * self.num_processes
-        if self.replicas < 1 or processes % self.replicas:
+        if processes % self.replicas:
             raise ValueError(f"trainer.strategy.replicas={self.replicas} must divide the {processes} processes")
         # Lightning's names for the two sides of its mesh; by itself it would shard nothing
         self._data_parallel_size, self._tensor_parallel_size = self.replicas, processes // self.replicas

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import accumulate
+
+from kit.values import described
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,13 @@ class StagePlan:
         Raises:
             ValueError: for an unknown key, or one that is missing; else as `Stage`.
         """
-        known, stages = {f.name for f in fields(Stage)} - {"name"}, []
+        stages = []
         for name, stage in values.items():
             if stage is None:  # left out
                 continue
-            if unknown := sorted(set(stage) - known):
-                raise ValueError(f"stages.{name} has no {', '.join(unknown)}; its keys are {', '.join(sorted(known))}")
-            if "steps" not in stage:
+            if not isinstance(stage, Mapping) or "steps" not in stage:
                 raise ValueError(f"stages.{name} needs steps, how many optimizer steps it has")
-            stages.append(Stage(name=name, **stage))
+            stages.append(described(Stage, {**stage, "name": name}, f"stages.{name}"))
         return cls(tuple(stages))
 
     @property

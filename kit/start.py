@@ -44,23 +44,32 @@ STARTS = {  # kind of module -> what init.how can be, random weights aside, and 
 }
 
 
-def start(init: Mapping, module: TokenizerModule | GeneratorModule, resumed: bool) -> list[str]:
-    """Sets a module's weights as `init`, plain values of conf/init, says; returns what a user should know of it.
+def given_start(init: Mapping, kind: str) -> tuple[str, str] | None:
+    """How a module of this kind starts, and from which checkpoint, by `init`, plain values of conf/init; None: from scratch.
 
-    Args:
-        resumed: whether the training only goes on, so that its weights come from its own checkpoint.
     Raises:
-        ValueError: for another `how`, or one without `ckpt`; else as those above, or as `read_checkpoint`.
+        ValueError: for another `how`, or one without `ckpt`, or the other way round.
     """
-    how, path, starts = init["how"], init.get("ckpt"), STARTS[module.kind]
+    how, path, starts = init["how"], init.get("ckpt"), STARTS[kind]
     if how == "scratch":
         if path is not None:
             raise ValueError(
                 f"init.ckpt={path}, but init=scratch takes none; give one of {', '.join(f'init={s}' for s in starts)} too"
             )
-        return []
+        return None
     if how not in starts:
-        raise ValueError(f"init.how={how}; expected for a {module.kind} one of scratch, {', '.join(starts)}")
+        raise ValueError(f"init.how={how}; expected for a {kind} one of scratch, {', '.join(starts)}")
     if path in (None, "???"):
-        raise ValueError(f"init.how={how} needs init.ckpt=PATH, the checkpoint of a {module.kind} to start from")
-    return [] if resumed else starts[how](how, path, module)
+        raise ValueError(f"init.how={how} needs init.ckpt=PATH, the checkpoint of a {kind} to start from")
+    return how, path
+
+
+def start(init: Mapping, module: TokenizerModule | GeneratorModule, resumed: bool) -> list[str]:
+    """Sets a module's weights as `init` says; returns what a user should know of it.
+
+    Args:
+        resumed: whether the training only goes on, so that its weights come from its own checkpoint.
+    Raises: as `given_start`, those above, or `read_checkpoint`.
+    """
+    given = given_start(init, module.kind)
+    return [] if given is None or resumed else STARTS[module.kind][given[0]](*given, module)

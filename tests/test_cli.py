@@ -292,16 +292,6 @@ def test_methods_add_one_thing_after_another():
         assert {key: OmegaConf.select(paper, key) for key in keys} == {key: OmegaConf.select(large, key) for key in keys}
 
 
-def test_doctor_reports_and_finds_a_configs_problem(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["doctor", "check=stage2_generator"]) == 0
-    text = capsys.readouterr().out
-    assert all(size in text for size in SIZES) and "torch" in text
-    assert "no checkpoint at runs/stage1_tokenizer/checkpoints/last.ckpt" in text
-    assert main(["doctor", "check=generate"]) == 1
-    assert "check=generate: not a training conf; choose from ablation, paper_plan" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "key", ["ckpt", "init.ckpt", "root", "results", "loss.perceptual.weights", "data.source.captions", "data.root"]
 )

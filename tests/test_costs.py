@@ -7,7 +7,6 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
-from kit.cli import main
 from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
 from kit.generator.mask import SHORT
 from kit.generator.transformer import Generator, GeneratorConfig
@@ -57,28 +56,6 @@ def test_images_replace_clips_frame_for_frame():
     assert stage_cost(clip, None, 8, 0.0, 5) == ClipCost(400, 8000.0)
     assert stage_cost(clip, image, 8, 0.25, 5) == ClipCost(6 * 50 + 2 * 5 * 10, 6 * 1000.0 + 10 * 100.0)
     assert gpu_hours(3.6e18, tflops=100, utilisation=0.5) == 20
-
-
-@pytest.mark.parametrize("conf, stages", [("progressive", 3), ("stage1_tokenizer", 1)])
-def test_the_doctor_tells_what_each_stage_costs(conf, stages, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["doctor", f"check={conf}", "gpus=[1,16]"]) == 0
-    table = capsys.readouterr().out.split("cost, on paper, of ")[1].splitlines()[1:]
-    figures = [[float(word.replace(",", "")) for word in line.split()[-3:]] for line in table[1 : 1 + stages]]
-    hours = [figure[0] for figure in figures]
-    assert all(0 < held < most for _, held, most in figures)
-    assert min(hours) > 0 and table[1 + stages].endswith(" on 16")
-    assert float(table[1 + stages].split()[2].replace(",", "")) == pytest.approx(sum(hours), rel=0.01)
-
-
-def test_the_doctor_costs_presets(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["doctor", "check=stage1_tokenizer", "sizes=[tiny,small]", "gb=12"]) == 0
-    tables = capsys.readouterr().out.split("cost, on paper, of ")[1:]
-    names = [f"conf=stage1_tokenizer size={size} fits=12GB" for size in ("tiny", "small")]
-    assert [table.splitlines()[0] for table in tables] == names
-    rows = [table.splitlines()[2].split() for table in tables]
-    assert float(rows[0][-2]) < float(rows[1][-2]) and [row[4] for row in rows] == ["16", "16"], "8 clips, accumulated twice"
 
 
 def test_what_is_held_is_shared_out_under_fsdp():

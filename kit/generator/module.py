@@ -18,6 +18,7 @@ from kit.optim import WarmupCosine, build_optimizer, logs_now
 from kit.scales import ScaleSchedule
 from kit.sharding import ShardedStrategy
 from kit.tokenizer import Tokenizer
+from kit.values import described
 
 POWERS = {"uniform": 0.0, "early": 0.5}  # what a token weighs: tokens of the finest scale that it stands for, to this power
 BIT_WEIGHTS = ("uniform", "margin")
@@ -80,7 +81,7 @@ class GeneratorModule(L.LightningModule):
         self.save_hyperparameters(ignore=["tokenizer", "recompute"])
         self.model = Generator(GeneratorConfig.from_dict(generator))
         self.model.recompute = recompute
-        self.law = FlipLaw(**correction)
+        self.law = described(FlipLaw, correction, "correction")
         self.frame_mask, self.drop_condition, self.seed = frame_mask, drop_condition, seed
         self.loss, self.optimizer, self.steps = loss, optimizer, steps
         self.__dict__["tokenizer"] = tokenizer  # past nn.Module, which would register it as a part of this module

@@ -18,6 +18,7 @@ from kit.generator.rope import ALIGN, positions, rotary_table, rotate
 from kit.machine import onto
 from kit.recompute import recomputed
 from kit.scales import ScaleSchedule
+from kit.values import described
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ class GeneratorConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> GeneratorConfig:
-        return cls(**{**values, "condition": ConditionConfig(**values["condition"])})
+        """Raises: ValueError for a key that it has not, or a value that it cannot take."""
+        condition = described(ConditionConfig, values["condition"], "condition")
+        return described(cls, {**values, "condition": condition}, "generator")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -12,6 +13,7 @@ from kit.scales import ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer import autoencoder, infinity
 from kit.tokenizer.causal import Stream
 from kit.tokenizer.quantizer import Step, bits_to_feature, clip_of, feature_to_bits, frames_of, pyramid
+from kit.values import described
 
 ARCHITECTURES = {"fast": autoencoder, "infinity": infinity}  # each with an Encoder and a Decoder
 RANGE_TOLERANCE = 1e-3  # how far beyond [-1, 1] rounding may carry a pixel
@@ -52,6 +54,17 @@ class TokenizerConfig:
     def __post_init__(self):
         for name in ("scales", "widths", "scale_bits"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("bits", "patch", "blocks", "scales", "widths"):
+            numbers = getattr(self, name)
+            numbers = numbers if isinstance(numbers, tuple) else (numbers,)
+            if not numbers or not all(isinstance(n, int) and n >= 1 for n in numbers):
+                raise ValueError(f"tokenizer.{name}={listed(getattr(self, name))}; expected whole numbers of 1 or more")
+        if list(self.scales) != sorted({*self.scales}):
+            raise ValueError(f"tokenizer.scales={listed(self.scales)}; expected sides that rise, such as [1, 2, 4, 8]")
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"tokenizer.architecture={self.architecture}; expected one of: {', '.join(ARCHITECTURES)}")
+        if self.amplitude is not None and not (isinstance(self.amplitude, int | float) and self.amplitude > 0):
+            raise ValueError(f"tokenizer.amplitude={self.amplitude}; expected a number above 0, or null: as training has it")
         of = self.scale_bits
         if of and not (len(of) == len(self.scales) and 1 <= min(of) <= max(of) == of[-1] == self.bits):
             expected = f"{len(self.scales)} numbers of 1 to {self.bits}, the last one {self.bits}"
@@ -97,7 +110,17 @@ class TokenizerConfig:
 
     def as_dict(self) -> dict:
         """Plain values, for a checkpoint."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: listed(v) for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> TokenizerConfig:
+        """Raises: ValueError for a key that it has not, or a value that it cannot take."""
+        return described(cls, values, "tokenizer")
+
+
+def listed(value):
+    """A tuple as a list, as configs write it; other values as they are."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def check_video(video: Tensor):
@@ -129,8 +152,6 @@ class Tokenizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        if config.architecture not in ARCHITECTURES:
-            raise ValueError(f"tokenizer.architecture={config.architecture}; choose from {', '.join(ARCHITECTURES)}")
         self.config = config
         layers = ARCHITECTURES[config.architecture]
         shape = {key: getattr(config, key) for key in ("bits", "patch", "widths", "blocks", "temporal")}

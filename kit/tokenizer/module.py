@@ -61,7 +61,7 @@ class TokenizerModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.automatic_optimization = False
-        self.model = Tokenizer(TokenizerConfig(**tokenizer))
+        self.model = Tokenizer(TokenizerConfig.from_dict(tokenizer))
         self.enter(clip)
         self.loss, self.optimizer, self.steps, self.seed = loss, optimizer, steps, seed
         self.scale_dropout = scale_dropout

@@ -1,0 +1,46 @@
+"""Plain values, as configs and checkpoints hold them, to what they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def described(by: type[T], values: Mapping, name: str) -> T:
+    """A dataclass of plain values.
+
+    Args:
+        name: of the values, where they come from.
+    Raises:
+        ValueError: for a key that it has not; else as the class.
+    """
+    known = sorted(f.name for f in fields(by))
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{name} has no {', '.join(unknown)}; its keys are {', '.join(known)}")
+    return by(**values)
+
+
+def equal_parts(batch_size: int, at_once: int | None) -> int:
+    """The fewest equal parts of a batch that have `at_once` clips at most; None: it is whole.
+
+    Raises:
+        ValueError: if `at_once` is below 1.
+    """
+    if at_once is None:
+        return 1
+    if not isinstance(at_once, int) or at_once < 1:
+        raise ValueError(f"at_once={at_once}; expected a number of clips, 1 or more, or null: all")
+    return next(parts for parts in range(1, batch_size + 1) if batch_size % parts == 0 and batch_size // parts <= at_once)
+
+
+def part_of(batch_size: int, at_once: int | None) -> int:
+    """Clips of such a part."""
+    return batch_size // equal_parts(batch_size, at_once)
+
+
+def batches_of(batch_size: int, at_once: int | None, accumulate: int) -> int:
+    """How many such parts `accumulate` batches have."""
+    return accumulate * equal_parts(batch_size, at_once)

@@ -1,0 +1,151 @@
+"""The verb `doctor`: what it says of a machine, and of a training before it begins."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from omegaconf import OmegaConf
+
+from kit.cli import main
+from kit.confs import CONF
+from kit.plan import costs
+from kit.run import accumulate_of
+from kit.values import batches_of, equal_parts, part_of
+from tests.fixtures import TOKENIZER, composed, fit_tokenizer
+
+SIZES = sorted(path.stem for path in (CONF / "size").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Where no runs are."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_doctor_reports_and_finds_a_configs_problem(capsys):
+    assert main(["doctor", "check=stage2_generator"]) == 0
+    text = capsys.readouterr().out
+    assert all(size in text for size in SIZES) and "torch" in text
+    assert "no checkpoint at runs/stage1_tokenizer/checkpoints/last.ckpt" in text
+    assert main(["doctor", "check=generate"]) == 1
+    assert "check=generate: not a training conf; choose from ablation, paper_plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("conf, stages", [("progressive", 3), ("stage1_tokenizer", 1)])
+def test_the_doctor_tells_what_each_stage_costs(conf, stages, capsys):
+    assert main(["doctor", f"check={conf}", "gpus=[1,16]"]) == 0
+    table = capsys.readouterr().out.split("cost, on paper, of ")[1].splitlines()[1:]
+    figures = [[float(word.replace(",", "")) for word in line.split()[-3:]] for line in table[1 : 1 + stages]]
+    hours = [figure[0] for figure in figures]
+    assert all(0 < held < most for _, held, most in figures)
+    assert min(hours) > 0 and table[1 + stages].endswith(" on 16")
+    assert float(table[1 + stages].split()[2].replace(",", "")) == pytest.approx(sum(hours), rel=0.01)
+
+
+def test_the_doctor_costs_presets(capsys):
+    assert main(["doctor", "check=stage1_tokenizer", "sizes=[tiny,small]", "gb=12"]) == 0
+    tables = capsys.readouterr().out.split("cost, on paper, of ")[1:]
+    names = [f"conf=stage1_tokenizer size={size} fits=12GB" for size in ("tiny", "small")]
+    assert [table.splitlines()[0] for table in tables] == names
+    rows = [table.splitlines()[2].split() for table in tables]
+    assert float(rows[0][-2]) < float(rows[1][-2]) and [row[4] for row in rows] == ["8", "16"], (
+        "as many as without, and 8 at once"
+    )
+
+
+@pytest.mark.parametrize(
+    "check, words, problem",
+    [
+        ("stage1_tokenizer", "data=clips,data.root=nowhere", "data: .*nowhere"),
+        ("stage1_tokenizer", "loss.perceptual.weight=1,loss.perceptual.weights=nowhere", "loss.perceptual: no file nowhere"),
+        ("stage1_tokenizer", "init=inflate,init.ckpt=nowhere.ckpt", "init.ckpt: no checkpoint at nowhere.ckpt"),
+        ("progressive", "callbacks.stage_switch=null", "stages need the callback that moves on"),
+        ("stage2_generator", "tokenizer_ckpt=null", "tokenizer_ckpt=null: a generator is trained on a tokenizer's bits"),
+        ("stage1_tokenizer", "+tokenizer.depth=3", "tokenizer has no depth; its keys are amplitude, "),
+        ("stage1_tokenizer", "tokenizer.scales=[1,4,2]", r"tokenizer.scales=\[1, 4, 2\]; expected sides that rise"),
+        (
+            "stage2_generator",
+            "trainer=fsdp,trainer.strategy.replicas=0,trainer.devices=2",
+            "trainer: trainer.strategy.replicas=0; expected 1 or more",
+        ),
+    ],
+)
+def test_what_a_training_would_stop_at(check, words, problem, capsys):
+    """As the documentation has it: the words in brackets, with commas between them."""
+    assert main(["doctor", f"check={check}", f"words=[{words}]"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(f"\n  - .*{problem}", told) and "no problem found" not in told
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("data.batch_size=abc", "data.batch_size=abc; expected a number such as 8"),
+        ("size=huge", "does not compose: .*Could not find 'size/huge'"),
+        ("method=maskd", "does not compose: .*Could not find 'method/maskd'"),
+        ("data.heigth=64", "did you mean data.height"),
+    ],
+)
+def test_words_that_do_not_fit_are_an_error(words, said, capsys):
+    assert main(["doctor", "check=stage2_generator", f"words=[{words}]"]) == 1
+    assert re.search(said, capsys.readouterr().err)
+
+
+def row(*words: str) -> list[str]:
+    cfg = composed("stage2_generator", *words)
+    OmegaConf.resolve(cfg)
+    return costs(cfg, composed("doctor"))[1].split()
+
+
+def test_a_generator_is_costed_with_the_tokenizer_it_is_trained_on(tmp_path):
+    assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=1", "tokenizer.scales=[1,4]") == 0
+    here = f"tokenizer_ckpt={tmp_path / 'tokenizer' / 'checkpoints' / 'last.ckpt'}"
+    clip = ["data.frames=5", "data.height=32", "data.width=32", "size=tiny"]
+    assert (row(here, *clip)[2], row(*TOKENIZER, *clip)[2]) == ("34", "42"), "tokens"
+
+
+def test_devices_are_counted():
+    clips = {word: row("size=tiny", f"trainer.devices={word}")[4] for word in ("1", "2", "[0,1]", "-1", "auto")}
+    assert clips == {"1": "8", "2": "16", "[0,1]": "16", "-1": "8", "auto": "8"}
+
+
+def test_clips_that_are_encoded_before_are_not_encoded_in_training(pair, tmp_path):
+    """Whether by the run itself or in a cache."""
+    clip = ["data.frames=5", "data.height=32", "data.width=32"]
+    given = [f"root={tmp_path}", f"tokenizer_ckpt={pair.tokenizer}"]
+    assert main(["cache", *given, *clip, "clips=4", "val_clips=4", "data.workers=0"]) == 0
+    given = [given[1], "size=tiny"]
+    cached = row(*given, "data=cached", f"data.root={tmp_path / 'cache'}", "encoded_clips=0", "data.image_share=0")
+    own = row(*given, *clip, "data.image_share=0")
+    fresh = row(*given, *clip, "encoded_clips=0", "data.image_share=0")
+    assert float(cached[7]) == float(own[7]) < float(fresh[7])
+
+
+@pytest.mark.parametrize("conf", ["ucf101_generator", "ucf101_tokenizer"])
+def test_what_fits_has_as_many_clips_a_step(conf):
+    def step(*words: str) -> tuple[int, int]:
+        cfg = composed(conf, "data.root=x", *words)
+        return cfg.data.batch_size * accumulate_of(cfg), cfg.data.batch_size
+
+    (whole, _), (parts, at_once) = step(), step("fits=24GB")
+    assert whole == parts and at_once == 8
+
+
+def test_batches_that_do_not_come_from_the_recipe_are_not_split(capsys):
+    told = "splits recipe.generator.batch_size=64 into 4, and a step would have 4 times as many"
+    for words, key in (("data.batch_size=32", "batch_size=32"), ("data.batch_tokens=9000", "batch_tokens=9000")):
+        assert main(["doctor", "check=stage2_generator", "gb=12", f"words=[size=small,{words}]"]) == 0
+        text = capsys.readouterr().out
+        assert told in text and f"- data: data.{key}, but" in text
+    assert main(["doctor", "check=progressive", "gb=12", "words=[size=small]"]) == 0
+    assert (
+        f"- data of stage long: data.batch_size=4, but recipe.generator.at_once=16 (fits=) {told}" in capsys.readouterr().out
+    )
+
+
+def test_equal_parts():
+    assert [equal_parts(12, n) for n in (None, 20, 12, 11, 5, 1)] == [1, 1, 1, 2, 3, 12]
+    assert (part_of(64, 16), batches_of(64, 16, 2)) == (16, 8)
+    with pytest.raises(ValueError, match="at_once=0; expected a number of clips, 1 or more"):
+        equal_parts(8, 0)
