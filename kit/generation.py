@@ -6,7 +6,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from kit.files import file_sha256, read_json, read_text, write_json
 from kit.generator.sampler import Sampling
 from kit.machine import autocast, device, exact_float32
 from kit.media import contact_sheet, spread, video_writer
-from kit.run import plain
+from kit.run import plain, sole_user
 from kit.sampling import stream_video, windows
 from kit.scales import TAU, latent_frames
 
@@ -139,11 +139,12 @@ def generate(cfg: DictConfig) -> list[Path]:
         "tokenizer_hash": tokenizer.hash, **given,
     }  # fmt: skip
     check_same(expected, about)
-    frames = values["frames"] or max(clip["frames"], 0 if history is None else history.shape[1])
-    check_length(frames, history, how, clip["frames"])
+    frames = values["frames"] or usual_length(history, how, clip["frames"])
+    check_length(tokenizer, (frames, clip["height"], clip["width"]), history, how, clip["frames"])
 
     files = {"ckpt": generator.path, "tokenizer": tokenizer.path, "image": values["image"], "video": values["video"]}
     settings = {name: values[name] for name in SETTINGS} | {"frames": frames, "fps": values["fps"] or clip["fps"]}
+    settings |= {"guidance": asdict(how.guidance)}
     settings |= {name: None if path is None else str(Path(path).resolve()) for name, path in files.items()}
     seeds, folder = range(values["seed"], values["seed"] + values["n"]), Path(cfg.folder)
     jobs = [
@@ -151,9 +152,18 @@ def generate(cfg: DictConfig) -> list[Path]:
         for prompt in prompts
         for seed in seeds
     ]
+    with sole_user(folder):
+        return make_videos(jobs, generator, tokenizer, values, history, how)
+
+
+def make_videos(
+    jobs: list[Job], generator: Loaded, tokenizer: Loaded, values: dict, history: Tensor | None, how: Sampling
+) -> list[Path]:  # fmt: skip
+    """Those that are not there, and a contact sheet; returns the paths of all."""
     missing = [job for job in jobs if not job.done]
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} videos are there already, made with the same settings")
+    clip, frames = generator.clip, jobs[0].settings["frames"]
     size = (frames, clip["height"], clip["width"])
     with progress(len(missing), frames, generator, how, values["batch_size"]) as bar:
         for start in range(0, len(missing), values["batch_size"]):
@@ -162,7 +172,8 @@ def generate(cfg: DictConfig) -> list[Path]:
             write_videos(
                 batch, stream_samples(generator, tokenizer, *words, size, how, values["precision"], history, bar.update)
             )
-    sheet = folder / f"{file_stem(prompts[0]) if len(prompts) == 1 else 'contact_sheet'}.png"
+    prompts = {job.prompt for job in jobs}
+    sheet = jobs[0].path.with_name(f"{file_stem(*prompts) if len(prompts) == 1 else 'contact_sheet'}.png")
     print("\n".join(map(str, [*(job.path for job in missing), show(jobs[:SHOWN], sheet)])))
     return [job.path for job in jobs]
 
@@ -196,7 +207,7 @@ def show(jobs: list[Job], path: Path) -> Path:
 def typed_keys() -> list[str]:
     """What the command line says something of, such as `seed` and `guidance.first`; nothing outside of one."""
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return [word.split("=")[0].lstrip("+") for word in words]
+    return [word.split("=")[0].lstrip("+") for word in words if word[0] != "~"]
 
 
 def with_settings(values: dict) -> tuple[dict, dict]:
@@ -220,6 +231,9 @@ def with_settings(values: dict) -> tuple[dict, dict]:
     typed = typed_keys()
     if {"prompt", "label", "prompts"} & {*typed}:
         found = {**found, "prompt": None, "label": None}
+    begins = {"image": ("video", "history_frames"), "video": ("image",)}  # with one of the two: what goes with the other
+    left = {name for key, others in begins.items() if key in typed and values[key] is not None for name in others}
+    found = {**found, **{name: None for name in left - {*typed}}}
     moved = {name: values[name] for name in ("ckpt", "tokenizer") if values[name] is not None}
     merged = {**values, "prompt": None, "label": None, "prompts": None, "n": 1, **found, **moved}
     for name, _, part in (key.partition(".") for key in typed):
@@ -243,6 +257,10 @@ def check_numbers(values: dict):
         value, optional = values[name], name in ("frames", "history_frames", "overlap")
         if not (optional and value is None) and (not isinstance(value, int) or value < least):
             raise ValueError(f"{name}={value}: expected a whole number, {least} or more")
+    if values["seed"] + values["n"] > 2**63:
+        raise ValueError(f"seed={values['seed']}: expected a number below 2^63")
+    if values["fps"] is not None and not (isinstance(values["fps"], int | float) and 0 < values["fps"] < float("inf")):
+        raise ValueError(f"fps={values['fps']}: expected frames per second, above 0, or null: as trained")
 
 
 def check_same(expected: dict, about: dict):
@@ -299,7 +317,7 @@ def notes_on(prompts: list[str], how: Sampling, notes: Callable[[str], list[str]
 def file_stem(prompt: str) -> str:
     """A prompt as part of a file name; where it is more than small letters and digits, a hash tells it from others."""
     stem = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")
-    whole = len(stem) <= 80 and stem in (prompt, prompt.replace(" ", "_"))
+    whole = len(stem) <= 80 and stem.replace("_", " ") == prompt != "video"
     return (stem if whole else f"{stem[:72]}_{zlib.crc32(prompt.encode()):08x}".strip("_")) or "video"
 
 
@@ -328,16 +346,27 @@ def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
     return file.read(clip["height"], clip["width"]), {"given_sha256": file_sha256(path)}
 
 
-def check_length(frames: int, history: Tensor | None, how: Sampling, trained: int):
+def usual_length(history: Tensor | None, how: Sampling, trained: int) -> int:
+    """Pixel frames of a clip as they were trained; at `positions`, where more are given, of what is given and as many new."""
+    taken = 0 if history is None else history.shape[1]
+    return taken + trained - 1 if how.extend == "positions" and taken >= trained > 1 else trained
+
+
+def check_length(tokenizer: Loaded, size: tuple[int, int, int], history: Tensor | None, how: Sampling, trained: int):
     """
+    Args:
+        size: T, H, W of the video.
     Raises:
-        ValueError: if the frames are not 1 + 4n, or not more than are given, or those are more than a window goes on from.
+        ValueError: if the frames are not 1 + 4n, or not more than are given, or those are more than a window goes on from, or
+            the tokenizer, such as one of images, cannot take them.
     """
+    frames = size[0]
     latent_frames(frames)
     longest, overlap = how.window(trained, frames)
     windows(frames, longest, overlap)
+    tokenizer.model.schedule(min(frames, longest), *size[1:])
     taken = 0 if history is None else history.shape[1]
-    if taken >= longest:
+    if taken >= longest and how.extend == "reencode":
         least = max(1, longest - TAU)
         told = f"{taken} frames are given, but this generator makes clips of {longest}"
         raise ValueError(f"{told}: use history_frames={least} or less")

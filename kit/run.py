@@ -285,6 +285,10 @@ def condition_of(condition: dict, data: ClipDataModule) -> dict:
     if kind == "text" and condition["encoder"] is not None:
         name = condition["encoder"]
         place = find_encoder(str(Path(name).resolve()) if Path(name).is_dir() else name, condition["revision"])
+        if place.longest is not None and condition["length"] > place.longest:
+            raise ValueError(
+                f"condition.length={condition['length']}; the text encoder {place.name} reads {place.longest} tokens at most"
+            )
         condition |= {"encoder": place.name, "revision": place.revision, "channels": place.channels}
     return {**condition, "kind": kind, "classes": list(data.classes) if kind == "class" else []}
 
@@ -333,12 +337,12 @@ def fit(cfg: DictConfig) -> L.Trainer:
 
 @contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
-    """While the block runs no other training can enter its folder, but for further processes of this one.
+    """While the block runs nothing else that takes its folder so can enter it, but for further processes of this one.
 
     Raises:
         FileExistsError: if another has.
     """
-    path = folder / ".training.lock"
+    path = folder / ".lock"
     with ExitStack() as stack:
         if rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0":
             folder.mkdir(parents=True, exist_ok=True)
@@ -346,9 +350,11 @@ def sole_user(folder: Path) -> Iterator[None]:
                 stack.enter_context(FileLock(path, timeout=0))
                 stack.callback(path.unlink, missing_ok=True)
             except Timeout as error:
-                raise FileExistsError(f"another process trains in {folder}; wait for it, or give another name=...") from error
+                raise FileExistsError(
+                    f"another process is at work in {folder}; wait for it, or give another name="
+                ) from error
             except (NotImplementedError, OSError) as error:
-                rank_zero_warn(f"{folder} cannot be locked ({error}): see to it yourself that one training alone is there")
+                rank_zero_warn(f"{folder} cannot be locked ({error}): see to it yourself that one process alone is there")
         yield
 
 

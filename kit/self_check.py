@@ -98,11 +98,12 @@ def check_bits(logits: Tensor, bits: Tensor, schedule: ScaleSchedule) -> Check:
 
 def check_conditioning(model: Generator, inputs: Tensor, bits: Tensor, prompts: list[str], schedule: ScaleSchedule) -> Check:
     """Are a clip's bits likelier given its own prompt than given another clip's, and than given none, beyond chance?"""
-    others = prompts[1:] + prompts[:1]
     if len(prompts) < FEW or len(set(prompts)) == 1:
         why = f"{len(prompts)} clips are too few" if len(prompts) < FEW else "all clips have the same prompt"
         return Check("conditioning", True, f"not tried: {why}", "")
     used = schedule.used_bits(bits.shape[-1]).float().to(bits.device)
+    twice = prompts * 2  # clips of a class may lie together: of each the next one that is told otherwise
+    others = [next(words for words in twice[i:] if words != prompt) for i, prompt in enumerate(prompts)]
 
     def losses(words: list[str], dropped: bool = False) -> Tensor:
         condition = model.condition(words, torch.full((len(words),), dropped))

@@ -139,7 +139,7 @@ def validate_generator(cfg: DictConfig) -> dict:
         **teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size),
         "sample_seconds": seconds_for_one(generator, tokenizer, prompts[0], size, how, cfg.precision),
     }
-    if isinstance(data.val, Shapes):
+    if isinstance(data.val, Shapes) and generator.model.config.condition.kind == "text":
         metrics["caption_accuracy"] = caption_accuracy(list(samples), batch["caption"], data.fps)
     return metrics
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import av
 import pytest
@@ -13,10 +15,12 @@ from PIL import Image
 from kit.checkpoint import load_generator
 from kit.cli import main
 from kit.data.shapes import Shapes
-from kit.generation import file_stem, history_of, sample_videos, stream_samples
+from kit.generation import check_length, file_stem, history_of, sample_videos, stream_samples
 from kit.generator.sampler import Guidance, Sampling
 from kit.media import write_video
+from kit.run import sole_user
 from kit.sampling import sample_clips
+from kit.tokenizer import Tokenizer
 
 PROMPT = "a red ball moving right over a green field"
 GUIDED = Sampling(Guidance("constant", 2.0), temperature=1.0)
@@ -222,8 +226,60 @@ def test_another_picture_is_another_video(pair, tmp_path, capsys):
 )
 def test_file_names_tell_prompts_apart(prompt, stem):
     assert file_stem(prompt).startswith(stem) and len(file_stem(prompt)) <= 81
-    for other in (f"{prompt}é", f"{prompt}.", f"{prompt} ", f"{prompt}A"):
+    for other in (f"{prompt}é", f"{prompt}.", f"{prompt} ", f"{prompt}A", prompt.replace(" ", "_") + "_", "video"):
         assert file_stem(prompt).lower() != file_stem(other).lower()
+
+
+def test_what_a_space_or_an_underscore_tells_apart():
+    assert len({file_stem(prompt) for prompt in ("a red ball", "a_red_ball", "a red_ball", "a  red ball", "", "video")}) == 6
+
+
+def test_two_processes_do_not_write_to_a_folder(pair, tmp_path, capsys):
+    with sole_user(tmp_path / "out"):
+        assert run(pair, tmp_path, f"prompt={PROMPT}") == 1
+    assert f"another process is at work in {tmp_path / 'out'}" in capsys.readouterr().err
+    assert run(pair, tmp_path, f"prompt={PROMPT}") == 0 and not (tmp_path / "out" / ".lock").exists()
+
+
+def test_settings_with_another_beginning(pair, tmp_path):
+    """A picture takes the place of a video, and of what is said of it, and the other way round."""
+    clip = Shapes("val", frames=9, height=32, width=32)[0]["video"]
+    write_video(clip, tmp_path / "before.mp4", 12)
+    Image.new("RGB", (32, 32), "orange").save(tmp_path / "first.png")
+    given = [f"video={tmp_path / 'before.mp4'}", "history_frames=1", "frames=9", "overlap=1"]
+    assert run(pair, tmp_path, f"prompt={PROMPT}", *given, name="0") == 0
+    changes = [f"image={tmp_path / 'first.png'}"], [f"video={tmp_path / 'before.mp4'}", "history_frames=1"]
+    for n, words in enumerate(changes):
+        settings = next((tmp_path / str(n)).glob("*.json"))
+        assert main(["generate", f"root={tmp_path}", f"name={n + 1}", f"settings={settings}", *words]) == 0
+    assert contents(tmp_path / "0") == contents(tmp_path / "2") != contents(tmp_path / "1")
+
+
+def test_no_guidance_is_kept_as_what_it_is(pair, tmp_path):
+    assert run(pair, tmp_path, f"prompt={PROMPT}", "guidance=null") == 0
+    settings = next((tmp_path / "out").glob("*.json"))
+    assert json.loads(settings.read_text())["settings"]["guidance"]["first"] == 1.0
+    assert main(["generate", f"root={tmp_path}", "name=again", f"settings={settings}"]) == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_more_than_a_clip_is_gone_on_with_at_positions(pair, tmp_path, capsys):
+    """By as many new frames as a clip has, but for its first."""
+    write_video(Shapes("val", frames=17, height=32, width=32)[0]["video"], tmp_path / "before.mp4", 12)
+    given = [f"prompt={PROMPT}", f"video={tmp_path / 'before.mp4'}", "history_frames=9"]
+    assert run(pair, tmp_path, *given, "extend=positions") == 0
+    assert frames_of(next((tmp_path / "out").glob("*.mp4"))) == 13
+    assert run(pair, tmp_path, *given, "extend=positions", "frames=9", name="less") == 1
+    assert "frames=9, of which 9 are given" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_images_makes_no_videos(loaded):
+    generator, tokenizer = loaded
+    of_images = SimpleNamespace(model=Tokenizer(replace(tokenizer.model.config, temporal=False)))
+    for how, frames, longest in ((Sampling(extend="positions"), 5, 1), (Sampling(), 5, 5)):
+        with pytest.raises(ValueError, match="this is a tokenizer of images: it takes 1 frame, got 5"):
+            check_length(of_images, (frames, 32, 32), None, how, longest)
+    check_length(of_images, (1, 32, 32), None, Sampling(extend="positions"), 1)
 
 
 def test_a_video_left_without_its_settings_is_made_again(pair, tmp_path, monkeypatch):
@@ -291,6 +347,13 @@ def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
         (["prompt=x", "batch_size=0"], "batch_size=0: expected a whole number, 1 or more"),
         (["prompt=x", "seed=-1"], "seed=-1: expected a whole number, 0 or more"),
         (["settings=nowhere.json"], "settings=nowhere.json: no such file"),
+        (["prompt=x", "top_p=null"], "top_p must be a number, got None"),
+        (["prompt=x", "temperature=null"], "temperature must be a number, got None"),
+        (["prompt=x", "guidance.first=nan"], "guidance.first must be a number, got nan"),
+        (["prompt=x", "guidance.last=inf"], "guidance.last must be a number, got inf"),
+        (["prompt=x", "+guidance.strength=3"], "guidance has no strength; its keys are fine, first, kind, last"),
+        (["prompt=x", "seed=99999999999999999999"], "expected a number below 2^63"),
+        (["prompt=x", "fps=-5"], "fps=-5: expected frames per second, above 0"),
     ],
 )
 def test_explains_bad_input(pair, tmp_path, capsys, words, expected):

@@ -73,9 +73,10 @@ def test_prompts_that_are_not_heeded(found):
     assert "conditioning" not in found(["the same"] * 6)  # there is nothing to heed
 
 
-def test_prompts_that_are_heeded():
-    """Of a model that knows each clip's first bit from its prompt; and by too few clips nothing is said."""
-    schedule, prompts = ScaleSchedule(1, ((1, 1),)), ["yes", "no"] * 4
+@pytest.mark.parametrize("prompts", [["yes", "no"] * 4, ["yes"] * 4 + ["no"] * 4, ["yes"] * 7 + ["no"]])
+def test_prompts_that_are_heeded(prompts):
+    """Of a model that knows each clip's first bit from its prompt, whatever their order; and by too few nothing is said."""
+    schedule = ScaleSchedule(1, ((1, 1),))
     bits = torch.tensor([prompt == "yes" for prompt in prompts])[:, None, None].expand(-1, 1, 4)
 
     def model(inputs, schedule, condition):

@@ -55,7 +55,7 @@ def test_two_trainings_do_not_share_a_folder(whole, tmp_path, capsys):
     with stopped_midway(tmp_path) as process:
         for words in (["ckpt=last"], ["overwrite=true"]):
             assert fit_tokenizer(tmp_path, *words, name="run") == 1
-            assert f"another process trains in {tmp_path / 'run'}; wait for it" in capsys.readouterr().err
+            assert f"another process is at work in {tmp_path / 'run'}; wait for it" in capsys.readouterr().err
     assert process.wait() == 0
     assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
     assert not list((tmp_path / "run").glob(".*lock"))

@@ -153,7 +153,8 @@ def build_tools(
     Raises:
         ValueError, FileNotFoundError, ImportError: if a metric is unknown, does not fit or lacks its weights.
     """
-    captioned = isinstance(source, Shapes) and not isinstance(candidate, GivenVideos)
+    told = not isinstance(candidate, Samples) or candidate.generator.model.config.condition.kind == "text"
+    captioned = isinstance(source, Shapes) and not isinstance(candidate, GivenVideos) and told
     wanted, left_out = wanted_metrics(cfg.metrics, candidate.paired, captioned), {}
 
     def load(metric: str, function, *arguments):
@@ -191,7 +192,7 @@ def wanted_metrics(asked: str | list[str], paired: bool, captioned: bool) -> lis
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}; expected auto or some of [{','.join(METRICS)}]")
         if name not in possible:
-            why = "it reads what captions of shapes name" if name == "captions" else "it compares clips in pairs"
+            why = "it reads what captions of shapes tell" if name == "captions" else "it compares clips in pairs"
             raise ValueError(f"{name} has nothing to measure here: {why}; possible are [{','.join(possible)}]")
     return wanted
 

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from kit import __version__
 from kit.checkpoint import differences
+from kit.data.clips import FolderClips
+from kit.data.shapes import Shapes
 from kit.evaluation.build import Tools, build_candidate, build_protocol, build_tools
 from kit.evaluation.candidates import Candidate, GivenVideos, RealClips, Reconstructions
 from kit.evaluation.clips import DrawnClips, FileClips, collate, real_clips
@@ -25,6 +27,7 @@ from kit.evaluation.run_suite import evaluate_suite
 from kit.evaluation.scores import LPIPS, PSNR, SSIM, CaptionScore, FrechetScore, Score, to_8_bits
 from kit.files import load_checked, save_checked
 from kit.machine import cache_folder, device, exact_float32, installed_version
+from kit.run import sole_user
 
 SAVE_EVERY = 30  # seconds; what a kill loses at most
 Errors = dict[str, list[float]]  # for each score, one value for each clip
@@ -183,6 +186,12 @@ def compare(cfg: DictConfig) -> dict:
     protocol, source = build_protocol(cfg)
     candidate, protocol = build_candidate(cfg, protocol, source)
     tools, protocol = build_tools(cfg, protocol, candidate, source)
+    with sole_user(Path(cfg.folder)):
+        return score(cfg, protocol, source, candidate, tools)
+
+
+def score(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes, candidate: Candidate, tools: Tools) -> dict:
+    """Scores a candidate's clips, fold by fold, and reports."""
     folder, loading = Path(cfg.folder), Loading(cfg.workers, cfg.batch_size)
     if not cfg.overwrite:
         keep_other_result(folder, protocol, candidate, tools)

@@ -9,15 +9,16 @@ from omegaconf import DictConfig
 from kit.checkpoint import load_generator
 from kit.data.read import read_clip_file
 from kit.evaluation.candidates import Samples
-from kit.evaluation.protocol import digest
+from kit.evaluation.protocol import digest, whole
 from kit.evaluation.report import words_of, write_page
 from kit.evaluation.suites import read_prompts, video_name, write_suite
 from kit.evaluation.vbench import read_vbench_results, vbench_scores, vbench_table
 from kit.files import read_json, write_json, written_aside
+from kit.generation import check_length, notes_on
 from kit.generator.sampler import Sampling
-from kit.machine import exact_float32
+from kit.machine import check_precision, exact_float32
 from kit.media import contact_sheet
-from kit.run import plain
+from kit.run import plain, sole_user
 
 SHOWN = 8  # videos on the page and the contact sheet
 
@@ -41,15 +42,24 @@ def make_suite(cfg: DictConfig) -> dict:
     if cfg.ckpt is None or cfg.prompts is None:
         raise ValueError(f"the protocol {cfg.protocol.name} needs ckpt=GENERATOR and prompts=FILE, one prompt a line")
     suite, folder = cfg.protocol, Path(cfg.folder)
+    for key, least in {"samples": 1, "flickering_samples": 1, "seed": 0}.items():
+        whole(f"protocol.{key}", suite[key], least)
+    whole("protocol.frames", suite.frames, 1, missing=True)
+    whole("batch_size", cfg.batch_size, 1)
+    check_precision(cfg.precision)
     prompts = read_prompts(cfg.prompts, suite.samples, suite.flickering_samples)
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
     clip = generator.clip
-    shape = (suite.frames or clip["frames"], clip["height"], clip["width"])
-    candidate = Samples(generator, tokenizer, Sampling.of(plain(cfg)), cfg.precision, shape)
+    shape, how = (suite.frames or clip["frames"], clip["height"], clip["width"]), Sampling.of(plain(cfg))
+    check_length(tokenizer, shape, None, how, clip["frames"])
+    for note in notes_on([prompt.text for prompt in prompts], how, generator.model.condition.notes):
+        print(f"note: {note}")
+    candidate = Samples(generator, tokenizer, how, cfg.precision, shape)
     settings = {"suite": suite.name, "size": list(shape), **candidate.about()}
-    how = dict(seed=suite.seed, batch_size=cfg.batch_size, fps=clip["fps"])
-    with exact_float32():
-        videos = write_suite(candidate.sample, prompts, folder, settings, **how)
+    with sole_user(folder), exact_float32():
+        videos = write_suite(
+            candidate.sample, prompts, folder, settings, seed=suite.seed, batch_size=cfg.batch_size, fps=clip["fps"]
+        )
 
     shown = {prompt.text: video_name(prompt.text, 0) for prompt in prompts[:SHOWN]}
     clips = [{"sample": read_clip_file(videos / name, *shape, 0)} for name in shown.values()]

