@@ -70,7 +70,7 @@ class StagePlan:
                 continue
             if not isinstance(stage, Mapping) or "steps" not in stage:
                 raise ValueError(f"stages.{name} needs steps, how many optimizer steps it has")
-            stages.append(described(Stage, {**stage, "name": name}, f"stages.{name}"))
+            stages.append(described(Stage, stage, f"stages.{name}", name=name))
         return cls(tuple(stages))
 
     @property

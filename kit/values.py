@@ -9,18 +9,18 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def described(by: type[T], values: Mapping, name: str) -> T:
+def described(by: type[T], values: Mapping, what: str, /, **besides) -> T:
     """A dataclass of plain values.
 
     Args:
-        name: of the values, where they come from.
+        what: they are called. besides: values of the class that are not among them.
     Raises:
         ValueError: for a key that it has not; else as the class.
     """
-    known = sorted(f.name for f in fields(by))
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{name} has no {', '.join(unknown)}; its keys are {', '.join(known)}")
-    return by(**values)
+    known = {f.name for f in fields(by)} - set(besides)
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{what} has no {', '.join(unknown)}; its keys are {', '.join(sorted(known))}")
+    return by(**values, **besides)
 
 
 def equal_parts(batch_size: int, at_once: int | None) -> int:

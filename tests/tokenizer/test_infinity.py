@@ -175,7 +175,7 @@ def test_other_files_are_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth has no entry `vae`"):
         load_infinity(tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="tokenizer.architecture=slow; choose from fast, infinity"):
+    with pytest.raises(ValueError, match="tokenizer.architecture=slow; expected one of: fast, infinity"):
         Tokenizer(TokenizerConfig(architecture="slow"))
     with pytest.raises(ValueError, match="num_groups"):
         Tokenizer(TokenizerConfig(architecture="infinity", widths=(48,)))
