@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from kit.cli import FREE_TEXT, PATHS, VERBS, main, options_first, quoted, register_resolvers
 from kit.confs import CONF, confs
+from kit.doctor import training_config
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.run import build_data, build_trainer
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -68,6 +69,7 @@ def test_help_of_a_verb_shows_each_key_with_its_comment(verb, capsys):
         (["fit", "conf=word.yaml"], "word.yaml is no config: expected keys, and defaults as a list"),
         (["fit", "conf=bare.yaml"], "conf=bare.yaml is not for fit; choose from ablation"),
         (["generate", "conf=mine.yaml"], "conf=mine.yaml is not for generate"),
+        (["fit", "conf=itself.yaml"], "itself.yaml is built on itself"),
     ],
 )
 def test_mistakes_name_the_choices(words, expected, capsys, tmp_path, monkeypatch):
@@ -78,6 +80,7 @@ def test_mistakes_name_the_choices(words, expected, capsys, tmp_path, monkeypatc
         ("word", "defaults: stage1_tokenizer"),
         ("bare", "seed: 3"),
         ("mine", "defaults: [stage1_tokenizer]"),
+        ("itself", "defaults: [itself, _self_]"),
     ):
         (tmp_path / f"{name}.yaml").write_text(text)
     assert main(words) == 2
@@ -117,6 +120,35 @@ def test_conf_takes_a_file_built_on_one_of_kits(own_conf, capfd):
     ):
         assert main(["fit", f"conf={own_conf}", word]) == 1
         assert told in capfd.readouterr().err
+
+
+def test_a_users_group_goes_before_kits_of_its_name(own_conf, capfd):
+    """For the verb, for its help and for the doctor alike; without the user's conf it is kit's as ever."""
+    (own_conf.parent / "size").mkdir()
+    (own_conf.parent / "size" / "tiny.yaml").write_text(
+        "# @package _global_\ndefaults: [/size/small]\ntokenizer: {bits: 7}\n"
+    )
+    for conf, bits in ((str(own_conf), 7), ("stage1_tokenizer", 16)):
+        assert main(["fit", f"conf={conf}", "size=tiny", "--cfg", "job", "--resolve"]) == 0
+        assert OmegaConf.create(capfd.readouterr().out).tokenizer.bits == bits
+        assert training_config(conf, ["size=tiny"]).tokenizer.bits == bits
+    assert main(["fit", f"conf={own_conf}", "--help"]) == 0
+    told = capfd.readouterr().out
+    assert "data=cached|clips|few|" in told and "{bits: 7}" in told
+
+
+@pytest.mark.parametrize("word", ["fits=16GB", "method=maskd", "debug=smok", "size=huge"])
+def test_a_choice_that_a_group_has_not_is_refused(word, capsys):
+    assert main(["fit", "conf=stage2_generator", word, "--cfg", "job"]) == 1
+    assert f"Could not find '{word.replace('=', '/')}'" in capsys.readouterr().err
+
+
+def test_commas_within_brackets_and_quotes_divide_nothing():
+    parse = OverridesParser.create().parse_override
+    words = "data=clips, data.root=/a b,'prompt=a, b',data.buckets=[17x96x160,17x160x96],name=it's"
+    expected = ["data=clips", "data.root=/a b", "prompt=a, b", "data.buckets=[17x96x160,17x160x96]", "name=it's"]
+    assert parse(quoted(f"words=[{words}]")).value() == expected
+    assert parse(quoted("words=[]")).value() == []
 
 
 def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):

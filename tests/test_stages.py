@@ -199,6 +199,15 @@ def test_wrong_plans_of_a_run_are_told(pair, tmp_path, capsys):
         assert told in error and "Traceback" not in error
 
 
+def test_an_adaptive_loss_needs_what_it_looks_at(tmp_path, capsys):
+    adaptive = ["loss.adversarial.weight=0.1", "loss.adversarial.adaptive=true", "callbacks.checkpoint=null"]
+    switch = "+callbacks.stage_switch={_target_:callbacks.StageSwitch,folder:'${folder}/checkpoints',monitor:val/psnr}"
+    for part, status in (("encoder", 1), ("decoder", 0)):
+        stages = f"stages={{a:{{steps:2,train:[{part}]}}}}"
+        assert fit_tokenizer(tmp_path, *adaptive, switch, stages, "overwrite=true") == status
+        assert ("add decoder.head, or set loss.adversarial.adaptive=false" in capsys.readouterr().err) == bool(status)
+
+
 def test_stages_and_their_switch_come_together(pair, tmp_path, capsys):
     stage = "+stages.a={steps:2}"
     for words, told in (

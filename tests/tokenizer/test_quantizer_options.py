@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +55,26 @@ def test_the_schedule_knows_which_bits_there_are():
     for wrong in ((2, 3, 7), (2, 6), (0, 3, 6), (2, 3, 3), (7, 3, 6)):
         with pytest.raises(ValueError, match="scale_bits=.*expected 3 numbers of 1 to 6, the last one 6"):
             TokenizerConfig(**SHAPE, scale_bits=wrong)
+
+
+@pytest.mark.parametrize(
+    "key, value, told",
+    [
+        ("scales", [], "scales=[]; expected whole numbers of 1 or more"),
+        ("scales", [0, 1], "scales=[0, 1]; expected whole"),
+        ("scales", [1, 2, 4, 4], "scales=[1, 2, 4, 4]; expected sides that rise, such as"),
+        ("scales", [1, 8, 4], "scales=[1, 8, 4]; expected sides that rise"),
+        ("widths", [], "widths=[]; expected"),
+        ("patch", 0, "patch=0; expected"),
+        ("bits", 0, "bits=0; expected"),
+        ("bits", "many", "bits=many; expected"),
+        ("amplitude", 0, "amplitude=0; expected a number above 0, or null"),
+        ("depth", 3, "tokenizer has no depth; its keys are amplitude, architecture, bits"),
+    ],
+)
+def test_values_that_no_tokenizer_can_have(key, value, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        TokenizerConfig.from_dict({**SHAPE, key: value})
 
 
 @pytest.mark.parametrize("flips", [False, True])
