@@ -147,13 +147,17 @@ def problems(cfg: DictConfig) -> list[str]:
     values = met("tokenizer", codec_of, cfg)
     if values is not None and plan is not None:
         for name, clips in clips_by_name(cfg).items():
-            schedule = met(f"clips of {name}", values.schedule, clips["frames"], clips["height"], clips["width"])
-            if schedule:
-                step = f", {clips_of_a_step(clips, values)} clips a step" if clips.get("buckets") else ""
-                print(f"clips of {name}: {schedule}{step}")
+            if told := met(f"clips of {name}", said_of, clips, values):
+                print(f"clips of {name}: {told}")
     if cfg.module == "generator" and cfg.tokenizer_ckpt is not None and not Path(cfg.tokenizer_ckpt).is_file():
         found.append(f"tokenizer_ckpt: no checkpoint at {cfg.tokenizer_ckpt}; run conf=stage1_tokenizer first")
     return found
+
+
+def said_of(clips: dict, tokenizer: TokenizerConfig) -> str:
+    """Their schedule, and of a bucket how many there are in a step. Raises as `clips_of_a_step`."""
+    schedule = tokenizer.schedule(clips["frames"], clips["height"], clips["width"])
+    return f"{schedule}, {clips_of_a_step(clips, tokenizer)} clips a step" if clips["buckets"] else str(schedule)
 
 
 def clips_by_name(cfg: DictConfig) -> dict[str, dict]:
@@ -161,7 +165,7 @@ def clips_by_name(cfg: DictConfig) -> dict[str, dict]:
     named = {}
     for stage, _, data in stages_of(cfg):
         named[stage] = {**data, "buckets": []}
-        if data.get("buckets"):
+        if data["buckets"]:
             named |= {f"{stage}, {text}": bucket for text, bucket in shapes_of(data).items()}
     return named
 

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,8 +109,19 @@ def write_cache(
     _finish(folder, about, clips)
 
 
-def _locked(path: Path, seconds: float) -> FileLock:
-    return FileLock(path.with_name(f".{path.name}.lock"), timeout=seconds)
+@contextmanager
+def _locked(path: Path, seconds: float) -> Iterator[None]:
+    """Raises: Timeout if another process has it for so long; OSError where there are no locks."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=seconds)
+    try:
+        lock.acquire()
+    except NotImplementedError as error:
+        told = f"{path.parent} is on a file system without locks, which encoding needs; choose another with root=..."
+        raise OSError(told) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _claim(folder: Path, about: dict, clips: dict[str, int]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 from functools import partial
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -128,6 +129,12 @@ def test_processes_share_the_work(pair, tmp_path):
         worker.join()
     assert sum(found) == 104 and min(found) > 0
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_file_system_without_locks_is_told(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("filelock.FileLock.acquire", MagicMock(side_effect=NotImplementedError("flock")))
+    with pytest.raises(OSError, match="is on a file system without locks, which encoding needs; choose another with root="):
+        write(pair, tmp_path)
 
 
 def test_a_file_that_was_removed_is_made_again_and_hashed_anew(pair, tmp_path):
