@@ -147,7 +147,7 @@ def problems(cfg: DictConfig) -> list[str]:
     values = met("tokenizer", codec_of, cfg)
     if values is not None and plan is not None:
         for name, clips in clips_by_name(cfg).items():
-            if told := met(f"clips of {name}", said_of, clips, values):
+            if told := met(f"tokenizer and clips of {name}", said_of, clips, values):
                 print(f"clips of {name}: {told}")
     if cfg.module == "generator" and cfg.tokenizer_ckpt is not None and not Path(cfg.tokenizer_ckpt).is_file():
         found.append(f"tokenizer_ckpt: no checkpoint at {cfg.tokenizer_ckpt}; run conf=stage1_tokenizer first")
