@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from kit.data.staged import StagedClips
 from kit.optim import batches_of_a_step
-from kit.stages import Stage, starts
+from kit.stages import Stage, StagePlan, starts
 
 
 class StageSwitch(L.Callback):
@@ -48,6 +48,7 @@ class StageSwitch(L.Callback):
         chosen = [stage for stage in trainer.datamodule.plan.stages if stage.train is not None]
         for stage in chosen:
             check_parts(module, stage)
+        check_adaptive(module, trainer.datamodule.plan)
         if chosen and trainer.world_size > 1 and not find_unused(trainer.strategy):
             raise ValueError(
                 f"stages.{chosen[0].name}.train on several devices needs +trainer.strategy=ddp_find_unused_parameters_true"
@@ -123,19 +124,28 @@ def find_unused(strategy) -> bool:
 def check_parts(module: L.LightningModule, stage: Stage):
     """
     Raises:
-        ValueError: if no parameter's name begins as the stage has it, or one is left out that an adaptive loss looks at.
+        ValueError: if no parameter's name begins as the stage has it.
     """
-    adaptive = getattr(module, "discriminator", None) is not None and module.loss["adversarial"]["adaptive"]
-    if adaptive and not "decoder.head.weight".startswith(tuple(stage.train)):
-        raise ValueError(
-            f"stages.{stage.name}.train={list(stage.train)}: loss.adversarial.adaptive=true weighs losses by what they ask "
-            f"of decoder.head, which does not learn then; add decoder.head, or set loss.adversarial.adaptive=false"
-        )
     names = [name for name, _ in module.model.named_parameters()]
     for beginning in stage.train:
         if not any(name.startswith(beginning) for name in names):
             parts = ", ".join(name for name, _ in module.model.named_children())
             raise ValueError(f"stages.{stage.name}.train: no parameter's name begins with {beginning}; the parts are {parts}")
+
+
+def check_adaptive(module: L.LightningModule, plan: StagePlan):
+    """
+    Raises:
+        ValueError: if a stage leaves out what an adaptive adversarial loss looks at, once that has begun.
+    """
+    if getattr(module, "discriminator", None) is None or not module.loss["adversarial"]["adaptive"]:
+        return
+    for stage, end in zip(plan.stages, starts([stage.steps for stage in plan.stages])[1:]):
+        if stage.train and end > module.start and not "decoder.head.weight".startswith(tuple(stage.train)):
+            raise ValueError(
+                f"stages.{stage.name}.train={list(stage.train)}: loss.adversarial.adaptive=true weighs losses by what they "
+                f"ask of decoder.head, which does not learn then; add decoder.head, or set loss.adversarial.adaptive=false"
+            )
 
 
 def freeze_all_but(module: L.LightningModule, beginnings: tuple[str, ...] | None) -> str:

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from kit.confs import confs, describe, first_comment, located, misspelt, misspelt_in, searched, trains, wrong_kinds
+from kit.confs import CONF, confs, describe, first_comment, located, misspelt, misspelt_in, trains, wrong_kinds
 from kit.data.decode import UnreadableVideo
 
 
@@ -241,7 +241,7 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
     silence()
     failures: list[BaseException] = []
     here = os.getpid()
-    conf, own = path.stem, searched(path)
+    conf, own = path.stem, [] if path.parent == CONF else [f"--config-dir={CONF}"]  # behind the conf's own folder
 
     def task(cfg):
         if wrong := wrong_kinds(cfg, path, overrides):
@@ -270,7 +270,7 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
         print(f"kit {verb}: note: {path.name}: {told}", file=sys.stderr)
     sweep = bool({"-m", "--multirun"} & set(overrides))
     overrides = [quoted(word, sweep) for word in options_first(overrides)]
-    sys.argv = [sys.argv[0], f"--config-name={conf}", *overrides, *own]
+    sys.argv = [sys.argv[0], f"--config-name={conf}", *own, *overrides]
     try:
         hydra.main(version_base="1.3", config_path=str(path.parent), config_name=conf)(task)()
     except KeyboardInterrupt:  # out here, so that it ends a --multirun too

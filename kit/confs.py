@@ -57,19 +57,15 @@ def compose(path: Path, words: Iterable[str] = (), beside_it: Path | None = None
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
 
+    others = ", ".join(f"'file://{folder}'" for folder in (beside_it, CONF) if folder)
+    kits = [] if path.parent == CONF else [f"hydra.searchpath=[{others}]"]
     around = get_gh_backup()
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(path.parent), version_base="1.3"):
-            return hydra.compose(path.stem, [*searched(path, beside_it), *words])
+            return hydra.compose(path.stem, [*kits, *words])
     finally:
         restore_gh_from_backup(around)
-
-
-def searched(path: Path, beside_it: Path | None = None) -> list[str]:
-    """Where hydra shall look for what a conf is built on, behind the conf's own folder."""
-    others = ", ".join(f"'file://{folder}'" for folder in (beside_it, CONF) if folder)
-    return [] if path.parent == CONF else [f"hydra.searchpath=[{others}]"]
 
 
 def beside(path: Path, name: str) -> Path:

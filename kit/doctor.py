@@ -17,7 +17,7 @@ from kit.confs import CONF, compose, confs, located, misspelt, trains, wrong_kin
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.perceptual import GET_VGG16, load_perceptual, vgg16_path
-from kit.plan import clips_of_a_step, codec_of, costs, shapes_of, stages_of
+from kit.plan import check_codec, clips_of_a_step, codec_of, costs, shapes_of, stages_of
 from kit.run import build_data, build_trainer, of_stage, plain, plan_of
 from kit.stages import StagePlan
 from kit.start import given_start
@@ -149,7 +149,9 @@ def problems(cfg: DictConfig) -> list[str]:
         for name, clips in clips_by_name(cfg).items():
             if told := met(f"tokenizer and clips of {name}", said_of, clips, values):
                 print(f"clips of {name}: {told}")
-    if cfg.module == "generator" and cfg.tokenizer_ckpt is not None and not Path(cfg.tokenizer_ckpt).is_file():
+    if values is not None and cfg.module == "generator" and Path(cfg.tokenizer_ckpt).is_file():
+        met("tokenizer_ckpt", check_codec, cfg)
+    elif cfg.module == "generator" and cfg.tokenizer_ckpt is not None:
         found.append(f"tokenizer_ckpt: no checkpoint at {cfg.tokenizer_ckpt}; run conf=stage1_tokenizer first")
     return found
 

@@ -50,12 +50,37 @@ def shapes_of(data: dict) -> dict[str, dict]:
 
 
 def codec_of(cfg: DictConfig) -> TokenizerConfig:
-    """Of the tokenizer to train, or the one that a generator is trained on; of the size's own where that is not made yet.
+    """Of the tokenizer to train, or the one that a generator is trained on; of the size's own where that is not made yet, or
+    made for other clips.
 
     Raises: as `tokenizer_config`.
     """
-    made = cfg.module == "tokenizer" or cfg.tokenizer_ckpt is None or Path(cfg.tokenizer_ckpt).is_file()
-    return tokenizer_config(cfg) if made else TokenizerConfig.from_dict(plain(cfg.tokenizer))
+    own = TokenizerConfig.from_dict(plain(cfg.tokenizer))
+    if cfg.module == "tokenizer" or (cfg.tokenizer_ckpt is not None and not Path(cfg.tokenizer_ckpt).is_file()):
+        return own
+    try:
+        check_codec(cfg)
+    except UnfitTokenizer:
+        return own
+    return tokenizer_config(cfg)
+
+
+class UnfitTokenizer(ValueError):
+    """It cannot take a training's clips."""
+
+
+def check_codec(cfg: DictConfig):
+    """
+    Raises:
+        UnfitTokenizer: if the tokenizer in `tokenizer_ckpt` cannot take a generator's clips; else as `tokenizer_config`.
+    """
+    made = tokenizer_config(cfg)
+    for _, _, data in stages_of(cfg):
+        for clips in shapes_of(data).values():
+            try:
+                made.schedule(clips["frames"], clips["height"], clips["width"])
+            except ValueError as error:
+                raise UnfitTokenizer(f"{cfg.tokenizer_ckpt}: {error}") from error
 
 
 def encodes(cfg: DictConfig) -> bool:

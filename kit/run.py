@@ -71,6 +71,11 @@ def check_parts(cfg: DictConfig):
     key, recipe = f"recipe.{cfg.module}", recipe[cfg.module]
     parts = equal_parts(recipe.batch_size, recipe.at_once)
     given = "batch_tokens" if cfg.data.get("batch_tokens") else "batch_size"
+    if parts > 1 and accumulate_of(cfg) != parts * recipe.accumulate:
+        raise ValueError(
+            f"{accumulate_of(cfg)} batches are accumulated, but {key}.at_once={recipe.at_once} (fits=) splits "
+            f"{key}.batch_size={recipe.batch_size} into {parts}: give {key}.accumulate, which counts whole ones"
+        )
     if parts > 1 and (given == "batch_tokens" or cfg.data.batch_size != recipe.batch_size // parts):
         raise ValueError(
             f"data.{given}={cfg.data[given]}, but {key}.at_once={recipe.at_once} (fits=) splits {key}.batch_size="
@@ -192,7 +197,7 @@ def choice_of(source: DictConfig) -> dict:
     """The plain values that choose the clips of a source, but for where its files lie: those are known by their list."""
 
     def chosen(values: dict) -> dict:  # of a mixture's sources too
-        others = ("_partial_", "root", "patience", "verify")
+        others = ("_partial_", "root", "patience", "verify", *(["late"] if not values.get("late") else []))  # none is as ever
         return {key: chosen(v) if isinstance(v, dict) else v for key, v in values.items() if key not in others}
 
     return chosen(plain(source))

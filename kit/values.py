@@ -29,7 +29,7 @@ def equal_parts(batch_size: int, at_once: int | None) -> int:
     Raises:
         ValueError: if `at_once` is below 1.
     """
-    if at_once is None:
+    if at_once is None or not isinstance(batch_size, int) or batch_size < 1:  # which is told of where it is used
         return 1
     if not isinstance(at_once, int) or at_once < 1:
         raise ValueError(f"at_once={at_once}; expected a number of clips, 1 or more, or null: all")
@@ -38,7 +38,8 @@ def equal_parts(batch_size: int, at_once: int | None) -> int:
 
 def part_of(batch_size: int, at_once: int | None) -> int:
     """Clips of such a part."""
-    return batch_size // equal_parts(batch_size, at_once)
+    parts = equal_parts(batch_size, at_once)
+    return batch_size if parts == 1 else batch_size // parts
 
 
 def batches_of(batch_size: int, at_once: int | None, accumulate: int) -> int:

@@ -137,6 +137,18 @@ def test_a_users_group_goes_before_kits_of_its_name(own_conf, capfd):
     assert "data=cached|clips|few|" in told and "{bits: 7}" in told
 
 
+def test_a_users_own_search_path_counts(own_conf, tmp_path, capfd):
+    """That of the conf, and one that is typed."""
+    (tmp_path / "more" / "data").mkdir(parents=True)
+    (tmp_path / "more" / "data" / "elsewhere.yaml").write_text("defaults: [shapes]\nval_clips: 5\n")
+    path = f"['file://{tmp_path / 'more'}']"
+    assert main(["fit", f"conf={own_conf}", "data=elsewhere", f"hydra.searchpath={path}", "--cfg", "job"]) == 0
+    assert OmegaConf.create(capfd.readouterr().out).data.val_clips == 5
+    own_conf.write_text(own_conf.read_text() + f"hydra: {{searchpath: {path}}}\n")
+    assert main(["fit", f"conf={own_conf}", "data=elsewhere", "--cfg", "job"]) == 0
+    assert OmegaConf.create(capfd.readouterr().out).data.val_clips == 5
+
+
 @pytest.mark.parametrize("word", ["fits=16GB", "method=maskd", "debug=smok", "size=huge"])
 def test_a_choice_that_a_group_has_not_is_refused(word, capsys):
     assert main(["fit", "conf=stage2_generator", word, "--cfg", "job"]) == 1

@@ -105,6 +105,16 @@ def test_a_generator_is_costed_with_the_tokenizer_it_is_trained_on(tmp_path):
     assert (row(here, *clip)[2], row(*TOKENIZER, *clip)[2]) == ("34", "42"), "tokens"
 
 
+def test_a_tokenizer_that_does_not_take_the_clips_is_told(tmp_path, capsys):
+    """And what is asked for is costed with the size's own."""
+    assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=1") == 0
+    words = f"tokenizer_ckpt={tmp_path / 'tokenizer' / 'checkpoints' / 'last.ckpt'}"
+    assert main(["doctor", "check=stage2_generator", "sizes=[small]", f"words=[{words}]"]) == 0
+    told = capsys.readouterr().out
+    assert "  - tokenizer_ckpt: " in told and "this tokenizer's scales end at 4" in told
+    assert "cost, on paper, of conf=stage2_generator" in told and "GPU-hours" in told
+
+
 def test_devices_are_counted():
     clips = {word: row("size=tiny", f"trainer.devices={word}")[4] for word in ("1", "2", "[0,1]", "-1", "auto")}
     assert clips == {"1": "8", "2": "16", "[0,1]": "16", "-1": "8", "auto": "8"}
@@ -138,6 +148,12 @@ def test_batches_that_do_not_come_from_the_recipe_are_not_split(capsys):
         assert main(["doctor", "check=stage2_generator", "gb=12", f"words=[size=small,{words}]"]) == 0
         text = capsys.readouterr().out
         assert told in text and f"- data: data.{key}, but" in text
+    for conf, key, word in (("stage1_tokenizer", "tokenizer", "optimizer"), ("stage2_generator", "generator", "trainer")):
+        name = {"optimizer": "accumulate", "trainer": "accumulate_grad_batches"}[word]
+        assert main(["doctor", f"check={conf}", "gb=12", f"words=[size=small,{word}.{name}=8]"]) == 0
+        assert f"give recipe.{key}.accumulate, which counts whole ones" in capsys.readouterr().out
+        assert main(["doctor", f"check={conf}", "gb=12", "words=[size=small,debug=smoke]"]) == 0
+        assert "at_once" not in capsys.readouterr().out
     assert main(["doctor", "check=progressive", "gb=12", "words=[size=small]"]) == 0
     assert (
         f"- data of stage long: data.batch_size=4, but recipe.generator.at_once=16 (fits=) {told}" in capsys.readouterr().out
@@ -147,5 +163,6 @@ def test_batches_that_do_not_come_from_the_recipe_are_not_split(capsys):
 def test_equal_parts():
     assert [equal_parts(12, n) for n in (None, 20, 12, 11, 5, 1)] == [1, 1, 1, 2, 3, 12]
     assert (part_of(64, 16), batches_of(64, 16, 2)) == (16, 8)
+    assert (part_of(0, 4), batches_of(0, 4, 2)) == (0, 2), "what is wrong with it is told by who uses it"
     with pytest.raises(ValueError, match="at_once=0; expected a number of clips, 1 or more"):
         equal_parts(8, 0)

@@ -92,7 +92,7 @@ class Mixture(Dataset):
         name, number = self.turns.of(n)
         source = self.sources[name]
         item = source[number]
-        return {**item, "label": label_among(self.classes, source.classes, item["label"])}
+        return {"given": 0, **item, "label": label_among(self.classes, source.classes, item["label"])}
 
     @property
     def files(self) -> list[str]:

@@ -9,6 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from kit.checkpoint import load_tokenizer
 from kit.cli import main
@@ -18,7 +19,8 @@ from kit.data.clips import FolderClips
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.media import write_video
-from tests.fixtures import CLIP, GENERATOR, QUICK, fit_generator
+from kit.run import choice_of
+from tests.fixtures import CLIP, GENERATOR, QUICK, composed, fit_generator
 from tests.test_training import losses
 
 CLIP_SHAPE = {"frames": 5, "height": 32, "width": 32, "fps": 8.0}
@@ -181,6 +183,12 @@ def test_what_a_cache_does_not_hold_is_refused(pair, tmp_path, given, message):
     write(pair, tmp_path)
     with pytest.raises(ValueError, match=message):
         CachedClips(tmp_path, **given)
+
+
+def test_late_clips_are_others_and_none_are_as_before():
+    how = composed("stage2_generator").data.source
+    assert "late" not in choice_of(how)
+    assert choice_of(OmegaConf.merge(how, {"late": 0.5})) == {**choice_of(how), "late": 0.5}
 
 
 def test_the_list_of_files_is_a_part_of_what_it_is_of(pair, tmp_path):

@@ -119,7 +119,11 @@ def test_a_tokenizer_trains_on_a_mixture(tmp_path, capsys):
     words = [f"root={tmp_path}", "data=mixture", *CLIP, *TOKENIZER, *QUICK, "recipe.tokenizer.steps=3"]
     assert main(["fit", "conf=stage1_tokenizer", *words]) == 1
     assert "data=mixture needs data.source.sources" in capsys.readouterr().err
-    for name, weight in (("mine", 0.3), ("drawn", 0.7)):
-        source = "{_target_: kit.data.shapes.Shapes, _partial_: true}"
+    for n in range(10):
+        write_video(Shapes("train", frames=5, height=32, width=32)[n]["video"], tmp_path / "mine" / f"ball_{n}.mp4", 12)
+    mine = f"{{_target_: kit.data.clips.FolderClips, _partial_: true, root: {tmp_path / 'mine'}}}"
+    drawn = "{_target_: kit.data.shapes.Shapes, _partial_: true, late: 0.5}"
+    words += ["trainer.val_check_interval=3", "callbacks.video_logger.clips=4"]  # pictures of both
+    for name, weight, source in (("mine", 0.3, mine), ("drawn", 0.7, drawn)):
         words += [f"+data.source.sources.{name}={source}", f"+data.source.weights.{name}={weight}"]
     assert main(["fit", "conf=stage1_tokenizer", *words]) == 0
