@@ -1,4 +1,5 @@
-"""What long samples on `shapes` show of their captions, frame by frame and by kind of motion, beside the real clips.
+"""What long samples on `shapes` show of their captions, frame by frame and by kind of motion, beside the real clips and what
+the tokenizer makes of them.
 
     python benchmarks/long_captions.py GENERATOR [clips=128] [frames=65] [key=value ...]     such as temperature=1
 
@@ -21,6 +22,7 @@ from kit.generation import stream_samples
 from kit.generator.sampler import Sampling
 from kit.run import plain
 from kit.sampling import seed_of
+from kit.verbs import reconstruct_batches
 from runs import composed, parted
 
 KINDS = {
@@ -51,15 +53,16 @@ def main(checkpoint: str, *words: str):
     generator, tokenizer = load_generator(checkpoint)
     size = (frames, generator.clip["height"], generator.clip["width"])
     data = Shapes("val", *size, fps=generator.clip["fps"])
-    found: dict[str, dict[str, list]] = {kind: {"samples": [], "real": []} for kind in KINDS}
+    found: dict[str, dict[str, list]] = {kind: {"samples": [], "reconstructions": [], "real": []} for kind in KINDS}
     for begin in range(0, clips, BATCH):
         batch = [data[n] for n in range(begin, min(begin + BATCH, clips))]
         captions, seeds = [clip["caption"] for clip in batch], [seed_of(0, 0, begin + i) for i in range(len(batch))]
         pieces = stream_samples(generator, tokenizer, captions, seeds, size, Sampling.of(plain(how)), how.precision)
+        coded = reconstruct_batches(tokenizer, torch.stack([clip["video"] for clip in batch]), BATCH)
         for i, video in enumerate(torch.cat(list(pieces), dim=2)):
             motion = data.attributes(begin + i).motion
             kind = next(kind for kind, motions in KINDS.items() if motion in motions)
-            for name, clip in (("samples", video), ("real", batch[i]["video"])):
+            for name, clip in (("samples", video), ("reconstructions", coded[i]), ("real", batch[i]["video"])):
                 found[kind][name].append(readings(clip, captions[i], data.fps))
     for kind, of in found.items():
         of = {name: mean(hits) for name, hits in of.items() if hits}

@@ -152,8 +152,22 @@ def generate(cfg: DictConfig) -> list[Path]:
         for prompt in prompts
         for seed in seeds
     ]
+    check_paths(jobs)
     with sole_user(folder):
         return make_videos(jobs, generator, tokenizer, values, history, how)
+
+
+def check_paths(jobs: list[Job]):
+    """
+    Raises:
+        ValueError: if two prompts would share a file.
+    """
+    taken: dict[Path, str] = {}
+    for job in jobs:
+        if taken.setdefault(job.path, job.prompt) != job.prompt:
+            raise ValueError(
+                f"the prompts {taken[job.path]!r} and {job.prompt!r} share the file {job.path.name}; leave one out"
+            )
 
 
 def make_videos(
@@ -317,7 +331,7 @@ def notes_on(prompts: list[str], how: Sampling, notes: Callable[[str], list[str]
 def file_stem(prompt: str) -> str:
     """A prompt as part of a file name; where it is more than small letters and digits, a hash tells it from others."""
     stem = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")
-    whole = len(stem) <= 80 and stem.replace("_", " ") == prompt != "video"
+    whole = len(stem) <= 80 and stem in (prompt, prompt.replace(" ", "_"))
     return (stem if whole else f"{stem[:72]}_{zlib.crc32(prompt.encode()):08x}".strip("_")) or "video"
 
 

@@ -54,11 +54,11 @@ class TokenizerConfig:
     def __post_init__(self):
         for name in ("scales", "widths", "scale_bits"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("bits", "patch", "blocks", "scales", "widths"):
+        for name, least in {"bits": 1, "patch": 1, "blocks": 0, "scales": 1, "widths": 1}.items():
             numbers = getattr(self, name)
             numbers = numbers if isinstance(numbers, tuple) else (numbers,)
-            if not numbers or not all(isinstance(n, int) and n >= 1 for n in numbers):
-                raise ValueError(f"tokenizer.{name}={listed(getattr(self, name))}; expected whole numbers of 1 or more")
+            if not numbers or not all(isinstance(n, int) and n >= least for n in numbers):
+                raise ValueError(f"tokenizer.{name}={listed(getattr(self, name))}; expected whole numbers of {least} or more")
         if list(self.scales) != sorted({*self.scales}):
             raise ValueError(f"tokenizer.scales={listed(self.scales)}; expected sides that rise, such as [1, 2, 4, 8]")
         if self.architecture not in ARCHITECTURES:
