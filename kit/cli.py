@@ -97,6 +97,9 @@ def split(args: list[str]) -> tuple[str | None, list[str]]:
     return (names[-1] if names else None), [a for a in args if not a.startswith("conf=")]
 
 
+WORDS = ("words", "overrides", "tokenizer_overrides", "generator_overrides")  # of doctor and demo: words for another conf
+
+
 def quoted(word: str, sweep: bool = False) -> str:
     """Quotes what is free text or a file's name for hydra, whose grammar would stumble over commas and brackets.
 
@@ -107,7 +110,7 @@ def quoted(word: str, sweep: bool = False) -> str:
     if text.startswith("~/"):
         text = os.path.expanduser(text)
         word = f"{key}={text}"
-    if key == "words" and text[:1] == "[" and text[-1:] == "]":  # of doctor: others, for another conf
+    if key in WORDS and text[:1] == "[" and text[-1:] == "]":
         return f"{key}=[{','.join(as_text(part) for part in parts_of(text[1:-1]))}]"
     free = key in FREE_TEXT or (key in PATHS and not (sweep and "," in text))
     free = free or bool(text) and text[0] not in "[{" and not readable(word)

@@ -147,6 +147,7 @@ def test_a_users_own_search_path_counts(own_conf, tmp_path, capfd):
     own_conf.write_text(own_conf.read_text() + f"hydra: {{searchpath: {path}}}\n")
     assert main(["fit", f"conf={own_conf}", "data=elsewhere", "--cfg", "job"]) == 0
     assert OmegaConf.create(capfd.readouterr().out).data.val_clips == 5
+    assert training_config(str(own_conf), ["data=elsewhere"]).data.val_clips == 5
 
 
 @pytest.mark.parametrize("word", ["fits=16GB", "method=maskd", "debug=smok", "size=huge"])
@@ -161,6 +162,7 @@ def test_commas_within_brackets_and_quotes_divide_nothing():
     expected = ["data=clips", "data.root=/a b", "prompt=a, b", "data.buckets=[17x96x160,17x160x96]", "name=it's"]
     assert parse(quoted(f"words=[{words}]")).value() == expected
     assert parse(quoted("words=[]")).value() == []
+    assert parse(quoted("tokenizer_overrides=['debug=smoke']")).value() == ["debug=smoke"]
 
 
 def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
