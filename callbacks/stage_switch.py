@@ -47,7 +47,7 @@ class StageSwitch(L.Callback):
             raise ValueError("callbacks.stage_switch is for trainings in stages: give stages, or callbacks.stage_switch=null")
         chosen = [stage for stage in trainer.datamodule.plan.stages if stage.train is not None]
         for stage in chosen:
-            check_parts(module, stage)
+            check_names(module, stage)
         check_adaptive(module, trainer.datamodule.plan)
         if chosen and trainer.world_size > 1 and not find_unused(trainer.strategy):
             raise ValueError(
@@ -121,7 +121,7 @@ def find_unused(strategy) -> bool:
     return not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters", False)
 
 
-def check_parts(module: L.LightningModule, stage: Stage):
+def check_names(module: L.LightningModule, stage: Stage):
     """
     Raises:
         ValueError: if no parameter's name begins as the stage has it.

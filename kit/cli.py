@@ -111,7 +111,7 @@ def quoted(word: str, sweep: bool = False) -> str:
         text = os.path.expanduser(text)
         word = f"{key}={text}"
     if key in WORDS and text[:1] == "[" and text[-1:] == "]":
-        return f"{key}=[{','.join(as_text(part) for part in parts_of(text[1:-1]))}]"
+        return f"{key}=[{','.join(as_text(part) for part in at_commas(text[1:-1]))}]"
     free = key in FREE_TEXT or (key in PATHS and not (sweep and "," in text))
     free = free or bool(text) and text[0] not in "[{" and not readable(word)
     if not equals or not free:
@@ -127,7 +127,7 @@ def as_text(text: str) -> str:
     return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
 
 
-def parts_of(text: str) -> list[str]:
+def at_commas(text: str) -> list[str]:
     """What commas divide, but for those within brackets, or within quotes that a part begins with."""
     parts, depth, quote = [""], 0, ""
     for letter in text:

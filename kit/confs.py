@@ -57,9 +57,11 @@ def compose(path: Path, words: Iterable[str] = (), beside_it: Path | None = None
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
 
-    own = (values_of(path).get("hydra") or {}).get("searchpath") or []
-    others = ", ".join(f"'{place}'" for place in [*own, *(f"file://{folder}" for folder in (beside_it, CONF) if folder)])
-    kits = [] if path.parent == CONF else [f"hydra.searchpath=[{others}]"]
+    kits = []
+    if path.parent != CONF:
+        own = (values_of(path).get("hydra") or {}).get("searchpath") or []
+        others = [*own, *(f"file://{folder}" for folder in (beside_it, CONF) if folder)]
+        kits = ["hydra.searchpath=[" + ", ".join(f"'{place}'" for place in others) + "]"]
     around = get_gh_backup()
     GlobalHydra.instance().clear()
     try:

@@ -17,7 +17,7 @@ from kit.confs import CONF, compose, confs, located, misspelt, trains, wrong_kin
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.perceptual import GET_VGG16, load_perceptual, vgg16_path
-from kit.plan import check_codec, clips_of_a_step, codec_of, costs, shapes_of, stages_of
+from kit.plan import clips_of_a_step, costs, planned_tokenizer, shapes_of, stages_of
 from kit.run import build_data, build_trainer, of_stage, plain, plan_of
 from kit.stages import StagePlan
 from kit.start import given_start
@@ -111,14 +111,14 @@ def training_config(name: str, words: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
-def start_of(cfg: DictConfig):
+def check_start(cfg: DictConfig):
     """Raises: as `given_start`, or FileNotFoundError if there is no such checkpoint."""
     given = given_start(plain(cfg.init), cfg.module)
     if given and not Path(given[1]).is_file():
         raise FileNotFoundError(f"no checkpoint at {given[1]}")
 
 
-def perceptual_of(cfg: DictConfig):
+def check_perceptual(cfg: DictConfig):
     """Raises: as `load_perceptual`."""
     if cfg.module == "tokenizer" and cfg.loss.perceptual.weight:
         load_perceptual(cfg.loss.perceptual.kind, cfg.loss.perceptual.weights)
@@ -142,21 +142,19 @@ def problems(cfg: DictConfig) -> list[str]:
     if not cfg.stages:
         met("data", build_data, cfg)
     met("trainer", build_trainer, cfg)
-    met("init.ckpt", start_of, cfg)
-    met("loss.perceptual", perceptual_of, cfg)
-    values = met("tokenizer", codec_of, cfg)
+    met("init.ckpt", check_start, cfg)
+    met("loss.perceptual", check_perceptual, cfg)
+    values, lacking = met("tokenizer", planned_tokenizer, cfg) or (None, None)
     if values is not None and plan is not None:
         for name, clips in clips_by_name(cfg).items():
-            if told := met(f"tokenizer and clips of {name}", said_of, clips, values):
+            if told := met(f"tokenizer and clips of {name}", about_clips, clips, values):
                 print(f"clips of {name}: {told}")
-    if values is not None and cfg.module == "generator" and Path(cfg.tokenizer_ckpt).is_file():
-        met("tokenizer_ckpt", check_codec, cfg)
-    elif cfg.module == "generator" and cfg.tokenizer_ckpt is not None:
-        found.append(f"tokenizer_ckpt: no checkpoint at {cfg.tokenizer_ckpt}; run conf=stage1_tokenizer first")
+    if lacking is not None:
+        found.append(f"tokenizer_ckpt: {lacking}")
     return found
 
 
-def said_of(clips: dict, tokenizer: TokenizerConfig) -> str:
+def about_clips(clips: dict, tokenizer: TokenizerConfig) -> str:
     """Their schedule, and of a bucket how many there are in a step. Raises as `clips_of_a_step`."""
     schedule = tokenizer.schedule(clips["frames"], clips["height"], clips["width"])
     return f"{schedule}, {clips_of_a_step(clips, tokenizer)} clips a step" if clips["buckets"] else str(schedule)

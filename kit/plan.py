@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
 from kit.data.buckets import read_shape
+from kit.data.cache import CachedClips
 from kit.generator.condition import ConditionConfig
 from kit.generator.module import GeneratorModule
 from kit.generator.transformer import GeneratorConfig
@@ -49,43 +50,30 @@ def shapes_of(data: dict) -> dict[str, dict]:
     return {str(text): {**data, **dict(zip(("frames", "height", "width"), read_shape(text)))} for text in shapes}
 
 
-def codec_of(cfg: DictConfig) -> TokenizerConfig:
-    """Of the tokenizer to train, or the one that a generator is trained on; of the size's own where that is not made yet, or
-    made for other clips.
+def planned_tokenizer(cfg: DictConfig) -> tuple[TokenizerConfig, str | None]:
+    """Of the tokenizer to train, or the one in `tokenizer_ckpt` that a generator is trained on. Where that is not made yet,
+    or cannot take the clips: of the config's own, and why.
 
     Raises: as `tokenizer_config`.
     """
     own = TokenizerConfig.from_dict(plain(cfg.tokenizer))
-    if cfg.module == "tokenizer" or (cfg.tokenizer_ckpt is not None and not Path(cfg.tokenizer_ckpt).is_file()):
-        return own
-    try:
-        check_codec(cfg)
-    except UnfitTokenizer:
-        return own
-    return tokenizer_config(cfg)
-
-
-class UnfitTokenizer(ValueError):
-    """It cannot take a training's clips."""
-
-
-def check_codec(cfg: DictConfig):
-    """
-    Raises:
-        UnfitTokenizer: if the tokenizer in `tokenizer_ckpt` cannot take a generator's clips; else as `tokenizer_config`.
-    """
+    if cfg.module == "tokenizer":
+        return own, None
+    if cfg.tokenizer_ckpt is not None and not Path(cfg.tokenizer_ckpt).is_file():
+        return own, f"no checkpoint at {cfg.tokenizer_ckpt}; run conf=stage1_tokenizer first"
     made = tokenizer_config(cfg)
-    for _, _, data in stages_of(cfg):
-        for clips in shapes_of(data).values():
-            try:
+    try:
+        for _, _, data in stages_of(cfg):
+            for clips in shapes_of(data).values():
                 made.schedule(clips["frames"], clips["height"], clips["width"])
-            except ValueError as error:
-                raise UnfitTokenizer(f"{cfg.tokenizer_ckpt}: {error}") from error
+    except ValueError as error:
+        return own, f"{cfg.tokenizer_ckpt}: {error}"
+    return made, None
 
 
 def encodes(cfg: DictConfig) -> bool:
     """Whether the training encodes clips as they come: of a cache, or `encoded_clips`, they are before it."""
-    return not cfg.encoded_clips and cfg.data.source.get("_target_") != "kit.data.cache.CachedClips"
+    return not cfg.encoded_clips and cfg.data.source.get("_target_") != f"{CachedClips.__module__}.{CachedClips.__name__}"
 
 
 def devices_of(cfg: DictConfig) -> int:
@@ -111,13 +99,17 @@ def tokens_of_a_step(data: dict, tokenizer: TokenizerConfig) -> int:
     return clips_of_a_step(data, tokenizer) * length
 
 
-def memory_of(cfg: DictConfig, data: dict, device: str, bfloat16: bool) -> tuple[int, int]:
+def memory_of(
+    cfg: DictConfig, data: dict, device: str, bfloat16: bool, tokenizer: TokenizerConfig | None = None
+) -> tuple[int, int]:
     """What a stage of a training takes on a device which holds all weights, see `training_memory`.
 
+    Args:
+        tokenizer: of the training; None: the one that is planned.
     Raises:
         ValueError: if the tokenizer cannot take the clips; FileNotFoundError: if a perceptual loss lacks its weights.
     """
-    values = codec_of(cfg)
+    values = tokenizer or planned_tokenizer(cfg)[0]
     clip = {key: data[key] for key in ("frames", "height", "width", "fps")}
     shape, clips = (clip["frames"], clip["height"], clip["width"]), clips_of_a_step(data, values)
     encoded = cfg.module == "generator" and not encodes(cfg)
@@ -144,7 +136,7 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
     Raises:
         ValueError: if the tokenizer cannot take the clips.
     """
-    tokenizer = codec_of(cfg)
+    tokenizer, _ = planned_tokenizer(cfg)
     generator = generator_config(cfg, tokenizer) if cfg.module == "generator" else None
     devices = devices_of(cfg)
     strategy = cfg.trainer.get("strategy")
@@ -164,7 +156,7 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
         clip, share = cost(data["frames"], data), data["image_share"]
         batch = clips_of_a_step(data, tokenizer) * per_step
         try:
-            held, most = memory_of(cfg, data, "cuda", bfloat16=True)
+            held, most = memory_of(cfg, data, "cuda", True, tokenizer)
             memory = [f"{size / 1e9:,.1f}" for size in (held / shares, held / shares + most - held)]
         except FileNotFoundError:  # a perceptual loss without its weights, which `metric_networks` tells of
             memory = ["?", "?"]

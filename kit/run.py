@@ -45,9 +45,9 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
         tokenizer: whose tokens `data.batch_tokens` counts; without one it is not looked at.
     Raises:
         ValueError: if so many tokens are less than a clip's, the tokenizer cannot take a bucket's clips, or a cache of
-            pictures is asked for without its folder; else as `check_parts`, and as `ClipDataModule`.
+            pictures is asked for without its folder; else as `check_batch_parts`, and as `ClipDataModule`.
     """
-    check_parts(cfg)
+    check_batch_parts(cfg)
     values = {k: v for k, v in plain(cfg.data).items() if k not in ("root", "batch_tokens")}
     images = values.pop("images", None)
     if images and images["root"] == "???":
@@ -61,7 +61,7 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
     return instantiate(values)
 
 
-def check_parts(cfg: DictConfig):
+def check_batch_parts(cfg: DictConfig):
     """
     Raises:
         ValueError: if `fits` has a step go through the recipe's batch in parts, but the clips of a part are given otherwise.
@@ -197,7 +197,9 @@ def choice_of(source: DictConfig) -> dict:
     """The plain values that choose the clips of a source, but for where its files lie: those are known by their list."""
 
     def chosen(values: dict) -> dict:  # of a mixture's sources too
-        others = ("_partial_", "root", "patience", "verify", *(["late"] if not values.get("late") else []))  # none is as ever
+        others = {"_partial_", "root", "patience", "verify"}
+        if not values.get("late"):  # the same clips as before there was this key
+            others.add("late")
         return {key: chosen(v) if isinstance(v, dict) else v for key, v in values.items() if key not in others}
 
     return chosen(plain(source))
@@ -290,9 +292,10 @@ def condition_of(condition: dict, data: ClipDataModule) -> dict:
     if kind == "text" and condition["encoder"] is not None:
         name = condition["encoder"]
         place = find_encoder(str(Path(name).resolve()) if Path(name).is_dir() else name, condition["revision"])
-        if place.longest is not None and condition["length"] > place.longest:
+        longest = place.longest
+        if longest is not None and condition["length"] > longest:
             raise ValueError(
-                f"condition.length={condition['length']}; the text encoder {place.name} reads {place.longest} tokens at most"
+                f"condition.length={condition['length']}; the text encoder {place.name} reads {longest} tokens at most"
             )
         condition |= {"encoder": place.name, "revision": place.revision, "channels": place.channels}
     return {**condition, "kind": kind, "classes": list(data.classes) if kind == "class" else []}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from kit.values import described
+from kit.values import from_values
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class StagePlan:
                 continue
             if not isinstance(stage, Mapping) or "steps" not in stage:
                 raise ValueError(f"stages.{name} needs steps, how many optimizer steps it has")
-            stages.append(described(Stage, stage, f"stages.{name}", name=name))
+            stages.append(from_values(Stage, stage, f"stages.{name}", name=name))
         return cls(tuple(stages))
 
     @property

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def described(by: type[T], values: Mapping, what: str, /, **besides) -> T:
+def from_values(by: type[T], values: Mapping, what: str, /, **besides) -> T:
     """A dataclass of plain values.
 
     Args:

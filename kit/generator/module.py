@@ -18,7 +18,7 @@ from kit.optim import WarmupCosine, build_optimizer, logs_now
 from kit.scales import ScaleSchedule
 from kit.sharding import ShardedStrategy
 from kit.tokenizer import Tokenizer
-from kit.values import described
+from kit.values import from_values
 
 POWERS = {"uniform": 0.0, "early": 0.5}  # what a token weighs: tokens of the finest scale that it stands for, to this power
 BIT_WEIGHTS = ("uniform", "margin")
@@ -81,7 +81,7 @@ class GeneratorModule(L.LightningModule):
         self.save_hyperparameters(ignore=["tokenizer", "recompute"])
         self.model = Generator(GeneratorConfig.from_dict(generator))
         self.model.recompute = recompute
-        self.law = described(FlipLaw, correction, "correction")
+        self.law = from_values(FlipLaw, correction, "correction")
         self.frame_mask, self.drop_condition, self.seed = frame_mask, drop_condition, seed
         self.loss, self.optimizer, self.steps = loss, optimizer, steps
         self.__dict__["tokenizer"] = tokenizer  # past nn.Module, which would register it as a part of this module
@@ -103,8 +103,8 @@ class GeneratorModule(L.LightningModule):
         if self.loss["bit_weights"] == "margin":
             weights = weights * sequence.margins
         if given is not None:
-            f = torch.tensor([b.f for b in schedule.blocks for _ in range(b.h * b.w)])
-            weights = weights * onto((f >= given[:, None])[..., None], logits.device)
+            asked = schedule.coordinates[:, 0] >= given[:, None]  # (B, L)
+            weights = weights * onto(asked[..., None], logits.device)
         return F.binary_cross_entropy_with_logits(logits, sequence.targets.float(), weight=weights)
 
     def configure_model(self):

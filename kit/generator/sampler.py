@@ -20,7 +20,7 @@ from kit.generator.transformer import Generator
 from kit.machine import onto
 from kit.scales import TAU, ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer.quantizer import next_input, residual_map
-from kit.values import described
+from kit.values import from_values
 
 DRAWS = 32  # of a token's bits, of which top_p takes one
 
@@ -113,7 +113,7 @@ class Sampling:
         """From plain values of the same names, `guidance` those of `Guidance`; others are left aside."""
         chosen = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         negative = None if values.get("negative") is None else str(values["negative"])
-        guidance = described(Guidance, values.get("guidance") or {}, "guidance")
+        guidance = from_values(Guidance, values.get("guidance") or {}, "guidance")
         return cls(**{**chosen, "negative": negative, "guidance": guidance})
 
 

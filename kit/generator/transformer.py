@@ -18,7 +18,7 @@ from kit.generator.rope import ALIGN, positions, rotary_table, rotate
 from kit.machine import onto
 from kit.recompute import recomputed
 from kit.scales import ScaleSchedule
-from kit.values import described
+from kit.values import from_values
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class GeneratorConfig:
     @classmethod
     def from_dict(cls, values: dict) -> GeneratorConfig:
         """Raises: ValueError for a key that it has not, or a value that it cannot take."""
-        condition = described(ConditionConfig, values["condition"], "condition")
-        return described(cls, {**values, "condition": condition}, "generator")
+        condition = from_values(ConditionConfig, values["condition"], "condition")
+        return from_values(cls, {**values, "condition": condition}, "generator")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

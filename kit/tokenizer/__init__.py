@@ -13,7 +13,7 @@ from kit.scales import ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer import autoencoder, infinity
 from kit.tokenizer.causal import Stream
 from kit.tokenizer.quantizer import Step, bits_to_feature, clip_of, feature_to_bits, frames_of, pyramid
-from kit.values import described
+from kit.values import from_values
 
 ARCHITECTURES = {"fast": autoencoder, "infinity": infinity}  # each with an Encoder and a Decoder
 RANGE_TOLERANCE = 1e-3  # how far beyond [-1, 1] rounding may carry a pixel
@@ -115,7 +115,7 @@ class TokenizerConfig:
     @classmethod
     def from_dict(cls, values: Mapping) -> TokenizerConfig:
         """Raises: ValueError for a key that it has not, or a value that it cannot take."""
-        return described(cls, values, "tokenizer")
+        return from_values(cls, values, "tokenizer")
 
 
 def listed(value):
