@@ -1,6 +1,7 @@
 """What to expect of a generator's training: loss, right bits and samples at given steps.
 
     python benchmarks/curves.py FOLDER TOKENIZER [every=500] [clips=64] [plot=FILE.png] [key=value ...]
+    python benchmarks/curves.py LINES.jsonl plot=FILE.png     # of what was printed before
 
 Trains in FOLDER (stopped, it goes on there), keeps a checkpoint at each `every` steps, and looks at each as `inspect` and
 `validate` do: held-out loss as logged, share of right bits by scale with the true history, and, where captions can be read,
@@ -47,34 +48,44 @@ def look(folder: Path, ckpt: Path, clips: int, data: list[str]) -> dict:
 
 
 def draw(rows: list[dict], path: str):
-    """Loss, right bits and samples over steps."""
+    """Loss, right bits and samples over steps; FVD where rows have it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     steps = [row["step"] for row in rows]
-    scored = "caption_accuracy" in rows[0]
-    figure, axes = plt.subplots(1, 2 + scored, figsize=(4 * (2 + scored), 3), layout="constrained")
-    axes[0].plot(steps, [row.get("val_loss") for row in rows], marker=".")
-    axes[0].set_title("held-out loss (nats per bit)")
-    for k, _ in enumerate(rows[0]["bit_accuracy"]):
-        axes[1].plot(steps, [row["bit_accuracy"][k] for row in rows], marker=".", label=f"scale {k + 1}")
-    axes[1].set_title("right bits, true history")
-    if scored:
-        for name in ("colour", "background", "motion", "shape"):
-            axes[2].plot(steps, [row["caption_accuracy"][name] for row in rows], marker=".", label=name)
-        axes[2].set_title("free samples show what they should")
-        axes[2].set_ylim(0, 1.02)
-    for axis in axes:
+    panels = {
+        "loss (nats per bit)": {"held-out": [row["val_loss"] for row in rows]},
+        "right bits, true history": {
+            f"scale {k + 1}": [row["bit_accuracy"][k] for row in rows] for k in range(len(rows[0]["bit_accuracy"]))
+        },
+    }
+    if "training_loss" in rows[0]:
+        panels["loss (nats per bit)"]["training"] = [row["training_loss"] for row in rows]
+    if "caption_accuracy" in rows[0]:
+        panels["free samples show what they should"] = {
+            name: [row["caption_accuracy"][name] for row in rows] for name in ("colour", "background", "motion", "shape")
+        }
+    if "fvd" in rows[0]:
+        panels["FVD of free samples"] = {"": [row["fvd"] for row in rows]}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for name, values in lines.items():
+            axis.plot(steps, values, marker=".", label=name)
+        axis.set_title(title)
         axis.set_xlabel("steps")
         axis.grid(alpha=0.3)
-    for axis in axes[1:]:
-        axis.legend(fontsize=8)
+        if len(lines) > 1:
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
 
-def main(folder: Path, tokenizer: str, *words: str):
+def main(folder: Path, *words: str):
+    if folder.is_file():
+        draw([json.loads(line) for line in folder.read_text().splitlines()], parted(words, "plot")[0]["plot"])
+        return
+    tokenizer, *words = words
     chosen, rest = parted(words, "every", "clips", "plot")
     data = [word for word in rest if word.startswith("data")]
     checkpoints = train(folder, tokenizer, int(chosen.get("every", 500)), rest)
