@@ -175,6 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status = understand(argv)
         sys.stdout.flush()
+        if status == 0:
+            leave_process_group()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
@@ -209,6 +211,14 @@ def understand(argv: list[str] | None) -> int:
     except ValueError as error:
         return complain(str(error))
     return run_verb(verb, path, rest)
+
+
+def leave_process_group():
+    """Processes that trained together part, as torch asks for: one that ends while threads of gloo run may be aborted. Not
+    after an error, when others may wait for this one in the midst of an exchange."""
+    distributed = sys.modules.get("torch.distributed")  # not there where nothing was imported to train
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def set_threads(number: int | None):

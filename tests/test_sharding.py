@@ -205,3 +205,11 @@ def test_groups_must_be_of_one_size():
     cfg = composed("stage2_generator", *CLIP, "trainer=fsdp", "trainer.devices=4", "trainer.strategy.replicas=3")
     with pytest.raises(ValueError, match="trainer.strategy.replicas=3 must divide the 4 processes"):
         build_trainer(cfg).strategy.setup_environment()
+
+
+def test_processes_part_at_the_end_and_can_meet_again(pair, tmp_path):
+    """One that ended while threads of gloo run could be aborted."""
+    words = [*CLIP, *QUICK, *GENERATOR, f"tokenizer_ckpt={pair.tokenizer}", "trainer=fsdp", "recipe.generator.steps=1"]
+    for name in ("first", "second"):
+        assert main(["fit", "conf=stage2_generator", *words, f"root={tmp_path}", f"name={name}"]) == 0
+        assert not torch.distributed.is_initialized()
