@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from kit.data.staged import StagedClips
 from kit.optim import batches_of_a_step
+from kit.sharding import find_unused
 from kit.stages import Stage, StagePlan, starts
 
 
@@ -114,11 +114,6 @@ class StageSwitch(L.Callback):
             warmup=given["warmup"] if stage.warmup is None else stage.warmup,
             steps=stage.steps, began=starts(data.batches)[number] // batches_of_a_step(trainer, module),
         )  # fmt: skip
-
-
-def find_unused(strategy) -> bool:
-    """Whether it lets parameters be without a gradient: all but DDP, unless it is told to."""
-    return not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters", False)
 
 
 def check_names(module: L.LightningModule, stage: Stage):

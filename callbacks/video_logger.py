@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from kit.generator.sampler import Sampling
 from kit.inspection import forced_and_free
-from kit.media import contact_sheet, write_video
+from kit.media import clip_by_clip, contact_sheet, write_video
 from kit.sharding import whole_model
 
 
@@ -46,7 +46,7 @@ class VideoLogger(L.Callback):
         with trainer.precision_plugin.val_step_context():
             rows = self.rows(module, model, batch)
         step = trainer.global_step
-        groups = [{name: videos[i] for name, videos in rows.items()} for i in range(self.clips)]
+        groups = clip_by_clip(rows, self.clips)
         titles = [str(c) for c in batch["caption"]]
         picture = contact_sheet(groups, titles, self.folder / f"step{step:06d}.png")
         side_by_side = torch.cat([torch.cat(list(group.values()), dim=-1) for group in groups], dim=-2)

@@ -231,16 +231,16 @@ def set_threads(number: int | None):
         torch.set_num_threads(number)
 
 
-def no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+def worth_telling(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in ("litlogger", "Ignoring `Trainer(max_time="))
 
 
 def silence():
-    """What Lightning says that is no user's business: an advertisement, a warning to its own authors, and that models which
-    are not trained, such as a generator's tokenizer, are in eval mode."""
+    """What Lightning says that is no user's business: an advertisement, that our own timer keeps `trainer.max_time`, a
+    warning to its own authors, and that models which are not trained, such as a generator's tokenizer, are in eval mode."""
     for told in (".*LeafSpec", "Found .* in eval mode at the start of training"):
         warnings.filterwarnings("ignore", told)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(worth_telling)
 
 
 def run_verb(verb: str, path: Path, overrides: list[str]) -> int:

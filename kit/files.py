@@ -31,6 +31,17 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing(folder: Path, pattern: str) -> Iterator[None]:
+    """The block's files of that pattern take the place of all there were: those that it does not write anew go after it. An
+    error leaves them."""
+    before = {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
+    yield
+    for path, written in before.items():
+        if path.stat().st_mtime_ns == written:
+            path.unlink()
+
+
 HASH = "sha256"  # entry of a file that `save_checked` wrote
 
 

@@ -160,14 +160,24 @@ def generate(cfg: DictConfig) -> list[Path]:
 def check_paths(jobs: list[Job]):
     """
     Raises:
-        ValueError: if two prompts would share a file.
+        ValueError: if two prompts would share a file, or a video take the place of the one it is made from.
     """
+    given = {jobs[0].settings[key]: key for key in ("image", "video") if jobs[0].settings[key]}
+    for path in [sheet_path(jobs), *(job.path for job in jobs)]:
+        if key := given.get(str(path.resolve())):
+            raise ValueError(f"{key}={path} would be overwritten by what is made of it; give another name=")
     taken: dict[Path, str] = {}
     for job in jobs:
         if taken.setdefault(job.path, job.prompt) != job.prompt:
             raise ValueError(
                 f"the prompts {taken[job.path]!r} and {job.prompt!r} share the file {job.path.name}; leave one out"
             )
+
+
+def sheet_path(jobs: list[Job]) -> Path:
+    """Of the contact sheet."""
+    prompts = {job.prompt for job in jobs}
+    return jobs[0].path.with_name(f"{file_stem(*prompts) if len(prompts) == 1 else 'contact_sheet'}.png")
 
 
 def make_videos(
@@ -186,9 +196,7 @@ def make_videos(
             write_videos(
                 batch, stream_samples(generator, tokenizer, *words, size, how, values["precision"], history, bar.update)
             )
-    prompts = {job.prompt for job in jobs}
-    sheet = jobs[0].path.with_name(f"{file_stem(*prompts) if len(prompts) == 1 else 'contact_sheet'}.png")
-    print("\n".join(map(str, [*(job.path for job in missing), show(jobs[:SHOWN], sheet)])))
+    print("\n".join(map(str, [*(job.path for job in missing), show(jobs[:SHOWN], sheet_path(jobs))])))
     return [job.path for job in jobs]
 
 

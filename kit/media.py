@@ -61,6 +61,11 @@ def spread(frames: int) -> list[int]:
     return sorted(set(np.linspace(0, frames - 1, COLUMNS).round().astype(int).tolist()))
 
 
+def clip_by_clip(rows: dict[str, Tensor], clips: int) -> list[dict[str, Tensor]]:
+    """Row name -> videos (n, 3, T, H, W) -> for each of the first clips row name -> video, as `contact_sheet` has them."""
+    return [dict(zip(rows, videos)) for videos in zip(*(videos[:clips] for videos in rows.values()), strict=True)]
+
+
 def contact_sheet(groups: list[dict[str, Tensor]], titles: list[str], path: str | Path, height: int = 64) -> Path:
     """One PNG: for each group its title, and below it a row of frames for each of its videos.
 

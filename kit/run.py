@@ -26,7 +26,7 @@ from kit.generator.pretrained import find_encoder
 from kit.machine import fast_float32_products, keep_freed_memory
 from kit.retries import Place, noticing_dead_workers, with_retries
 from kit.scales import latent_frames
-from kit.sharding import ShardedStrategy
+from kit.sharding import ShardedStrategy, find_unused
 from kit.stages import Stage, StagePlan
 from kit.start import start
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -304,9 +304,30 @@ def condition_of(condition: dict, data: ClipDataModule) -> dict:
 BUILDERS = {"tokenizer": build_tokenizer_module, "generator": build_generator_module}
 
 
+def check_length(trainer: DictConfig):
+    """
+    Raises:
+        ValueError: if it has no number of steps, which learning rates and encoded clips go by, or takes few batches again and
+            again without saying so.
+    """
+    if not isinstance(trainer.max_steps, int) or trainer.max_steps < 1:
+        raise ValueError(f"trainer.max_steps={trainer.max_steps}; expected a number of steps, 1 or more: recipe.*.steps")
+    if trainer.get("limit_train_batches") is not None:
+        raise ValueError(
+            f"trainer.limit_train_batches={trainer.limit_train_batches}: the data has no end, and the same batches would "
+            f"come again and again; shorten a training by recipe.*.steps, or say that they shall: trainer.overfit_batches"
+        )
+
+
 def build_trainer(cfg: DictConfig) -> L.Trainer:
-    callbacks = [instantiate(c) for c in cfg.callbacks.values() if c]
-    loggers = [instantiate(c) for c in cfg.logger.values()] if cfg.logger else False
+    """
+    Raises:
+        ValueError: as `check_length`.
+    """
+    check_length(cfg.trainer)
+    loggers = [instantiate(c) for c in (cfg.get("logger") or {}).values()]
+    logged = set() if loggers else {"learning_rate"}  # what there is nothing to do for without a logger
+    callbacks = [instantiate(c) for name, c in cfg.callbacks.items() if c and name not in logged]
     return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[TrainingCheckpointIO()])
 
 
@@ -413,7 +434,8 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[Place] = (
     trainer = build_trainer(cfg)
     if module.kind == "tokenizer" and isinstance(trainer.strategy, ShardedStrategy):
         check_sharded_tokenizer(module)
-    if trainer.world_size > 1 and getattr(module, "discriminator", None) is not None and cfg.trainer.get("strategy") is None:
+    adversarial = getattr(module, "discriminator", None) is not None
+    if adversarial and trainer.world_size > 1 and not find_unused(trainer.strategy):
         raise ValueError(
             "adversarial training on several devices needs trainer.strategy=ddp_find_unused_parameters_true (with a + before "
             "it), or trainer.devices=1"

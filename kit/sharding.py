@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -16,6 +16,11 @@ from torch.optim import Optimizer
 from kit.shards import Keys, load_shares, mapped
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # by the first process, in its memory
+
+
+def find_unused(strategy: Strategy) -> bool:
+    """Whether it lets parameters be without a gradient: all but DDP, unless it is told to."""
+    return not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters", False)
 
 
 class ShardedStrategy(ModelParallelStrategy):

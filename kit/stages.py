@@ -62,7 +62,7 @@ class StagePlan:
         """From plain values: name -> the other values of a `Stage`, or None: left out.
 
         Raises:
-            ValueError: for an unknown key, or one that is missing; else as `Stage`.
+            ValueError: for an unknown key, or one that is missing, or if none are left; else as `Stage`.
         """
         stages = []
         for name, stage in values.items():
@@ -71,6 +71,8 @@ class StagePlan:
             if not isinstance(stage, Mapping) or "steps" not in stage:
                 raise ValueError(f"stages.{name} needs steps, how many optimizer steps it has")
             stages.append(from_values(Stage, stage, f"stages.{name}", name=name))
+        if not stages:
+            raise ValueError("stages: none is left; give one with its steps, or stages=null for a training without")
         return cls(tuple(stages))
 
     @property

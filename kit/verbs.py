@@ -19,25 +19,31 @@ from kit.data.cache import describe, read_manifest, write_cache
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_accuracy
-from kit.files import write_json
+from kit.files import replacing, write_json
 from kit.generation import file_stem, sample_videos
 from kit.generator.corruption import teacher_forced
 from kit.generator.module import accuracy_by_block
 from kit.generator.sampler import Sampling
 from kit.inspection import bit_use, bit_use_picture, forced_and_free
 from kit.machine import autocast, device, inference_precision
-from kit.media import contact_sheet, write_video
+from kit.media import clip_by_clip, contact_sheet, write_video
 from kit.reconstruction import Scores, reconstruct_file
-from kit.run import build_data, choice_of, plain
+from kit.run import build_data, choice_of, plain, sole_user
 from kit.sampling import sample_clips
-from kit.self_check import self_check
+from kit.self_check import Check, self_check
 from kit.tokenizer.module import psnr
 
 CHECKED = 8  # clips that `inspect` tries the self-check on, and samples
 
 
 def data_for(cfg: DictConfig, model: Loaded, frames: int | None = None) -> ClipDataModule:
-    """The data of `cfg`, with clips of the shape that a checkpoint was trained on, but for `frames`; says what they are."""
+    """The data of `cfg`, with clips of the shape that a checkpoint was trained on, but for `frames`; says what they are.
+
+    Raises:
+        ValueError: if pictures shall show no clip; else as `build_data`.
+    """
+    if cfg.shown < 1:
+        raise ValueError(f"shown={cfg.shown}; expected a number of clips, 1 or more")
     clip = {**model.clip, "frames": frames or model.clip["frames"]}
     cfg = cfg.copy()
     cfg.data.update({**clip, "batch_size": cfg.batch_size, "val_clips": cfg.clips, "workers": 0})
@@ -83,9 +89,10 @@ def held_out(data: ClipDataModule) -> dict:
 
 def validate(cfg: DictConfig) -> dict:
     """Scores a checkpoint on held-out clips; prints the metrics and leaves metrics.json and a contact sheet."""
-    metrics = validate_tokenizer(cfg) if kind_of(cfg.ckpt) == "tokenizer" else validate_generator(cfg)
     folder = Path(cfg.folder)
-    write_json(folder / "metrics.json", metrics)
+    with sole_user(folder), replacing(folder / "videos", "*.mp4"):
+        metrics = validate_tokenizer(cfg) if kind_of(cfg.ckpt) == "tokenizer" else validate_generator(cfg)
+        write_json(folder / "metrics.json", metrics)
     print(json.dumps(metrics, indent=2))
     print(f"in {folder}: metrics.json, contact_sheet.png")
     return metrics
@@ -104,7 +111,7 @@ def validate_tokenizer(cfg: DictConfig) -> dict:
     batch = held_out(data)
     video = batch["video"]
     output = reconstruct_batches(tokenizer, video, cfg.batch_size)
-    groups = [{"real": v, "reconstruction": o} for v, o in zip(video, output)][: cfg.shown]
+    groups = clip_by_clip({"real": video, "reconstruction": output}, cfg.shown)
     contact_sheet(groups, batch["caption"][: cfg.shown], Path(cfg.folder) / "contact_sheet.png")
     return {"clips": len(video), **reconstruction_metrics(output, batch, data)}
 
@@ -129,7 +136,7 @@ def validate_generator(cfg: DictConfig) -> dict:
     samples = sample_videos(generator, tokenizer, prompts, seeds, size, how, cfg.precision, cfg.batch_size)
 
     folder = Path(cfg.folder)
-    groups = [{"real": v, "reconstruction": o, "sample": s} for v, o, s in zip(video, output, samples)][: cfg.shown]
+    groups = clip_by_clip({"real": video, "reconstruction": output, "sample": samples}, cfg.shown)
     contact_sheet(groups, list(prompts)[: cfg.shown], folder / "contact_sheet.png")
     for i, (prompt, sample) in enumerate(zip(prompts, samples[: cfg.shown])):
         write_video(sample, folder / "videos" / f"{file_stem(prompt)}_seed{seeds[i]}.mp4", generator.clip["fps"])
@@ -178,14 +185,20 @@ def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, ba
 
 
 def reconstruct(cfg: DictConfig) -> dict:
-    """Writes original and reconstruction side by side; prints PSNR and SSIM after each scale."""
+    """Writes original and reconstruction side by side; prints PSNR and SSIM after each scale.
+
+    Raises:
+        ValueError: if the video would be overwritten by its reconstruction; else as `reconstruct_file` and `held_out`.
+    """
     tokenizer, folder = load_tokenizer(cfg.ckpt), Path(cfg.folder)
-    for old in folder.glob("reconstruction*.*"):  # of another call, perhaps of more clips
-        old.unlink()
-    if cfg.video is not None:
-        by_scale = reconstruct_file(tokenizer, cfg.video, cfg.frames, folder)
-    else:
-        by_scale = reconstruct_held_out(tokenizer, cfg)
+    pattern = "reconstruction*.*"
+    if cfg.video is not None and Path(cfg.video).resolve() in [path.resolve() for path in folder.glob(pattern)]:
+        raise ValueError(f"video={cfg.video} would be overwritten by its reconstruction; give another name=")
+    with sole_user(folder), replacing(folder, pattern):  # of another call, perhaps of more clips
+        if cfg.video is not None:
+            by_scale = reconstruct_file(tokenizer, cfg.video, cfg.frames, folder)
+        else:
+            by_scale = reconstruct_held_out(tokenizer, cfg)
     print(json.dumps(by_scale, indent=2))
     print(f"in {folder}: reconstruction.png, reconstruction_*.mp4 (real | reconstruction)")
     return {"by_scale": by_scale}
@@ -195,9 +208,8 @@ def reconstruct_held_out(tokenizer: Loaded, cfg: DictConfig) -> list[dict]:
     """The same of held-out clips, of the shape of the training but for `frames`."""
     data = data_for(cfg, tokenizer, cfg.frames)
     video = held_out(data)["video"]
-    rows, by_scale = per_scale(tokenizer, video, cfg.batch_size)
-    folder = Path(cfg.folder)
-    groups = [{name: row[i] for name, row in rows.items()} for i in range(min(len(video), cfg.shown))]
+    rows, by_scale, _ = per_scale(tokenizer, video, cfg.batch_size)
+    folder, groups = Path(cfg.folder), clip_by_clip(rows, cfg.shown)
     contact_sheet(groups, [f"clip {i}" for i in range(len(groups))], folder / "reconstruction.png")
     side = torch.cat([video, rows[f"scales 1-{len(by_scale)}"]], dim=-1)
     for i, pair in enumerate(side[: cfg.shown]):
@@ -206,11 +218,12 @@ def reconstruct_held_out(tokenizer: Loaded, cfg: DictConfig) -> list[dict]:
 
 
 @torch.no_grad()
-def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[str, Tensor], list[dict]]:
+def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[str, Tensor], list[dict], Tensor]:
     """What the first 1..K scales of each frame hold.
 
     Returns:
-        rows: name -> (n, 3, T, H, W), the real clips first; and for each k psnr_db and ssim, means over the clips.
+        rows: name -> (n, 3, T, H, W), the real clips first; for each k psnr_db and ssim, means over the clips; and the bits
+        (n, L, d), on the CPU.
     """
     model = tokenizer.model.to(device())
     schedule = model.schedule_of(video)
@@ -223,7 +236,7 @@ def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[s
         output = rows[f"scales 1-{k}"] = torch.cat(parts)
         scores = [Scores().add(o, v).values() for o, v in zip(output, video)]
         metrics.append({"scales": k} | {name: statistics.fmean(s[name] for s in scores) for name in scores[0]})
-    return rows, metrics
+    return rows, metrics, torch.cat(bits).cpu()
 
 
 def cache(cfg: DictConfig) -> Path:
@@ -261,42 +274,48 @@ def consolidate(cfg: DictConfig) -> Path:
 
 
 def inspect(cfg: DictConfig) -> dict:
-    """Scale-by-scale pictures and bit use; for a generator predicted against true bits, the self-check, and samples with and
-    without the true history."""
-    is_generator = kind_of(cfg.ckpt) == "generator"
-    generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer) if is_generator else (None, load_tokenizer(cfg.ckpt))
-    data = data_for(cfg, generator or tokenizer)
-    if generator is not None:
-        check_classes(generator, data)
-    batch = held_out(data)
-    video = batch["video"]
-    rows, by_scale = per_scale(tokenizer, video, cfg.batch_size)
-    schedule = tokenizer.model.schedule_of(video)
-    with torch.no_grad(), inference_precision():
-        parts = [tokenizer.model.bits(v.to(device())).cpu() for v in video.split(cfg.batch_size)]
-    use = bit_use(torch.cat(parts), schedule)
+    """Scale-by-scale pictures and bit use; for a generator also predicted against true bits, the self-check, and samples with
+    and without the true history."""
     folder = Path(cfg.folder)
-    groups = [{name: row[i] for name, row in rows.items()} for i in range(min(len(video), cfg.shown))]
-    contact_sheet(groups, list(batch["caption"])[: cfg.shown], folder / "scales.png")
+    with sole_user(folder):
+        is_generator = kind_of(cfg.ckpt) == "generator"
+        generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer) if is_generator else (None, load_tokenizer(cfg.ckpt))
+        data = data_for(cfg, generator or tokenizer)
+        if generator is not None:
+            check_classes(generator, data)
+        batch, checks, pictures = held_out(data), [], ["scales.png", "bit_use.png"]
+        report = inspect_tokenizer(tokenizer, batch, cfg)
+        if generator is not None:
+            checks = inspect_generator(generator, tokenizer, batch, cfg)
+            report |= teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size)
+            pictures.append("samples.png")
+        told = {"self_check": {check.name: asdict(check) for check in checks}} if checks else {}
+        write_json(folder / "inspect.json", report | told)
+    print(json.dumps(report, indent=2))
+    print("\n".join([check.line() for check in checks] + [f"in {folder}: {', '.join(pictures)}, inspect.json"]))
+    return report | told
+
+
+def inspect_tokenizer(tokenizer: Loaded, batch: dict, cfg: DictConfig) -> dict:
+    """Pictures of what each scale holds and of the use of its bits; returns PSNR and SSIM by scale, and entropies."""
+    rows, by_scale, bits = per_scale(tokenizer, batch["video"], cfg.batch_size)
+    schedule, folder = tokenizer.model.schedule_of(batch["video"]), Path(cfg.folder)
+    use = bit_use(bits, schedule)
+    contact_sheet(clip_by_clip(rows, cfg.shown), list(batch["caption"])[: cfg.shown], folder / "scales.png")
     bit_use_picture(use["ones"], folder / "bit_use.png")
     entropy = use["entropy"].nanmean(1)
-    report = {"schedule": str(schedule), "by_scale": by_scale, "bit_entropy": [round(e.item(), 4) for e in entropy]}
-    if generator is not None:
-        report |= teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size)
-        few = {key: value[:CHECKED] for key, value in batch.items()}
-        those = (generator.model.to(device()), tokenizer.model.to(device()), few["video"].to(device()))
-        prompts = generator.model.condition.prompts(few)
-        checks = self_check(*those, prompts)
-        report["self_check"] = {check.name: asdict(check) for check in checks}
-        told = "\n".join(check.line() for check in checks)
-        with autocast(cfg.precision):
-            feature = those[1].encode(those[2])
-            shown = {"real": those[2], **forced_and_free(*those[:2], feature, schedule, prompts, Sampling.of(plain(cfg)))}
-        groups = [{name: videos[i].float().cpu() for name, videos in shown.items()} for i in range(len(prompts))]
-        contact_sheet(groups, prompts, folder / "samples.png")
-    write_json(folder / "inspect.json", report)
-    print(json.dumps({key: value for key, value in report.items() if key != "self_check"}, indent=2))
-    if generator is not None:
-        print(told)
-    print(f"in {folder}: scales.png, bit_use.png, {'samples.png, ' if generator is not None else ''}inspect.json")
-    return report
+    return {"schedule": str(schedule), "by_scale": by_scale, "bit_entropy": [round(e.item(), 4) for e in entropy]}
+
+
+def inspect_generator(generator: Loaded, tokenizer: Loaded, batch: dict, cfg: DictConfig) -> list[Check]:
+    """The self-check of a few clips, and a picture of them, predicted with the true history and sampled without."""
+    few = {key: value[:CHECKED] for key, value in batch.items()}
+    model, codec, video = generator.model.to(device()), tokenizer.model.to(device()), few["video"].to(device())
+    prompts = model.condition.prompts(few)
+    checks = self_check(model, codec, video, prompts)
+    with autocast(cfg.precision):
+        feature, schedule = codec.encode(video), codec.schedule_of(video)
+        rows = {"real": video, **forced_and_free(model, codec, feature, schedule, prompts, Sampling.of(plain(cfg)))}
+    groups = clip_by_clip({name: videos.float().cpu() for name, videos in rows.items()}, len(prompts))
+    contact_sheet(groups, list(prompts), Path(cfg.folder) / "samples.png")
+    return checks

@@ -237,6 +237,18 @@ def test_prompts_that_would_share_a_file_are_refused(pair, tmp_path, capsys):
     assert told in capsys.readouterr().err and not list(tmp_path.rglob("*.mp4"))
 
 
+def test_what_is_gone_on_from_is_not_overwritten(pair, tmp_path, capsys):
+    """A video of the same prompt, seed and folder, or a picture where the contact sheet goes."""
+    assert run(pair, tmp_path, f"prompt={PROMPT}") == 0
+    (video,), (sheet,) = ((tmp_path / "out").glob(pattern) for pattern in ("*.mp4", "*.png"))
+    before = video.read_bytes(), sheet.read_bytes()
+    for key, path in (("video", video), ("image", sheet)):
+        assert run(pair, tmp_path, f"prompt={PROMPT}", f"{key}={path}") == 1
+        assert f"{key}={path} would be overwritten by what is made of it; give another name=" in capsys.readouterr().err
+    assert (video.read_bytes(), sheet.read_bytes()) == before
+    assert run(pair, tmp_path, f"prompt={PROMPT}", f"video={video}", name="more") == 0
+
+
 def test_two_processes_do_not_write_to_a_folder(pair, tmp_path, capsys):
     with sole_user(tmp_path / "out"):
         assert run(pair, tmp_path, f"prompt={PROMPT}") == 1

@@ -64,7 +64,7 @@ def test_scores_are_those_of_the_whole_clip(tokenizer, tmp_path, monkeypatch):
     for frames in (None, 5):
         streamed = reconstruct_file(tokenizer, path, frames, tmp_path / "out")
         clip = open_clip_file(path, frames, 0).read(16, 24)
-        _, whole = per_scale(tokenizer, clip[None], 1)
+        _, whole, _ = per_scale(tokenizer, clip[None], 1)
         for a, b in zip(streamed, whole, strict=True):
             assert a == pytest.approx(b, abs=0.02)  # bfloat16
 
@@ -165,6 +165,17 @@ def test_command_on_a_file(pair, tmp_path, capsys):
     assert run(pair, tmp_path, f"video={path}", "frames=3") == 0
     assert "3 frames padded to 5" in capsys.readouterr().out
     assert len(decoded(tmp_path / "out" / "reconstruction_0.mp4")) == 3
+
+
+def test_its_own_input_and_what_an_error_meets_stay(pair, tmp_path, capsys):
+    path = write_video(moving(9, 32, 32), tmp_path / "a.mp4", 8)
+    assert run(pair, tmp_path, f"video={path}") == 0
+    made = tmp_path / "out" / "reconstruction_0.mp4"
+    before = made.read_bytes()
+    assert run(pair, tmp_path, f"video={made}") == 1
+    assert f"video={made} would be overwritten by its reconstruction; give another name=" in capsys.readouterr().err
+    assert run(pair, tmp_path, f"video={tmp_path / 'nowhere.mp4'}") == 1
+    assert made.read_bytes() == before
 
 
 def test_command_on_a_picture(pair, tmp_path):

@@ -66,6 +66,12 @@ def test_a_generator_that_knows_nothing(found):
     assert "bits" in found()
 
 
+def test_a_generator_before_any_training(found):
+    """All its logits are 0: it has learned nothing, and that is all there is to tell."""
+    torch.nn.init.zeros_(found.generator.head.weight)
+    assert found() - HARDLY_LEARNED <= {"bits", "conditioning"} and "bits" in found()
+
+
 def test_prompts_that_are_not_heeded(found):
     for parameter in found.generator.condition.parameters():
         torch.nn.init.normal_(parameter, std=0.02)

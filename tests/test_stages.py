@@ -77,6 +77,8 @@ def test_wrong_stages_are_refused(stage, message):
 
 def test_a_stage_can_be_left_out_and_has_a_name_of_its_own():
     assert [stage.name for stage in StagePlan.of({"a": None, "b": {"steps": 3}}).stages] == ["b"]
+    with pytest.raises(ValueError, match="stages: none is left; give one"):
+        StagePlan.of({"a": None})
     for name in ("last", "best"):  # whose checkpoint would take the stage's place
         with pytest.raises(ValueError, match=f"stages.{name}: .*{name}.ckpt"):
             StagePlan.of({name: {"steps": 3}})

@@ -100,6 +100,35 @@ def test_the_last_checkpoint_is_that_of_the_last_step(tmp_path):
     assert read_checkpoint(tmp_path / "tokenizer" / "checkpoints" / "last.ckpt", "tokenizer")["global_step"] == 5
 
 
+def test_a_training_ends_after_its_time_and_goes_on(tmp_path):
+    short = ["recipe.tokenizer.steps=5", "trainer.val_check_interval=3"]
+    assert fit_tokenizer(tmp_path, *short, "trainer.max_time=00:00:00:01", "recipe.tokenizer.steps=100000") == 0
+    ckpt = tmp_path / "tokenizer" / "checkpoints" / "last.ckpt"
+    done = read_checkpoint(ckpt, "tokenizer")["global_step"]
+    assert 0 < done < 100000
+    more = [f"recipe.tokenizer.steps={done + 2}", "trainer.val_check_interval=3", "ckpt=last"]
+    assert fit_tokenizer(tmp_path, *more) == 0 and read_checkpoint(ckpt, "tokenizer")["global_step"] == done + 2
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["recipe.tokenizer.steps=-1"], "trainer.max_steps=-1; expected a number of steps, 1 or more"),
+        (["+trainer.limit_train_batches=3"], "trainer.limit_train_batches=3: the data has no end"),
+    ],
+)
+def test_lengths_that_mean_something_else_are_told(words, told, tmp_path, capsys):
+    assert fit_tokenizer(tmp_path, *words) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_a_training_without_a_logger(tmp_path):
+    assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=2", "trainer.val_check_interval=2", "logger=none") == 0
+    run = tmp_path / "tokenizer"
+    assert (run / "checkpoints" / "best.ckpt").is_file() and list((run / "media").glob("*.png"))
+    assert not (run / "logs").exists()
+
+
 def test_an_old_run_is_not_overwritten_unless_asked_for(pair, capsys):
     before = pair.tokenizer.read_bytes()
     assert fit_tokenizer(pair.root) == 1

@@ -22,6 +22,7 @@ from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.files import load_checked, save_checked
 from kit.media import write_video
+from kit.run import sole_user
 from kit.verbs import per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
 
@@ -114,10 +115,23 @@ def test_inspect_and_validate(pair, tmp_path):
     assert metrics["reconstruction_psnr_db"] > 10 and metrics["sample_seconds"] > 0
     assert len(list((tmp_path / "scores" / "videos").glob("*.mp4"))) == 2
 
+    assert run("validate", pair, tmp_path, "clips=4", "shown=1", "seed=5", "name=scores") == 0
+    assert [path.stem[-5:] for path in (tmp_path / "scores" / "videos").glob("*.mp4")] == ["seed5"], "of this call alone"
+
     assert run("validate", pair, tmp_path, "clips=4", "name=tok", model="tokenizer") == 0
     metrics = json.loads((tmp_path / "tok" / "metrics.json").read_text())
     assert metrics["reconstruction_psnr_db"] > 10
     assert set(metrics["reconstruction_caption_accuracy"]) == {"colour", "shape", "motion", "background", "all"}
+
+
+@pytest.mark.parametrize("verb", ["validate", "inspect", "reconstruct"])
+def test_what_models_show_is_of_one_process_and_of_some_clips(verb, pair, tmp_path, capsys):
+    words = [verb, f"ckpt={pair.tokenizer}", f"root={tmp_path}", "name=out", "clips=4"]
+    with sole_user(tmp_path / "out"):
+        assert main(words) == 1
+    assert f"another process is at work in {tmp_path / 'out'}" in capsys.readouterr().err
+    assert main([*words, "shown=0"]) == 1
+    assert "shown=0; expected a number of clips, 1 or more" in capsys.readouterr().err
 
 
 def demo_words(root: Path, *generator: str) -> list[str]:

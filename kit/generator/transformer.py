@@ -103,7 +103,11 @@ def attend_views(q: Tensor, k: Tensor, v: Tensor, views: Sequence[View]) -> Tens
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm whose weight follows the type of its input, so that mixed precision takes the fused kernel."""
+    """nn.RMSNorm whose weight follows the type of its input, so that mixed precision takes the fused kernel; with the same
+    epsilon in every precision, which torch may choose by the input's type otherwise."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

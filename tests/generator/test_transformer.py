@@ -10,7 +10,7 @@ import torch
 from kit.confs import CONF
 from kit.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
 from kit.generator.condition import ClassCondition, ConditionConfig, TextCondition, WordEncoder
-from kit.generator.transformer import Generator, GeneratorConfig
+from kit.generator.transformer import Generator, GeneratorConfig, RMSNorm
 from kit.scales import ScaleSchedule
 from tests.fixtures import composed
 
@@ -387,3 +387,11 @@ def test_what_is_recomputed_is_what_was(make_generator):
         sizes.append(sum(held))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert sizes[1] < sizes[0] / 2
+
+
+def test_norms_are_the_same_in_every_precision():
+    """Also of small numbers, which an epsilon of the type's precision would flatten."""
+    x = torch.randn(4, 64) * 0.02
+    exact = RMSNorm(64)(x)
+    torch.testing.assert_close(exact.pow(2).mean(-1), torch.ones(4), atol=5e-3, rtol=0)
+    torch.testing.assert_close(RMSNorm(64)(x.bfloat16()).float(), exact, atol=2e-2, rtol=2e-2)
