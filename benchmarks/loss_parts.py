@@ -19,7 +19,8 @@ from kit.checkpoint import Loaded, load_tokenizer
 from kit.data.shapes import Shapes
 from kit.evaluation.detectors import Detector, load_i3d
 from kit.evaluation.frechet import Gaussian, frechet_distance
-from kit.evaluation.scores import decibel, to_8_bits
+from kit.evaluation.scores import decibel
+from kit.pixels import to_8_bits
 
 CLIPS, BATCH = 64, 8
 BLUR = 5  # pixels a side of the mean that makes low frequencies

@@ -25,7 +25,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from kit.checkpoint import load_tokenizer
 from kit.data.clips import FolderClips
 from kit.media import contact_sheet, to_uint8
-from kit.tokenizer.module import psnr
+from kit.pixels import psnr, to_8_bits
 from runs import kit, parted
 
 RATES = [(latent, bits) for latent in ("4x16x16", "4x8x8") for bits in (16, 32, 48)]
@@ -76,10 +76,6 @@ def jpeg_at(video: Tensor, bits: float) -> tuple[float, Tensor]:
     return float(np.interp(bits, *zip(*points))), shown if worse is None else worse
 
 
-def in_8_bits(video: Tensor) -> Tensor:
-    return ((video + 1) * 127.5).round() / 127.5 - 1
-
-
 def main(folder: Path, real: Path, steps: int, only: str, picture: str, words: list[str]):
     rates = [rate for rate in RATES if not only or only == f"{rate[0]},{rate[1]}"]
     if not rates:
@@ -89,7 +85,7 @@ def main(folder: Path, real: Path, steps: int, only: str, picture: str, words: l
     for latent, bits in rates:
         tokenizer = load_tokenizer(train(folder, real, latent, bits, steps, words)).model
         with torch.no_grad():
-            output = in_8_bits(torch.cat([tokenizer.reconstruct(v[None]) for v in video]))
+            output = to_8_bits(torch.cat([tokenizer.reconstruct(v[None]) for v in video]))
         schedule = tokenizer.schedule_of(video)
         spent = schedule.bits_per_frame(bits)
         pictures, truth = (x.transpose(1, 2).flatten(0, 1) for x in (output, video))

@@ -14,9 +14,9 @@ from kit.generator.rope import positions, rotary_table
 from kit.generator.sampler import CachedGenerator
 from kit.generator.transformer import Generator
 from kit.machine import exact_float32
+from kit.pixels import psnr
 from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
-from kit.tokenizer.module import psnr
 from kit.tokenizer.quantizer import bits_to_feature
 
 ROUNDING = 2e-3  # of a logit's spread: what float32 may differ by on two ways to the same value

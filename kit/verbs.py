@@ -27,11 +27,11 @@ from kit.generator.sampler import Sampling
 from kit.inspection import bit_use, bit_use_picture, forced_and_free
 from kit.machine import autocast, device, inference_precision
 from kit.media import clip_by_clip, contact_sheet, write_video
+from kit.pixels import psnr
 from kit.reconstruction import Scores, reconstruct_file
 from kit.run import build_data, choice_of, plain, sole_user
 from kit.sampling import sample_clips
 from kit.self_check import Check, self_check
-from kit.tokenizer.module import psnr
 
 CHECKED = 8  # clips that `inspect` tries the self-check on, and samples
 

@@ -14,6 +14,7 @@ import torch
 
 from callbacks import EMA, LossGuard
 from kit.checkpoint import read_checkpoint
+from kit.cli import main
 from kit.data.datamodule import ClipDataModule
 from kit.data.sampler import StreamSampler
 from kit.data.shapes import Shapes
@@ -22,7 +23,7 @@ from kit.machine import can_compile
 from kit.run import plain
 from kit.stages import StagePlan
 from kit.tokenizer.module import TokenizerModule
-from tests.fixtures import composed, fit_generator, fit_tokenizer
+from tests.fixtures import CLIP, GENERATOR, TOKENIZER, composed, fit_generator, fit_tokenizer
 
 compile_layer = torch.nn.Module.compile
 
@@ -98,6 +99,20 @@ def test_training_leaves_the_precision_of_float32_products_as_it_was(pair):
 def test_the_last_checkpoint_is_that_of_the_last_step(tmp_path):
     assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=5", "trainer.val_check_interval=3") == 0
     assert read_checkpoint(tmp_path / "tokenizer" / "checkpoints" / "last.ckpt", "tokenizer")["global_step"] == 5
+
+
+@pytest.mark.parametrize("verb", ["cache", "fit conf=stage1_tokenizer", "fit conf=stage2_generator"])
+def test_pixels_of_another_range_are_told_before_they_are_learned(verb, pair, tmp_path, monkeypatch, capsys):
+    made = Shapes.__getitem__
+    monkeypatch.setattr(
+        Shapes, "__getitem__", lambda self, n: {**made(self, n), "video": made(self, n)["video"] * 127.5 + 127.5}
+    )
+    given = f"tokenizer_ckpt={pair.tokenizer}"
+    own = {"cache": ["clips=4", "val_clips=2", given], "fit conf=stage1_tokenizer": TOKENIZER}
+    clip = [word for word in CLIP if verb != "cache" or word.startswith("data")]
+    assert main([*verb.split(), *clip, *own.get(verb, [*GENERATOR, given]), f"root={tmp_path}"]) == 1
+    error = capsys.readouterr().err
+    assert "clip 0 of the data: expected pixels in [-1, 1], found 4" in error and "Traceback" not in error
 
 
 def test_a_training_ends_after_its_time_and_goes_on(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.utils.data import Dataset
 
 from kit.data.mixture import label_among
+from kit.pixels import check_pixels
 from kit.scales import latent_frames
 
 
@@ -24,6 +25,11 @@ class Numbered(Dataset):
             item["label"] = label_among(self.source.classes, self.images.classes, item["label"])
         else:
             item = {"given": 0, **self.source[n], "n": n}
+        if "video" in item:
+            try:
+                check_pixels(item["video"][None])
+            except ValueError as error:
+                raise ValueError(f"clip {n} of the data: {error}") from error
         for name, used in (("video", frames), ("feature", latent_frames(frames))):
             if name in item:
                 item[name] = item[name][:, :used]

@@ -23,11 +23,6 @@ from kit.perceptual import Perceptual
 LEAST_ERROR = 4e-10  # mean squared error of 100 dB in [-1, 1]: equal pictures have no finite PSNR
 
 
-def to_8_bits(clips: Tensor) -> Tensor:
-    """Pixels as a file would hold them, in [-1, 1]."""
-    return ((clips.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-
-
 def decibel(error: Tensor) -> Tensor:
     """PSNR of a mean squared error of pixels in [-1, 1]."""
     return -10 * (error.clamp_min(LEAST_ERROR) / 4).log10()

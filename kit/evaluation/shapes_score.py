@@ -26,9 +26,9 @@ from kit.data.shapes import (
     signed_distance,
     trajectory,
 )
+from kit.pixels import in_range
 
 MIN_SIDE = 16  # pixels; below, no shape can be told from another
-RANGE_TOLERANCE = 1e-3  # how far beyond [-1, 1] rounding may carry a value
 
 FIT_SAMPLES = 4000  # pixels that the background is fitted to
 SHADOW = (0.5, 1.1)  # brightness of the background in the shadow and beside it, relative to the fit
@@ -142,7 +142,7 @@ def _checked(video: torch.Tensor | np.ndarray, fps: float) -> np.ndarray:
     if video.ndim != 4 or video.shape[0] != 3 or video.shape[1] < 1 or min(video.shape[2:]) < MIN_SIDE:
         raise ValueError(f"expected a video (3, T, H, W) with T >= 1, H and W >= {MIN_SIDE}, found {video.shape}")
     low, high = video.min(), video.max()
-    if not (low >= -1 - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # so written, NaN fails too
+    if not in_range(low, high):
         raise ValueError(f"expected finite values in [-1, 1], found {low} to {high}")
     if not (0 < fps < np.inf):
         raise ValueError(f"expected positive frames per second, found {fps}")

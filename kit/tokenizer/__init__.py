@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from kit.pixels import check_pixels, check_video
 from kit.scales import ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer import autoencoder, infinity
 from kit.tokenizer.causal import Stream
@@ -16,7 +17,6 @@ from kit.tokenizer.quantizer import Step, bits_to_feature, clip_of, feature_to_b
 from kit.values import from_values
 
 ARCHITECTURES = {"fast": autoencoder, "infinity": infinity}  # each with an Encoder and a Decoder
-RANGE_TOLERANCE = 1e-3  # how far beyond [-1, 1] rounding may carry a pixel
 
 __all__ = ["Tokenizer", "TokenizerConfig"]
 
@@ -121,26 +121,6 @@ class TokenizerConfig:
 def listed(value):
     """A tuple as a list, as configs write it; other values as they are."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def check_video(video: Tensor):
-    """
-    Raises:
-        ValueError: if it is not (B, 3, T, H, W), floating point.
-    """
-    if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
-        raise ValueError(f"expected a floating point video (B, 3, T, H, W), found {video.dtype} {tuple(video.shape)}")
-
-
-def check_pixels(video: Tensor):
-    """
-    Raises:
-        ValueError: if pixels lie outside [-1, 1] by more than rounding, or the video has another shape or type.
-    """
-    check_video(video)
-    low, high = video.aminmax()
-    if not (low >= -1 - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # so written, NaN fails too
-        raise ValueError(f"expected pixels in [-1, 1], found {low.item():g} to {high.item():g}; scale them first")
 
 
 class Tokenizer(nn.Module):

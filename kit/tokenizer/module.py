@@ -5,12 +5,12 @@ from __future__ import annotations
 import lightning as L
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from kit.draws import Draws
 from kit.machine import mean_over_ranks, onto
 from kit.optim import WarmupCosine, build_optimizer, logs_now
 from kit.perceptual import load_perceptual
+from kit.pixels import psnr
 from kit.sharding import ShardedStrategy
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.discriminator import Discriminator
@@ -27,11 +27,6 @@ from kit.tokenizer.losses import (
 )
 
 ANCHOR_DECAY = 0.99  # of LeCAM's averages
-
-
-def psnr(output: Tensor, video: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of clips in [-1, 1], (B, 3, T, H, W) -> scalar, the mean over clips."""
-    return peak_signal_noise_ratio(output, video, data_range=(-1.0, 1.0), dim=(1, 2, 3, 4), reduction="elementwise_mean")
 
 
 class TokenizerModule(L.LightningModule):

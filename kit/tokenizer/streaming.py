@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kit.pixels import check_pixels
 from kit.scales import whole_groups
-from kit.tokenizer import Tokenizer, TokenizerConfig, check_pixels
+from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.causal import Stream
 from kit.tokenizer.quantizer import clip_of, frames_of, pyramid
 

@@ -14,7 +14,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from kit.data.shapes import Shapes
 from kit.evaluation.report import best_median_worst
 from kit.evaluation.run import over_folds
-from kit.evaluation.scores import PSNR, SSIM, CaptionScore, decibel, to_8_bits
+from kit.evaluation.scores import PSNR, SSIM, CaptionScore, decibel
+from kit.pixels import to_8_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,7 +105,8 @@ def test_a_score_goes_on_from_its_state(make, pair_of_clips, tmp_path):
 
 GROWTH = """
 import torch
-from kit.evaluation.scores import PSNR, to_8_bits
+from kit.evaluation.scores import PSNR
+from kit.pixels import to_8_bits
 
 def used():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1000

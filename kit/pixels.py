@@ -1,0 +1,43 @@
+"""Pixels in [-1, 1]: their checks, their 8 bits, and their PSNR."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+TOLERANCE = 1e-3  # how far beyond [-1, 1] rounding may carry a pixel
+
+
+def in_range(low: float | Tensor, high: float | Tensor) -> bool:
+    """Whether pixels from `low` to `high` lie in [-1, 1] up to rounding; NaN does not."""
+    return bool(low >= -1 - TOLERANCE and high <= 1 + TOLERANCE)
+
+
+def check_video(video: Tensor):
+    """
+    Raises:
+        ValueError: if the video is not (B, 3, T, H, W), floating point.
+    """
+    if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
+        raise ValueError(f"expected a floating point video (B, 3, T, H, W), found {video.dtype} {tuple(video.shape)}")
+
+
+def check_pixels(video: Tensor):
+    """
+    Raises:
+        ValueError: if pixels lie outside [-1, 1] by more than rounding, or the video has another shape or type.
+    """
+    check_video(video)
+    low, high = video.aminmax()
+    if not in_range(low, high):
+        raise ValueError(f"expected pixels in [-1, 1], found {low.item():g} to {high.item():g}; scale them first")
+
+
+def to_8_bits(clips: Tensor) -> Tensor:
+    """Rounds pixels to the 256 values that a file can hold, in [-1, 1]."""
+    return ((clips.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+def psnr(output: Tensor, video: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of clips in [-1, 1], (B, 3, T, H, W) -> scalar, the mean over clips."""
+    return peak_signal_noise_ratio(output, video, data_range=(-1.0, 1.0), dim=(1, 2, 3, 4), reduction="elementwise_mean")
