@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
+from callbacks import EMA
 from kit.checkpoint import read_checkpoint
 from kit.cli import main
 from kit.machine import can_compile
 from kit.run import build_data, build_generator_module, build_trainer
-from kit.sharding import ShardedStrategy
+from kit.sharding import ShardedStrategy, local
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed
 from tests.test_training import losses
 
@@ -76,8 +79,27 @@ def assert_alike(found: dict, expected: dict):
 def runs(pair, tmp_path_factory) -> tuple[Path, Path]:
     """Of one process and of two, which leave their checkpoints in shards, in three stages."""
     root = tmp_path_factory.mktemp("sharded")
-    ways = {"one": ONE, "two": IN_SHARDS}
+    sizes = f"+callbacks.sizes={{_target_:tests.test_sharding.AverageSizes,folder:{root}}}"
+    ways = {"one": ONE, "two": [*IN_SHARDS, sizes]}
     return tuple(fit(root, n, pair.tokenizer, *way, *STAGES, conf="progressive") for n, way in ways.items())
+
+
+class AverageSizes(L.Callback):
+    """Writes for each process how many numbers of the moving averages it holds, and how many there are."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+
+    def on_train_end(self, trainer, module):
+        average = next(callback for callback in trainer.callbacks if isinstance(callback, EMA)).average.values()
+        held = {"held": sum(local(a).numel() for a in average), "all": sum(a.numel() for a in average)}
+        (self.folder / f"average_{trainer.global_rank}.json").write_text(json.dumps(held))
+
+
+def test_each_process_holds_its_share_of_the_averages(runs):
+    found = [json.loads((runs[1].parent / f"average_{rank}.json").read_text()) for rank in (0, 1)]
+    assert all(share["held"] < 0.6 * share["all"] for share in found)
+    assert sum(share["held"] for share in found) == found[0]["all"] == found[1]["all"]
 
 
 def test_the_loss_is_that_of_one_process(runs):

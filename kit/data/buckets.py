@@ -1,7 +1,8 @@
-"""Buckets: clips of several shapes and durations in one training, each of the bucket that suits its video.
+"""Buckets: training on clips of several shapes and durations, each video in the bucket that suits it.
 
-A bucket is a shape, frames x height x width, and how many such clips make a batch. Files are sorted into buckets by what
-their heads say; each bucket then is a data set of its own, as `FolderClips` numbers it, and they take turns.
+A bucket is a clip shape, frames x height x width, and the number of such clips in a batch. Files are sorted into buckets by
+their length and frame size (`Head`). Each bucket is then a data set of its own, numbered as `FolderClips` does, and the
+buckets take turns.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from kit.data.heads import read_heads
 from kit.data.mixture import Turns
 from kit.scales import latent_frames
 
-AS_CLOSE = 0.05  # share of a picture: where two buckets' shapes differ by less in what they cut off it, they are alike
+AS_CLOSE = 0.05  # a bucket that keeps 1 - AS_CLOSE of what the best bucket keeps of a picture suits it as well
 
 
 class Bucket(NamedTuple):
-    """Clips of T x H x W pixels, and how many of them a batch has on a rank."""
+    """A clip shape, T x H x W pixels, and the number of such clips in a batch on one rank."""
 
     frames: int
     height: int
@@ -33,11 +34,14 @@ class Bucket(NamedTuple):
 
     @property
     def image_batch(self) -> int:
-        """How many images a batch of images has: as many as there are latent frames in a batch of clips."""
+        """Number of images in a batch of images: as many as there are latent frames in a batch of clips."""
         return self.batch_size * latent_frames(self.frames)
 
     def clips_needed(self, clips: int, images: int) -> int:
-        """How many of its clips so many batches of clips, and of images, need: images are frames of the first of them."""
+        """Number of clips that `clips` batches of clips and `images` batches of images read.
+
+        Images are the first frames of the same clips, counted from the first clip, so the larger need decides.
+        """
         return max(clips * self.batch_size, images * self.image_batch)
 
     def __str__(self) -> str:
@@ -45,7 +49,7 @@ class Bucket(NamedTuple):
 
 
 def image_buckets(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """For pictures beside clips in these buckets: each size once, with the largest of its batches of images."""
+    """Buckets for pictures trained beside clips in `buckets`: each size once, with its largest batch of images."""
     sizes: dict[tuple[int, int], int] = {}
     for bucket in buckets:
         size = bucket.height, bucket.width
@@ -54,10 +58,10 @@ def image_buckets(buckets: Sequence[Bucket]) -> list[Bucket]:
 
 
 def read_shape(text: str) -> tuple[int, int, int]:
-    """Frames, height and width of a bucket as a config has it, such as 17x96x160.
+    """Parses a bucket's shape as a config writes it, such as 17x96x160, into frames, height and width.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: if the text has another form.
     """
     if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", str(text))):
         raise ValueError(f"data.buckets has {text}; expected FRAMESxHEIGHTxWIDTH, such as 17x96x160")
@@ -66,14 +70,17 @@ def read_shape(text: str) -> tuple[int, int, int]:
 
 
 def suiting(buckets: Sequence[Bucket], frames: int, height: int, width: int) -> int | None:
-    """Number of the bucket that suits a video of so many frames of so many pixels; None if it is shorter than each.
+    """Chooses the bucket for a video of `frames` frames of height x width pixels.
 
-    Of those that it is long enough for, the ones that cut off least of its picture; of these the longest, then the one that
-    it need be enlarged least for, then the one closest in shape, the largest, the first.
+    Only buckets that are not longer than the video are considered. Among those that crop away least of its picture (to
+    within `AS_CLOSE`), the longest wins, then the one that enlarges the video least, the closest in aspect ratio, the
+    largest, the first.
+
+    Returns: the index of the bucket; None if the video is shorter than every bucket.
     """
 
     def apart(i: int) -> float:
-        """From the video's aspect ratio: the logarithm of the share of its picture that stays, but for the sign."""
+        """Distance of the aspect ratios, |log|: minus the logarithm of the share of the picture that cropping keeps."""
         return abs(math.log(buckets[i].height / buckets[i].width) - math.log(height / width))
 
     def order(i: int) -> tuple:
@@ -86,17 +93,18 @@ def suiting(buckets: Sequence[Bucket], frames: int, height: int, width: int) -> 
 
 
 class BucketClips(Dataset):
-    """The clips of a source in buckets, each file in the one that suits it, see `suiting`. Item n is clip n // B of bucket
-    n % B, of the B buckets that have any.
+    """The clips of a source sorted into buckets, each file in the bucket that suits it (see `suiting`).
+
+    Of the B buckets that have files, item n is clip n // B of bucket n % B.
 
     Args:
-        source: of all files. buckets: of which those that suit no file are left out, and told.
+        source: data set of all files. buckets: candidates; a bucket that suits no file is left out, with a warning.
     Attributes:
-        buckets, parts: their shapes and their data sets. files: how many each has.
-        clip_turns, image_turns: whose batches of clips and of images come when, by the buckets' numbers: of each in such a
-            share that all files are used equally often.
+        buckets, parts: the buckets in use and their data sets. files: number of files in each.
+        clip_turns, image_turns: order in which the buckets, by number, give batches of clips and of images; their shares are
+            such that all files are used equally often.
     Raises:
-        ValueError: if the source has no files to sort, or they suit no bucket.
+        ValueError: if the source has no files to sort, or none of them suits a bucket.
     """
 
     def __init__(self, source: FolderClips, buckets: Sequence[Bucket]):
@@ -121,7 +129,7 @@ class BucketClips(Dataset):
         self.image_turns = self._turns([bucket.image_batch for bucket in self.buckets])
 
     def _turns(self, sizes: list[int]) -> Turns:
-        """For batches of so many clips of each bucket."""
+        """Turns that use all files equally often, given the number of clips in a batch of each bucket."""
         return Turns({i: self.files[i] / size for i, size in enumerate(sizes)}, self.source.seed)
 
     @property
@@ -129,17 +137,22 @@ class BucketClips(Dataset):
         return self.source.classes
 
     def __getitem__(self, n: int) -> dict:
-        """Raises: ValueError if no file of the source can be read."""
+        """Returns item n. Raises: ValueError if no file of the source can be read."""
         number, i = divmod(n, len(self.parts))
         return self.parts[i][number]
 
     def number(self, i: int, n: int) -> int:
-        """Of clip n of bucket i."""
+        """Item number of clip n of bucket i."""
         return n * len(self.parts) + i
 
     def encode(self, encode: Callable[[Dataset, Bucket, float, int], Dataset], clips: int, images: int):
-        """Puts encoded clips in the place of each bucket's: of its clips, its shape, its share of the files, and how many of
-        them so many batches of clips and of images, of all buckets, read."""
+        """Replaces the clips of each bucket by encoded ones.
+
+        Args:
+            encode: called as encode(part, bucket, share, needed) with a bucket's data set, the bucket, its share of the
+                files, and how many of its clips are read; returns the encoded data set.
+            clips, images: number of batches of clips and of images that are read, of all buckets together.
+        """
         for i, (part, bucket, files) in enumerate(zip(self.parts, self.buckets, self.files, strict=True)):
             own, pictures = self.clip_turns.within(i, clips), self.image_turns.within(i, images)
             self.parts[i] = encode(part, bucket, files / sum(self.files), bucket.clips_needed(own, pictures))
@@ -150,15 +163,15 @@ class BucketClips(Dataset):
 
     @property
     def unreadable(self) -> list[Path]:
-        """Files whose head, or later a clip, could not be read."""
+        """Files of which the head, or later a clip, could not be read."""
         return list(dict.fromkeys(path for source in self.sources for path in source.unreadable))
 
 
 def tell(buckets: Sequence[Bucket], sorted_in: list[list[str]], readable: int):
-    """Warns of buckets without files, and of files that are too short for each.
+    """Warns about buckets without files, and about files that are too short for every bucket.
 
     Raises:
-        ValueError: if all are.
+        ValueError: if all files are too short.
     """
     if lost := readable - sum(map(len, sorted_in)):
         told = f"{lost} of {readable} files are shorter than each of data.buckets, {', '.join(map(str, buckets))}"

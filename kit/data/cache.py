@@ -1,8 +1,9 @@
-"""Clips encoded once: what a generator trains on without drawing, decoding or encoding a clip again.
+"""Cache of encoded clips: a generator trains on it without drawing, decoding or encoding a clip again.
 
-A cache is a folder with `manifest.json`, which says what the clips are and which files hold them, and for each split files of
-up to `SHARD` clips, `train_00000.safetensors` and so on: `feature` (n, d, F, h, w) float16, of `Tokenizer.encode`; `label`
-(n,) int64; `given` (n,) int64, how many latent frames of each are not to be predicted; and in the header the captions.
+A cache is a folder. Its `manifest.json` says what the clips are and which files hold them. Each split has files of up to
+`SHARD` clips, `train_00000.safetensors` and so on, with `feature` (n, d, F, h, w) float16 as `Tokenizer.encode` gives it,
+`label` (n,) int64, and `given` (n,) int64, how many first latent frames of each clip are not to be predicted; captions are
+in the header.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from kit.scales import latent_frames
 from kit.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
-SHARD, BATCH = 512, 16  # clips of a file, and encoded at a time
+SHARD, BATCH = 512, 16  # clips in a file; clips encoded at a time
 
 
 class Shard(NamedTuple):
@@ -43,7 +44,7 @@ class Shard(NamedTuple):
 
 
 def shards_of(clips: dict[str, int]) -> list[Shard]:
-    """Of so many clips of each split."""
+    """Lists the files of a cache, given the number of clips of each split."""
     return [
         Shard(split, f"{split}_{first // SHARD:05d}.safetensors", first, min(SHARD, total - first))
         for split, total in clips.items()
@@ -52,12 +53,12 @@ def shards_of(clips: dict[str, int]) -> list[Shard]:
 
 
 def describe(clip: dict, tokenizer: Tokenizer, tokenizer_hash: str, how: dict, sources: dict[str, Dataset]) -> dict:
-    """What clips a cache holds, as plain values.
+    """Describes the clips of a cache as plain values, for its manifest.
 
     Args:
         clip: `frames`, `height`, `width`, `fps`. how: plain values that choose the clips, the config's `data.source`.
-        sources: split -> data set; its files count too, by names, sizes, captions and classes, where it has a `listing` of
-            them.
+        sources: split -> data set. If a data set has a `listing` of files, their names, sizes, captions and classes count
+            too.
     """
     schedule = tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
     files = {split: _files_of(source) for split, source in sources.items() if hasattr(source, "listing")}
@@ -78,14 +79,15 @@ def _files_of(source: Dataset) -> dict:
 def write_cache(
     folder: Path, about: dict, sources: dict[str, Dataset], clips: dict[str, int], tokenizer: Tokenizer, workers: int
 ):  # fmt: skip
-    """Encodes the first clips of each split, but for the files that are there already.
+    """Encodes the first clips of each split, and writes the files of the cache that do not exist yet.
 
     Any number of processes can do this together, on all machines that share the folder: each takes files that no other is
-    at, and returns when all are there. Killed and started again, it goes on; asked for more clips, it adds them.
+    writing, and returns when all files exist. A killed run continues when it is started again; a call for more clips adds
+    them.
 
     Args:
-        about: see `describe`. sources, clips: split -> data set, and how many of its items.
-        workers: processes that make clips.
+        about: see `describe`. sources: split -> data set. clips: split -> number of its items to encode.
+        workers: number of processes that load clips.
     Raises:
         ValueError: if the folder holds other clips, or a number of clips is below 1.
     """
@@ -95,7 +97,7 @@ def write_cache(
     _claim(folder, about, clips)
     model, frames, shards, met = tokenizer.to(device()).eval(), about["clip"]["frames"], shards_of(clips), set()
     with tqdm(total=sum(clips.values()), desc="encode", unit="clip", disable=None) as bar:
-        for seconds in (0, -1):  # first what is free; then, however long it takes, what others were at: they may be dead
+        for seconds in (0, -1):  # first the free files; then wait for those of others, who may have died
             for shard in shards:
                 try:
                     with _locked(folder / shard.file, seconds):
@@ -111,7 +113,13 @@ def write_cache(
 
 @contextmanager
 def _locked(path: Path, seconds: float) -> Iterator[None]:
-    """Raises: Timeout if another process has it for so long; OSError where there are no locks."""
+    """Holds the lock of a file while the block runs.
+
+    Args:
+        seconds: time to wait for the lock; below 0: without limit.
+    Raises:
+        Timeout: if another process holds it for longer. OSError: if the file system has no locks.
+    """
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=seconds)
     try:
         lock.acquire()
@@ -134,11 +142,11 @@ def _claim(folder: Path, about: dict, clips: dict[str, int]):
             told = "; ".join(f"{key}: {found['about'].get(key)}, asked for {about[key]}" for key in keys)
             raise ValueError(f"{folder} holds other clips ({told}); choose another folder with name=..., or remove this one")
         if found["clips"] != clips or not all(is_whole(folder / shard.file, shard) for shard in shards_of(clips)):
-            write_json(path, {"about": about, "clips": clips})  # not finished, or no longer: of what is written new hashes
+            write_json(path, {"about": about, "clips": clips})  # (re)opened: `_finish` adds the hashes
 
 
 def is_whole(path: Path, shard: Shard) -> bool:
-    """Whether a file holds what it should: it is cut off, or of fewer or more clips, else."""
+    """Whether a file exists, is not cut off, and holds the right number of clips."""
     try:
         with safe_open(path, "pt") as file:
             return file.get_slice("feature").get_shape()[0] == shard.clips
@@ -149,7 +157,7 @@ def is_whole(path: Path, shard: Shard) -> bool:
 def _encoded(
     source: Dataset, shard: Shard, model: Tokenizer, frames: int, workers: int, bar: tqdm
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:  # fmt: skip
-    """Feature (b, d, F, h, w), label (b,), given (b,) and captions of a file's clips, some at a time."""
+    """Yields the encoded clips of a file in batches: feature (b, d, F, h, w), label (b,), given (b,) and captions."""
     items = [(n, frames) for n in range(shard.first, shard.first + shard.clips)]
     for batch in DataLoader(Numbered(source), sampler=items, batch_size=BATCH, num_workers=workers):
         with torch.no_grad(), inference_precision():
@@ -162,15 +170,15 @@ def _write(path: Path, parts: Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]
     *numbers, captions = zip(*parts, strict=True)
     tensors = {name: torch.cat(each).contiguous() for name, each in zip(("feature", "label", "given"), numbers, strict=True)}
     with written_aside(path) as aside:
-        aside.write_bytes(save(tensors, {"captions": json.dumps(sum(captions, []))}))  # `save_file` lets no one else read it
+        aside.write_bytes(save(tensors, {"captions": json.dumps(sum(captions, []))}))  # `save_file` makes files private
 
 
 def _finish(folder: Path, about: dict, clips: dict[str, int]):
-    """Says in the manifest that all files are there, and their hashes."""
+    """Writes the hashes of all files to the manifest, which marks the cache as finished."""
     path = folder / MANIFEST
     with _locked(path, -1):
         found = read_json(path)
-        if "files" in found or found["clips"] != clips:  # finished by another, or another has begun to add to it
+        if "files" in found or found["clips"] != clips:  # another has finished it, or is adding to it
             return
         files = {}
         for shard in shards_of(clips):
@@ -181,7 +189,8 @@ def _finish(folder: Path, about: dict, clips: dict[str, int]):
 
 
 def read_manifest(folder: Path) -> dict:
-    """
+    """Reads the manifest of a finished cache.
+
     Raises:
         FileNotFoundError: if there is no cache. ValueError: if it is not finished.
     """
@@ -195,23 +204,27 @@ def read_manifest(folder: Path) -> dict:
 
 
 def of_manifest(folder: str, key: str):
-    """`frames`, `height`, `width` or `fps` of the clips in a cache. Raises as `read_manifest`."""
+    """Reads `frames`, `height`, `width` or `fps` of the clips in a cache. Raises as `read_manifest`."""
     return read_manifest(Path(folder))["about"]["clip"][key]
 
 
 class CachedClips(Dataset):
-    """Items {"feature": (d, F, h, w) float16, "caption": str, "label": int, "given": int} of a cache, numbered from 0
-    without end: they repeat. Read from the disk as they are asked for.
+    """Data set of the clips in a cache, read from disk as they are asked for.
+
+    Items are {"feature": (d, F, h, w) float16, "caption": str, "label": int, "given": int}, numbered from 0 without end: the
+    clips repeat.
 
     Args:
         root: the cache's folder. split: `train` or `val`.
-        frames: T of the clips, None: as they are; fewer are their beginnings, which causal encoding leaves as they were.
-        height, width, fps: as they are; None: whatever they are.
+        frames: T of the clips; None: as cached. With fewer, items are the beginnings of the clips, exactly as if encoded
+            alone, because encoding is causal.
+        height, width, fps: must be those of the cache; None accepts any.
         verify: compare the hash of each file now, which reads them all; else only their sizes.
     Attributes:
-        tokenizer: hash of the one they are encoded by. classes, captioned, native_fps: as of the data set they were of.
+        tokenizer: hash of the tokenizer that encoded the clips. classes, captioned, native_fps: those of the encoded data
+            set.
     Raises:
-        FileNotFoundError, ValueError: as `read_manifest`, if the clips are of another shape, or a file is damaged.
+        FileNotFoundError, ValueError: as `read_manifest`, if the clips have another shape, or if a file is damaged.
     """
 
     def __init__(
@@ -249,7 +262,11 @@ class CachedClips(Dataset):
 
 @functools.lru_cache(maxsize=64)
 def _open(path: str, written: int):
-    """Features of a file that stay there until they are asked for, labels, how many frames are given, and captions."""
+    """Opens a file of a cache: its features, which stay on disk until they are read, labels, given frames and captions.
+
+    Args:
+        written: the file's time of modification, so that a rewritten file is opened anew.
+    """
     file = safe_open(path, "pt")
     labels = file.get_tensor("label").tolist()
     given = file.get_tensor("given").tolist() if "given" in file.keys() else [0] * len(labels)  # noqa: SIM118, no dict

@@ -1,4 +1,4 @@
-"""A folder of video files as a data set: clips with captions and class labels."""
+"""Data set of the video files in a folder: clips with captions and class labels."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from kit.data.listing import (
     split_files,
 )
 
-ORDERS = 64  # of files in an epoch that are held: of each bucket that of its clips, and that of its images
+ORDERS = 64  # file orders of epochs kept in memory: each bucket uses two, for its clips and for its images
 
 
 def frame_numbers(count: int, rate: float, frames: int, fps: float | None, start: float) -> np.ndarray:
-    """Which frames of a file make a clip: int (T,). Numbers of `count` and more mean that the file is too short.
+    """Chooses the frames of a file that make a clip: int (T,). Numbers of `count` and more mean that the file is too short.
 
     Args:
         count, rate: number of frames and frames per second of the file.
-        fps: frames per second of the clip, the file's own if None or 0; the nearest frame is taken at each step.
-        start: from 0, the clip begins with the file, to 1, it ends with the file.
+        frames: T. fps: frames per second of the clip, the file's own if None or 0; the nearest frame is taken at each step.
+        start: place of the clip, from 0 (it begins with the file) to 1 (it ends with the file).
     """
     step = rate / fps if fps else 1.0
     slack = max(count - 1 - step * (frames - 1), 0)
@@ -51,7 +51,7 @@ def frame_numbers(count: int, rate: float, frames: int, fps: float | None, start
 
 
 def most_frames(count: int, rate: float, fps: float | None) -> int:
-    """How many frames the longest clip of a file has for which it is not too short; arguments as of `frame_numbers`."""
+    """Number of frames of the longest clip that a file is long enough for; arguments as for `frame_numbers`."""
     step = rate / fps if fps else 1.0
     return math.ceil((count - 0.5) / step)
 
@@ -81,8 +81,8 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 class Clip(NamedTuple):
     """A clip of a file.
 
-    Fields: video, (3, T, H, W) in [-1, 1]; lacking, how many of its last frames are the file's last one, held; size,
-        (H, W) of the file's own frames.
+    Fields: video, (3, T, H, W) in [-1, 1]; lacking, how many of its last frames repeat the file's last frame because the
+    file is too short; size, (H, W) of the file's own frames.
     """
 
     video: Tensor
@@ -92,30 +92,30 @@ class Clip(NamedTuple):
 
 @dataclass(eq=False)
 class FolderClips(Dataset):
-    """The data set: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}.
+    """Data set of video files: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}.
 
-    Item n is a pure function of (seed, n), for any n >= 0. `train` is endless: it goes through its files in a new order
-    each epoch and takes a random clip of each. `val` and `all` take the middle clip of file n modulo their number. The last
-    frame of a file that is too short is held. The label is an index into `classes`, -1 without classes; the caption is
-    the given one, else the name of the class, else empty. A file that cannot be read is reported once and recorded,
-    and the next file of the stream takes its place.
+    Item n is a pure function of (seed, n), for any n >= 0. `train` is endless: it goes through its files in a new order each
+    epoch and takes a random clip of each. `val` and `all` take the middle clip of file n modulo the number of files. A file
+    that is too short is extended by its last frame. The label is an index into `classes`, -1 without classes; the caption is
+    the given one, else the name of the class, else empty. A file that cannot be read is reported once and recorded, and the
+    next file of the stream takes its place.
 
     Args:
-        root: folder of videos, for clips of one frame also of pictures. split: `val`, every `val_every`-th file of the
+        root: folder of videos; for clips of one frame also of pictures. split: `val`, every `val_every`-th file of the
             sorted list, `train`, the others, or `all`.
         frames: T, 1 gives images. height, width: pixels. fps: frames per second, each file's own if None or 0.
-        seed: another seed is another stream. backend: of `kit.data.decode`.
-        label_from, filename_pattern: see `label_files`. captions: see `read_captions`; by default the file
-            captions.csv, .jsonl or .json in the folder, if there is one.
+        seed: each seed gives another stream. backend: see `kit.data.decode`.
+        label_from, filename_pattern: see `label_files`. captions: see `read_captions`; by default the file captions.csv,
+            .jsonl or .json in the folder, if there is one.
         flip: mirror half of the training clips; wrong where captions tell left from right.
         random_crop: crop training clips anywhere instead of in the centre.
         verify: read a clip of every file now, to learn of unreadable and short files at once.
-        patience: seconds that a file may take to open, and to decode; what takes longer, or crashes the decoder, is
-            unreadable. None: decode in this process, which then waits or dies with it.
+        patience: seconds that a file may take to open, and again to decode; a file that takes longer or crashes the decoder
+            is unreadable. None: decode in this process, which such a file then hangs or kills.
 
     Attributes: files (this split's, relative to root), classes (sorted names, the same in both splits), unreadable (files
-        that this process or a loader's worker could not read), and of this process: skipped (file -> why it was not
-        readable), short (file -> how many frames it lacked).
+    that this process or a loader's worker could not read), and of this process: skipped (file -> why it was not readable),
+    short (file -> how many frames it lacked).
     Raises:
         FileNotFoundError, ValueError, ImportError: for wrong arguments; ValueError from an item if no file can be read.
     """
@@ -159,13 +159,13 @@ class FolderClips(Dataset):
             self._tell_short()
 
     def _begin_records(self) -> None:
-        """Of files that are too short or cannot be read."""
+        """Starts empty records of the files that are too short or cannot be read."""
         self.skipped, self.short, self._told_short = {}, {}, False
         self._places = {name: place for place, name in enumerate((*self.files, *self.spare))}
         self._unreadable = torch.zeros(len(self._places), dtype=torch.bool).share_memory_()  # one for all workers
 
     def _names(self) -> list[str]:
-        """Of all files, in order."""
+        """Names of all files, in order."""
         self.root = Path(self.root)
         return list_videos(self.root, pictures=self.frames == 1)
 
@@ -181,11 +181,11 @@ class FolderClips(Dataset):
 
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:
-        """Where the file lies meanwhile. Raises: UnreadableVideo if it cannot be had."""
+        """Yields the path of the file, valid while the block runs. Raises: UnreadableVideo if it cannot be fetched."""
         yield self.path_of(name)
 
     def path_of(self, name: str) -> Path:
-        """The file, for those who are told of it."""
+        """Path of a file, for messages and records."""
         return self.root / name
 
     def _check_arguments(self) -> None:
@@ -200,11 +200,11 @@ class FolderClips(Dataset):
         load_backend(self.backend)
 
     def listing(self) -> list[str]:
-        """`NAME BYTES` of each file of the split: with `said`, what a cache of its clips is known by."""
+        """`NAME BYTES` of each file of the split; together with `said` it identifies the clips of a cache."""
         return [f"{name} {(self.root / name).stat().st_size}" for name in self.files]
 
     def said(self) -> list[dict]:
-        """`words` of each of these files."""
+        """`words` of each file of the split, in the order of `listing`."""
         return [self.words(name) for name in self.files]
 
     @property
@@ -214,10 +214,10 @@ class FolderClips(Dataset):
 
     @property
     def native_fps(self) -> float:
-        """Frames per second of the first readable files: their median.
+        """Median frame rate of the readable files among the first ten.
 
         Raises:
-            ValueError: if none of the first ten can be read.
+            ValueError: if none of the ten can be read.
         """
         rates = []
         for name in self.files[:10]:
@@ -231,12 +231,12 @@ class FolderClips(Dataset):
         return float(np.median(rates))
 
     def file(self, n: int) -> str:
-        """The file that item n is taken from, if it can be read."""
+        """Name of the file that item n is taken from, if that file can be read."""
         epoch, position = divmod(n, len(self.files))
         return self.files[self._order_of(epoch)[position] if self.split == "train" else position]
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        """Places of the files in the order of a training's epoch."""
+        """Order of the files in a training epoch, as positions in `files`."""
         return _order(self.seed, epoch, len(self.files))
 
     def __getitem__(self, n: int) -> dict:
@@ -257,7 +257,8 @@ class FolderClips(Dataset):
         return {"caption": caption, "label": self.classes.index(label) if label else -1}
 
     def _candidates(self, n: int) -> Iterator[str]:
-        """The file of item n, then those of the items after it, until each file had its turn; then the spare ones."""
+        """Yields the files to try for item n: its own, those of the next items until each file had its turn, the spare
+        ones."""
         seen = set()
         for name in map(self.file, itertools.count(n)):
             yield name
@@ -291,7 +292,7 @@ class FolderClips(Dataset):
         return Clip(fit(pixels, self.height, self.width, top, left), lacking, pixels.shape[1:3])
 
     def head(self, name: str) -> Head | None:
-        """How long and how large a file is, or None if it cannot be read."""
+        """Reads the length, frame rate and frame size of a file; None if it cannot be read."""
         try:
             with self._at(name) as path:
                 video = open_video(path, self.backend, self.patience)
@@ -302,7 +303,7 @@ class FolderClips(Dataset):
         return Head(len(video), video.fps, height, width)
 
     def part(self, files: list[str], frames: int, height: int, width: int) -> FolderClips:
-        """The data set of some of the files alone, with clips of another shape. Where none of them can be read, the others
+        """Data set of some of the files, with clips of another shape. If none of them can be read, the other files
         stand in."""
         part, own = copy.copy(self), set(files)
         part.files, part.frames, part.height, part.width = files, frames, height, width
@@ -311,7 +312,10 @@ class FolderClips(Dataset):
         return part
 
     def skip(self, name: str, error: UnreadableVideo) -> None:
-        """Only keeps a record: were the file not tried again, items would depend on history."""
+        """Records a file that cannot be read, and warns the first time.
+
+        The file is tried again whenever its turn comes: otherwise an item would depend on which items were read before.
+        """
         self.skipped[self.path_of(name)] = error.reason
         place = self._places[name]
         if not self._unreadable[place]:

@@ -1,4 +1,4 @@
-"""What a clip is generated from: a class, or a text. Condition tokens are the prefix of the sequence."""
+"""Conditions: a class or a text -> condition tokens, which are the prefix of the generator's sequence."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from kit.generator.pretrained import PretrainedEncoder
 from kit.machine import from_all_ranks, onto
 
-SIZE = 0.5  # root mean square of new condition tokens: bits come in at 1, and far smaller words would be learned late
+SIZE = 0.5  # root mean square of new condition tokens; embedded bits have 1, and far smaller words would be learned late
 
 
 @dataclass(frozen=True)
 class ConditionConfig:
-    """Args:
-    kind: `text` or `class`.
-    classes: names, for kind `class`.
-    length: S, words or tokens read of a text.
-    buckets, channels: words and size of their vectors in the table of the built-in text encoder.
-    encoder, revision: a pretrained text encoder in its place, see `pretrained.find_encoder`; `channels` are its hidden size.
+    """Configuration of a generator's condition.
+
+    Args:
+        kind: `text` or `class`.
+        classes: class names, for kind `class`.
+        length: S, words or tokens read of a text.
+        buckets, channels: rows and row size of the built-in text encoder's table of word vectors.
+        encoder, revision: pretrained text encoder to use instead, see `pretrained.find_encoder`; `channels` is its hidden
+            size.
     """
 
     kind: str = "text"
@@ -38,10 +41,10 @@ class ConditionConfig:
 
 
 class TextEncoder(Protocol):
-    """What any text encoder has to offer; a pretrained one can stand here.
+    """Interface of a text encoder, built-in or pretrained.
 
-    `forward` maps B texts to states (B, S, channels) and a mask (B, S), True where there is a word; `notes` says what a user
-    should know of a text before it is used.
+    Calling it maps B texts to states (B, S, channels) and a mask (B, S), True where there is a word; `notes` returns
+    warnings to show a user before a text is used.
     """
 
     channels: int
@@ -53,7 +56,7 @@ class TextEncoder(Protocol):
 
 
 class WordEncoder(nn.Module):
-    """A learned vector for every word, found by the word's hash: nothing to download, no vocabulary to keep.
+    """Text encoder with a learned vector per word, found by the word's hash: nothing to download, no vocabulary to store.
 
     Args:
         length: S; further words are not read.
@@ -63,19 +66,19 @@ class WordEncoder(nn.Module):
         super().__init__()
         self.channels, self.length = channels, length
         self.table = nn.Embedding(buckets, channels)
-        self.seen = nn.Buffer(torch.zeros(buckets, dtype=torch.bool))  # buckets of the words that were trained
+        self.seen = nn.Buffer(torch.zeros(buckets, dtype=torch.bool))  # buckets of words that occurred in training
         nn.init.normal_(self.table.weight, std=SIZE)
 
     @staticmethod
     def split(text: str) -> list[str]:
-        """A text's words."""
+        """Splits a text into lower-case words, without commas and full stops."""
         return text.lower().replace(",", " ").replace(".", " ").split()
 
     def bucket(self, word: str) -> int:
         return zlib.crc32(word.encode()) % self.table.num_embeddings
 
     def words(self, texts: list[str]) -> Tensor:
-        """(B, S) int64 on the CPU: bucket of each word, -1 where there is none."""
+        """Returns the bucket of each word, (B, S) int64 on the CPU; -1 where there is no word."""
         ids = torch.full((len(texts), self.length), -1)
         for row, text in zip(ids, texts, strict=True):
             words = self.split(text)[: self.length]
@@ -84,14 +87,14 @@ class WordEncoder(nn.Module):
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         ids, device = self.words(texts), self.table.weight.device
-        if self.training:  # DDP gives all ranks the buffers of the first: it has to know what the others read
+        if self.training:  # DDP copies the first rank's buffers to all, so it must record what every rank reads
             read = from_all_ranks(ids, device)
             self.seen[onto(read[read >= 0], device)] = True
         ids = onto(ids, device)
         return self.table(ids.clamp(min=0)), ids >= 0
 
     def notes(self, text: str) -> list[str]:
-        """What a user should know of a text before it is used: words that are not read, or were never trained."""
+        """Lists warnings about a text: words that are not read, and words that never occurred in training."""
         words, told = self.split(text), []
         if len(words) > self.length:
             told.append(f"of {text!r} the first {self.length} words are read, not: {' '.join(words[self.length :])}")
@@ -102,7 +105,10 @@ class WordEncoder(nn.Module):
 
 
 class TextCondition(nn.Module):
-    """Texts -> (B, S, D). Places without a word hold learned vectors; a text without words is no condition."""
+    """Maps B texts to condition tokens (B, S, D).
+
+    Places without a word hold learned vectors (`empty`); a text without words is no condition (`null`, learned too).
+    """
 
     def __init__(self, encoder: TextEncoder, width: int):
         super().__init__()
@@ -113,15 +119,15 @@ class TextCondition(nn.Module):
         self.null = nn.Parameter(torch.randn(self.length, width) * SIZE)
 
     def prompts(self, batch: dict) -> list[str]:
-        """What a batch of data is conditioned on."""
+        """Returns the captions of a batch of data."""
         return batch["caption"]
 
     def notes(self, text: str) -> list[str]:
-        """What a user should know of a prompt before it is used."""
+        """Lists warnings about a prompt, see `TextEncoder`."""
         return self.encoder.notes(text) if text.strip() else ["the prompt is empty: clips of any kind"]
 
     def forward(self, texts: list[str], dropped: Tensor | None = None) -> Tensor:
-        """dropped: (B,) bool, whose condition is left out, for classifier-free guidance."""
+        """Returns (B, S, D). dropped: (B,) bool, True where the condition is left out, for classifier-free guidance."""
         states, mask = self.encoder(texts)
         x = torch.where(mask[..., None], self.project(states), self.empty)
         without = ~mask.any(dim=1) if dropped is None else ~mask.any(dim=1) | onto(dropped, x.device)
@@ -129,7 +135,11 @@ class TextCondition(nn.Module):
 
 
 class ClassCondition(nn.Module):
-    """Class names -> (B, 1, D); one more learned vector stands for no class, whose name is empty."""
+    """Maps B class names to condition tokens (B, 1, D). An empty name means no class and has a learned vector of its own.
+
+    Raises:
+        ValueError: if there are no classes.
+    """
 
     length = 1
 
@@ -148,12 +158,13 @@ class ClassCondition(nn.Module):
         return ["" if label < 0 else self.classes[label] for label in batch["label"].tolist()]
 
     def notes(self, text: str) -> list[str]:
-        """Of a class there is nothing to say. Raises ValueError for an unknown one."""
+        """Notes if no class is given. Raises ValueError for an unknown class."""
         self.check([text])
         return [] if text else ["no class: clips of any kind"]
 
     def check(self, labels: list[str]):
-        """
+        """Checks that each label is a known class or empty.
+
         Raises:
             ValueError: for an unknown class.
         """
@@ -162,7 +173,7 @@ class ClassCondition(nn.Module):
             raise ValueError(f"unknown class {unknown[0]!r}; this model knows: {', '.join(self.classes)}")
 
     def forward(self, labels: list[str], dropped: Tensor | None = None) -> Tensor:
-        """Raises as `check`."""
+        """Returns (B, 1, D). dropped: as for `TextCondition.forward`. Raises as `check`."""
         self.check(labels)
         ids = torch.tensor([self.classes.index(label) if label else len(self.classes) for label in labels])
         ids = onto(ids, self.table.weight.device)
@@ -172,9 +183,10 @@ class ClassCondition(nn.Module):
 
 
 def build_condition(config: ConditionConfig, width: int) -> TextCondition | ClassCondition:
-    """
+    """Builds the condition that a config describes, with tokens of size `width`.
+
     Raises:
-        ValueError: for another kind than `text` and `class`.
+        ValueError: for a kind other than `text` and `class`, or kind `class` without classes.
     """
     if config.kind == "text":
         if config.encoder is None:

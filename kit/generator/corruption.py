@@ -23,11 +23,13 @@ MOST = 0.5  # a bit flipped more often than not would carry information again
 
 @dataclass(frozen=True)
 class FlipLaw:
-    """Range of the flip probability of block (f, k): U(p_min + delta f, p_max + delta f), one draw per block and sample.
+    """Flip probability of block (f, k): U(p_min + delta f, p_max + delta f), one draw per block and sample (VideoAR eq. 8).
 
     Args:
-        p_min, p_max: range in the first frame. delta: what each further latent frame adds to both.
+        p_min, p_max: range in the first frame. delta: added to both per latent frame; neither exceeds `MOST`.
         inherit: the first block of a later frame draws from U(rate of the previous frame's last block, p_max + delta f).
+    Raises:
+        ValueError: for a negative delta, or p_min and p_max that are not ascending within [0, 1].
     """
 
     p_min: float = 0.0
@@ -40,7 +42,7 @@ class FlipLaw:
             raise ValueError(f"flip probabilities need 0 <= p_min <= p_max <= 1 and delta >= 0, got {self}")
 
     def draw(self, schedule: ScaleSchedule, draws: Draws) -> Tensor:
-        """(B, F, K) flip probabilities."""
+        """Draws flip probabilities (B, F, K)."""
         F, K = schedule.frames, schedule.scales
         step = self.delta * torch.arange(F, dtype=torch.float32)[None, :, None]
         low, high = (self.p_min + step).clamp(max=MOST), (self.p_max + step).clamp(max=MOST)
@@ -54,26 +56,26 @@ class FlipLaw:
 
 
 class TrainingSequence(NamedTuple):
-    """What every block reads and should predict.
+    """Inputs and targets of all blocks of a clip.
 
-    Where all blocks inherit, the inputs have 2 d channels; with `history: full` each frame but the last has its history
-    block's h * w tokens more.
+    With `inherit: all` the inputs have 2 d channels; with `history: full` each frame but the last has h * w more input
+    tokens, those of its history block.
     """
 
     inputs: Tensor  # (B, L, d) float32, zero for block (0, 0)
     targets: Tensor  # (B, L, d) bool
-    margins: Tensor  # (B, L, d) float32: how far each target was from being the other bit, in code amplitudes
+    margins: Tensor  # (B, L, d) float32: distance of each target from the other bit, in code amplitudes, see `margin`
 
 
 def training_sequence(
     feature: Tensor, schedule: ScaleSchedule, rates: Tensor | None, draws: Draws | None,
     inherit: str = "first", history: str = "scales",
 ) -> TrainingSequence:  # fmt: skip
-    """Of clips, whose earlier bits may have errors.
+    """Builds the inputs (VideoAR eq. 6) and targets of clips, with bits flipped at `rates` before they become context (eq. 8).
 
     Args:
         feature: (B, d, F, h, w), continuous, from the tokenizer's encoder.
-        rates: (B, F, K) flip probabilities; None flips nothing. draws: what decides.
+        rates: (B, F, K) flip probabilities; None flips nothing. draws: random numbers that decide the flips.
         inherit, history: see `GeneratorConfig`.
     """
     B, d, F, _, _ = feature.shape
@@ -93,7 +95,7 @@ def training_sequence(
     beside = before if inherit == "all" else None
     inputs = [next_input(total, grid, beside) for total, grid in zip(totals, grids, strict=True)]
     sequence = sequence_of(inputs, B)
-    if history == "full":  # nobody reads that of the last frame
+    if history == "full":  # no frame reads the last frame's history block
         sequence = sequence[:, : -inputs[-1].shape[1]]
     margins = [margin(step.residual, d) for step in steps]
     return TrainingSequence(sequence, sequence_of([step.label for step in steps], B), sequence_of(margins, B))
@@ -102,16 +104,16 @@ def training_sequence(
 def teacher_forced(
     model: Generator, feature: Tensor, schedule: ScaleSchedule, condition: Tensor
 ) -> tuple[Tensor, TrainingSequence]:
-    """Logits (B, L, d) of a clip's bits with the true ones as history, and what they are to be."""
+    """Predicts clips with their true bits as history: logits (B, L, d), and the sequence with the targets."""
     sequence = training_sequence(feature, schedule, None, None, **model.config.reads)
     return model(sequence.inputs, schedule, condition), sequence
 
 
 def margin(residual: Tensor, d: int) -> Tensor:
-    """(N, d_k, h_k, w_k) -> (N, h_k * w_k, d): the residual's size in code amplitudes, 0 for bits that a scale does not have.
+    """Measures each residual in code amplitudes: (N, d_k, h_k, w_k) -> (N, h_k * w_k, d), 0 for bits a scale does not have.
 
-    It is what a wrong bit costs, at each place its token covers: with a code of +-a the other bit leaves (|r| + a)^2 of a
-    residual r in place of (|r| - a)^2.
+    This is proportional to the cost of a wrong bit at each place its token covers: with code +-a and residual r, the right
+    bit leaves the squared error (|r| - a)^2, the wrong one (|r| + a)^2.
     """
     sizes = residual.abs().flatten(2).transpose(1, 2) * d**0.5
     return nn.functional.pad(sizes, (0, d - sizes.shape[-1]))

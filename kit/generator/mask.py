@@ -1,4 +1,4 @@
-"""Who sees whom: block-causal attention, its window, and the Random Frame Mask (VideoAR eq. 9)."""
+"""Attention masks: block-causal attention, its window, and the Random Frame Mask (VideoAR eq. 9)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from kit.machine import made_to_last, onto
 from kit.scales import ScaleSchedule
 
 CONDITION = -1  # the frame number that stands for the condition
-SHORT = 2048  # tokens up to which one attention over all of them is no slower (benchmarks/attention.py)
+SHORT = 2048  # up to this many tokens, a single attention over all of them is no slower (benchmarks/attention.py)
 
 
 def visible(
     query_f: Tensor, query_k: Tensor, key_f: Tensor, key_k: Tensor, window: int | None = None, history_k: int | None = None
 ) -> Tensor:
-    """The rule. Arguments broadcast; returns bool.
+    """Tells which query tokens, at frame f and scale k, see which key tokens. Arguments broadcast; returns bool.
 
     A token sees the condition; its own frame's coarser blocks and its own block; all blocks of the `window` frames
     before (None: of all frames before). The condition sees itself.
 
-    With `history: full` each frame ends with a history block, of scale `history_k`: it is all that later frames see of the
-    frame. It rides in the pass of the next frame's first block and sees the frames that this one sees, and itself.
+    With `history: full` each frame ends with a history block, of scale `history_k`, the only block of the frame that later
+    frames see. It is computed in the same pass as the next frame's first block; it sees the same frames as that block, and
+    itself.
     """
     own = (key_f == query_f) & (key_k <= query_k)
     if history_k is not None:
@@ -38,15 +39,15 @@ def visible(
 
 
 def draw_kept_frames(frames: int, p_mask: float, draws: Draws) -> Tensor:
-    """(B, F) bool: which frames may be seen by later ones; each is dropped with probability `p_mask`. Training only."""
+    """Draws which frames later ones may see, (B, F) bool; each is dropped with probability `p_mask`. Training only."""
     return draws.rand(frames) >= p_mask
 
 
 class View(NamedTuple):
-    """Some queries of a sequence and the keys that they see.
+    """A group of a sequence's queries and the keys that they see.
 
-    Fields: queries; keys, a slice or their numbers (n,); mask, True where a query may see a key, (queries, keys) or (B, 1,
-        queries, keys), None where each of them may see each.
+    Fields: queries; keys, a slice or token numbers (n,); mask, True where a query may see a key, (queries, keys) or (B, 1,
+        queries, keys), None if every query sees every key.
     """
 
     queries: slice
@@ -55,8 +56,11 @@ class View(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A `View` where no frame is hidden; of its queries (queries, 1) and keys (keys,) the numbers of their frames; and
-    whether hiding frames matters to it."""
+    """A `View` in which no frame is dropped, and what is needed to drop some.
+
+    Fields: view; query_f, key_f, frame numbers of its queries (queries, 1) and keys (keys,); looks_back, whether it has
+        keys of other frames, which can be dropped.
+    """
 
     view: View
     query_f: Tensor
@@ -68,17 +72,19 @@ def attention_views(
     schedule: ScaleSchedule, condition_length: int, tokens: int, window: int | None = None, kept: Tensor | None = None,
     history: str = "scales", device: torch.device | str = "cpu",
 ) -> list[View]:  # fmt: skip
-    """What the tokens may see: in a short sequence all of them at once; in a longer one the condition and each frame beside
-    the keys up to that frame, since nearly half of a mask of all by all would be hidden, and its size is their square.
+    """Splits the attention of a sequence into views.
+
+    Up to `SHORT` tokens there is one view of all. A longer sequence has a view for the condition and for each frame, with
+    the keys up to that frame: nearly half of a full mask would be hidden, and its size is the square of the length.
 
     Args:
-        schedule: with the history blocks, for `full` (`ScaleSchedule.with_history`).
-        tokens: how many of its tokens are in the sequence; those of a last history block are not.
+        schedule: for `history: full`, including history blocks (`ScaleSchedule.with_history`).
+        tokens: how many of the schedule's tokens are in the sequence; the last frame's history block is not.
         kept: (B, F) bool from `draw_kept_frames`; a frame always sees itself, and all see the condition.
     Raises:
         ValueError: if the sequence ends within a block.
     """
-    # a short one's are the same step after step; those of a long one are too large to keep
+    # cached for short sequences, which repeat from step to step; masks of long ones are too large to keep
     parts = (short_parts if condition_length + tokens <= SHORT else parts_of)(
         schedule, condition_length, tokens, window, history, torch.device(device)
     )
@@ -95,17 +101,17 @@ def attention_views(
 def parts_of(
     schedule: ScaleSchedule, condition_length: int, tokens: int, window: int | None, history: str, device: torch.device
 ) -> list[Part]:
-    """Of `attention_views`, whose arguments these are, what does not depend on the frames that are kept. Raises likewise."""
+    """Computes the views of `attention_views` before frames are dropped; same arguments. Raises likewise."""
     S, blocks = condition_length, [b for b in schedule.blocks if b.stop <= tokens]
     if blocks[-1].stop != tokens:
         raise ValueError(f"{tokens} tokens end within a block of {schedule}")
     spans = [(0, S), *((S + b.start, S + b.stop) for b in blocks)]
-    here = functools.partial(torch.tensor, device="cpu")  # whatever the default: the rule for blocks is read below
+    here = functools.partial(torch.tensor, device="cpu")  # whatever the default device: Python reads the block rule below
     f, k = here([CONDITION, *(b.f for b in blocks)]), here([0, *(b.k for b in blocks)])
     lengths = here([stop - start for start, stop in spans])
     token_f, token_k = (onto(x.repeat_interleave(lengths), device) for x in (f, k))
     rule = functools.partial(visible, window=window, history_k=schedule.scales - 1 if history == "full" else None)
-    sees = rule(f[:, None], k[:, None], f[None], k[None])  # blocks by blocks
+    sees = rule(f[:, None], k[:, None], f[None], k[None])  # (blocks, blocks)
     frames = f.unique()[not S :]
     parts = []
     for group in frames[None] if S + tokens <= SHORT else frames[:, None]:
@@ -124,7 +130,7 @@ short_parts = functools.lru_cache(16)(made_to_last(parts_of))
 
 
 def joined(spans: list[tuple[int, int]], device: torch.device | str) -> slice | Tensor:
-    """Spans of numbers, in order, as a slice if they are one, else as (n,) numbers."""
+    """Joins spans of token numbers, in order: a slice if they are contiguous, else all numbers (n,)."""
     if all(before[1] == after[0] for before, after in zip(spans, spans[1:])):
         return slice(spans[0][0], spans[-1][1])
     return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])

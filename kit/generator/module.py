@@ -20,17 +20,17 @@ from kit.sharding import ShardedStrategy
 from kit.tokenizer import Tokenizer
 from kit.values import from_values
 
-POWERS = {"uniform": 0.0, "early": 0.5}  # what a token weighs: tokens of the finest scale that it stands for, to this power
+POWERS = {"uniform": 0.0, "early": 0.5}  # a token's weight: the number of finest-scale tokens it covers, to this power
 BIT_WEIGHTS = ("uniform", "margin")
 
 
 @functools.lru_cache(64)
 @made_to_last
 def scale_weights(schedule: ScaleSchedule, d: int, kind: str) -> Tensor:
-    """(L, d) weight of each bit's loss by its scale, of mean 1; 0 for bits that a scale does not have.
+    """Returns the weight of each bit's loss by its scale, (L, d) with mean 1; 0 for bits that a scale does not have.
 
-    `uniform` is the paper's plain average over bits; `early` weighs a token by the square root of how many tokens of the
-    finest scale it stands for (as Infinity does).
+    `uniform` is the paper's plain average over bits; `early` weighs a token by the square root of the number of finest-scale
+    tokens it covers (as Infinity does).
     """
     h, w = schedule.grid
     weights = torch.tensor([(h * w / (b.h * b.w)) ** POWERS[kind] for b in schedule.blocks for _ in range(b.h * b.w)])
@@ -39,7 +39,7 @@ def scale_weights(schedule: ScaleSchedule, d: int, kind: str) -> Tensor:
 
 
 def accuracy_by_block(right: Tensor, schedule: ScaleSchedule) -> Tensor:
-    """(F, K) share of right bits in each frame and scale; right: (B, L, d) bool."""
+    """Returns the share of right bits in each frame and scale, (F, K). right: (B, L, d) bool."""
     bits = schedule.bits or (right.shape[-1],) * schedule.scales
     shares = torch.stack([right[:, b.slice, : bits[b.k]].float().mean() for b in schedule.blocks])
     return shares.view(schedule.frames, schedule.scales)
@@ -53,15 +53,17 @@ class GeneratorModule(L.LightningModule):
         correction: values of `FlipLaw` (Cross-Frame Error Correction); p_max = 0 and delta = 0 turn it off.
         frame_mask: p_mask of the Random Frame Mask, in [0, 1].
         drop_condition: probability of training without the condition, for guidance.
-        loss: `scale_weights`, see the function of that name; `bit_weights`: `uniform` (the paper), or `margin`, each bit by
-            what a wrong one costs, see `corruption.margin`.
+        loss: `scale_weights`, see the function of that name; `bit_weights`: `uniform` (the paper), or `margin`, which weighs
+            each bit by the cost of a wrong value, see `corruption.margin`.
         optimizer, clip, steps: as for `TokenizerModule`.
-        seed: of flips, masks and dropped conditions; they are a function of it and of the clips' numbers.
-        tokenizer_hash: of the tokenizer whose bits this generator speaks.
-        tokenizer_path: where that tokenizer was.
+        seed: for flips, masks and dropped conditions, which depend on it and on the clips' numbers only.
+        tokenizer_hash: hash of the tokenizer whose bits this generator predicts.
+        tokenizer_path: path of that tokenizer's checkpoint.
         tokenizer: the tokenizer itself; it is not trained and not saved here.
-        recompute: the backward pass computes each layer once more instead of keeping what it computed (activation
+        recompute: whether the backward pass computes each layer again instead of storing its activations (activation
             checkpointing): less memory, a third more arithmetic.
+    Raises:
+        ValueError: for values out of range, or a clip that the tokenizer cannot take.
     """
 
     kind = "generator"
@@ -84,21 +86,24 @@ class GeneratorModule(L.LightningModule):
         self.law = from_values(FlipLaw, correction, "correction")
         self.frame_mask, self.drop_condition, self.seed = frame_mask, drop_condition, seed
         self.loss, self.optimizer, self.steps = loss, optimizer, steps
-        self.__dict__["tokenizer"] = tokenizer  # past nn.Module, which would register it as a part of this module
+        self.__dict__["tokenizer"] = tokenizer  # bypasses nn.Module, which would register it as a submodule
         if tokenizer is not None:
             tokenizer.eval().requires_grad_(False)
             self.enter(clip)
 
     def enter(self, clip: dict):
-        """Validates clips of this shape from now on. A batch of the training has its own."""
+        """Sets the clip shape for validation and for checkpoints. Each training batch has a shape of its own."""
         self.hparams["clip"] = clip
         self.schedule = self.tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
 
     def bit_loss(
         self, logits: Tensor, sequence: TrainingSequence, schedule: ScaleSchedule, given: Tensor | None = None
     ) -> Tensor:
-        """Weighted cross-entropy of all bits but those of the first `given` (B,) latent frames of each clip, which count as
-        right; logits (B, L, d)."""
+        """Computes the weighted binary cross-entropy of logits (B, L, d), averaged over bits.
+
+        Args:
+            given: (B,) number of first latent frames of each clip whose bits count as right: their loss is 0. None: 0.
+        """
         weights = onto(scale_weights(schedule, self.model.config.bits, self.loss["scale_weights"]), logits.device)
         if self.loss["bit_weights"] == "margin":
             weights = weights * sequence.margins
@@ -144,7 +149,7 @@ class GeneratorModule(L.LightningModule):
         self.log_dict(metrics, batch_size=len(logits), sync_dist=True)
 
     def teacher_forced(self, batch: dict) -> tuple[Tensor, TrainingSequence, ScaleSchedule]:
-        """Logits (B, L, d) with the true bits as history, what they are to be, and of what."""
+        """Predicts a batch with its true bits as history: logits (B, L, d), the sequence with the targets, the schedule."""
         feature = self.feature(batch)
         schedule = self.tokenizer.schedule_of_feature(feature)
         condition = self.model.condition(self.model.condition.prompts(batch))
@@ -158,5 +163,5 @@ class GeneratorModule(L.LightningModule):
 
     @torch.no_grad()
     def feature(self, batch: dict) -> Tensor:
-        """(B, d, F, h, w) float32, of clips that are encoded already or not."""
+        """Returns the feature of a batch, (B, d, F, h, w) float32; encodes the clips unless that was done ahead."""
         return batch["feature"].float() if "feature" in batch else self.tokenizer.encode(batch["video"])

@@ -1,4 +1,4 @@
-"""A pretrained text encoder of Hugging Face's `transformers`, frozen, its states kept on disk by caption."""
+"""Frozen pretrained text encoder from Hugging Face's `transformers`; its states are cached on disk by caption."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from kit.files import file_sha256
 from kit.machine import autocast, cache_folder, device
 
 KEPT = 4096  # captions whose states are held in memory
-MOVED = "KIT_TEXT_ENCODER"  # names the folder of an encoder that is not where it was
-DECIDING = (".json", ".txt", ".model", ".safetensors")  # files of an encoder that its states depend on
+MOVED = "KIT_TEXT_ENCODER"  # environment variable: folder of an encoder that was moved
+DECIDING = (".json", ".txt", ".model", ".safetensors")  # suffixes of the files that an encoder's states depend on
 
 
 class Place(NamedTuple):
-    """Where an encoder is.
+    """Location and configuration of a text encoder.
 
-    Fields: name, a folder, or a name on the Hugging Face hub; words, for `from_pretrained`; config, of transformers;
-    revision, of a folder as `folder_revision`, of a name on the hub the commit.
+    Fields: name, a folder or a name on the Hugging Face hub; words, keyword arguments of `from_pretrained`; config, the
+        configuration object of transformers; revision, `folder_revision` of a folder, the commit of a name on the hub.
     """
 
     name: str
@@ -35,21 +35,22 @@ class Place(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Of its states. CLIP: of its text half."""
+        """Size of the encoder's states; for CLIP, of its text half."""
         return getattr(self.config, "text_config", self.config).hidden_size
 
     @property
     def longest(self) -> int | None:
-        """Tokens of a text that it can take at most; None: any number."""
+        """Maximum number of tokens of a text; None: no limit."""
         known = getattr(getattr(self.config, "text_config", self.config), "max_position_embeddings", None)
-        return None if known is None else min(known, open_tokenizer(self).model_max_length)  # less, where some are set apart
+        return None if known is None else min(known, open_tokenizer(self).model_max_length)  # less where some are reserved
 
 
 def find_encoder(name: str, revision: str | None = None) -> Place:
-    """
+    """Finds a text encoder and reads its configuration.
+
     Args:
-        name: a folder or a name on the hub; where KIT_TEXT_ENCODER names a folder, that one is taken.
-        revision: that it must have; None: whatever is there. A folder is not compared with a commit.
+        name: a folder or a name on the hub; KIT_TEXT_ENCODER, if set, replaces it.
+        revision: the required revision; None: any. A folder is not compared with a commit.
     Raises:
         ImportError: without transformers. FileNotFoundError: if there is no such encoder. ValueError: for another revision.
     """
@@ -75,7 +76,7 @@ def find_encoder(name: str, revision: str | None = None) -> Place:
 
 
 def open_tokenizer(place: Place):
-    """Its tokenizer. Raises FileNotFoundError."""
+    """Loads the tokenizer of a text encoder. Raises FileNotFoundError if there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -85,10 +86,10 @@ def open_tokenizer(place: Place):
 
 
 def open_model(place: Place) -> nn.Module:
-    """The encoder, in evaluation mode. CLIP: its text half; T5: its encoder.
+    """Loads a text encoder, frozen and in evaluation mode. Of CLIP it is the text half, of T5 the encoder.
 
     Raises:
-        FileNotFoundError: if there are no weights as safetensors. ValueError: if some are missing.
+        FileNotFoundError: if there are no weights as safetensors. ValueError: if some weights are missing.
     """
     from transformers import AutoModelForTextEncoding, CLIPTextModel
 
@@ -111,17 +112,17 @@ def _missing(place: str, error: Exception) -> FileNotFoundError:
 
 
 def folder_revision(folder: Path) -> str:
-    """`files-` and 16 hex digits of the names and contents of an encoder's files that decide its states."""
+    """Returns `files-` and 16 hex digits: a hash of names and contents of the files that an encoder's states depend on."""
     files = sorted(path for path in folder.iterdir() if path.suffix in DECIDING)
     return "files-" + hashlib.sha256("".join(f"{p.name} {file_sha256(p)} " for p in files).encode()).hexdigest()[:16]
 
 
 class PretrainedEncoder(nn.Module):
-    """Last hidden states of a frozen encoder, for texts of at most `length` tokens.
+    """Text encoder that returns the last hidden states of a frozen pretrained one, of the first `length` tokens of a text.
 
-    Each text goes through it alone, so that its states are a function of the text and not of a batch, and only once: they are
-    kept in float16 in the folder `text` of kit's cache. The encoder is loaded when a text is new. Its weights are no part of
-    this module: checkpoints hold its name and revision.
+    Each text is encoded alone, so that its states do not depend on a batch, and only once: the states are kept in float16 in
+    the folder `text` of kit's cache. The pretrained encoder is loaded when the first new text comes. Its weights are not
+    part of this module: checkpoints hold its name and revision.
     """
 
     def __init__(self, name: str, revision: str, channels: int, length: int):
@@ -133,7 +134,7 @@ class PretrainedEncoder(nn.Module):
         self.tokenizer = functools.cache(lambda: open_tokenizer(place()))
         self.model = functools.cache(lambda: open_model(place()).to(device()))
         self.states = functools.lru_cache(KEPT)(self._states)
-        self.place = nn.Buffer(torch.zeros(0), persistent=False)  # is where the module is
+        self.place = nn.Buffer(torch.zeros(0), persistent=False)  # tells the device that the module is on
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         x = torch.zeros(len(texts), self.length, self.channels)
@@ -145,12 +146,12 @@ class PretrainedEncoder(nn.Module):
         return x.to(self.place.device), mask.to(self.place.device)
 
     def notes(self, text: str) -> list[str]:
-        """What a user should know of a text before it is used: that its end is not read."""
+        """Warns if the end of a text is not read."""
         tokens = len(self.tokenizer()(text)["input_ids"])
         return [f"of {text!r} the first {self.length} of {tokens} tokens are read"] if tokens > self.length else []
 
     def _states(self, text: str) -> Tensor:
-        """(tokens, channels) float16, from the cache or computed now.
+        """Returns the states of a text, (tokens, channels) float16, from the cache or computed now.
 
         Raises:
             OSError: if the cache cannot be used.

@@ -1,8 +1,8 @@
-"""Multi-scale Temporal RoPE: where a token sits, and how its queries and keys are turned.
+"""Multi-scale Temporal RoPE: positions of tokens, and the rotation of their queries and keys (VideoAR eq. 7, figure 2).
 
-Condition token i sits at (i, i, i): turned by i alone, as in ordinary RoPE, but with each axis's frequencies. Token
-(f, k, y, x) sits at (f, y, x) + |c|, with y, x on the raw integer grid of its own scale and |c| the condition's length;
-scales of a frame share f and are told apart by the learned scale embedding alone (VideoAR eq. 7, figure 2).
+Condition token i is at (i, i, i): rotated by i on every axis, as in ordinary RoPE, but with each axis's frequencies. Token
+(f, k, y, x) is at (f, y, x) + |c|, with y, x on the raw integer grid of its own scale and |c| the condition's length.
+Scales of a frame share f; only the learned scale embedding tells them apart.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ ALIGN = ("grid", "center", "sequence")
 
 
 def positions(schedule: ScaleSchedule, condition_length: int, align: str = "grid") -> Tensor:
-    """(S + L, 3) float32: time, height, width of every condition token and every token of the schedule.
+    """Returns the position (time, height, width) of every condition token and schedule token, (S + L, 3) float32.
 
     Args:
         align: `grid` is the paper: raw indices, so a coarse grid lies in the corner of the plane. `center` puts each
-            coarse cell at the centre of what it covers on the finest grid. `sequence` has the place in the sequence on
-            all axes: what the paper's ablation compares with, as far as it says.
+            coarse cell at the centre of the area it covers on the finest grid. `sequence` uses the index in the sequence
+            on all axes; we take it for the baseline of the paper's ablation, which does not name it.
     Raises:
         ValueError: for another `align`.
     """
@@ -43,10 +43,10 @@ BASE = 10_000.0
 
 
 def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (tokens, head_dim / 2) float32.
+    """Returns cosine and sine of the rotation angles, each (tokens, head_dim / 2) float32.
 
-    A quarter of the pairs turns with time, the rest is shared evenly by height and width; each axis has its own ladder
-    of frequencies from 1 down to 1 / BASE.
+    A quarter of the pairs rotates with time; height and width share the rest evenly. Pair i of an axis with n pairs has the
+    frequency BASE^(-i / n).
     """
     pairs = head_dim // 2
     time = pairs // 4
@@ -60,7 +60,7 @@ def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns each pair (i, i + head_dim / 2) of (B, N, tokens, head_dim) by its token's angles."""
+    """Rotates each pair (i, i + head_dim / 2) of x (B, N, tokens, head_dim) by its token's angles, from `rotary_table`."""
     cos, sin = (t.to(x.dtype) for t in table)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
