@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from kit.checkpoint import TrainingCheckpointIO
 from kit.optim import batches_of_a_step
+from kit.values import check_whole_number
 
 
 class Preempted(SystemExit):
@@ -40,8 +41,7 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, folder: str, every: int, share: float = 1.0, may_fail: int = 0):
         for key, value, least in (("every", every, 1), ("may_fail", may_fail, 0)):
-            if value < least:
-                raise ValueError(f"callbacks.last.{key}={value}; expected {least} or more")
+            check_whole_number(f"callbacks.last.{key}", value, least)
         if not 0 < share <= 1:
             raise ValueError(f"callbacks.last.share={share}; expected a share of the time, above 0 and up to 1")
         self.share, self.rest_until = share, 0.0  # on the clock that `time.monotonic` reads

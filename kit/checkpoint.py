@@ -21,9 +21,14 @@ from kit.files import save_checked
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.shards import described, load_whole, mapped, remove_shards, save_shards
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.values import differences
 
 CONFIGS = {"generator": GeneratorConfig.from_dict, "tokenizer": TokenizerConfig.from_dict}
 KINDS = ("generator", "tokenizer")  # each is the name of the architecture's values in its checkpoint
+
+
+# what an optimizer's state holds, or what the weights are for: a run that goes on cannot change it
+KEPT = ("optimizer.name", "optimizer.betas", "optimizer.weight_decay", "loss.adversarial.betas", "tokenizer_hash")
 
 
 class TrainingCheckpointIO(TorchCheckpointIO):
@@ -113,22 +118,6 @@ def _read(path: str | os.PathLike, load: Callable[[Path], dict]) -> tuple[dict, 
     checkpoint = load(path)
     values = checkpoint.get("hyper_parameters", {})
     return checkpoint, next((kind for kind in KINDS if kind in values), "something else")
-
-
-def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
-    """What differs between plain values, nested or not, as `key: this, that`; a `hash` only follows from the others."""
-    told = []
-    for key in sorted(set(a) | set(b)):
-        this, that = a.get(key), b.get(key)
-        if isinstance(this, dict) and isinstance(that, dict):
-            told += differences(this, that, f"{prefix}{key}.")
-        elif this != that and key != "hash":
-            told.append(f"{prefix}{key}: {this}, {that}")
-    return told
-
-
-# what an optimizer's state holds, or what the weights are for: a run that goes on cannot change it
-KEPT = ("optimizer.name", "optimizer.betas", "optimizer.weight_decay", "loss.adversarial.betas", "tokenizer_hash")
 
 
 def check_resume(path: str | os.PathLike, module: L.LightningModule, data: L.LightningDataModule) -> list[str]:

@@ -25,6 +25,7 @@ from kit.media import contact_sheet, spread, video_writer
 from kit.run import plain, sole_user
 from kit.sampling import stream_video, windows
 from kit.scales import TAU, latent_frames
+from kit.values import check_whole_number
 
 SHOWN = 16  # clips on the contact sheet, at most
 
@@ -276,9 +277,7 @@ def check_numbers(values: dict):
         ValueError: for a key that is not such a number, naming it.
     """
     for name, least in WHOLE_NUMBERS.items():
-        value, optional = values[name], name in ("frames", "history_frames", "overlap")
-        if not (optional and value is None) and (not isinstance(value, int) or value < least):
-            raise ValueError(f"{name}={value}: expected a whole number, {least} or more")
+        check_whole_number(name, values[name], least, optional=name in ("frames", "history_frames", "overlap"))
     if values["seed"] + values["n"] > 2**63:
         raise ValueError(f"seed={values['seed']}: expected a number below 2^63")
     if values["fps"] is not None and not (isinstance(values["fps"], int | float) and 0 < values["fps"] < float("inf")):

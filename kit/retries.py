@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
+from kit.values import check_whole_number
+
 T = TypeVar("T")
 Place = tuple[int, int]  # of a batch in the data, as a DataModule's `place_of` has it
 
@@ -65,8 +67,7 @@ def with_retries(train: Callable[[Path | None, list[Place]], T], resume: Path | 
     Raises:
         ValueError: if `retries` is below 0; else what `train` raises, once there is nothing to go on from or no retry left.
     """
-    if retries < 0:
-        raise ValueError(f"retries={retries}; expected 0 or more")
+    check_whole_number("retries", retries, 0)
     lost, before = [], written(last)
     for left in reversed(range(retries + 1)):
         try:

@@ -31,7 +31,7 @@ from kit.stages import Stage, StagePlan
 from kit.start import start
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.module import TokenizerModule
-from kit.values import equal_parts
+from kit.values import check_whole_number, equal_parts
 
 
 def plain(node: DictConfig) -> dict:
@@ -239,8 +239,7 @@ def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: Ge
     Raises:
         ValueError: if the number is below 1.
     """
-    if cfg.encoded_clips < 1:
-        raise ValueError(f"encoded_clips={cfg.encoded_clips}; expected a number of clips, or 0 for fresh ones")
+    check_whole_number("encoded_clips", cfg.encoded_clips, 1)
     staged = isinstance(data, StagedClips)
     stages = data.plan.stages if staged else [None]
     for stage, part in zip(stages, data.parts if staged else [data], strict=True):
@@ -310,8 +309,7 @@ def check_length(trainer: DictConfig):
         ValueError: if it has no number of steps, which learning rates and encoded clips go by, or takes few batches again and
             again without saying so.
     """
-    if not isinstance(trainer.max_steps, int) or trainer.max_steps < 1:
-        raise ValueError(f"trainer.max_steps={trainer.max_steps}; expected a number of steps, 1 or more: recipe.*.steps")
+    check_whole_number("trainer.max_steps", trainer.max_steps, 1)
     if trainer.get("limit_train_batches") is not None:
         raise ValueError(
             f"trainer.limit_train_batches={trainer.limit_train_batches}: the data has no end, and the same batches would "

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from kit.shards import Keys, load_shares, mapped
+from kit.values import check_whole_number
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # by the first process, in its memory
 
@@ -44,8 +45,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.param_dtype = None if param_dtype is None else getattr(torch, param_dtype)
         if checkpoints not in ("whole", "sharded"):
             raise ValueError(f"trainer.strategy.checkpoints={checkpoints}; expected whole or sharded")
-        if replicas < 1:
-            raise ValueError(f"trainer.strategy.replicas={replicas}; expected 1 or more")
+        check_whole_number("trainer.strategy.replicas", replicas, 1)
         self.replicas, self.in_shards = replicas, checkpoints == "sharded"
 
     def setup_environment(self):

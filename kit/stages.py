@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from kit.values import from_values
+from kit.values import check_whole_number, from_values
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,7 @@ class Stage:
 
     def __post_init__(self):
         for key, least in (("steps", 1), ("warmup", 0), ("patience", 1)):
-            value = getattr(self, key)
-            if value is not None and not (isinstance(value, int) and value >= least):
-                raise ValueError(f"stages.{self.name}.{key}={value}; expected a whole number of {least} or more")
+            check_whole_number(f"stages.{self.name}.{key}", getattr(self, key), least, optional=key != "steps")
         if self.lr is not None and not (isinstance(self.lr, int | float) and self.lr > 0):
             raise ValueError(f"stages.{self.name}.lr={self.lr}; expected a number above 0")
         if self.train is not None and (isinstance(self.train, str) or not self.train):

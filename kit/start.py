@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kit.checkpoint import differences, load_generator_alone, load_tokenizer
+from kit.checkpoint import load_generator_alone, load_tokenizer
 from kit.generator.module import GeneratorModule
 from kit.tokenizer.inflate import inflate, take_over
 from kit.tokenizer.module import TokenizerModule
+from kit.values import differences
 
 
 def start_tokenizer(how: str, path: str, module: TokenizerModule) -> list[str]:

@@ -23,6 +23,15 @@ def from_values(by: type[T], values: Mapping, what: str, /, **besides) -> T:
     return by(**values, **besides)
 
 
+def check_whole_number(key: str, value: int | None, least: int, optional: bool = False):
+    """
+    Raises:
+        ValueError: if the value of a key is not a whole number of at least `least`, or null where that is allowed.
+    """
+    if not (value is None and optional) and not (isinstance(value, int) and value >= least):
+        raise ValueError(f"{key}={value}; expected a whole number of {least} or more")
+
+
 def equal_parts(batch_size: int, at_once: int | None) -> int:
     """The fewest equal parts of a batch that have `at_once` clips at most; None: it is whole.
 
@@ -31,8 +40,7 @@ def equal_parts(batch_size: int, at_once: int | None) -> int:
     """
     if at_once is None or not isinstance(batch_size, int) or batch_size < 1:  # which is told of where it is used
         return 1
-    if not isinstance(at_once, int) or at_once < 1:
-        raise ValueError(f"at_once={at_once}; expected a number of clips, 1 or more, or null: all")
+    check_whole_number("at_once", at_once, 1)
     return next(parts for parts in range(1, batch_size + 1) if batch_size % parts == 0 and batch_size // parts <= at_once)
 
 
@@ -45,3 +53,15 @@ def part_of(batch_size: int, at_once: int | None) -> int:
 def batches_of(batch_size: int, at_once: int | None, accumulate: int) -> int:
     """How many such parts `accumulate` batches have."""
     return accumulate * equal_parts(batch_size, at_once)
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """What differs between plain values, nested or not, as `key: this, that`; a `hash` only follows from the others."""
+    told = []
+    for key in sorted(set(a) | set(b)):
+        this, that = a.get(key), b.get(key)
+        if isinstance(this, dict) and isinstance(that, dict):
+            told += differences(this, that, f"{prefix}{key}.")
+        elif this != that and key != "hash":
+            told.append(f"{prefix}{key}: {this}, {that}")
+    return told

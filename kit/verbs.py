@@ -32,6 +32,7 @@ from kit.reconstruction import Scores, reconstruct_file
 from kit.run import build_data, choice_of, plain, sole_user
 from kit.sampling import sample_clips
 from kit.self_check import Check, self_check
+from kit.values import check_whole_number
 
 CHECKED = 8  # clips that `inspect` tries the self-check on, and samples
 
@@ -42,8 +43,7 @@ def data_for(cfg: DictConfig, model: Loaded, frames: int | None = None) -> ClipD
     Raises:
         ValueError: if pictures shall show no clip; else as `build_data`.
     """
-    if cfg.shown < 1:
-        raise ValueError(f"shown={cfg.shown}; expected a number of clips, 1 or more")
+    check_whole_number("shown", cfg.shown, 1)
     clip = {**model.clip, "frames": frames or model.clip["frames"]}
     cfg = cfg.copy()
     cfg.data.update({**clip, "batch_size": cfg.batch_size, "val_clips": cfg.clips, "workers": 0})

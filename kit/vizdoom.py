@@ -30,6 +30,7 @@ from kit.data.clips import fit
 from kit.data.listing import is_captioned, write_captions
 from kit.machine import cache_folder
 from kit.media import write_video
+from kit.values import check_whole_number
 
 MAPS = {  # name -> the package's scenario, what it looks like
     "maze": ("my_way_home", "a maze of brown brick"),
@@ -107,13 +108,11 @@ def form_of(frames: int, height: int, width: int, fps: float, seed: int) -> Form
     for key, value, least, top in (("height", height, 16, most[1]), ("width", width, 16, most[0])):
         if not least <= value <= top or value % 2:
             raise ValueError(f"{key}={value}; expected an even number of pixels from {least} to {top}")
-    if frames < 2:
-        raise ValueError(f"frames={frames}; expected 2 or more")
+    check_whole_number("frames", frames, 2)
     tics = round(TICS / fps) if fps > 0 else 0
     if tics < 1 or not math.isclose(TICS / tics, fps, rel_tol=1e-3):
         raise ValueError(f"fps={fps}; expected {TICS} divided by a whole number, such as 35, 17.5, 7 or 5")
-    if seed < 0:
-        raise ValueError(f"seed={seed}; expected 0 or more")
+    check_whole_number("seed", seed, 0)
     return Form(frames, height, width, tics, seed)
 
 
@@ -369,8 +368,7 @@ def prepare_vizdoom(n: int, form: Form, workers: int | None = None) -> Path:
         KeyboardInterrupt: see `render_all`; the next call goes on from there.
     """
     for key, value in (("n", n), ("workers", workers)):
-        if value is not None and value < 1:
-            raise ValueError(f"{key}={value}; expected 1 or more")
+        check_whole_number(key, value, 1, optional=True)
     folder = form.folder()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):  # a second run waits for the first

@@ -191,8 +191,8 @@ def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
         (["validate", "ckpt=x", "threads=-2"], "threads=-2; expected a number of threads, or null"),
         (["generate", "ckpt=x", "guidance=3"], "guidance=3; expected values such as {'kind': 'constant'"),
         (["fit", "conf=stage1_tokenizer", "init.ckpt=x.ckpt"], "init.ckpt=x.ckpt, but init=scratch takes none"),
-        (["fit", "conf=stage1_tokenizer", "data.batch_size=0"], "data.batch_size=0; expected a whole number, 1 or more"),
-        (["fit", "conf=stage1_tokenizer", "data.workers=2.5"], "data.workers=2.5; expected a whole number, 0 or more"),
+        (["fit", "conf=stage1_tokenizer", "data.batch_size=0"], "data.batch_size=0; expected a whole number of 1 or more"),
+        (["fit", "conf=stage1_tokenizer", "data.workers=2.5"], "data.workers=2.5; expected a whole number of 0 or more"),
         (["fit", "conf=stage1_tokenizer", "data.image_share=3"], "data.image_share=3; expected a share from 0 to 1"),
     ],
 )

@@ -67,7 +67,7 @@ def test_the_doctor_costs_presets(capsys):
         (
             "stage2_generator",
             "trainer=fsdp,trainer.strategy.replicas=0,trainer.devices=2",
-            "trainer: trainer.strategy.replicas=0; expected 1 or more",
+            "trainer: trainer.strategy.replicas=0; expected a whole number of 1 or more",
         ),
     ],
 )
@@ -164,5 +164,5 @@ def test_equal_parts():
     assert [equal_parts(12, n) for n in (None, 20, 12, 11, 5, 1)] == [1, 1, 1, 2, 3, 12]
     assert (part_of(64, 16), batches_of(64, 16, 2)) == (16, 8)
     assert (part_of(0, 4), batches_of(0, 4, 2)) == (0, 2), "what is wrong with it is told by who uses it"
-    with pytest.raises(ValueError, match="at_once=0; expected a number of clips, 1 or more"):
+    with pytest.raises(ValueError, match="at_once=0; expected a whole number of 1 or more"):
         equal_parts(8, 0)

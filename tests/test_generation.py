@@ -196,7 +196,7 @@ def test_settings_are_data(pair, tmp_path, capsys):
         assert "is not the JSON beside a video" in capsys.readouterr().err
     path.write_text(json.dumps(sidecar | {"settings": sidecar["settings"] | {"frames": "five"}}))
     assert main(["generate", f"settings={path}", f"root={tmp_path}", "name=evil"]) == 1
-    assert "frames=five: expected a whole number, 1 or more" in capsys.readouterr().err
+    assert "frames=five; expected a whole number of 1 or more" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -357,10 +357,10 @@ def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
         (["prompt=x", "frames=33", "overlap=5"], "overlap=5 leaves nothing to add to clips of 5 frames"),
         (["prompts=nowhere.txt"], "prompts=nowhere.txt: no such file; it holds one prompt a line"),
         (["prompt=x", "overlap=8"], "overlap must be 1 + 4n frames, got 8"),
-        (["prompt=x", "overlap=0"], "overlap=0: expected a whole number, 1 or more"),
-        (["prompt=x", "n=0"], "n=0: expected a whole number, 1 or more"),
-        (["prompt=x", "batch_size=0"], "batch_size=0: expected a whole number, 1 or more"),
-        (["prompt=x", "seed=-1"], "seed=-1: expected a whole number, 0 or more"),
+        (["prompt=x", "overlap=0"], "overlap=0; expected a whole number of 1 or more"),
+        (["prompt=x", "n=0"], "n=0; expected a whole number of 1 or more"),
+        (["prompt=x", "batch_size=0"], "batch_size=0; expected a whole number of 1 or more"),
+        (["prompt=x", "seed=-1"], "seed=-1; expected a whole number of 0 or more"),
         (["settings=nowhere.json"], "settings=nowhere.json: no such file"),
         (["prompt=x", "top_p=null"], "top_p must be a number, got None"),
         (["prompt=x", "temperature=null"], "temperature must be a number, got None"),

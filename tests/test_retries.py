@@ -110,7 +110,7 @@ def test_what_no_retry_mends_is_raised(tmp_path):
         calls.append((resume, places))
         raise error
 
-    with pytest.raises(ValueError, match="retries=-1; expected 0 or more"):
+    with pytest.raises(ValueError, match="retries=-1; expected a whole number of 0 or more"):
         with_retries(lambda *_: pytest.fail("it began"), None, path, -1)
     lost, rewound = LostLoss("lost", (0, 7)), tmp_path / "best.ckpt"
     with pytest.raises(LostLoss):

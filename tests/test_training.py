@@ -128,7 +128,7 @@ def test_a_training_ends_after_its_time_and_goes_on(tmp_path):
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["recipe.tokenizer.steps=-1"], "trainer.max_steps=-1; expected a number of steps, 1 or more"),
+        (["recipe.tokenizer.steps=-1"], "trainer.max_steps=-1; expected a whole number of 1 or more"),
         (["+trainer.limit_train_batches=3"], "trainer.limit_train_batches=3: the data has no end"),
     ],
 )

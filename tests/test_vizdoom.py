@@ -262,15 +262,15 @@ def test_shares_are_of_one_map_and_weapon():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["frames=1"], "frames=1; expected 2 or more"),
+        (["frames=1"], "frames=1; expected a whole number of 2 or more"),
         (["height=33"], "height=33; expected an even number of pixels from 16 to 960"),
         (["width=1300"], "width=1300; expected an even number of pixels from 16 to 1280"),
         (["fps=17"], "fps=17; expected 35 divided by a whole number"),
         (["fps=0"], "fps=0; expected"),
         (["fps=70"], "fps=70; expected"),
-        (["seed=-1"], "seed=-1; expected 0 or more"),
-        (["n=0"], "n=0; expected 1 or more"),
-        (["workers=0"], "workers=0; expected 1 or more"),
+        (["seed=-1"], "seed=-1; expected a whole number of 0 or more"),
+        (["n=0"], "n=0; expected a whole number of 1 or more"),
+        (["workers=0"], "workers=0; expected a whole number of 1 or more"),
     ],
 )
 def test_what_cannot_be_rendered_is_refused(tmp_path, capsys, words, said):

@@ -142,7 +142,7 @@ def _claim(folder: Path, about: dict, clips: dict[str, int]):
             told = "; ".join(f"{key}: {found['about'].get(key)}, asked for {about[key]}" for key in keys)
             raise ValueError(f"{folder} holds other clips ({told}); choose another folder with name=..., or remove this one")
         if found["clips"] != clips or not all(is_whole(folder / shard.file, shard) for shard in shards_of(clips)):
-            write_json(path, {"about": about, "clips": clips})  # (re)opened: `_finish` adds the hashes
+            write_json(path, {"about": about, "clips": clips})  # without hashes: not finished until `_finish` adds them
 
 
 def is_whole(path: Path, shard: Shard) -> bool:

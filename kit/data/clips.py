@@ -33,6 +33,7 @@ from kit.data.listing import (
     read_captions,
     split_files,
 )
+from kit.values import check_whole_number
 
 ORDERS = 64  # file orders of epochs kept in memory: each bucket uses two, for its clips and for its images
 
@@ -192,9 +193,10 @@ class FolderClips(Dataset):
         for key, choices in (("split", ("train", "val", "all")), ("label_from", LABEL_SOURCES)):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)!r}; expected one of: {', '.join(choices)}")
-        for key, least in (("frames", 1), ("height", 1), ("width", 1), ("fps", 0), ("seed", 0), ("val_every", 2)):
-            if (getattr(self, key) or 0) < least:
-                raise ValueError(f"{key}={getattr(self, key)}; expected {least} or more")
+        for key, least in (("frames", 1), ("height", 1), ("width", 1), ("seed", 0), ("val_every", 2)):
+            check_whole_number(key, getattr(self, key), least)
+        if (self.fps or 0) < 0:
+            raise ValueError(f"fps={self.fps}; expected frames per second, or 0: the files' own")
         if self.patience is not None and self.patience <= 0:
             raise ValueError(f"patience={self.patience}; expected seconds above 0, or null")
         load_backend(self.backend)

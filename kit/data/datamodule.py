@@ -1,4 +1,4 @@
-"""Clips as Lightning wants them: a DataModule of one resolution and duration, or of buckets."""
+"""Lightning DataModule for clips of one resolution and duration, or of several in buckets."""
 
 from __future__ import annotations
 
@@ -14,34 +14,42 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
-from kit.checkpoint import differences
 from kit.data.buckets import Bucket, BucketClips, image_buckets
 from kit.data.cache import CachedClips
 from kit.data.numbered import Numbered
 from kit.data.sampler import BucketSampler, StreamSampler, numbers_from
 from kit.optim import batches_of_a_step
+from kit.values import check_whole_number, differences
 
 
 def leave_sigterm_to_the_trainer(worker: int):
-    """Schedulers send it to all processes of a job; a worker that ends of it would be missed before the trainer has saved."""
+    """Makes a loader's worker ignore SIGTERM, which schedulers send to all processes of a job.
+
+    A worker that ended would stop the training with an error before the trainer has saved.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers():
-    """Ends those that an error has left behind: this process would wait for them, since they do not heed SIGTERM."""
+    """Kills loader workers that an error has left behind, at exit.
+
+    They ignore SIGTERM, so this process would wait for them without end.
+    """
     if workers := [process for process in multiprocessing.active_children() if process.daemon]:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would tell of each of them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report each of them
         for process in workers:
             process.kill()
 
 
 class ClipsOnDevice(L.LightningDataModule):
-    """Clips go to the device that trains. Their numbers and labels stay: what is drawn and looked up by them is, on the CPU,
-    and a GPU would be waited for to have them back."""
+    """DataModule that moves only the clips of a batch to the training device.
+
+    Clip numbers and labels stay on the CPU, where draws and look-ups use them: fetching them back would wait for the GPU.
+    """
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
-        pinned = device.type == "cuda"  # see `_loader`: elsewhere such a copy could be read before it is there
+        pinned = device.type == "cuda"  # see `_loader`; else the copy might be read before it is complete
         clips = {key: batch[key].to(device, non_blocking=pinned) for key in ("video", "feature") if key in batch}
         return {**batch, **clips}
 
@@ -50,20 +58,20 @@ class ClipDataModule(ClipsOnDevice):
     """Training and validation clips of one resolution and duration, or training clips in buckets.
 
     Args:
-        source: makes the data set of a split: source(split=, frames=, height=, width=, fps=) -> items numbered from 0
-            without end, each {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}, and of some "given": int,
-            see `Numbered`.
+        source: builds the data set of a split: source(split=, frames=, height=, width=, fps=) -> items numbered from 0
+            without end, each {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}, some with "given": int, see
+            `Numbered`.
         frames: T = 1 + 4n. height, width: pixels. fps: frames per second; 0: the files' own.
-        batch_size: clips per rank and step. val_clips: clips of the validation split to use.
-        workers: processes that make clips.
-        image_share: of the training's batches, that hold first frames of clips alone, as many as there are latent frames in
-            a batch of clips: images and video jointly, as in the paper's stage I.
-        images: makes the data set that they are taken from instead, as `source` does, of clips of one frame.
-        buckets: values of a `Bucket` each, which the training's clips are sorted into in place of `frames`, `height`, `width`
-            and `batch_size`; validation keeps to these. None: all are alike.
+        batch_size: clips in a batch on a rank. val_clips: number of clips of the validation split to use.
+        workers: number of processes that load clips.
+        image_share: share of the training batches that hold images only, namely first frames of clips, as many as there are
+            latent frames in a batch of clips. It trains images and video jointly, as the paper's stage I does.
+        images: builds the data set that images are taken from instead; called as `source`, for clips of one frame.
+        buckets: values of a `Bucket` each. Training clips are sorted into these; `frames`, `height`, `width` and
+            `batch_size` then apply to validation only. Empty: all clips have one shape.
     Raises:
-        ValueError: if `frames` is not 1 + 4n, `image_share` is not in [0, 1], or `images` are given that none of the
-            batches take, or that cannot be told from clips; as `BucketClips`.
+        ValueError: if `frames` is not 1 + 4n, `image_share` is not in [0, 1], or `images` are given although no batch takes
+            them or clips have one frame too; as `BucketClips`.
     """
 
     def __init__(
@@ -73,8 +81,7 @@ class ClipDataModule(ClipsOnDevice):
     ):  # fmt: skip
         super().__init__()
         for key, number, least in (("batch_size", batch_size, 1), ("val_clips", val_clips, 1), ("workers", workers, 0)):
-            if not isinstance(number, int) or number < least:
-                raise ValueError(f"data.{key}={number}; expected a whole number, {least} or more")
+            check_whole_number(f"data.{key}", number, least)
         if not isinstance(image_share, int | float) or not 0 <= image_share <= 1:
             raise ValueError(f"data.image_share={image_share}; expected a share from 0 to 1")
         if images and not image_share:
@@ -97,12 +104,17 @@ class ClipDataModule(ClipsOnDevice):
                 self.images = BucketClips(self.images, image_buckets(shapes))
         self.sources = [source for source in (self.train, self.val, self.images) if source is not None]
         self.encode, self.batches, self.encoded, self.batches_done = None, 0, self.cached, 0
-        self.left_out: frozenset[int] = frozenset()  # batches of the stream, by their numbers
+        self.left_out: frozenset[int] = frozenset()  # numbers of batches in the stream
 
     def encode_ahead(self, encode: Callable[..., CachedClips], batches: int):
-        """Training shall read encoded clips: at its start `encode(source, bucket, share, number, images=)` makes or finds
-        those of a source, of a shape, which are such a share of all clips, and of which so many batches on each rank read so
-        many in all; `images` if they are of the source of that name."""
+        """Makes training read encoded clips, which are made or found at its start.
+
+        Args:
+            encode: called as encode(source, bucket, share, number, images) for each data set and bucket; returns the encoded
+                clips. `bucket` is their shape, `share` their share of all clips, `number` how many of them all ranks
+                together read, and `images` whether they are of the data set `images`.
+            batches: number of batches that training reads on each rank.
+        """
         self.encode, self.batches = encode, batches
 
     @property
@@ -112,7 +124,7 @@ class ClipDataModule(ClipsOnDevice):
 
     @property
     def cached(self) -> bool:
-        """Whether the clips are encoded ones, of a cache that was made before."""
+        """Whether the clips come encoded, from a cache that was made before."""
         return isinstance(self.val, CachedClips)
 
     @property
@@ -139,7 +151,7 @@ class ClipDataModule(ClipsOnDevice):
         return self._loader(Numbered(self.train, self.images), self.encoded, batch_sampler=stream)
 
     def _encode(self):
-        images = int(self.batches * self.image_share)  # of the batches, as a `Stream` counts them
+        images = int(self.batches * self.image_share)  # batches of images, as `Stream` counts them
         clips = self.batches - images
         if self.images is None:
             self.train = self._encoded(self.train, self.bucket, clips, images)
@@ -150,8 +162,13 @@ class ClipDataModule(ClipsOnDevice):
             self.images = self._encoded(self.images, bucket, images, 0, images=True)
 
     def _encoded(self, source: Dataset, bucket: Bucket, clips: int, pictures: int, images: bool = False) -> Dataset:
-        """A source with encoded clips in place of its own, as many as so many batches of clips and of images read; `bucket`
-        is their shape, where it is not in buckets."""
+        """Returns a source with encoded clips in place of its own.
+
+        Args:
+            bucket: shape of the clips, for a source that is not in buckets.
+            clips, pictures: number of batches of clips and of images that are read. images: whether it is the source
+                `images`.
+        """
 
         def encode(part: Dataset, shape: Bucket, share: float, needed: int) -> CachedClips:
             return self.encode(part, shape, share, needed * self.trainer.world_size, images)  # the processes share the work
@@ -162,7 +179,8 @@ class ClipDataModule(ClipsOnDevice):
         return encode(source, bucket, 1.0, bucket.clips_needed(clips, pictures))
 
     def setup(self, stage: str | None = None):
-        """
+        """Checks that each device has a clip to validate on.
+
         Raises:
             ValueError: if there are more devices than clips to validate on.
         """
@@ -171,14 +189,17 @@ class ClipDataModule(ClipsOnDevice):
             raise ValueError(f"data.val_clips={self.val_clips} leaves some of the {ranks} devices without a clip; raise it")
 
     def val_dataloader(self) -> DataLoader:
-        """As many clips, and so batches, on each device: sharded ones wait for each other in each."""
+        """Loader with equally many clips, and so batches, on each device.
+
+        Devices that share a sharded model wait for each other in every batch.
+        """
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         keys = [(n, self.frames) for n in range(rank, self.val_clips // ranks * ranks, ranks)]
         return self._loader(Numbered(self.val), self.cached, batch_size=self.batch_size, sampler=keys)
 
     def _loader(self, dataset: Numbered, encoded: bool, **order) -> DataLoader:
         on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
-        workers = 0 if encoded and on_cpu else self.workers  # its cores have better to do, and there is little to read
+        workers = 0 if encoded and on_cpu else self.workers  # reading is cheap, and training needs the cores
         prefetch = 4 if workers else None
         return DataLoader(
             dataset, num_workers=workers, persistent_workers=False, prefetch_factor=prefetch,
@@ -187,7 +208,7 @@ class ClipDataModule(ClipsOnDevice):
 
     @property
     def about(self) -> str:
-        """Where clips come from, how many files, and what is said of them."""
+        """Describes the data in words: where clips come from, how many files, captions or classes."""
         train, val = (source.source if isinstance(source, BucketClips) else source for source in (self.train, self.val))
         parts = [str(getattr(train, "root", type(train).__name__.lower()))]
         if hasattr(train, "files"):
@@ -196,16 +217,16 @@ class ClipDataModule(ClipsOnDevice):
         return ", ".join([*parts, "captions" if self.captioned else known])
 
     def place_of(self, batch: int) -> tuple[int, int]:
-        """(0, number in the stream) of a batch by its number in the training."""
+        """Returns (0, number in the stream) of a batch, given its number in the training."""
         return 0, next(numbers_from(batch, self.left_out))
 
     def leave_out(self, places: Iterable[tuple[int, int]]):
-        """Batches that training shall not meet, by what `place_of` says of them, besides those that a checkpoint names."""
+        """Leaves out batches, given by their `place_of`, in addition to those that a checkpoint names."""
         self.left_out |= {number for _, number in places}
 
     @property
     def settings(self) -> dict:
-        """What decides which clips a step's batches hold, as plain values; of files their names, by a hash."""
+        """Plain values that decide which clips the batches of a step hold; of files, a hash of their names."""
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
         sources = [source.source if isinstance(source, BucketClips) else source for source in self.sources]
         names = [name for source in sources for name in getattr(source, "files", ())]
@@ -222,7 +243,7 @@ class ClipDataModule(ClipsOnDevice):
         }  # fmt: skip
 
     def state_dict(self) -> dict:
-        """The place in the data: batches that training has used up, and numbers of those that were left out."""
+        """The place in the data: number of batches that training has used, numbers of those left out, and `settings`."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         return {"batches_done": done, "left_out": sorted(self.left_out), "settings": self.settings}
 
@@ -232,9 +253,9 @@ class ClipDataModule(ClipsOnDevice):
         self.tell_changes(state.get("settings"))
 
     def tell_changes(self, began: dict | None):
-        """Of the settings that a run began with, where they are known."""
+        """Prints which settings differ from those that the run began with, as far as these are known."""
         began = began or {}
-        now = {key: value for key, value in self.settings.items() if key in began}  # those that kit knew of then
+        now = {key: value for key, value in self.settings.items() if key in began}  # without keys that kit has added since
         for change in differences(began, now):
             rank_zero_info(f"  goes on with other data than it began with (then, now): {change}")
 

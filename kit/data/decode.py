@@ -1,7 +1,7 @@
 """Decoding of video files behind one small interface, by decord (the default) or PyAV.
 
-A decoder is opened for one clip and then dropped: an open decord reader may crash when threads share it and hangs when
-a forked process inherits it. This file imports nothing of kit, and nothing slow: `kit.data.decoder_process` runs it.
+A decoder is opened for one clip and then dropped: an open decord reader may crash when threads share it and hangs when a
+forked process inherits it. This file imports nothing from kit, and nothing slow, because `kit.data.decoder_process` runs it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SEEKABLE_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 SEEKABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 REORDERED = 16  # frames that a codec may store out of order, at most
-FAR = 32  # frames ahead from which on a seek pays
+FAR = 32  # frames; a seek pays if the wanted frame is farther ahead
 
 
 class UnreadableVideo(RuntimeError):
@@ -71,12 +71,13 @@ class Decoder(ABC):
 
     @abstractmethod
     def walk(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        """The frames with these numbers, one by one, upright: uint8 RGB (H, W, 3). Goes forward through the file once.
+        """Yields the frames with these numbers, one by one, upright: uint8 RGB (H, W, 3). Goes forward through the file
+        once.
 
         Args:
-            indices: none less than the one before it.
+            indices: ascending, repeats allowed.
         Raises:
-            as `frames`, when it comes to the frame.
+            as `frames`, when that frame is reached.
         """
 
     def frames(self, indices: Iterable[int]) -> np.ndarray:
@@ -125,8 +126,10 @@ def load_backend(name: str) -> type[Decoder]:
 
 
 class DecordDecoder(Decoder):
-    """Decodes with decord: fast, and it turns rotated files upright by itself. While the caller works on a frame of a walk it
-    decodes ahead without limit, and keeps what it has decoded."""
+    """Decodes with decord, which is fast and turns rotated files upright by itself.
+
+    While the caller works on a frame of `walk`, decord decodes ahead without limit and keeps the frames in memory.
+    """
 
     module, package = "decord", "decord2"
 
@@ -156,10 +159,10 @@ class DecordDecoder(Decoder):
             yield pixels
 
     def _start_before(self, index: int) -> int:
-        """A frame at or before `index` that decord seeks to exactly.
+        """Returns a frame at or before `index` that decord seeks to exactly.
 
-        It misses those stored right after a keyframe but shown before it (open groups of pictures). Where every frame
-        is a keyframe, none is.
+        decord misses frames stored right after a keyframe but shown before it (open groups of pictures). Where every frame
+        is a keyframe, there are none.
         """
         keys = [key for key in self._reader.get_key_indices() if key <= index]
         while keys and len(keys) <= index and keys[-1] > max(0, index - REORDERED):
@@ -168,7 +171,10 @@ class DecordDecoder(Decoder):
 
 
 class PyAVDecoder(Decoder):
-    """Decodes with PyAV (FFmpeg). Packets are counted, for the headers of GIF, WebM or MPEG do not tell the length."""
+    """Decodes with PyAV (FFmpeg).
+
+    It counts packets to know the length, because the headers of GIF, WebM or MPEG do not state it.
+    """
 
     module, package = "av", "av"
 
@@ -208,7 +214,11 @@ class PyAVDecoder(Decoder):
             raise ValueError(f"frame {indices[found]} of {len(self)} cannot be decoded")
 
     def _ways(self, first: int) -> Iterator[Iterator[tuple[int, av.VideoFrame]]]:
-        """Where to decode from: the start where the container cannot seek, or if a seek landed too late."""
+        """Yields numbered frames for each way to decode: from the keyframe before frame `first`, then from the start of the
+        file.
+
+        The start is for containers that cannot seek, and for a seek that landed too late.
+        """
         if self._seekable:
             yield self._from_keyframe(first)
         yield self._from_start()
@@ -234,7 +244,7 @@ class PyAVDecoder(Decoder):
 
 
 class PictureDecoder(Decoder):
-    """A picture as a video of one frame, at one frame per second; what is transparent is white."""
+    """Decodes a picture as a video of one frame at one frame per second; transparent areas become white."""
 
     module, package = "PIL", "pillow"
     fps = 1.0
@@ -243,7 +253,7 @@ class PictureDecoder(Decoder):
         self.path = path
         with _reporting(path, "pillow"), Image.open(path) as picture:
             if picture.mode.startswith("I"):
-                raise ValueError("it has 16 bits a pixel, expected 8")  # converted as it is, it would be white
+                raise ValueError("it has 16 bits a pixel, expected 8")  # its conversion to RGBA would be white
             upright = ImageOps.exif_transpose(picture).convert("RGBA")
             self._pixels = np.array(Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright))[..., :3]
 
@@ -270,7 +280,7 @@ def unpad_rows(frame: np.ndarray) -> np.ndarray:
 
 
 def _forward(numbered: Iterator[tuple[int, av.VideoFrame]], indices: Sequence[int]) -> Iterator[np.ndarray]:
-    """Upright pixels of the frames with ascending `indices`, up to the first that is missing; goes no further."""
+    """Yields upright pixels of the frames with ascending `indices`; stops at the first that is missing."""
     at, frame = -1, None
     for index in indices:
         while at < index:
@@ -281,7 +291,7 @@ def _forward(numbered: Iterator[tuple[int, av.VideoFrame]], indices: Sequence[in
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The stream FFmpeg deems the main one, as decord does: not always the first."""
+    """Returns the stream that FFmpeg considers the main one, as decord does: it is not always the first."""
     stream = container.streams.best("video")
     if stream is None:
         raise ValueError("the file holds no video stream")
@@ -308,7 +318,7 @@ def _valid_indices(indices: Iterable[int], count: int) -> list[int]:
 
 @contextmanager
 def _reporting(path: Path, backend: str) -> Iterator[None]:
-    """Turns any error into `UnreadableVideo`: the types differ from backend to backend and from damage to damage."""
+    """Turns any error into `UnreadableVideo`, because error types differ between backends and kinds of damage."""
     try:
         yield
     except Exception as error:
@@ -317,23 +327,23 @@ def _reporting(path: Path, backend: str) -> Iterator[None]:
 
 
 def serve(connection: Connection):
-    """Decodes for a `kit.data.decoder_process.DecoderProcess` at the other end, until that hangs up.
+    """Decodes for a `kit.data.decoder_process.DecoderProcess` at the other end until it closes the connection.
 
-    It asks (path, backend, numbers, seconds): for the frames with these numbers, or with None for how many there are and how
-    many a second. It is answered ("found", what it asked for), ("unreadable", reason, backend) or ("error", error). What
-    takes more seconds ends the process.
+    A request is (path, backend, numbers, seconds). It asks for the frames with these numbers or, if `numbers` is None, for
+    the number of frames and the frames per second. The answer is ("found", result), ("unreadable", reason, backend) or
+    ("error", error). A request that takes more than `seconds` ends this process.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which schedulers send to all processes of a job: who asks ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to a whole job; the asking process ends this one
     video, opened = None, None
     connection.send("ready")
     with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stderr.fileno())  # where decoders tell of each damaged frame, but not of what file
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())  # decoders report each damaged frame there, without its file
         while True:
             try:
                 path, backend, numbers, seconds = connection.recv()
-            except (EOFError, OSError):  # OSError: it has hung up without reading the last answer
+            except (EOFError, OSError):  # OSError: closed without reading the last answer
                 return
-            faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)  # even where a decoder holds the interpreter
+            faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)  # works while a decoder holds the GIL
             try:
                 if numbers is None or opened != (path, backend):
                     video, opened = None, None  # one file at a time

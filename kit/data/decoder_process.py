@@ -17,27 +17,31 @@ import numpy as np
 from kit.data import decode
 from kit.data.decode import Decoder, UnreadableVideo
 
-START = 60.0  # seconds that the process may take until it can decode
+START = 60.0  # seconds that the process may take to start
 
 
 class DecoderProcess:
-    """A process that decodes, begun when it is first asked, and begun anew after one that died or was killed. It ends with
-    this one. A process that is forked from this one gets its own."""
+    """A process that decodes videos on request.
+
+    It starts with the first request, starts again after it died or was killed, and ends with this process. A process forked
+    from this one gets a decoder process of its own.
+    """
 
     def __init__(self):
         self._process, self._connection, self._owner = None, None, None
 
     def ask(self, path: Path, backend: str, numbers: list[int] | None, patience: float):
-        """What `decode.serve` finds.
+        """Sends a request to `decode.serve`, and returns what it found.
 
         Raises:
-            UnreadableVideo: if the file is, or if the process dies of it or takes longer than `patience` seconds.
-            IndexError, ImportError: as `decode.open_video` and `Decoder.frames`.
+            UnreadableVideo: if the file is unreadable, kills the process, or takes longer than `patience` seconds.
+            IndexError, ImportError: as `decode.open_video` and `Decoder.frames`. RuntimeError: if the process does not
+                start.
         """
         if self._owner != os.getpid():
             self._start()
         try:
-            self._connection.send((path, backend, numbers, patience + 5))  # should this process be gone by then
+            self._connection.send((path, backend, numbers, patience + 5))  # its own limit, should this process die
             if not self._connection.poll(patience):
                 raise TimeoutError
             answer = self._connection.recv()
@@ -45,7 +49,7 @@ class DecoderProcess:
             reason = f"it took more than {patience:g} s" if isinstance(error, TimeoutError) else "the decoder died of it"
             self.stop()
             raise UnreadableVideo(path, reason, backend) from error
-        except BaseException:  # Ctrl-C: the answer that may yet come is not the next question's
+        except BaseException:  # Ctrl-C: a late answer must not pass for that of the next request
             self.stop()
             raise
         match answer:
@@ -76,13 +80,13 @@ class DecoderProcess:
         if self._owner == os.getpid():
             self._connection.close()
             self._process.kill()
-            with suppress(subprocess.TimeoutExpired):  # it may hang in the kernel, on a network's disk
+            with suppress(subprocess.TimeoutExpired):  # it may hang in the kernel, on a network disk
                 self._process.wait(timeout=5)
         self._owner = None
 
 
 class RemoteVideo(Decoder):
-    """A video file as another process decodes it, all frames of a walk at once."""
+    """A video file that another process decodes, all frames of a walk at once."""
 
     def __init__(self, path: Path, backend: str, patience: float):
         self.path, self.backend, self.patience = path, backend, patience
@@ -102,16 +106,18 @@ _held = threading.local()
 
 
 def decoder_process() -> DecoderProcess:
-    """This thread's."""
+    """Returns the decoder process of this thread."""
     if not hasattr(_held, "process"):
         _held.process = DecoderProcess()
     return _held.process
 
 
 def open_video(path: str | Path, backend: str = "decord", patience: float | None = None) -> Decoder:
-    """As `decode.open_video`; with `patience` in another process, which may take so many seconds to open the file, and so
-    many to decode frames of it.
+    """Opens a video as `decode.open_video` does, in another process if `patience` is given.
 
-    Raises: as `decode.open_video`; `UnreadableVideo` also where it takes longer or dies.
+    Args:
+        patience: seconds that it may take to open the file, and again to decode frames of it; None: decode in this process.
+    Raises:
+        as `decode.open_video`; UnreadableVideo also if the other process takes longer or dies.
     """
     return decode.open_video(path, backend) if patience is None else RemoteVideo(Path(path), backend, patience)

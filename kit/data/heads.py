@@ -1,4 +1,4 @@
-"""How long and how large the videos of a folder are: read once, and kept."""
+"""Lengths and frame sizes of the videos of a folder, read once and kept in kit's cache folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from kit.machine import cache_folder
 if TYPE_CHECKING:
     from kit.data.clips import FolderClips
 
-SAVE_EVERY = 30.0  # seconds; what a kill loses at most
+SAVE_EVERY = 30.0  # seconds; a kill loses the heads read since
 
 
 class Head(NamedTuple):
-    """What is known of a file before its clips are: how many frames, how many a second, and their size in pixels, upright."""
+    """What is known of a file before its clips are read: number of frames, frames per second, upright size in pixels."""
 
     count: int
     rate: float
@@ -31,8 +31,11 @@ class Head(NamedTuple):
 
 
 def read_heads(source: FolderClips) -> dict[str, Head]:
-    """Of the files of a split that can be read, by their names. They are kept in kit's cache folder while a file has its size
-    in bytes, and so is that one cannot be read: all processes, and a run that goes on, have to find the same."""
+    """Reads the heads of the readable files of a split: file name -> head.
+
+    A head is kept in kit's cache folder as long as the file keeps its size in bytes. That a file cannot be read is kept too:
+    all processes, and a run that continues, have to find the same.
+    """
     root = str(source.root)
     about = f"{root if '://' in root else os.path.abspath(root)} {source.backend}"
     path = cache_folder() / "heads" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.json"
@@ -50,7 +53,7 @@ def read_heads(source: FolderClips) -> dict[str, Head]:
 
 
 def _read_missing(source: FolderClips, lines: dict[str, str], kept: dict[str, Head | None], path: Path):
-    """Adds heads to those that are kept in a file."""
+    """Reads the heads of files (name -> line of the listing), adds them to `kept` by line, and saves `kept` at `path`."""
     saved = time.monotonic()
     for name, line in tqdm(lines.items(), desc="sizes and lengths", unit="file", disable=None if lines else True):
         kept[line] = source.head(name)

@@ -1,4 +1,4 @@
-"""What lies in a folder of videos: their names, which are held out, their labels and captions."""
+"""Files in a folder of videos: their names, which are held out, their labels and captions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ LEADING_WORDS = r"^(?P<label>.+?)_+\d+$"  # jumping_jack_00000004 -> jumping_jac
 
 
 def list_videos(root: Path, pictures: bool = False) -> list[str]:
-    """The video files, and pictures where they will do, in a folder and the folders below it, as sorted posix paths
-    relative to it.
+    """Lists the video files (and pictures, if `pictures`) in a folder and its subfolders: sorted posix paths relative to it.
 
     Raises:
         FileNotFoundError: if the folder does not exist or holds none.
@@ -38,14 +37,20 @@ def list_videos(root: Path, pictures: bool = False) -> list[str]:
 
 
 def held_out_of(names: Sequence[str], every: int) -> set[str]:
-    """Every `every`-th video, and of pictures likewise, at least one of two: the videos are the same without the pictures."""
+    """Chooses the files to hold out: every `every`-th video, and every `every`-th picture; of two or more at least one.
+
+    Videos and pictures are counted apart, so that the same videos are held out with and without pictures.
+    """
     pictures = [name for name in names if name.lower().endswith(PICTURES)]
     videos = [name for name in names if not name.lower().endswith(PICTURES)]
     return {name for kind in (videos, pictures) for name in kind[every - 1 :: every] or kind[1:][-1:]}
 
 
 def split_files(names: Sequence[str], split: str, held_out: set[str]) -> list[str]:
-    """Those held out for `val`, the last one where none is; the others for `train`; `all`. A single name is in each."""
+    """Selects the files of a split: `val` the held-out ones, or the last file if there are none; `train` the others; `all`.
+
+    A single file is in every split.
+    """
     held_out = held_out or {names[-1]}
     if split == "all" or len(names) == 1:
         return list(names)
@@ -53,11 +58,11 @@ def split_files(names: Sequence[str], split: str, held_out: set[str]) -> list[st
 
 
 def label_files(names: Sequence[str], source: str, pattern: str) -> dict[str, str]:
-    """Name -> class name, or nothing at all if the files have no classes.
+    """Maps file names to class names; empty if the files have no classes.
 
     Args:
-        source: "folder" is the innermost folder, "filename" the group `label` of the regular expression `pattern` in
-            the file name without its suffix, "none" no classes; "auto" is the first of these that tells files apart.
+        source: "folder" is the innermost folder, "filename" the group `label` of the regular expression `pattern` in the
+            file name without its suffix, "none" no classes; "auto" is the first of these that tells files apart.
     Raises:
         ValueError: if a file has no such label, or the pattern no such group.
     """
@@ -82,7 +87,7 @@ def label_files(names: Sequence[str], source: str, pattern: str) -> dict[str, st
 
 
 def _tell_odd_ones(labels: dict[str, str], what: str):
-    """Warns where some files alone keep the others' labels from being classes."""
+    """Warns if only a few files without a label keep the labels of the others from being classes."""
     odd = [name for name, label in labels.items() if not label]
     if odd and 1 < len(set(labels.values()) - {""}) < len(labels) - len(odd):
         told = f"{len(odd)} of {len(labels)} files {what}, such as {odd[0]!r}, so the others' are no classes either"
@@ -110,7 +115,7 @@ def read_captions(path: Path, names: Sequence[str]) -> dict[str, str]:
     captions: dict[str, str] = {}
     for number, row in enumerate(_rows(path), start=1):
         file, caption = (row.get(key) if isinstance(row, dict) else None for key in ("file", "caption"))
-        if isinstance(row, dict) and None in row:  # as csv names what is beyond the columns
+        if isinstance(row, dict) and None in row:  # csv puts values beyond the columns there
             raise ValueError(f"{path}, row {number}: more values than columns, {row[None]}; quote captions with commas")
         if not (isinstance(file, str) and isinstance(caption, str)):
             named = "named `file` and `caption`, in a csv by its first line and with commas between them"
@@ -129,7 +134,7 @@ def read_captions(path: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def captions_beside(root: Path, names: Sequence[str]) -> dict[str, str]:
-    """Name -> caption from a text file of its name beside each, a.txt beside a.mp4; nothing where there are none.
+    """Reads captions from the text files beside the videos, a.txt beside a.mp4: name -> caption; empty if there are none.
 
     Raises:
         ValueError: if only some files have one, or it is not UTF-8.

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-PERIOD = 1000  # items in which each source has its share, to a thousandth
+PERIOD = 1000  # items; each source has its share of every period, to a thousandth
 
 
 def shares(weights: Mapping[str, float]) -> dict[str, int]:
-    """How many of `PERIOD` items each source has: rounded by largest remainders, at least one.
+    """Number of items of each source among `PERIOD`, in proportion to the weights: largest remainders, at least one.
 
     Raises:
         ValueError: if a weight is not above 0.
@@ -29,7 +29,7 @@ def shares(weights: Mapping[str, float]) -> dict[str, int]:
 
 
 class Turns:
-    """Whose turn it is: of every `PERIOD` each has its share, in an order that `seed` draws.
+    """Order in which sources take turns: each has its share of every `PERIOD` turns, in an order drawn from `seed`.
 
     Args:
         weights: name -> share, of any sum.
@@ -40,38 +40,40 @@ class Turns:
         self.counts = shares(weights)
         order = [name for name, count in self.counts.items() for _ in range(count)]
         self.order = [order[i] for i in np.random.default_rng(seed).permutation(len(order))]
-        self.before = [self.order[:i].count(name) for i, name in enumerate(self.order)]  # turns of its own in the period
+        self.before = [self.order[:i].count(name) for i, name in enumerate(self.order)]  # its earlier turns in the period
 
     def of(self, n: int) -> tuple:
-        """Whose turn n is, and how many of its own came before."""
+        """Returns the source whose turn n is, and how many turns it had before."""
         period, place = divmod(n, len(self.order))
         name = self.order[place]
         return name, period * self.counts[name] + self.before[place]
 
     def within(self, name, n: int) -> int:
-        """How many of the first n turns are its own."""
+        """Number of turns of a source among the first n."""
         period, place = divmod(n, len(self.order))
         return period * self.counts[name] + self.order[:place].count(name)
 
 
 def label_among(classes: Sequence[str], own: Sequence[str], label: int) -> int:
-    """The number among `classes` of what is number `label` among a source's own; -1 where it is none of them."""
+    """Converts a label of a source with the classes `own` to an index into `classes`; -1 if the class is not there."""
     name = own[label] if label >= 0 and own else None
     return classes.index(name) if name in classes else -1
 
 
 class Mixture(Dataset):
-    """Items of several endless sources, which take `Turns`. Item n is a pure function of n, as those of the sources are, and
-    of each source no item is left out.
+    """Data set that mixes items of several endless sources, which take `Turns`.
+
+    Item n is a pure function of n, as the items of the sources are, and no item of a source is left out.
 
     Args:
-        sources: name -> what makes a data set, as `ClipDataModule` has it. weights: name -> share, of any sum.
+        sources: name -> function that builds a data set, as `source` of `ClipDataModule`. weights: name -> share, of any
+            sum.
         split, shape: for the sources, which all have the same `frames`, `height`, `width` and `fps`.
-        seed: of the order.
-    Attributes: seed, weights; classes, those of all sources, sorted; captioned, whether any is: what has classes alone is
-        captioned by their names.
+        seed: of the order of turns.
+    Attributes: seed, weights; classes, those of all sources, sorted; captioned, whether any source is: one that has only
+    classes is captioned by their names.
     Raises:
-        ValueError: if the names differ, or the sources' own frame rates do where `fps` leaves them as they are.
+        ValueError: if there are no sources, or the names of `sources` and `weights` differ; as `shares`.
     """
 
     def __init__(
@@ -96,15 +98,15 @@ class Mixture(Dataset):
 
     @property
     def files(self) -> list[str]:
-        """Of all sources that have some, each behind its source's name."""
+        """Files of all sources that have files, as SOURCE/FILE."""
         return [f"{name}/{file}" for name, source in self._of_files() for file in source.files]
 
     def listing(self) -> list[str]:
-        """Likewise, see `FolderClips`."""
+        """`FolderClips.listing` of all sources that have one, each line with its source's name."""
         return [f"{name}: {line}" for name, source in self._of_files() for line in source.listing()]
 
     def said(self) -> list[dict]:
-        """Likewise."""
+        """`FolderClips.said` of all sources that have files, one after another."""
         return [words for _, source in self._of_files() for words in source.said()]
 
     def _of_files(self) -> list[tuple[str, Dataset]]:
@@ -112,7 +114,7 @@ class Mixture(Dataset):
 
     @property
     def native_fps(self) -> float:
-        """The sources' own, if they agree. Raises: ValueError if not."""
+        """Frame rate of the sources. Raises: ValueError if they differ."""
         rates = {name: round(source.native_fps, 3) for name, source in self.sources.items()}
         if len(set(rates.values())) > 1:
             raise ValueError(f"the sources' own frame rates differ ({rates}); choose one with data.fps")

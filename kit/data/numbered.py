@@ -1,4 +1,4 @@
-"""Clips of a source as batches have them."""
+"""Clips of a source by number and length, as samplers ask for them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from kit.scales import latent_frames
 
 
 class Numbered(Dataset):
-    """Clips of a source by (number, frames): so many of their first frames, and the number as `n`. Single frames are of
-    `images`, where there are any; of their classes those count that clips have too.
+    """Data set of the clips of a source by (number, frames): the first `frames` frames of a clip, and its number as `n`.
 
-    `given` of an item, where its source does not say, is 0: how many of its first latent frames are not to be predicted."""
+    Single frames are taken from `images`, if given; their labels count if clips have the same class, else they are -1.
+    `given` of an item is the number of its first latent frames that are not to be predicted, 0 if the source does not say.
+    """
 
     def __init__(self, source: Dataset, images: Dataset | None = None):
         self.source, self.images = source, images

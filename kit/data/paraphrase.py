@@ -1,4 +1,4 @@
-"""Other words for the captions of `shapes`: what a text encoder trained on the captions alone has never read."""
+"""Paraphrases of the captions of `shapes`, in words that a text encoder trained on the captions alone has never read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ANY_OTHER = re.compile(r"\b(" + "|".join(sorted(_CAPTION_WORDS, key=len, revers
 
 
 def paraphrase(colour: str, shape: str, motion: str | None, background: str, rng: np.random.Generator) -> str:
-    """A sentence that says the same in other words; `motion` is None for a picture."""
+    """Draws a sentence that says the same as a caption in other words; `motion` is None for a picture."""
 
     def other(phrase: str | None) -> str:
         return "" if phrase is None else str(rng.choice(OTHER_WORDS[phrase]))
@@ -44,5 +44,5 @@ def paraphrase(colour: str, shape: str, motion: str | None, background: str, rng
 
 
 def caption_words(text: str) -> str:
-    """A text in lower case, without commas, other words replaced by those of the captions."""
+    """Lowers the case of a text, removes its commas, and replaces other words by those of the captions."""
     return _ANY_OTHER.sub(lambda found: _CAPTION_WORDS[found[0]], " ".join(text.lower().replace(",", " ").split()))

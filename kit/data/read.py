@@ -1,4 +1,4 @@
-"""A clip or a picture from a file, for generation and reconstruction: whole, or a few frames at a time."""
+"""Reading of a clip or a picture from a file, whole or a few frames at a time, for generation and reconstruction."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ CHUNK = 16  # frames of a long video held at a time
 
 @dataclass(frozen=True)
 class ClipFile:
-    """A video file, or a picture, and which of its frames make the clip.
+    """A video file or a picture, and which of its frames make the clip.
 
     Args:
-        numbers: int (T,), of the file's frames, ascending.
+        video: decoder of the file. numbers: int (T,), of the file's frames, ascending.
         fps: frames per second of the clip.
     """
 
@@ -40,23 +40,24 @@ class ClipFile:
         return self.video.frames(self.numbers[:1]).shape[1:3]
 
     def read(self, height: int, width: int) -> Tensor:
-        """(3, T, height, width) in [-1, 1], see `fit`. Raises `UnreadableVideo`."""
+        """Reads the clip: (3, T, height, width) in [-1, 1], see `fit`. Raises `UnreadableVideo`."""
         return fit(self.video.frames(self.numbers), height, width)
 
     def chunks(self, height: int, width: int) -> Iterator[Tensor]:
-        """The same, CHUNK frames at a time. The file's own frames are held one at a time."""
+        """Yields what `read` returns, CHUNK frames at a time. Of the file's own frames only one is held at a time."""
         frames = (fit(pixels[None], height, width) for pixels in self.video.walk(self.numbers))
         while chunk := list(islice(frames, CHUNK)):
             yield torch.cat(chunk, dim=1)
 
 
 def open_clip_file(path: str | Path, frames: int | None, fps: float, at_end: bool = False, backend: str = "pyav") -> ClipFile:
-    """
+    """Opens a video or a picture, and chooses the frames of a clip.
+
     Args:
         frames: T; None: the whole file.
-        fps: frames per second to take; 0: the file's own, as for a picture in any case.
+        fps: frames per second to take; 0: the file's own, which a picture always has.
         at_end: take the end of the video instead of its beginning.
-        backend: of `kit.data.decode`. decord decodes ahead, in the end the whole file: not for chunks of a long one.
+        backend: see `kit.data.decode`. decord decodes ahead, up to the whole file: not for chunks of a long one.
     Raises:
         FileNotFoundError, ValueError (no frames, or more than there are) or `UnreadableVideo`.
     """
@@ -80,5 +81,8 @@ def open_clip_file(path: str | Path, frames: int | None, fps: float, at_end: boo
 
 
 def read_clip_file(path: str | Path, frames: int, height: int, width: int, fps: float) -> Tensor:
-    """(3, T, H, W) in [-1, 1]: scaled to cover the size, cut in the centre. Arguments and errors as of `open_clip_file`."""
+    """Reads the beginning of a file: (3, T, H, W) in [-1, 1], scaled to cover the size, cut in the centre.
+
+    Arguments and errors are those of `open_clip_file`.
+    """
     return open_clip_file(path, frames, fps, backend="decord").read(height, width)

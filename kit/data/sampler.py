@@ -1,4 +1,4 @@
-"""Which clips a batch holds: a function of its number."""
+"""Samplers that choose the clips of a batch as a function of the batch's number."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ Batch = list[tuple[int, int]]  # (clip number, how many of its frames)
 
 
 class Stream(Sampler[Batch], ABC):
-    """Batches of one rank, from a given one on, without end. Clips and images are streams of their own; a batch is of one.
+    """Batches of one rank, starting at a given one, without end. A batch holds either clips or images, each a stream of its
+    own.
 
     Args:
-        image_share: of the batches, in [0, 1], that hold images. left_out: numbers of batches that are not given, so that the
-            ones behind them move up.
+        image_share: share of the batches, in [0, 1], that hold images. left_out: numbers of batches to leave out; the ones
+            behind them move up.
     """
 
     def __init__(self, first_batch: int, rank: int, ranks: int, image_share: float, left_out: frozenset[int]):
@@ -35,22 +36,24 @@ class Stream(Sampler[Batch], ABC):
 
     @abstractmethod
     def images(self, number: int) -> Batch:
-        """A batch of images, by how many of them came before."""
+        """Returns a batch of images; `number` is how many batches of images came before it."""
 
     @abstractmethod
     def clips(self, number: int) -> Batch:
-        """A batch of clips, likewise."""
+        """Returns a batch of clips; `number` is how many batches of clips came before it."""
 
     def numbers(self, batch: int, size: int) -> list[int]:
-        """Of this rank's clips in a batch of a stream whose batches have that size."""
+        """Numbers of this rank's clips in a batch of a stream; `size` is how many clips a batch has on a rank."""
         return [(batch * size + j) * self.ranks + self.rank for j in range(size)]
 
 
 class StreamSampler(Stream):
-    """Batches of clips that are all alike. With m batches of images before it, batch i holds clips [i - m, i - m + 1) *
-    batch_size * ranks, whole, or the first frames of clips [m, m + 1) * image_batch * ranks.
+    """Batches of clips of one shape.
 
-    Args: frames: of a clip. image_batch: as batch_size, of images. Others as of `Stream`.
+    With m batches of images before it, batch i holds clips [i - m, i - m + 1) * batch_size * ranks, whole, or the first
+    frames of clips [m, m + 1) * image_batch * ranks, over all ranks.
+
+    Args: frames: of a clip. image_batch: images in a batch of them, on a rank. Other arguments: see `Stream`.
     """
 
     def __init__(
@@ -68,10 +71,12 @@ class StreamSampler(Stream):
 
 
 class BucketSampler(Stream):
-    """Batches of one bucket each, the same for all ranks. Each bucket has two streams, its clips and its images; whose turn
-    it is, and so how far its stream is, is a function of the batch's number too.
+    """Batches of one bucket each, the same bucket on all ranks.
 
-    Args: pictures: the source of batches of images, where it is not first frames of the clips. Others as of `Stream`.
+    Each bucket has two streams, its clips and its images. Whose turn it is, and how far its stream is, are functions of the
+    batch's number.
+
+    Args: pictures: source of the images; None: the first frames of the clips. Other arguments: see `Stream`.
     """
 
     def __init__(
@@ -97,5 +102,5 @@ class BucketSampler(Stream):
 
 
 def numbers_from(first: int, left_out: frozenset[int]) -> Iterator[int]:
-    """0, 1, 2, ... without those left out, from the `first`-th on."""
+    """Yields 0, 1, 2, ... without those left out, from the `first`-th on."""
     return itertools.islice((n for n in itertools.count() if n not in left_out), first, None)

@@ -128,14 +128,14 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def trajectory(motion: str, seconds: np.ndarray, radius: float, height: float, width: float, rng: np.random.Generator):
-    """Where the shape is and how large.
+    """Computes place and size of the shape in each frame.
 
     Args:
         seconds: (T,) time of each frame.
         radius, height, width: in short sides of the frame.
     Returns:
-        centre x, centre y and radius, each (T,), in short sides. Translation leaves the frame and enters again on the
-        other side; growing and shrinking start again after `GROWTH_PERIOD`, so every motion goes on for ever.
+        centre x, centre y and radius, each (T,), in short sides. Translation leaves the frame and enters again on the other
+            side; growing and shrinking start again after `GROWTH_PERIOD`, so every motion goes on for ever.
     """
     still = np.zeros_like(seconds)
     margin = radius * 1.3
@@ -241,15 +241,16 @@ def render(
 
 @dataclass(frozen=True)
 class Shapes(Dataset):
-    """The data set: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int, "given": int}.
+    """Data set of drawn clips: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int, "given": int}.
 
     Args:
         split: `train` (combinations of training) or `val` (the held-out tenth).
         frames: T, 1 gives images. height, width: pixels. fps: frames per second.
-        seed: another seed is another endless set of clips.
+        seed: each seed gives another endless set of clips.
         paraphrased: whether captions say the same in other words (`kit.data.paraphrase`).
-        late: share of the training's clips that begin later, at any time up to `LATEST`: what a long video shows in the end.
-            The first latent frame of these is `given`, for what is in sight then a caption does not say.
+        late: share of the training clips that begin at a random time up to `LATEST` seconds, and so show what a long video
+            shows towards its end. Their first latent frame is `given`, because the caption does not say what is in sight at
+            that time.
     Raises:
         ValueError: if `late` is not in [0, 1].
     """
@@ -297,12 +298,12 @@ class Shapes(Dataset):
         }
 
     def start(self, n: int) -> float | None:
-        """Seconds into its motion at which clip n begins, if it is a late one."""
+        """Time in seconds at which clip n begins if it is a late one, else None."""
         chance, time = self._rng(n, 2).random(2)
         return time * LATEST if self.split == "train" and self.frames > 1 and chance < self.late else None
 
     def _rng(self, n: int, *use: int) -> np.random.Generator:
-        """What decides of clip n: what it shows, or, by `use`, 1: its words, 2: when it begins."""
+        """Random numbers of clip n: for what it shows or, by `use`, for its words (1) or for when it begins (2)."""
         return np.random.default_rng((self.seed, 0 if self.split == "train" else 1, n, *use))
 
 

@@ -1,4 +1,4 @@
-"""Clips of a training in stages."""
+"""DataModule for a training in stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kit.stages import StagePlan, place, starts
 
 
 class Unsized:
-    """What is iterated over anew each time; Lightning takes it for a loader that does not know its length."""
+    """An iterable that begins anew each time, without a length: Lightning takes it for a loader of unknown length."""
 
     def __init__(self, begin: Callable[[], Iterator[dict]]):
         self.begin = begin
@@ -20,19 +20,20 @@ class Unsized:
 
 
 class StagedClips(ClipsOnDevice):
-    """Clips of one stage after another. Whatever else a `ClipDataModule` knows, it knows of the stage being trained.
+    """DataModule with the clips of one stage after another. It has the attributes of the `ClipDataModule` in training.
 
     The data leads and `StageSwitch` follows: batches carry the number of their stage as `stage`.
 
     Args:
-        plan: its stages. parts: a DataModule for each. batches: how many each has, on a rank, where none ends early.
+        plan: the stages. parts: a DataModule for each. batches: number of batches of each on a rank, if it does not end
+            early.
     """
 
     def __init__(self, plan: StagePlan, parts: list[ClipDataModule], batches: list[int]):
         super().__init__()
         self.plan, self.parts, self.planned = plan, parts, batches
         self.stage = 0  # the one being trained
-        self.ended: dict[int, int] = {}  # batches of stages that are over, or whose end is decided
+        self.ended: dict[int, int] = {}  # stage -> its batches, if it is over or its end is decided
         self.batches_done, self.handed_out = 0, 0
 
     def __getattr__(self, name: str):
@@ -47,21 +48,24 @@ class StagedClips(ClipsOnDevice):
 
     @property
     def batches(self) -> list[int]:
-        """How many each stage has, as far as is known."""
+        """Number of batches of each stage, as far as is known."""
         return [self.ended.get(i, n) for i, n in enumerate(self.planned)]
 
     @property
     def began(self) -> int:
-        """Batches of the stages before the one being trained."""
+        """Number of batches of the stages before the one being trained."""
         return starts(self.batches)[self.stage]
 
     def enter(self, stage: int):
-        """Goes on with another stage."""
+        """Switches to another stage; the stages before it keep the lengths they had."""
         self.ended |= {i: self.batches[i] for i in range(stage)}
         self.stage = stage
 
     def end_stage(self, multiple: int):
-        """The stage being trained ends with the batches that are already under way, rounded up to a multiple."""
+        """Ends the stage being trained after the batches that are already under way.
+
+        Their number is rounded up to a multiple of `multiple`, but not beyond what was planned.
+        """
         batches = -(-(self.handed_out - self.began) // multiple) * multiple
         self.ended[self.stage] = min(batches, self.batches[self.stage])
 
@@ -91,18 +95,20 @@ class StagedClips(ClipsOnDevice):
                     break
 
     def place_of(self, batch: int) -> tuple[int, int]:
-        """(stage, number in its stream) of a batch by its number in the training."""
+        """Returns (stage, number in its stream) of a batch, given its number in the training."""
         stage, number = place(self.batches, batch)
         return stage, self.parts[stage].place_of(number)[1]
 
     def leave_out(self, places: Iterable[tuple[int, int]]):
-        """As of a `ClipDataModule`."""
+        """Leaves out batches of the stages, given by their `place_of`."""
         for stage, number in places:
             self.parts[stage].leave_out([(0, number)])
 
     def state_dict(self) -> dict:
-        """The place in the data: batches that training has used up, the stage, how long the ones before it were, and what
-        was left out of each."""
+        """The place in the data: number of batches that training has used, and the stage.
+
+        For each stage also its name, its length if it has ended, the batches left out of it, and its `settings`.
+        """
         return {
             "batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,
             "stage": self.stage, "names": [stage.name for stage in self.plan.stages], "ended": dict(self.ended),
@@ -111,10 +117,11 @@ class StagedClips(ClipsOnDevice):
         }  # fmt: skip
 
     def load_state_dict(self, state: dict):
-        """
+        """Restores the place in the data.
+
         Raises:
-            ValueError: if stages that are over, or the one it was in, are others now, or a step has other batches: the place
-                in the data is counted in batches.
+            ValueError: if the stages that are over, or the one it was in, have other names now, or a step has another number
+                of batches: the place in the data is counted in batches.
         """
         begun = [stage.name for stage in self.plan.stages[: state["stage"] + 1]]
         if (before := state.get("names", begun)[: state["stage"] + 1]) != begun:
@@ -124,7 +131,7 @@ class StagedClips(ClipsOnDevice):
             if (then := began.get("batches_of_a_step", now)) != now:
                 raise ValueError(f"a step had {then} batches on each device, now {now}: in stages that cannot change")
         self.batches_done, self.stage, self.ended = state["batches_done"], state["stage"], dict(state["ended"])
-        if (done := self.batches_done - self.began) > self.batches[self.stage]:  # it has fewer steps now
+        if (done := self.batches_done - self.began) > self.batches[self.stage]:  # the stage has fewer steps now
             self.ended[self.stage] = done
         for part, left_out in zip(self.parts, state.get("left_out", ())):
             part.left_out |= set(left_out)

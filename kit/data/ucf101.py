@@ -13,7 +13,9 @@ CLASSES = 101
 
 
 def read_list(path: Path) -> list[str]:
-    """The videos of a split list, without their suffix: `Class/v_Class_g01_c01`, one a line, a class number may follow.
+    """Reads the videos of a split list, without their suffix.
+
+    A line is `Class/v_Class_g01_c01.avi`; a class number may follow.
 
     Raises:
         FileNotFoundError: if there is no such list. ValueError: if a line is not of this form.
@@ -36,15 +38,15 @@ def read_list(path: Path) -> list[str]:
 
 @dataclass(eq=False)
 class UCF101(FolderClips):
-    """UCF-101 as a data set of clips, as `FolderClips`; the class is the folder.
+    """UCF-101 as a data set of clips, like `FolderClips`; the class is the folder.
 
     Layout: `root/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi` and so on; any suffix of a video will do.
 
     Args:
-        split: `train` or `val`, the official training and test list, or `all` of the data set.
+        split: `train`, the official training list, `val`, the test list, or `all`, both.
         official: number of the official split, 1 to 3; its lists lie in `ucfTrainTestlist`, in `root` or beside it.
     Raises:
-        as `FolderClips`; FileNotFoundError also for missing lists, or videos that a list names, by name.
+        as `FolderClips`; FileNotFoundError also if a list is missing, or videos that it names, by name.
     """
 
     label_from: str = "folder"
@@ -64,7 +66,7 @@ class UCF101(FolderClips):
         return beside if beside.is_file() and not inside.is_file() else inside
 
     def _present(self, names: Sequence[str], wanted: Sequence[str]) -> list[str]:
-        """The files of the wanted videos, sorted."""
+        """Returns the files of the wanted videos, sorted. Raises: FileNotFoundError if some are missing."""
         found = {f"{(path := PurePosixPath(name)).parent.name}/{path.stem}": name for name in names}
         if missing := [name for name in wanted if name not in found]:
             some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")

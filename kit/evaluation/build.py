@@ -1,4 +1,4 @@
-"""From a config to what an evaluation needs: protocol, real clips, candidate, metric networks."""
+"""Builds what an evaluation needs from a config: protocol, real clips, candidate, metric networks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ANOTHER = "which makes it another protocol"
 
 @dataclass(frozen=True)
 class Tools:
-    """What is measured, with which networks, and why some metrics are left out."""
+    """The metrics to measure, their networks, and why other metrics are left out."""
 
     metrics: tuple[str, ...]
     detector: Detector | None
@@ -35,7 +35,7 @@ class Tools:
 
 
 def build_protocol(cfg: DictConfig) -> tuple[Protocol, FolderClips | Shapes]:
-    """The protocol, with what only its real clips can tell, and their source.
+    """Builds the protocol, completed by what only its real clips can tell, and the source of these clips.
 
     Raises:
         ValueError, FileNotFoundError: for a wrong value, or real clips that are not there.
@@ -51,10 +51,10 @@ def build_protocol(cfg: DictConfig) -> tuple[Protocol, FolderClips | Shapes]:
 
 
 def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes) -> tuple[Candidate, Protocol]:
-    """What is to be scored, and the protocol with the number of clips it makes.
+    """Builds what is to be scored, and completes the protocol with the number of clips that it makes.
 
     Raises:
-        ValueError: if it is not said, said twice, or made for clips of another kind than the protocol's.
+        ValueError: if no candidate or two are given, or it makes clips of another kind than the protocol's.
     """
     if (cfg.ckpt is None) == (cfg.videos is None):
         raise ValueError("give ckpt=CHECKPOINT, of a tokenizer or a generator, or videos=DIR")
@@ -100,7 +100,7 @@ def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Sha
             f"the given videos are scored from their first frame on, the real ones from a {protocol.real.start} one; for the "
             f"same moments say protocol.real.start=first"
         )
-    if not protocol.fps:  # each at its own
+    if not protocol.fps:  # each file at its own rate
         rate, theirs = videos.native_fps, source.native_fps
         if abs(theirs - rate) > 0.01 * rate:
             print(f"the given videos have {rate:g} frames per second, the real ones {theirs:g}: motions differ by that alone")
@@ -108,9 +108,10 @@ def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Sha
 
 
 def check_size(tokenizer: Loaded, shape: tuple[int, int, int]):
-    """
+    """Checks that the tokenizer takes clips of the shape (T, H, W).
+
     Raises:
-        ValueError: if the tokenizer does not take clips (T, H, W) of this size.
+        ValueError: if it does not.
     """
     frames, height, width = shape
     try:
@@ -120,9 +121,10 @@ def check_size(tokenizer: Loaded, shape: tuple[int, int, int]):
 
 
 def check_fit(clip: dict, condition: ConditionConfig, protocol: Protocol, source: FolderClips | Shapes):
-    """
+    """Checks that a generator was trained on clips like the protocol's.
+
     Args:
-        clip, condition: what a generator was trained on.
+        clip, condition: what the generator was trained on.
     Raises:
         ValueError: if that has another size, rate or classes than the protocol's clips.
     """
@@ -145,10 +147,10 @@ def check_fit(clip: dict, condition: ConditionConfig, protocol: Protocol, source
 def build_tools(
     cfg: DictConfig, protocol: Protocol, candidate: Candidate, source: FolderClips | Shapes
 ) -> tuple[Tools, Protocol]:
-    """The networks that the metrics need, and the protocol with their hashes.
+    """Loads the networks that the metrics need, and completes the protocol with their hashes.
 
-    With `metrics=auto` a metric whose weights are missing is left out, and the result says so; one that is asked for by
-    name must be there.
+    With `metrics=auto` a metric whose weights are missing is left out, and the result says so; a metric that is asked for by
+    name must have its weights.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: if a metric is unknown, does not fit or lacks its weights.
@@ -180,9 +182,11 @@ def build_tools(
 
 
 def wanted_metrics(asked: str | list[str], paired: bool, captioned: bool) -> list[str]:
-    """
+    """Chooses the metrics to measure.
+
     Args:
-        asked: names, or `auto`. paired: whether each clip has its real one. captioned: whether a caption of `shapes`.
+        asked: names, or `auto` for all that are possible.
+        paired: whether each clip has its real one. captioned: whether each has a caption of `shapes`.
     Raises:
         ValueError: if a metric is unknown or cannot be measured on such clips.
     """
@@ -198,7 +202,11 @@ def wanted_metrics(asked: str | list[str], paired: bool, captioned: bool) -> lis
 
 
 def _checked(key: str, network: Network, sha256: str) -> Network:
-    """The protocol's network with the hash of the weights at hand, which must be the right ones."""
+    """Returns the protocol's network with the hash of the weights that were loaded.
+
+    Raises:
+        ValueError: if the protocol asks for other weights.
+    """
     if not sha256.startswith(network.sha256 or ""):
         raise ValueError(
             f"the protocol needs {network.kind} weights with sha256 {network.sha256[:16]}, found {sha256[:16]}; take the "

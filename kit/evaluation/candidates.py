@@ -1,4 +1,4 @@
-"""What is scored: a tokenizer's reconstructions, a generator's samples, or given videos."""
+"""Candidates to score: a tokenizer's reconstructions, a generator's samples, or given videos."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from kit.tokenizer.streaming import pad_to
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Real clips through the tokenizer and back; a length that is not 1 + 4n is padded by the last frame and cut back."""
+    """Real clips, encoded and decoded by a tokenizer.
+
+    A length that is not 1 + 4n is padded by the last frame, and cut back.
+    """
 
     tokenizer: Loaded
     precision: str
@@ -31,7 +34,7 @@ class Reconstructions:
     paired = True
 
     def about(self) -> dict:
-        """What decides how the clips look, and no more: not where the checkpoint lies."""
+        """Values that decide how the clips look; where the checkpoint lies is not among them."""
         return {"kind": "tokenizer", "hash": self.tokenizer.hash, "steps": self.tokenizer.steps, "precision": self.precision}
 
     @property
@@ -53,7 +56,7 @@ class Reconstructions:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples for the captions or classes of the real clips, one after another; each with a seed of its own.
+    """A generator's samples for the captions or classes of the real clips, in their order, each with a seed of its own.
 
     Args:
         shape: (T, H, W) of the clips that are scored.
@@ -84,14 +87,14 @@ class Samples:
         return self.sample(self.generator.model.condition.prompts(batch), batch["seed"].tolist())
 
     def sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
-        """(n, 3, T, H, W) in [-1, 1] on the CPU."""
+        """Samples a clip for each prompt: (n, 3, T, H, W) in [-1, 1] on the CPU."""
         size = (whole_groups(self.shape[0]), *self.shape[1:])
         pieces = stream_samples(self.generator, self.tokenizer, prompts, seeds, size, self.how, self.precision)
         return torch.cat(list(pieces), dim=2)[:, :, : self.shape[0]]
 
 
 class Seeded(Dataset):
-    """Items with a seed each, that of their number at `place`."""
+    """Adds a `seed` to each item, derived from `place` and the item's number."""
 
     def __init__(self, items: Dataset, place: tuple[int, int]):
         self.items, self.place = items, place

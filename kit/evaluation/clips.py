@@ -1,4 +1,4 @@
-"""The clips that a protocol names, as data sets: item n is always the same clip, and what cannot be read is an error."""
+"""Data sets of the clips that a protocol names: item n is always the same clip, and an unreadable clip is an error."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kit.data.shapes import Shapes
 from kit.data.ucf101 import UCF101
 from kit.evaluation.protocol import Protocol, Real, digest
 
-END = 4096  # bytes
+END = 4096  # bytes at each end of a file that its fingerprint reads
 
 
 class Choice(NamedTuple):
-    """Which clip of which file; `start`, `top` and `left` from 0 to 1."""
+    """A file and the clip to take from it; `start`, `top` and `left` from 0 to 1."""
 
     file: str
     start: float
@@ -27,13 +27,13 @@ class Choice(NamedTuple):
 
 
 class FileClips(Dataset):
-    """Clips of files: item n is {"video": (3, T, H, W), "caption", "label", "name", "size", "n"}.
+    """Data set of clips of files: item n is {"video": (3, T, H, W), "caption", "label", "name", "size", "n"}.
 
-    An item that cannot be had as the protocol asks is {"error": why}: an exception would lose its words on the way out
-    of a worker process.
+    A clip that cannot be read as the protocol asks gives the item {"error": why}: an exception would lose its message on the
+    way out of a worker process.
 
     Args:
-        source: reads the files. choices: of the clips, in their order.
+        source: reads the files. choices: the clips, in their order.
     """
 
     def __init__(self, source: FolderClips, choices: list[Choice]):
@@ -61,7 +61,7 @@ class FileClips(Dataset):
 
 
 class DrawnClips(Dataset):
-    """`clips` clips of the endless data set `shapes`, from number `first` on; items as those of `FileClips`."""
+    """`clips` clips of the endless data set `shapes`, from number `first` on; items are like those of `FileClips`."""
 
     def __init__(self, source: Shapes, clips: int, first: int):
         self.source, self.clips, self.first = source, clips, first
@@ -79,7 +79,7 @@ class DrawnClips(Dataset):
 
 
 class Words(Dataset):
-    """Captions and labels of `total` clips, one after another and again from the start, without their pixels."""
+    """Captions and labels of `total` clips without their pixels; `clips` are repeated from the start as often as needed."""
 
     def __init__(self, clips: FileClips | DrawnClips, total: int):
         self.clips, self.total = clips, total
@@ -92,7 +92,7 @@ class Words(Dataset):
 
 
 class Together(Dataset):
-    """Item n of `clips` with the pixels of item n of `real` as `real`."""
+    """Pairs of clips: item n of `clips`, with the pixels of item n of `real` as `real`."""
 
     def __init__(self, clips: FileClips, real: FileClips):
         self.clips, self.real = clips, real
@@ -111,7 +111,10 @@ def collate(items: list[dict]) -> dict:
 
 
 def choose(files: list[str], clips: int, start: str, random_crop: bool, seed: int, fold: int) -> list[Choice]:
-    """`clips` clips in an order of the seed's and the fold's: each file once, then each again. Fixed by the arguments."""
+    """Chooses `clips` clips, in an order drawn from seed and fold: each file once, then each again.
+
+    The result depends on the arguments alone.
+    """
     rng = np.random.default_rng((seed, 2, fold))
     order = [files[i] for _ in range(-(-clips // len(files))) for i in rng.permutation(len(files))][:clips]
     draws = rng.random((clips, 3))
@@ -121,12 +124,12 @@ def choose(files: list[str], clips: int, start: str, random_crop: bool, seed: in
 
 
 def fingerprint(source: FolderClips) -> str:
-    """16 hex digits of a source's files: names, captions, labels, sizes, and of each its first and last bytes."""
+    """16 hex digits from the names, captions, labels, sizes, first and last bytes of a source's files."""
     return digest([(name, source.words(name), *_marks(source.root / name)) for name in sorted(source.files)])[:16]
 
 
 def _marks(path: Path) -> tuple[int, str]:
-    """Size and ends of a file: what tells two videos apart without reading all of them."""
+    """Size of a file and its two ends in hex, which tell videos apart without reading all of them."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         ends = file.read(END)
@@ -135,12 +138,12 @@ def _marks(path: Path) -> tuple[int, str]:
 
 
 def real_source(protocol: Protocol, root: str | Path | None) -> FolderClips | Shapes:
-    """What the protocol's real clips are taken from.
+    """Builds the source of the protocol's real clips.
 
     Args:
         root: folder of the files; None for `shapes`.
     Raises:
-        ValueError: if there is a folder too many or too few; else as the source.
+        ValueError: if a folder is given for `shapes`, or missing for other clips; else as the source.
     """
     real = protocol.real
     shape = dict(frames=protocol.frames, height=protocol.height, width=protocol.width, fps=protocol.fps)
@@ -161,7 +164,7 @@ def _wanted(real: Real) -> str:
 
 
 def real_clips(protocol: Protocol, source: FolderClips | Shapes, fold: int) -> FileClips | DrawnClips:
-    """The real clips of a fold, of a protocol with its number of clips resolved.
+    """The real clips of a fold; the protocol must have its number of clips resolved.
 
     Raises:
         ValueError: if there are fewer than the protocol needs.
@@ -179,7 +182,7 @@ def real_clips(protocol: Protocol, source: FolderClips | Shapes, fold: int) -> F
 
 
 def given_clips(protocol: Protocol, source: FolderClips, fold: int) -> FileClips:
-    """The given videos of a fold: their first frames; each fold has its own videos.
+    """The first frames of the given videos of a fold; each fold has its own videos.
 
     Raises:
         ValueError: if there are fewer than the protocol needs.

@@ -1,4 +1,5 @@
-"""Networks that turn a clip into a feature, for Fréchet distances. A distance is as much the detector's as the clips'."""
+"""Networks that turn a clip into a feature, for Fréchet distances. A distance depends on the detector as much as on the
+clips."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ from kit.files import file_sha256, read_weights
 from kit.machine import cache_folder, device
 
 I3D_FILE = "i3d_kinetics400.safetensors"
-PAIR = 2  # clips computed together, always: rounding depends on the size of a batch, a number must not
+PAIR = 2  # clips computed together, always: rounding depends on the size of a batch, results must not
 
 
 class UnfitClips(ValueError):
-    """Clips that a detector has no feature for."""
+    """Raised for clips that a detector does not take."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Detector:
     """A network that gives each clip a feature.
 
     Args:
-        kind: its name in a protocol. sha256: of its weights' file, or of several files together. size: D.
-        least_frames, most_frames: of a clip.
+        kind: its name in a protocol. sha256: of its file of weights, or of several files together. size: D.
+        least_frames, most_frames: of a clip; None: no limit.
         network: (2, 3, T, H, W) in [-1, 1], float32 -> (2, D).
     """
 
@@ -41,9 +42,10 @@ class Detector:
     network: Callable[[Tensor], Tensor]
 
     def check_frames(self, frames: int):
-        """
+        """Checks that the detector takes clips of `frames` frames.
+
         Raises:
-            UnfitClips: if the detector does not take clips of so many frames.
+            UnfitClips: if it does not.
         """
         most = self.most_frames or frames
         if not self.least_frames <= frames <= most:
@@ -52,7 +54,10 @@ class Detector:
 
     @torch.inference_mode()
     def __call__(self, clips: Tensor) -> Tensor:
-        """(n, 3, T, H, W) in [-1, 1] -> (n, D) float32 on the CPU; the same for a clip in any company."""
+        """Computes features: (n, 3, T, H, W) in [-1, 1] -> (n, D) float32 on the CPU.
+
+        A clip's feature is the same whatever other clips it comes with.
+        """
         features = []
         for pair in clips.float().split(PAIR):
             full = pair if len(pair) == PAIR else pair.expand(PAIR, -1, -1, -1, -1)
@@ -68,10 +73,10 @@ def resize_frames(clips: Tensor, side: int) -> Tensor:
 
 
 def load_i3d(path: str | Path | None = None) -> Detector:
-    """I3D trained on Kinetics-400, its 400 logits: the network FVD is defined on.
+    """Loads I3D trained on Kinetics-400, the network that FVD is defined on; a feature is its 400 logits.
 
     Args:
-        path: safetensors or a torch state dict, in float16 or float32; by default what `kit prepare i3d` has left.
+        path: safetensors or a torch state dict, in float16 or float32; by default the file that `kit prepare i3d` writes.
     Raises:
         FileNotFoundError, ValueError: if the weights are missing, unreadable or another network's.
     """
@@ -100,9 +105,9 @@ def load_i3d(path: str | Path | None = None) -> Detector:
 
 
 def load_videomae(path: str | Path | None = None) -> Detector:
-    """VideoMAE (Tong et al. 2022, arXiv 2203.12602): the mean of its last hidden states over all tokens.
+    """Loads VideoMAE (Tong et al. 2022, arXiv 2203.12602); a feature is the mean of its last hidden states over all tokens.
 
-    Content counts more in it, and texture less, than in I3D (Ge et al. 2024, arXiv 2404.12391).
+    It weighs content more, and texture less, than I3D (Ge et al. 2024, arXiv 2404.12391).
 
     Args:
         path: folder with config.json and model.safetensors, as the Hugging Face library `transformers` saves it.
@@ -142,10 +147,10 @@ DETECTORS: dict[str, Callable[[str | Path | None], Detector]] = {"i3d": load_i3d
 
 
 def load_detector(kind: str, path: str | Path | None, frames: int) -> Detector:
-    """A detector by its name in a protocol, for clips of so many frames.
+    """Loads a detector by its name in a protocol, for clips of `frames` frames.
 
     Raises:
-        ValueError: for an unknown kind; UnfitClips: for a length it does not take; else as the detector's own function.
+        ValueError: for an unknown kind. UnfitClips: for a length it does not take. Else as the detector's own function.
     """
     if kind not in DETECTORS:
         raise ValueError(f"unknown detector {kind!r}; expected one of: {', '.join(DETECTORS)}")

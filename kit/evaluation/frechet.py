@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class Gaussian:
-    """Mean and covariance of features as they come (Welford), so that any number of clips takes the same memory.
+    """Running mean and covariance of features (Welford), in memory that does not grow with the number of clips.
 
-    Features are added one by one: however they are grouped, the sums are the same to the last bit.
+    Features are added one by one: however they are batched, the sums are the same to the last bit.
 
     Attributes: count; mean (D,); scatter (D, D), the sum of outer products of deviations from the mean; float64.
     """
@@ -20,7 +20,7 @@ class Gaussian:
         self.scatter = torch.zeros(size, size, dtype=torch.float64)
 
     def add(self, features: Tensor):
-        """Adds (n, D).
+        """Adds features (n, D).
 
         Raises:
             ValueError: if one of them is not finite, before any is added.
@@ -35,7 +35,7 @@ class Gaussian:
 
     @property
     def covariance(self) -> Tensor:
-        """(D, D), unbiased.
+        """Unbiased covariance (D, D).
 
         Raises:
             ValueError: below two clips.
@@ -55,27 +55,32 @@ class Gaussian:
 
 
 def root(covariance: Tensor) -> Tensor:
-    """A with A A^T = covariance (D, D), which may be singular: rounding's negative eigenvalues count as zero."""
+    """Returns A with A A^T = covariance (D, D).
+
+    The covariance may be singular: eigenvalues that rounding makes negative count as zero.
+    """
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     return vectors * values.clamp_min(0).sqrt()
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
+    """Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
 
-    The trace of the root is the nuclear norm of A^T B, with S_a = A A^T and S_b = B B^T: no root of a product that is
-    neither symmetric nor, with fewer clips than features, regular.
+    The trace of the root is computed as the nuclear norm of A^T B, with S_a = A A^T and S_b = B B^T. This avoids the root of
+    a product that is neither symmetric nor, with fewer clips than features, regular.
     """
     covariances = a.covariance, b.covariance
     overlap = torch.linalg.svdvals(root(covariances[0]).T @ root(covariances[1])).sum()
     traces = covariances[0].trace() + covariances[1].trace()
     distance = (a.mean - b.mean).square().sum() + traces - 2 * overlap
-    return max(distance.item(), 0.0)  # which rounding may miss by a little for equal sets
+    return max(distance.item(), 0.0)  # rounding may make it slightly negative for equal sets
 
 
 class Nested:
-    """The Gaussians of the first quarter, the first half and all of `total` clips: a Fréchet distance falls with the
-    number of clips it is estimated from, and these show how fast."""
+    """The Gaussians of the first quarter, the first half and all of `total` clips.
+
+    A Fréchet distance falls with the number of clips it is estimated from, and these show how fast.
+    """
 
     def __init__(self, total: int, size: int):
         self.total, self.all, self.parts = total, Gaussian(size), {}
@@ -87,7 +92,7 @@ class Nested:
                 self.parts[self.all.count] = Gaussian.from_state(self.all.state())
 
     def distances(self, other: Nested) -> dict[str, float]:
-        """Distance at N/4, N/2 and N clips of each set; the smaller parts only where they hold two clips."""
+        """Fréchet distances at N/4, N/2 and N clips of each set; parts with fewer than two clips are left out."""
         pairs = {"N/4": (self._part(4), other._part(4)), "N/2": (self._part(2), other._part(2)), "N": (self.all, other.all)}
         return {name: frechet_distance(a, b) for name, (a, b) in pairs.items() if a and b and min(a.count, b.count) > 1}
 

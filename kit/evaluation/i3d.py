@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 SIDE = 224  # pixels of its input
-LEAST_FRAMES = 9  # fewer leave the last pooling nothing to average over
+LEAST_FRAMES = 9  # with fewer, the last pooling has nothing to average over
 
 # Output channels of the branches 1x1, 1x1 -> 3x3, 1x1 -> 3x3, pooling -> 1x1 (table of Inception-v1).
 MIXED = {
@@ -31,9 +31,9 @@ def pad_same(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, in
 
 
 def max_pool(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """SAME pooling; all that is pooled here comes out of a ReLU, so zeros pad as well as minus infinity.
+    """Maximum pooling with SAME padding by zeros, which serve as well as minus infinity since all inputs come out of a ReLU.
 
-    First over height and width, then over time: the same maximum, several times faster on a CPU than max_pool3d.
+    It pools over height and width, then over time: the same maximum, several times faster on a CPU than max_pool3d.
     """
     x = pad_same(x, kernel, stride)
     frames = F.max_pool2d(x.transpose(1, 2).flatten(0, 1), kernel[1:], stride[1:]).unflatten(0, x.shape[:1] + x.shape[2:3])
@@ -51,12 +51,12 @@ class Unit(nn.Module):
         self.bn = nn.BatchNorm3d(out, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.conv.stride != (1, 1, 1):  # else SAME is what the convolution's own padding does
+        if self.conv.stride != (1, 1, 1):  # else the convolution's own padding is SAME
             x = pad_same(x, self.conv.kernel_size, self.conv.stride)
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
     def fuse(self):
-        """Puts the batch norm into the convolution."""
+        """Merges the batch norm into the convolution."""
         self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
 
 
@@ -108,7 +108,7 @@ class I3D(nn.Module):
         return self.Logits(x)
 
     def fuse(self) -> I3D:
-        """Faster inference: batch norms become part of their convolutions. The weights then have other names."""
+        """Merges batch norms into their convolutions, for faster inference. The weights then have other names."""
         for unit in self.modules():
             if isinstance(unit, Unit):
                 unit.fuse()

@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
+from kit.values import check_whole_number
+
 STARTS = ("first", "middle", "random")
 SOURCES = ("folder", "ucf101", "shapes")
 
@@ -54,9 +56,9 @@ class Real:
                 raise ValueError(f"protocol.real.{key}={getattr(self, key)!r}; expected one of: {', '.join(choices)}")
         if self.kind == "shapes" and self.split == "all":
             raise ValueError("protocol.real.split='all'; shapes are drawn for `train` or `val`")
-        whole("protocol.real.clips", self.clips, 2, missing=True)
+        check_whole_number("protocol.real.clips", self.clips, 2, optional=True)
         for key, least in (("val_every", 2), ("official", 1), ("seed", 0)):
-            whole(f"protocol.real.{key}", getattr(self, key), least)
+            check_whole_number(f"protocol.real.{key}", getattr(self, key), least)
 
     @property
     def drawn_anew(self) -> bool:
@@ -101,8 +103,8 @@ class Protocol:
 
     def __post_init__(self):
         for key, least in {"frames": 1, "height": 16, "width": 16, "folds": 1, "seed": 0}.items():
-            whole(f"protocol.{key}", getattr(self, key), least)
-        whole("protocol.samples", self.samples, 2, missing=True)
+            check_whole_number(f"protocol.{key}", getattr(self, key), least)
+        check_whole_number("protocol.samples", self.samples, 2, optional=True)
         if not isinstance(self.fps or 0, int | float) or (self.fps or 0) < 0:
             raise ValueError(f"protocol.fps={self.fps}; expected frames per second, or 0 for each file's own")
         object.__setattr__(self, "fps", float(self.fps or 0))  # one spelling, one hash
@@ -155,14 +157,3 @@ class Protocol:
 def digest(values) -> str:
     """sha256 of plain values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def whole(key: str, value: int | None, least: int, missing: bool = False):
-    """
-    Raises:
-        ValueError: if a value is not a whole number of at least so much, nor missing where it may be.
-    """
-    if value is None and missing:
-        return
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{key}={value}; expected a whole number of {least} or more")

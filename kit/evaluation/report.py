@@ -12,10 +12,10 @@ from jinja2 import Environment, PackageLoader
 from omegaconf import DictConfig
 from torch import Tensor
 
-from kit.checkpoint import differences
 from kit.evaluation.protocol import Protocol
 from kit.files import write_json, written_aside
 from kit.media import contact_sheet, write_video
+from kit.values import differences
 
 # name in the result -> title, unit, digits after the point
 TITLES = {

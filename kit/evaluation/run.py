@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from kit import __version__
-from kit.checkpoint import differences
 from kit.data.clips import FolderClips
 from kit.data.shapes import Shapes
 from kit.evaluation.build import Tools, build_candidate, build_protocol, build_tools
@@ -29,6 +28,7 @@ from kit.files import load_checked, save_checked
 from kit.machine import cache_folder, device, exact_float32, installed_version
 from kit.pixels import to_8_bits
 from kit.run import sole_user
+from kit.values import differences
 
 SAVE_EVERY = 30  # seconds; what a kill loses at most
 Errors = dict[str, list[float]]  # for each score, one value for each clip

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from kit.checkpoint import load_generator
 from kit.data.read import read_clip_file
 from kit.evaluation.candidates import Samples
-from kit.evaluation.protocol import digest, whole
+from kit.evaluation.protocol import digest
 from kit.evaluation.report import words_of, write_page
 from kit.evaluation.suites import read_prompts, video_name, write_suite
 from kit.evaluation.vbench import read_vbench_results, vbench_scores, vbench_table
@@ -19,6 +19,7 @@ from kit.generator.sampler import Sampling
 from kit.machine import check_precision, exact_float32
 from kit.media import contact_sheet
 from kit.run import plain, sole_user
+from kit.values import check_whole_number
 
 SHOWN = 8  # videos on the page and the contact sheet
 
@@ -43,9 +44,9 @@ def make_suite(cfg: DictConfig) -> dict:
         raise ValueError(f"the protocol {cfg.protocol.name} needs ckpt=GENERATOR and prompts=FILE, one prompt a line")
     suite, folder = cfg.protocol, Path(cfg.folder)
     for key, least in {"samples": 1, "flickering_samples": 1, "seed": 0}.items():
-        whole(f"protocol.{key}", suite[key], least)
-    whole("protocol.frames", suite.frames, 1, missing=True)
-    whole("batch_size", cfg.batch_size, 1)
+        check_whole_number(f"protocol.{key}", suite[key], least)
+    check_whole_number("protocol.frames", suite.frames, 1, optional=True)
+    check_whole_number("batch_size", cfg.batch_size, 1)
     check_precision(cfg.precision)
     prompts = read_prompts(cfg.prompts, suite.samples, suite.flickering_samples)
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)

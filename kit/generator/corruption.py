@@ -71,7 +71,7 @@ def training_sequence(
     feature: Tensor, schedule: ScaleSchedule, rates: Tensor | None, draws: Draws | None,
     inherit: str = "first", history: str = "scales",
 ) -> TrainingSequence:  # fmt: skip
-    """Builds the inputs (VideoAR eq. 6) and targets of clips, with bits flipped at `rates` before they become context (eq. 8).
+    """Builds inputs (VideoAR eq. 6) and targets of clips, whose bits are flipped before they become context (eq. 8).
 
     Args:
         feature: (B, d, F, h, w), continuous, from the tokenizer's encoder.

@@ -102,7 +102,7 @@ class GeneratorModule(L.LightningModule):
         """Computes the weighted binary cross-entropy of logits (B, L, d), averaged over bits.
 
         Args:
-            given: (B,) number of first latent frames of each clip whose bits count as right: their loss is 0. None: 0.
+            given: (B,) number of leading latent frames of each clip whose bits count as right, with loss 0; None: none.
         """
         weights = onto(scale_weights(schedule, self.model.config.bits, self.loss["scale_weights"]), logits.device)
         if self.loss["bit_weights"] == "margin":

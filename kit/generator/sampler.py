@@ -1,4 +1,4 @@
-"""Sampling: blocks one after another with a key/value cache, adaptive guidance, seeds, and given history.
+"""Sampling: generates blocks one after another with a key/value cache, adaptive guidance, seeds, and given history.
 
 Shapes: B clips, R rows of the transformer (2B with guidance: conditioned, then unconditioned), d bits.
 """
@@ -22,11 +22,11 @@ from kit.scales import TAU, ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer.quantizer import next_input, residual_map
 from kit.values import from_values
 
-DRAWS = 32  # of a token's bits, of which top_p takes one
+DRAWS = 32  # candidate draws of a token's bits, of which `top_p` takes one
 
 
 def check_number(key: str, value: float):
-    """Raises: ValueError if it is none, or not finite."""
+    """Checks that a value is a finite number. Raises ValueError, naming `key`, if not."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{key} must be a number, got {value!r}")
 
@@ -34,6 +34,8 @@ def check_number(key: str, value: float):
 @dataclass(frozen=True)
 class Guidance:
     """Temporal-spatial adaptive guidance gamma(f, k), linear everywhere (method.md section 5).
+
+    Block (f, k) has the logits free + gamma (conditioned - free).
 
     Args:
         kind: `rising` (class-conditional, as on UCF-101): gamma of a frame's first scale goes from `first` at the first
@@ -65,7 +67,7 @@ class Guidance:
 
     @property
     def neutral(self) -> bool:
-        """Whether it changes nothing, so that the unconditioned rows can be left out."""
+        """Whether guidance changes nothing, so that the unconditioned rows can be left out."""
         return self.kind == "constant" and self.first == 1.0
 
 
@@ -74,14 +76,15 @@ class Sampling:
     """How bits are drawn.
 
     Args:
-        temperature: of the bits; 0 takes the likelier ones.
-        top_p: share of a token's likeliest draws that are taken, see `draw_bits`; 1: all.
-        negative: what guidance leads away from, a text or class; None: no condition.
-        extend: how a video grows longer than the clips of the training: `reencode` its end and go on from that, see
-            `sampling.stream_video`, or go on in one sequence, at `positions` that were not trained.
-        overlap: pixel frames, 1 + 4n, that are encoded anew; None: about half a clip.
+        temperature: of the bits; 0 takes the likelier value of each.
+        top_p: share of a token's draws, the likeliest, from which one is chosen, see `draw_bits`; 1: off.
+        negative: text or class that guidance leads away from; None: no condition.
+        extend: how a video grows longer than the training clips: `reencode` encodes its end and continues from that, see
+            `sampling.stream_video`; `positions` continues the sequence, at positions that were not trained.
+        overlap: pixel frames, 1 + 4n, that are re-encoded; None: about half a clip.
     Raises:
-        ValueError: for a temperature below 0, a `top_p` outside of (0, 1], or another `extend`.
+        ValueError: for a temperature below 0, a `top_p` outside of (0, 1], another `extend`, or an overlap that is not
+            1 + 4n.
     """
 
     guidance: Guidance = Guidance()
@@ -104,13 +107,17 @@ class Sampling:
             raise ValueError(f"overlap must be 1 + {TAU}n frames, got {self.overlap}")
 
     def window(self, trained: int, frames: int) -> tuple[int, int]:
-        """Pixel frames of a window and of its overlap with the next, for a video of `frames` and clips of `trained`."""
+        """Returns the pixel frames of a window and of its overlap with the next one.
+
+        Args:
+            trained: pixel frames of a training clip. frames: of the whole video.
+        """
         overlap = pixel_frames((latent_frames(trained) + 1) // 2) if self.overlap is None else self.overlap
         return (frames if self.extend == "positions" else trained), overlap
 
     @classmethod
     def of(cls, values: Mapping) -> Sampling:
-        """From plain values of the same names, `guidance` those of `Guidance`; others are left aside."""
+        """Builds it from plain values of the same names, with `guidance` the values of `Guidance`; ignores other keys."""
         chosen = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         negative = None if values.get("negative") is None else str(values["negative"])
         guidance = from_values(Guidance, values.get("guidance") or {}, "guidance")
@@ -118,55 +125,55 @@ class Sampling:
 
 
 class Cache:
-    """Keys and values of all that the current block may see, for every layer, already rotated.
+    """Keys and values, already rotated, of all tokens that the current block may see, for every layer.
 
-    Layout along the tokens: condition, then up to `window` finished frames, then the frame at work. Once the window is
-    full a finished frame takes the place of the oldest, so cost and memory per frame stop growing. A finished frame is all
-    its blocks, or with `history: full` its history block.
+    Layout along the tokens: condition, then up to `window` finished frames, then the current frame. Once the window is full,
+    a finished frame takes the place of the oldest one, so cost and memory per frame stop growing. A finished frame keeps all
+    its blocks, or with `history: full` only its history block.
     """
 
     def __init__(self, model: Generator, schedule: ScaleSchedule, rows: int, dtype: torch.dtype):
         config, (h, w) = model.config, schedule.grid
         self.condition, self.full = model.condition.length, config.history == "full"
         self.finished = h * w if self.full else schedule.tokens_per_frame  # tokens that a finished frame keeps
-        past = schedule.frames - 1  # frames that the last one can look back at
+        past = schedule.frames - 1  # frames that the last frame can see
         self.window = past if config.window is None else min(config.window, past)
         length = self.condition + self.window * self.finished + schedule.tokens_per_frame
         shape = (config.layers, rows, config.heads, length, config.width // config.heads)
         self.keys = torch.empty(shape, dtype=dtype, device=model.start.device)
         self.values = torch.empty_like(self.keys)
-        self.places = slice(0, 0)  # of the tokens of this pass
-        self.history = slice(0, 0)  # of those of a history block, which come before them in the same pass
+        self.places = slice(0, 0)  # places of this pass's tokens
+        self.history = slice(0, 0)  # places of a history block's tokens, which precede them in the same pass
 
     def start_frame(self, f: int):
-        """Opens frame f; what is older than the window gives way."""
+        """Starts frame f. The frame before it replaces the oldest one if the window is full."""
         home = self.condition + min(f, self.window) * self.finished
         place = self.condition + (f - 1) % max(self.window, 1) * self.finished  # of the frame before
         before = slice(place, place + self.finished)
         if f and self.window and self.full:
             self.history = before
-        elif f > self.window and self.window:  # the frame at work is finished: it moves over the oldest one
+        elif f > self.window and self.window:  # the frame before is finished: it replaces the oldest one
             for store in (self.keys, self.values):
                 store[..., before, :] = store[..., home : home + self.finished, :].clone()
         self.places = slice(home, home)
 
     def expect(self, blocks: Sequence[int]) -> Tensor | None:
-        """Makes room for a pass; returns its mask (tokens, all visible), None where each may see all that is there.
+        """Reserves places for a pass and returns its mask (tokens, all visible); None if every token sees everything.
 
         Args:
-            blocks: tokens of each block of the frame at work, a history block before them not counted.
+            blocks: tokens of each of the current frame's blocks in this pass, without a history block before them.
         """
         begin, read = self.places.stop, self.history.stop - self.history.start
         ends = list(itertools.accumulate(blocks, initial=begin))
         self.places = slice(begin, ends[-1])
         if not read and len(blocks) == 1:
             return None
-        # how many keys each token sees: a history block not the frame that it opens, a block not those after it
+        # number of keys each token sees: a history block does not see the frame after it, a block not the later blocks
         seen = torch.repeat_interleave(torch.tensor(ends), torch.tensor([read, *blocks]))
         return onto(torch.arange(ends[-1]) < seen[:, None], self.keys.device)
 
     def layer(self, index: int):
-        """`remember` of that layer: stores new keys and values and returns all visible ones."""
+        """Returns the function `remember` of a layer, which stores new keys and values and returns all visible ones."""
 
         def remember(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             read = self.history.stop - self.history.start
@@ -183,7 +190,7 @@ class Cache:
 
 
 class CachedGenerator:
-    """The generator, block by block: its logits equal those of `Generator.forward` over the whole clip.
+    """Runs a generator block by block; its logits equal those of `Generator.forward` over the whole clip.
 
     Args:
         condition: (R, S, D) from `model.condition`.
@@ -196,21 +203,23 @@ class CachedGenerator:
         if torch.is_autocast_enabled(condition.device.type):
             dtype = torch.get_autocast_dtype(condition.device.type)
         self.cache = Cache(model, schedule, condition.shape[0], dtype)
-        self.earlier = None  # finished sum of the frame before the one before
+        self.earlier = None  # finished sum of the frame before the previous one
         self._run(condition, 0, [condition.shape[1]])
 
     def block(self, f: int, k: int, total: Tensor, before: Tensor) -> Tensor:
-        """Logits (R, h_k * w_k, d) of block (f, k); blocks must come in order.
+        """Computes the logits (R, h_k * w_k, d) of block (f, k); blocks must come in order.
 
         Args:
-            total: (R, d, h, w), sum of the frame's residual maps so far; for k = 0 it is not read.
+            total: (R, d, h, w), sum of the frame's residual maps so far; not read for k = 0.
             before: (R, d, h, w), the finished sum of the frame before, zero for the first frame.
         """
         return self.blocks(f, k, [total], before)
 
     def blocks(self, f: int, first: int, totals: Sequence[Tensor], before: Tensor) -> Tensor:
-        """Logits (R, tokens, d) of blocks (f, first), (f, first + 1), ..., one for each of the totals, in one pass: of a
-        frame that is given all of them are known. Otherwise as `block`."""
+        """Computes the logits (R, tokens, d) of blocks (f, first), (f, first + 1), ..., one per total, in a single pass.
+
+        This is for given frames, whose totals are all known. Otherwise as `block`.
+        """
         config, blocks = self.model.config, [self.layout.block(f, first + i) for i in range(len(totals))]
         if first == 0:
             totals = [torch.zeros_like(before) if config.inherit == "none" else before, *totals[1:]]
@@ -229,7 +238,7 @@ class CachedGenerator:
         return self.model.read(x[:, -sum(sizes) :])
 
     def _run(self, x: Tensor, position: int, blocks: Sequence[int]) -> Tensor:
-        """Hidden states (R, tokens, D) -> the same, seeing the cache and themselves; `blocks` as for `Cache.expect`."""
+        """Runs the layers on tokens (R, tokens, D), which see the cache and themselves; `blocks` as for `Cache.expect`."""
         rotary = tuple(t[position : position + x.shape[1]] for t in self.rotary)
         views = [View(slice(None), slice(None), self.cache.expect(blocks))]
         for i, layer in enumerate(self.model.layers):
@@ -239,12 +248,12 @@ class CachedGenerator:
 
 
 def draw_bits(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:
-    """Bits from independent Bernoulli variables, (B, tokens, d) bool; the likelier ones at temperature 0.
+    """Draws bits (B, tokens, d), bool, as independent Bernoulli variables; takes the likelier values at temperature 0.
 
-    With `top_p` below 1 a token's d bits are drawn DRAWS times, and one is taken by lot among the share `top_p` of these
-    draws, rounded up, that is likeliest as a whole: a sample of the nucleus of their joint distribution over 2^d codes.
+    With `top_p` below 1 a token's d bits are drawn DRAWS times, and one draw is chosen at random among the likeliest share
+    `top_p` of them, rounded up: a nucleus sample of the bits' joint distribution over 2^d codes.
 
-    Each clip draws from its own generator, so it comes out the same in any batch.
+    Each clip draws from its own generator, so its bits do not depend on the batch.
     """
     if temperature == 0:
         return logits > 0
@@ -318,7 +327,7 @@ def sample_frames(
         return feature.repeat(rows, 1, 1, 1)
 
     for f in range(given):
-        totals = [total]  # of the frame before, then of this one's scales
+        totals = [total]  # sum of the frame before, then sums after each scale of this one
         for k, bits in enumerate(history[:, schedule.frame(f)].split(schedule.tokens_per_scale, dim=1)):
             residual = residual_map(bits, k, schedule)
             totals.append(residual if k == 0 else totals[-1] + residual)

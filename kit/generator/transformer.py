@@ -26,15 +26,17 @@ class GeneratorConfig:
     """Architecture of a generator.
 
     Args:
-        layers, width, heads: of the transformer.
-        bits: d, and `scales`: K, both those of the tokenizer; smaller clips have fewer scales.
-        window: how many frames back attention reaches; None: all.
-        inherit: who reads the finished frame before: the `first` block of a frame in place of a sum of its own (the paper),
-            `all` blocks, beside the sum of their frame, or `none`.
-        history: what is attended to of the frames before: the blocks of all their `scales` (the paper), or one block of each
-            frame with its `full` sum, see `ScaleSchedule.with_history`.
-        align: where coarse grids sit, see `rope.positions`.
-        condition: what is generated from, see `ConditionConfig`.
+        layers, width, heads: size of the transformer.
+        bits, scales: d and K of the tokenizer; smaller clips have fewer scales.
+        window: number of previous frames that attention reaches; None: all.
+        inherit: which blocks read the finished sum of the previous frame: the `first` block of a frame, in place of a sum of
+            its own (the paper); `all` blocks, beside the sum of their own frame; or `none`.
+        history: what attention sees of previous frames: the blocks of all their `scales` (the paper), or one block per frame
+            with its `full` sum, see `ScaleSchedule.with_history`.
+        align: positions of coarse grids, see `rope.positions`.
+        condition: see `ConditionConfig`.
+    Raises:
+        ValueError: for a value out of range, or a width that does not suit the heads.
     """
 
     layers: int
@@ -62,12 +64,12 @@ class GeneratorConfig:
 
     @property
     def inputs(self) -> int:
-        """Channels that a token reads."""
+        """Channels of an input token: d, or 2 d if all blocks inherit."""
         return self.bits * (2 if self.inherit == "all" else 1)
 
     @property
     def reads(self) -> dict[str, str]:
-        """What `corruption.training_sequence` has to know."""
+        """Arguments of `corruption.training_sequence` that depend on this configuration."""
         return {"inherit": self.inherit, "history": self.history}
 
     def as_dict(self) -> dict:
@@ -76,35 +78,37 @@ class GeneratorConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> GeneratorConfig:
-        """Raises: ValueError for a key that it has not, or a value that it cannot take."""
+        """Builds it from the values of `as_dict`. Raises ValueError for an unknown key or an invalid value."""
         condition = from_values(ConditionConfig, values["condition"], "condition")
         return from_values(cls, {**values, "condition": condition}, "generator")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention over (B, N, tokens, head_dim); mask is True where a query may see a key.
+    """Computes scaled dot-product attention over (B, N, tokens, head_dim); mask is True where a query may see a key.
 
-    torch's fused kernel, except for training on a CPU, where with its backward pass it is slower than the plain formula
-    for short clips (benchmarks/attention.py measures it at the `tiny` generator's shapes) and memory is not short.
+    Uses torch's fused kernel, except for training on a CPU: there the kernel with its backward pass is slower than the plain
+    formula for short clips (benchmarks/attention.py measures it at the `tiny` generator's shapes), and memory is not scarce.
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores + scores.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
-    with torch.autocast("cpu", enabled=False):  # which would turn the scores, the largest tensor here, into float32
+    with torch.autocast("cpu", enabled=False):  # it would convert the scores, the largest tensor, to float32
         return scores.softmax(dim=-1) @ v
 
 
 def attend_views(q: Tensor, k: Tensor, v: Tensor, views: Sequence[View]) -> Tensor:
-    """The same, for queries that together are all, in order, of which each see some of the keys."""
+    """Computes attention view by view, as `attend`; the views' queries are together all queries, in order."""
     parts = [attend(q[:, :, view.queries], k[:, :, view.keys], v[:, :, view.keys], view.mask) for view in views]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm whose weight follows the type of its input, so that mixed precision takes the fused kernel; with the same
-    epsilon in every precision, which torch may choose by the input's type otherwise."""
+    """nn.RMSNorm with its weight cast to the input's type, so that mixed precision uses the fused kernel.
+
+    Its epsilon is the same in every precision; torch's default depends on the input's type.
+    """
 
     def __init__(self, width: int):
         super().__init__(width, eps=1e-6)
@@ -124,7 +128,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], views: Sequence[View], remember=None) -> Tensor:
-        """x: (B, tokens, D). `remember` maps new keys and values, each (B, N, tokens, D / N), to all that are visible."""
+        """Returns (B, tokens, D) for x of that shape.
+
+        Args:
+            rotary: from `rope.rotary_table`, for these tokens. views: which queries see which keys.
+            remember: maps new keys and values, each (B, N, tokens, D / N), to all visible ones; None: only the new ones are.
+        """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.query_norm(q), rotary), rotate(self.key_norm(k), rotary)
         if remember is not None:
@@ -144,7 +153,7 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and feed-forward, 16 D^2 parameters: the paper's 926 M at 24 layers of 1536."""
+    """Pre-norm attention and feed-forward, 16 D^2 parameters: 24 layers of width 1536 have 906 M (the paper's L: 926 M)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -157,7 +166,7 @@ class Layer(nn.Module):
 
 
 class Generator(nn.Module):
-    """Logits of every bit of every block, given the condition and all earlier blocks."""
+    """Predicts the logits of every bit of every block from the condition and all earlier blocks (VideoAR eq. 5)."""
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()
@@ -170,11 +179,11 @@ class Generator(nn.Module):
         self.layers = nn.ModuleList(Layer(D, config.heads) for _ in range(config.layers))
         self.norm = RMSNorm(D)
         self.head = nn.Linear(D, config.bits, bias=False)
-        self.recompute = False  # whether the backward pass makes what the layers computed once more, rather than keep it
+        self.recompute = False  # whether the backward pass computes the layers' activations again instead of storing them
         self._initialise()
 
     def _initialise(self):
-        """All but the condition, which knows its own."""
+        """Initialises all weights but the condition's, which initialises itself."""
         for module in (self.scale_embedding, *self.layers.modules()):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -186,11 +195,11 @@ class Generator(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def embed(self, inputs: Tensor, scale: Tensor, first: int = 0) -> Tensor:
-        """Tokens of blocks.
+        """Embeds the inputs of blocks as tokens.
 
         Args:
-            inputs: (B, tokens, d, or 2 d where all blocks inherit), what the blocks read (`quantizer.next_input`).
-            scale: (tokens,) k of each token.
+            inputs: (B, tokens, d), or 2 d if all blocks inherit: what the blocks read (`quantizer.next_input`).
+            scale: (tokens,) index of each token's scale embedding, from `scales_of`.
             first: how many leading tokens belong to block (0, 0), which reads the learned start instead.
         Returns:
             (B, tokens, D)
@@ -201,33 +210,33 @@ class Generator(nn.Module):
         return x
 
     def layout(self, schedule: ScaleSchedule) -> ScaleSchedule:
-        """The blocks of this generator's sequence: those of the schedule, and history blocks where it has them."""
+        """Returns the blocks of this generator's sequence: the schedule's, and with `history: full` history blocks."""
         return schedule.with_history() if self.config.history == "full" else schedule
 
     def scales_of(self, layout: ScaleSchedule) -> Tensor:
-        """(L,) the learned scale of each token of a layout: k, and for history blocks the last one, however many scales the
-        clip has."""
+        """Returns the index of each token's scale embedding in a layout, (L,): k, but for history blocks the last index,
+        however many scales the clip has."""
         k = layout.coordinates[:, 1]
         return k if self.config.history == "scales" else torch.where(k == layout.scales - 1, self.config.scales, k)
 
     def rotary(self, layout: ScaleSchedule) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the condition and the whole layout, (S + L, D / N / 2) each, on the model's device."""
+        """Returns cosine and sine for the condition and the whole layout, (S + L, D / N / 2) each, on the model's device."""
         where = onto(positions(layout, self.condition.length, self.config.align), self.start.device)
         return rotary_table(where, self.config.width // self.config.heads)
 
     def read(self, x: Tensor) -> Tensor:
-        """Hidden states (B, tokens, D) -> logits (B, tokens, d) in float32."""
+        """Maps hidden states (B, tokens, D) to logits (B, tokens, d) in float32."""
         return self.head(self.norm(x)).float()
 
     def forward(self, inputs: Tensor, schedule: ScaleSchedule, condition: Tensor, kept: Tensor | None = None) -> Tensor:
-        """The whole clip at once, as in training.
+        """Computes the logits of a whole clip at once, as in training.
 
         Args:
             inputs: from `corruption.training_sequence`.
             condition: (B, S, D) from `self.condition`.
             kept: (B, F) bool, the Random Frame Mask.
         Returns:
-            logits (B, L, d); True bits are those with positive logits.
+            logits (B, L, d); a positive logit predicts a True bit.
         """
         device, S, L, layout = inputs.device, condition.shape[1], inputs.shape[1], self.layout(schedule)
         scale = onto(self.scales_of(layout)[:L], device)

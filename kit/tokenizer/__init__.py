@@ -27,17 +27,20 @@ class TokenizerConfig:
 
     Args:
         bits: d, bits per token.
-        scales: shorter side of each scale's grid, coarse to fine, of the largest clips, whose shorter side is `shorter_side`.
-            Smaller ones have the scales below their latent's shorter side, and that.
-        architecture: `fast`, or `infinity`, that of Infinity's tokenizer of images, which takes its public weights.
+        scales: shorter side of each scale's grid, coarse to fine, for the largest clips, whose shorter side is
+            `shorter_side` pixels. Smaller clips have the scales below their latent grid's shorter side, and that side.
+        architecture: `fast`, or `infinity`: that of Infinity's image tokenizer, which can load its public weights.
         patch: pixels per side folded into channels by the stem.
         widths: channels of each level, fine to coarse; each further level halves height and width.
         blocks: residual blocks per level.
-        temporal: whether it knows time. A tokenizer of images does not; `inflate.py` makes a video tokenizer of it.
+        temporal: whether it is a video tokenizer; an image tokenizer codes single frames, and `inflate.py` turns it into a
+            video tokenizer.
         amplitude: root mean square of a frame's feature, in units of a code's amplitude 1/sqrt(d); null leaves it to
-            training. A handful of scales can only represent a limited amplitude, best about 2.
-        learned_amplitude: whether the amplitude is trained, from that value on.
+            training. A handful of scales can only represent a limited amplitude; about 2 is best.
+        learned_amplitude: whether the amplitude is trained, starting from that value.
         scale_bits: bits per token of each scale, the last one d; empty: d at every scale.
+    Raises:
+        ValueError: for an invalid value.
     """
 
     bits: int = 32
@@ -82,13 +85,13 @@ class TokenizerConfig:
         """Pixels of a clip's shorter side: what the last scale's grid covers."""
         return self.compression * self.scales[-1]
 
-    @functools.lru_cache(64)  # noqa: B019 (small and frozen; a schedule keeps what is computed of it)
+    @functools.lru_cache(64)  # noqa: B019 (small and frozen; a schedule caches what it computes)
     def schedule(self, frames: int, height: int, width: int) -> ScaleSchedule:
         """The blocks of a clip of T x H x W pixels.
 
         Raises:
-            ValueError: if T is not 1 + 4n, or not 1 for a tokenizer of images, or H or W is not a multiple of the
-                compression, or both are too large for the scales.
+            ValueError: if T is not 1 + 4n, or not 1 for an image tokenizer, if H or W is not a multiple of the compression,
+                or the shorter side exceeds `shorter_side`.
         """
         if frames > 1 and not self.temporal:
             raise ValueError(
@@ -114,20 +117,20 @@ class TokenizerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping) -> TokenizerConfig:
-        """Raises: ValueError for a key that it has not, or a value that it cannot take."""
+        """Builds it from the values of `as_dict`. Raises ValueError for an unknown key or an invalid value."""
         return from_values(cls, values, "tokenizer")
 
 
 def listed(value):
-    """A tuple as a list, as configs write it; other values as they are."""
+    """Converts a tuple to a list, as configs write it; returns other values unchanged."""
     return list(value) if isinstance(value, tuple) else value
 
 
 class Tokenizer(nn.Module):
-    """Encoder, residual pyramid of bits, decoder.
+    """Tokenizer: encoder, residual pyramid of bits, decoder (VideoAR eq. 1-3).
 
     Raises:
-        ValueError: for an unknown architecture, or widths that it cannot have.
+        ValueError: for widths that the architecture cannot have.
     """
 
     def __init__(self, config: TokenizerConfig):
@@ -139,7 +142,7 @@ class Tokenizer(nn.Module):
         self.amplitude = config.amplitude
         if config.learned_amplitude:
             self.amplitude = nn.Parameter(torch.tensor(float(config.amplitude)))
-        self.to(memory_format=torch.channels_last)  # the layout that bfloat16 convolutions are fast in
+        self.to(memory_format=torch.channels_last)  # the layout in which bfloat16 convolutions are fast
 
     def schedule(self, frames: int, height: int, width: int) -> ScaleSchedule:
         """The blocks of a clip of T x H x W pixels. Raises as `TokenizerConfig.schedule`."""
@@ -156,7 +159,9 @@ class Tokenizer(nn.Module):
         return self.schedule(pixel_frames(F), h * self.config.compression, w * self.config.compression)
 
     def encode(self, video: Tensor, stream: Stream | None = None) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] -> feature (B, d, F, h, w) in float32. T = 1 + 4n, or 4n in a started stream.
+        """Encodes a video (B, 3, T, H, W) in [-1, 1] as its feature (B, d, F, h, w), float32.
+
+        T = 1 + 4n, or 4n in a started stream.
 
         Raises: as `check_video`.
         """
@@ -164,25 +169,25 @@ class Tokenizer(nn.Module):
         feature = self.encoder(video, stream).float()
         if self.amplitude is None:
             return feature
-        square = feature.square().mean((1, 3, 4), keepdim=True)  # of each frame on its own
+        square = feature.square().mean((1, 3, 4), keepdim=True)  # of each latent frame
         return feature * torch.rsqrt(square + 1e-8) * (self.amplitude * self.config.bits**-0.5)
 
     def decode(self, feature: Tensor, stream: Stream | None = None) -> Tensor:
-        """Feature (B, d, F, h, w) -> video (B, 3, T, H, W) in float32, about [-1, 1]."""
+        """Decodes a feature (B, d, F, h, w) to a video (B, 3, T, H, W), float32, about [-1, 1], not clamped."""
         return self.decoder(feature, stream).float()
 
     def bits(self, video: Tensor) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] -> (B, L, d) bool. Raises as `check_pixels` and `schedule`."""
+        """Encodes a video (B, 3, T, H, W) in [-1, 1] as bits (B, L, d). Raises as `check_pixels` and `schedule`."""
         check_pixels(video)
         schedule = self.schedule_of(video)
         return feature_to_bits(self.encode(video), schedule)
 
     def decode_bits(self, bits: Tensor, schedule: ScaleSchedule, scales: int | None = None) -> Tensor:
-        """(B, L, d) -> (B, 3, T, H, W) in [-1, 1]; from the first `scales` of each frame only, if given."""
+        """Decodes bits (B, L, d) to a video (B, 3, T, H, W) in [-1, 1], from the first `scales` of each frame if given."""
         return self.decode(bits_to_feature(bits, schedule, scales)).clamp(-1, 1)
 
     def forward(self, video: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor, list[Step]]:
-        """The training path, with a straight-through gradient.
+        """Reconstructs a video for training, with a straight-through gradient.
 
         Args:
             kept: (B, K) bool, the scales of each clip that reach the decoder; None: all.
@@ -198,5 +203,5 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, video: Tensor) -> Tensor:
-        """Through the bits and back: (B, 3, T, H, W) -> the same shape, in [-1, 1]. Raises as `bits`."""
+        """Encodes a video as bits and decodes it: (B, 3, T, H, W) -> the same shape, in [-1, 1]. Raises as `bits`."""
         return self.decode_bits(self.bits(video), self.schedule_of(video))

@@ -1,8 +1,8 @@
-"""Causal 3D encoder and decoder.
+"""Causal 3D encoder and decoder (VideoAR eq. 1).
 
 Time is folded once, in the stem; everything after it runs at the latent frame rate. Nothing normalises over time, so a
 latent frame depends on past pixels only, and a clip can be coded chunk by chunk (see `causal.Stream`). Wherever resolution
-or the number of channels changes, a fixed shortcut carries what was there past the convolution, which learns the rest
+or the number of channels changes, a fixed shortcut carries the input past the convolution, which learns the remainder
 (residual autoencoding, DC-AE, arXiv 2410.10733).
 """
 
@@ -16,25 +16,27 @@ from kit.tokenizer.causal import CausalConv3d, Stream, each_frame, fold, unfold
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of each place of each latent frame on its own."""
+    """Layer normalisation over the channels, separately at each place of each latent frame."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C, T, H, W); in channels-last layout nothing is moved."""
+        """x: (B, C, T, H, W) -> the same shape; makes no copy of channels-last layout."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return F.layer_norm(x.movedim(1, -1), self.normalized_shape, weight, bias, self.eps).movedim(-1, 1)
 
 
 def kernel(temporal: bool) -> tuple[int, int, int]:
-    """Of a convolution that looks at the past, or at its own frame only."""
+    """Returns the kernel (time, height, width) of a convolution over past frames, or over its own frame only."""
     return (3 if temporal else 1, 3, 3)
 
 
 class ResBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))), starting as the identity; x goes through a matrix where channels change.
+    """Residual block x + conv(act(norm(conv(act(norm(x)))))), initialised as the identity.
+
+    Where the number of channels changes, the shortcut is a 1 x 1 x 1 convolution.
 
     Args:
-        temporal: whether the first convolution looks at the past, or at its own frame only.
-        norm: channels -> normalisation.
+        temporal: whether the first convolution sees past frames, or its own frame only.
+        norm: normalisation layer, made from the number of channels.
     """
 
     def __init__(self, inputs: int, outputs: int, temporal: bool, norm: type[nn.Module] = ChannelNorm):
@@ -51,7 +53,7 @@ class ResBlock(nn.Module):
 
 
 def residual_levels(widths: tuple[int, ...], blocks: int, temporal: bool) -> nn.ModuleList:
-    """Residual blocks of each level, fine to coarse. Time is mixed where that is cheapest, at the coarsest level."""
+    """Builds the residual blocks of each level, fine to coarse. Time is mixed at the coarsest level, where it is cheapest."""
     coarsest = len(widths) - 1
     return nn.ModuleList(
         nn.ModuleList(ResBlock(c, c, temporal and i == coarsest) for _ in range(blocks)) for i, c in enumerate(widths)
@@ -59,7 +61,10 @@ def residual_levels(widths: tuple[int, ...], blocks: int, temporal: bool) -> nn.
 
 
 def fit_channels(x: Tensor, channels: int) -> Tensor:
-    """(N, C, ...) -> (N, channels, ...): means of neighbouring channels, or each repeated; what is left over is left out."""
+    """Changes the number of channels without weights: (N, C, ...) -> (N, channels, ...).
+
+    Takes the means of groups of neighbouring channels, or repeats each channel; left-over channels are dropped.
+    """
     if x.shape[1] >= channels:
         size = x.shape[1] // channels
         return x[:, : size * channels].unflatten(1, (channels, size)).mean(2)
@@ -67,7 +72,7 @@ def fit_channels(x: Tensor, channels: int) -> Tensor:
 
 
 class Downsample(nn.Conv2d):
-    """(B, C, F, h, w) -> (B, C', F, h / 2, w / 2); the shortcut turns each 2 x 2 places into channels."""
+    """Halves height and width: (B, C, F, h, w) -> (B, C', F, h / 2, w / 2); the shortcut turns 2 x 2 places into channels."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 2, stride=2)
@@ -80,7 +85,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.ConvTranspose2d):
-    """(B, C, F, h, w) -> (B, C', F, 2 h, 2 w); the shortcut turns channels into 2 x 2 places."""
+    """Doubles height and width: (B, C, F, h, w) -> (B, C', F, 2 h, 2 w); the shortcut turns channels into 2 x 2 places."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 2, stride=2)
@@ -93,7 +98,7 @@ class Upsample(nn.ConvTranspose2d):
 
 
 class FromLatent(CausalConv3d):
-    """Feature (B, d, F, h, w) -> (B, C, F, h, w), the coarsest level's channels, with a shortcut."""
+    """Maps a feature (B, d, F, h, w) to the coarsest level's channels, (B, C, F, h, w), with a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, temporal: bool):
         super().__init__(inputs, outputs, kernel(temporal))
@@ -104,14 +109,14 @@ class FromLatent(CausalConv3d):
 
 
 class Encoder(nn.Module):
-    """Pixels -> feature, F = 1 + (T - 1) / 4 latent frames.
+    """Encodes pixels as the feature of F = 1 + (T - 1) / 4 latent frames.
 
     Args:
         bits: d, channels of the feature.
         patch: side of the pixel patch that the stem folds into channels.
         widths: channels of each level, from fine to coarse; each level halves height and width.
         blocks: residual blocks per level.
-        temporal: whether it knows time; without, each frame is a picture of its own and a latent frame.
+        temporal: whether it folds and mixes time; if not, each pixel frame is coded alone, as one latent frame.
     """
 
     def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int, temporal: bool):
@@ -120,14 +125,14 @@ class Encoder(nn.Module):
         self.make_layers(3 * self.tau * patch**2, bits, widths, blocks, temporal)
 
     def make_layers(self, inputs: int, outputs: int, widths: tuple[int, ...], blocks: int, temporal: bool):
-        """Stem, levels, what is between them, norm and head: all that another architecture has otherwise."""
+        """Builds stem, levels, downsampling, norm and head: all that another architecture does differently."""
         self.stem = CausalConv3d(inputs, widths[0], (1, 1, 1))
         self.levels = residual_levels(widths, blocks, temporal)
         self.downs = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:]))
         self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], outputs, kernel(temporal))
 
     def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
-        """video: (B, 3, T, H, W) in [-1, 1] -> (B, d, F, h, w)."""
+        """Encodes a video (B, 3, T, H, W) in [-1, 1] as its feature (B, d, F, h, w)."""
         x = self.stem(fold(video, self.tau, self.patch, _started(self, stream)))
         for i, level in enumerate(self.levels):
             if i:
@@ -138,12 +143,13 @@ class Encoder(nn.Module):
         return y + self.shortcut(x).to(y.dtype)
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """Past norm and head: after the activation means would be above 0, and so would most bits."""
+        """Carries x past norm, activation and head. Taken after the activation, its mean, and so most bits, would be above
+        0."""
         return fit_channels(x, self.head.out_channels)
 
 
 class Decoder(nn.Module):
-    """Feature -> pixels; the mirror image of `Encoder`, with the same arguments."""
+    """Decodes a feature to pixels; the mirror image of `Encoder`, with the same arguments."""
 
     def __init__(self, bits: int, patch: int, widths: tuple[int, ...], blocks: int, temporal: bool):
         super().__init__()
@@ -151,7 +157,7 @@ class Decoder(nn.Module):
         self.make_layers(bits, 3 * self.tau * patch**2, widths, blocks, temporal)
 
     def make_layers(self, inputs: int, outputs: int, widths: tuple[int, ...], blocks: int, temporal: bool):
-        """As the encoder's."""
+        """Builds the layers, as `Encoder.make_layers`."""
         self.levels = residual_levels(widths, blocks, temporal)[::-1]
         widths = widths[::-1]
         self.stem = FromLatent(inputs, widths[0], temporal)
@@ -159,7 +165,7 @@ class Decoder(nn.Module):
         self.norm, self.head = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], outputs, (1, 3, 3))
 
     def forward(self, feature: Tensor, stream: Stream | None = None) -> Tensor:
-        """feature: (B, d, F, h, w) -> (B, 3, T, H, W), not clamped."""
+        """Decodes a feature (B, d, F, h, w) to pixels (B, 3, T, H, W), not clamped."""
         x = self.stem(feature, stream)
         for i, level in enumerate(self.levels):
             if i:
@@ -171,7 +177,7 @@ class Decoder(nn.Module):
 
 
 def _started(module: nn.Module, stream: Stream | None) -> bool:
-    """Whether the stream has passed through `module` before; notes that it has now."""
+    """Returns whether the stream has passed through `module` before, and records that it has now."""
     if stream is None:
         return False
     return stream.setdefault(module, False) or bool(stream.update({module: True}))

@@ -1,8 +1,8 @@
-"""Convolution over time that sees the past only, whole or chunk by chunk.
+"""Causal convolution over time, of whole clips or chunk by chunk.
 
-All convolutions here are 2D: of frames, with the frames before them stacked as further channels where time is mixed. It is
-the same arithmetic, on kernels that are right everywhere: on CPUs with AMX, bfloat16 gradients of 3D ones can be NaN (torch
-2.13: 192 -> 128 channels on 32 x 32, and others).
+All convolutions here are 2D, over single frames; where time is mixed, the frames before are stacked as further channels. The
+arithmetic is that of 3D convolutions, but 2D kernels are right everywhere: on CPUs with AMX, bfloat16 gradients of 3D kernels
+can be NaN (torch 2.13: 192 -> 128 channels on 32 x 32, and others).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-Stream = dict  # module -> its temporal context; hand the same one to every chunk of a clip, a new one to every clip
+Stream = dict  # module -> its temporal context; pass the same one for every chunk of a clip, a new one for every clip
 
 
 def each_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -23,11 +23,11 @@ def each_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class CausalConv3d(nn.Conv2d):
     """3D convolution whose output at time t depends on inputs up to t; an odd kernel keeps the size of the input.
 
-    Before the first frame the input is taken to be the first frame repeated, so a still video gives a still output. The
-    weight is (outputs, time * inputs, height, width), the oldest frame first.
+    The first frame, repeated, pads the past, so a still video gives a still output. The weight is
+    (outputs, time * inputs, height, width), the oldest frame first.
 
     Args:
-        kernel: (time, height, width). stride: in space.
+        kernel: (time, height, width). stride: of height and width.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3), stride: int = 1):
@@ -36,9 +36,9 @@ class CausalConv3d(nn.Conv2d):
         self.past = kernel[0] - 1
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        """x: (B, C, T, H, W), the next frames of the stream, or a whole clip without one."""
+        """x: (B, C, T, H, W), the next frames of the stream; without a stream, a whole clip."""
         if self.past:
-            x = x.movedim(1, -1)  # slices and sums, and their gradients, in the order that lies in memory
+            x = x.movedim(1, -1)  # so that slices and their gradients follow the order in memory, channels last
             context = None if stream is None else stream.get(self)
             if context is None:
                 context = x[:, :1].expand(-1, self.past, -1, -1, -1)
@@ -54,8 +54,8 @@ def fold(video: Tensor, tau: int, patch: int, started: bool = False) -> Tensor:
     """Trades resolution for channels: groups of `tau` frames, patches of `patch` x `patch` pixels.
 
     Args:
-        video: (B, C, T, H, W); T = 1 + tau * n, or tau * n if the stream has `started`. The first frame is a group of its
-            own, made whole by repeating it.
+        video: (B, C, T, H, W); T = 1 + tau * n, or tau * n if the stream has `started`. The first frame, repeated tau
+            times, is a group of its own.
     Returns:
         (B, C * tau * patch^2, F, H / patch, W / patch), channels last in memory
     """
@@ -67,7 +67,7 @@ def fold(video: Tensor, tau: int, patch: int, started: bool = False) -> Tensor:
 
 
 def unfold(x: Tensor, tau: int, patch: int, started: bool = False) -> Tensor:
-    """The inverse of `fold`: (B, C * tau * patch^2, F, h, w) -> (B, C, T, h * patch, w * patch)."""
+    """Inverts `fold`: (B, C * tau * patch^2, F, h, w) -> (B, C, T, h * patch, w * patch)."""
     B, _, F, h, w = x.shape
     x = x.view(B, -1, tau, patch, patch, F, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
     video = x.reshape(B, -1, F * tau, h * patch, w * patch)

@@ -1,4 +1,4 @@
-"""Patch discriminators: is a neighbourhood of a clip real? One looks at frames, one at motion too."""
+"""Patch discriminators, which judge whether neighbourhoods of a clip are real: one by single frames, one by motion too."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from torch.nn import functional as F
 
 from kit.tokenizer.causal import CausalConv3d
 
-GROUPS = 8  # of channels, normalised together
+GROUPS = 8  # groups of channels in the normalisation
 
 
 class PatchDiscriminator(nn.Module):
-    """A map of logits, each for a neighbourhood (PatchGAN, Isola et al. 2017, arXiv 1611.07004).
+    """Maps a clip to logits, one per neighbourhood (PatchGAN, Isola et al. 2017, arXiv 1611.07004).
 
     Args:
-        dims: 2 looks at each frame on its own, 3 at those before it too.
-        width: channels of the first layer, a multiple of 8. layers: halvings of height and width.
+        dims: 2 sees each frame alone, 3 the frames before it too.
+        width: channels of the first layer, a multiple of 8. layers: number of halvings of height and width.
+    Raises:
+        ValueError: for other dims.
     """
 
     def __init__(self, dims: int, width: int, layers: int):
@@ -26,7 +28,7 @@ class PatchDiscriminator(nn.Module):
         past = 3 if dims == 3 else 1
         widths = [3, *(width * 2 ** min(n, 2) for n in range(layers))]
         self.convolutions = nn.ModuleList(CausalConv3d(a, b, (past, 4, 4), stride=2) for a, b in zip(widths, widths[1:]))
-        self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, b) for b in widths[2:])  # none after the first, as is usual
+        self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, b) for b in widths[2:])  # the first convolution has none, as is usual
         self.head = CausalConv3d(widths[-1], 1, (past, 3, 3))
 
     def forward(self, video: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ class Discriminator(nn.Module):
     """Several patch discriminators side by side.
 
     Args:
-        dims: of each, such as (2, 3). width, layers: of all.
+        dims: one for each discriminator, such as (2, 3). width, layers: the same for all.
     """
 
     def __init__(self, dims: tuple[int, ...], width: int, layers: int):
@@ -50,5 +52,5 @@ class Discriminator(nn.Module):
         self.parts = nn.ModuleList(PatchDiscriminator(d, width, layers) for d in dims)
 
     def forward(self, video: Tensor) -> list[Tensor]:
-        """(B, 3, T, H, W) in [-1, 1] -> a map of logits from each."""
+        """Returns each discriminator's map of logits for a video (B, 3, T, H, W) in [-1, 1]."""
         return [part(video) for part in self.parts]

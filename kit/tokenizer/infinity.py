@@ -1,8 +1,8 @@
-"""The encoder and decoder of Infinity's tokenizer of images (Han et al. 2024, arXiv 2412.04431; its bsq_vae/flux_vqgan.py),
-made causal: of a picture they compute what Infinity computes, so they can take its weights (`infinity_weights.py`).
+"""Encoder and decoder of Infinity's image tokenizer (Han et al. 2024, arXiv 2412.04431; its bsq_vae/flux_vqgan.py), made
+causal. On images they compute what Infinity computes, so they can load its weights (`infinity_weights.py`).
 
-A clip passes them as it passes those of `autoencoder.py`: time is folded in the stem and mixed at the coarsest level, and
-each latent frame is normalised on its own.
+Clips are coded as in `autoencoder.py`: time is folded in the stem and mixed at the coarsest level, and each latent frame is
+normalised on its own.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from kit.tokenizer import autoencoder
 from kit.tokenizer.autoencoder import ResBlock, kernel
 from kit.tokenizer.causal import CausalConv3d, Stream, each_frame
 
-MIDDLE = 2  # further residual blocks at the coarsest level, last in the encoder and first in the decoder
+MIDDLE = 2  # additional residual blocks at the coarsest level, last in the encoder and first in the decoder
 
 
 class FrameNorm(nn.GroupNorm):
-    """Group normalisation of each latent frame on its own.
+    """Group normalisation, separate for each latent frame.
 
     Raises:
-        ValueError: if the channels do not make 32 groups.
+        ValueError: if the number of channels is not a multiple of 32.
     """
 
     def __init__(self, channels: int):
@@ -35,7 +35,7 @@ class FrameNorm(nn.GroupNorm):
 
 
 class Downsample(nn.Conv2d):
-    """Halves height and width of every frame; zeros are added below and to the right only."""
+    """Halves height and width of every frame; pads with zeros at the bottom and on the right only."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, stride=2)
@@ -45,7 +45,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(CausalConv3d):
-    """Doubles height and width of every frame: each place four times, then a convolution."""
+    """Doubles height and width of every frame: nearest-neighbour resizing, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, (1, 3, 3))
@@ -55,13 +55,13 @@ class Upsample(CausalConv3d):
 
 
 def level(inputs: int, outputs: int, blocks: int, temporal: bool) -> nn.ModuleList:
-    """Residual blocks, the first of which changes the channels."""
+    """Builds the residual blocks of a level; the first one changes the channels."""
     widths = (inputs, *[outputs] * blocks)
     return nn.ModuleList(ResBlock(a, b, temporal, FrameNorm) for a, b in pairwise(widths))
 
 
 class Encoder(autoencoder.Encoder):
-    """Pixels -> feature; `blocks` residual blocks per level."""
+    """Encodes pixels as a feature; has `blocks` residual blocks per level, and MIDDLE more at the coarsest."""
 
     def make_layers(self, inputs: int, outputs: int, widths: tuple[int, ...], blocks: int, temporal: bool):
         *fine, coarsest = pairwise((widths[0], *widths))
@@ -72,12 +72,12 @@ class Encoder(autoencoder.Encoder):
         self.norm, self.head = FrameNorm(widths[-1]), CausalConv3d(widths[-1], outputs, kernel(temporal))
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """None."""
+        """Returns 0: Infinity has no shortcut here."""
         return x.new_zeros(())
 
 
 class Decoder(autoencoder.Decoder):
-    """Feature -> pixels; one residual block per level more than the encoder has."""
+    """Decodes a feature to pixels; has one more residual block per level than the encoder."""
 
     def make_layers(self, inputs: int, outputs: int, widths: tuple[int, ...], blocks: int, temporal: bool):
         widths = widths[::-1]

@@ -1,8 +1,8 @@
-"""Infinity's tokenizer of images from its public weights (Han et al. 2024, arXiv 2412.04431).
+"""Loads Infinity's image tokenizer from its public weights (Han et al. 2024, arXiv 2412.04431).
 
 Names and shapes are those of github.com/FoundationVision/Infinity, infinity/models/bsq_vae/: flux_vqgan.py, conv.py, and
-vae.py for the values the weights were trained with. Its quantizer (multiscale_bsq.py) has no weights and is ours without an
-amplitude: residuals resized by area, their signs / sqrt(d), resized up bilinearly and summed.
+vae.py for the values the weights were trained with. Its quantizer (multiscale_bsq.py) has no weights and equals ours without
+an amplitude: residuals resized by area, their signs / sqrt(d), resized up bilinearly and summed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.infinity import MIDDLE
 
 SCALES = (1, 2, 4, 6, 8, 12, 16)  # Infinity's for 256 x 256 pixels (utils/dynamic_resolution.py)
-PARTS = ("encoder.", "decoder.")  # beside them: quantizer, and what it was trained against
-QUANTIZERS = ("quantizer.", "quantize.")  # two names of one
+PARTS = ("encoder.", "decoder.")  # a file also holds the quantizer, and what the tokenizer was trained against
+QUANTIZERS = ("quantizer.", "quantize.")  # two names for the same part
 LAYERS = {
     "norm1": "norm1.norm", "conv1": "conv1.conv", "norm2": "norm2.norm", "conv2": "conv2.conv",
     "shortcut": "nin_shortcut.conv",
@@ -26,12 +26,12 @@ LAYERS = {
 
 
 def load_infinity(path: Path) -> Tokenizer:
-    """A tokenizer of images that computes what Infinity's does.
+    """Loads an image tokenizer that computes what Infinity's does.
 
     Args:
-        path: a file of Infinity's, such as infinity_vae_d32reg.pth. Nothing in it is executed.
+        path: a file from Infinity, such as infinity_vae_d32reg.pth. Nothing in it is executed.
     Raises:
-        ValueError: if it holds something else, naming each weight that is missing, unknown or of another shape.
+        ValueError: if it holds something else, naming the first weights that are missing, unknown or of another shape.
     """
     weights = read_weights(path).get("vae")
     if not isinstance(weights, dict):
@@ -57,10 +57,10 @@ def load_infinity(path: Path) -> Tokenizer:
 
 
 def config_of(weights: dict[str, Tensor], path: Path) -> TokenizerConfig:
-    """Bits, widths and blocks, read from shapes.
+    """Reads bits, widths and blocks from the names and shapes of the weights.
 
     Raises:
-        ValueError: if the weights that tell are missing.
+        ValueError: if a weight that this needs is missing.
     """
     numbers = re.findall(r"encoder\.down\.(\d+)\.block\.(\d+)\.", " ".join(weights)) or [("0", "0")]
     levels, blocks = (1 + max(map(int, column)) for column in zip(*numbers))
@@ -76,9 +76,9 @@ def config_of(weights: dict[str, Tensor], path: Path) -> TokenizerConfig:
 
 
 def infinity_name(name: str, config: TokenizerConfig) -> str:
-    """Infinity's name of one of our weights: encoder.levels.1.0.conv1.bias -> encoder.down.1.block.0.conv1.conv.bias.
+    """Returns Infinity's name of one of our weights: encoder.levels.1.0.conv1.bias -> encoder.down.1.block.0.conv1.conv.bias.
 
-    Its levels count from fine to coarse in the decoder too, and its middle is a part of its own.
+    Infinity counts levels from fine to coarse in the decoder too, and names the middle blocks `mid`.
     """
     part, *layer, leaf = name.split(".")
     coarsest = len(config.widths) - 1

@@ -1,8 +1,9 @@
-"""A tokenizer that starts as a trained one: of video from one of images (the paper's initialisation, section 3.1), or alike.
+"""Starts a tokenizer from a trained one: a video tokenizer from an image tokenizer (the paper's initialisation, section 3.1),
+or one from another of the same architecture.
 
-An inflated one gives, of a still video, the image's bits in every latent frame and the image's reconstruction in every
-frame: kernels look at the last moment only, the stem at the last frame of each group, and the head paints all frames of a
-group alike.
+For a still video, an inflated tokenizer gives the image's bits in every latent frame and the image's reconstruction in every
+frame: its kernels see the last time step only, the stem sees the last frame of each group, and the head makes all frames of
+a group alike.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ COLOURS = 3
 
 
 def inflate(image: Tokenizer, video: Tokenizer):
-    """Sets the weights of `video` from those of `image`; both of one architecture but for time. Their scales may differ, and
-    the scales' bits: no weight depends on them.
+    """Sets the weights of the video tokenizer `video` from the image tokenizer `image` of the same architecture.
+
+    Their scales and `scale_bits` may differ: no weight depends on them.
 
     Raises:
-        ValueError: if one is not what it should be, or they differ in more, naming the difference.
+        ValueError: if either is of the wrong kind, or they differ in more, naming the difference.
     """
     if image.config.temporal or not video.config.temporal:
         raise ValueError("inflate needs a tokenizer of images (tokenizer.temporal=false) and makes one of video of it")
@@ -32,7 +34,7 @@ def inflate(image: Tokenizer, video: Tokenizer):
 
 
 def take_over(given: Tokenizer, tokenizer: Tokenizer):
-    """Sets the weights of `tokenizer` to those of `given`. Their scales may differ, as in `inflate`.
+    """Copies the weights of `given` into `tokenizer`. Their scales may differ, as in `inflate`.
 
     Raises:
         ValueError: if they differ in more, naming the difference.
@@ -43,14 +45,14 @@ def take_over(given: Tokenizer, tokenizer: Tokenizer):
 
 
 def differing(a: Tokenizer, b: Tokenizer, *free: str) -> str:
-    """In which values that weights depend on two tokenizers differ, those named in `free` left out."""
+    """Names the config values in which two tokenizers differ, except scales and the keys in `free`; empty if none do."""
     free = {*free, "scales", "scale_bits"}
     a, b = ({k: v for k, v in model.config.as_dict().items() if k not in free} for model in (a, b))
     return ", ".join(f"{key} {a[key]} and {b[key]}" for key in a if a[key] != b[key])
 
 
 def inflated(name: str, video: Tensor, image: Tensor) -> Tensor:
-    """The image's weight in the shape of the video's."""
+    """Expands a weight of the image tokenizer to the shape of the video tokenizer's weight of that name."""
     if name == "encoder.stem.weight":  # (out, colours * tau * patch^2, h, w): the last frame of each group
         groups = torch.zeros_like(video).unflatten(1, (COLOURS, TAU, -1))
         groups[:, :, -1] = image.unflatten(1, (COLOURS, -1))

@@ -257,11 +257,11 @@ def test_no_folder_and_no_video(tmp_path):
         ({"label_from": "filename", "filename_pattern": "^(?P<label>x)"}, "has no label, expected a name that matches"),
         ({"filename_pattern": "("}, r"filename_pattern='\('"),
         ({"filename_pattern": ".*"}, r"filename_pattern='\.\*'.*expected one such as"),
-        ({"frames": 0}, "frames=0; expected 1 or more"),
+        ({"frames": 0}, "frames=0; expected a whole number of 1 or more"),
         ({"width": -3}, "width=-3"),
         ({"fps": -1}, "fps=-1"),
         ({"seed": -1}, "seed=-1"),
-        ({"val_every": 1}, "val_every=1; expected 2 or more"),
+        ({"val_every": 1}, "val_every=1; expected a whole number of 2 or more"),
         ({"backend": "opencv"}, "'opencv'.*decord, pyav"),
     ],
 )

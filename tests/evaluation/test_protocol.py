@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from kit.checkpoint import differences
 from kit.confs import CONF
 from kit.evaluation.protocol import Network, Protocol, Real
 from kit.run import plain
+from kit.values import differences
 from tests.fixtures import composed
 
 SHIPPED = sorted(path.stem for path in (CONF / "protocol").glob("*.yaml"))
