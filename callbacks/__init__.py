@@ -1,4 +1,4 @@
-"""Callbacks: they watch and switch, and know no losses."""
+"""Callbacks: they watch and switch, and compute no losses."""
 
 from callbacks.code_use import CodeUse
 from callbacks.compile import CompileLayers

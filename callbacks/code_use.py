@@ -10,13 +10,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from kit.inspection import bit_use, bit_use_picture, entropy_of
 
-DEAD = 0.01  # bits of entropy: of a bit that is the same in all but one of 1,200 tokens
+DEAD = 0.01  # bits of entropy; a bit that is the same in all but one of 1,200 tokens has as much
 
 
 class CodeUse(L.Callback):
-    """Over the validation clips: a picture with a cell for each bit of each scale in `folder`/media, the mean entropy of
-    each scale's bits as `val/bit_entropy_scale<k>`, and in how many places, of all scales together, a bit is dead as
-    `val/dead_bits`. Coarse scales have few tokens: with few validation clips some of their bits are alike by chance.
+    """Shows how the validation clips use the bits of the tokenizer.
+
+    It writes a picture to `folder`/media with a cell for each bit of each scale, and logs the mean entropy of each scale's
+    bits as `val/bit_entropy_scale<k>` and the number of dead bits, over all scales, as `val/dead_bits`. Coarse scales have
+    few tokens: with few validation clips some of their bits are constant by chance.
     """
 
     def __init__(self, folder: str):
@@ -43,7 +45,7 @@ class CodeUse(L.Callback):
             step = trainer.global_step
             try:
                 picture = bit_use_picture(ones, self.folder / f"bit_use_step{step:06d}.png")
-            except OSError as error:  # a full disk shall not end a training for want of a picture
+            except OSError as error:  # a full disk must not end a training over a picture
                 rank_zero_warn(f"no picture of the bits' use at step {step}: {error}")
                 return
             for logger in trainer.loggers:

@@ -8,15 +8,15 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from kit.machine import can_compile
 
-SHAPES = 64  # of clips and of images that layers are compiled for; further ones are computed uncompiled
+SHAPES = 64  # of clips and of images that layers are compiled for; further shapes run uncompiled
 
 
 class CompileLayers(L.Callback):
-    """Compiles a transformer's layers for training; validation and sampling, whose shapes vary, stay as they are.
+    """Compiles a transformer's layers for training; validation and sampling, whose shapes vary, compile nothing more.
 
     Args:
-        least_steps: shorter runs are left alone, since compiling takes some ten seconds. So are machines that cannot
-            compile: no C++ compiler, no Triton.
+        least_steps: a run with fewer steps is not compiled, since compiling takes some ten seconds. Neither is one on a
+            machine that cannot compile: no C++ compiler, no Triton.
     """
 
     def __init__(self, least_steps: int = 300):
@@ -37,7 +37,7 @@ class CompileLayers(L.Callback):
             torch.compiler.set_stance("default")
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if self.compiled:  # whatever else the layers are given
+        if self.compiled:  # until the next step no other shapes are compiled
             torch.compiler.set_stance("eager_on_recompile")
 
     def on_fit_end(self, trainer, module):

@@ -27,7 +27,7 @@ class EMA(L.Callback):
         live = dict(self._averaged(module))
         if self.average is None:
             self.average = {name: p.detach().clone() for name, p in live.items()}
-        else:  # of a checkpoint
+        else:  # from a checkpoint
             self.average = {name: a.to(live[name].device) for name, a in self.average.items()}
 
     @torch.no_grad()
@@ -71,5 +71,5 @@ class EMA(L.Callback):
 
     @staticmethod
     def _averaged(module):
-        """Weights of the model, also those that a stage leaves as they are; a discriminator is needed as it is."""
+        """The model's weights, with those that a stage freezes. A discriminator is not averaged."""
         return [(f"model.{name}", p) for name, p in module.model.named_parameters()]

@@ -1,4 +1,4 @@
-"""Stops a run whose loss is lost, before it reaches the weights."""
+"""Stops a run at a bad loss, before it reaches the weights."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import torch
 from kit.files import disk_errors, not_saved, written_aside
 from kit.retries import LostLoss
 
-SPAN = 100  # losses that the running mean is over, about
+SPAN = 100  # losses in the running mean, about
 
 
 class LossGuard(L.Callback):
-    """Raises `LostLoss` on a loss that is no finite number, or far above the ones before it, before the optimizer step, and
-    saves the batch that made it.
+    """Raises `LostLoss`, before the optimizer step, on a loss that is not finite or far above the ones before it.
+
+    It saves the batch with that loss.
 
     Args:
-        folder: where `lost_loss_step<N>.pt` goes, of the first process whose loss it is.
-        explosion: how many times the running mean of the losses' sizes is too much, once there are 100; None: any is good.
-            Of an adversarial training both sides' losses count alike.
+        folder: where `lost_loss_step<N>.pt` goes, written by the first process with a bad loss.
+        explosion: a loss is bad if its size exceeds the running mean of the losses' sizes this many times, once there are
+            100; None: any finite loss is good. In adversarial training the losses of both sides count alike.
     """
 
     def __init__(self, folder: str, explosion: float | None = None):

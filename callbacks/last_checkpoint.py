@@ -16,27 +16,31 @@ from kit.values import check_whole_number
 
 
 class Preempted(SystemExit):
-    """The run was told to end, and has saved. Its code is that of a process which the signal ended."""
+    """Raised when the run was told to end by SIGTERM, and has saved.
+
+    Its exit code is that of a process which the signal ended.
+    """
 
     def __init__(self):
         super().__init__(128 + signal.SIGTERM)
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt` up to date: every so many optimizer steps, as far as that leaves most of the time for training, when
-    training ends, and when the process is told to end (SIGTERM, as schedulers send it before they take a machine away), after
-    the step it is at.
+    """Keeps `last.ckpt` up to date.
 
-    Being a `Checkpoint`, Lightning calls it after all other callbacks, so that it saves what they hold of this step.
+    It saves every `every` optimizer steps, as far as `share` allows, when training ends, and when SIGTERM tells the process
+    to end, after the current step. Schedulers send SIGTERM before they take a machine away.
+
+    Because it is a `Checkpoint`, Lightning calls it after all other callbacks, so that it saves what they hold of this step.
 
     Args:
         folder: of the checkpoints. every: optimizer steps between two saves.
-        share: of the time that they may take, above 0 and up to 1; a large model, or one of quick steps, is saved less often.
-            The best checkpoint and those of stages are not counted.
-        may_fail: saves in a row that may fail, for example on a full disk, before the run stops; the last of a training may
-            not.
+        share: share of the time that saving may take, above 0 and up to 1: a large model, or one of quick steps, is saved
+            less often. The best checkpoint and those of stages are not counted.
+        may_fail: number of saves in a row that may fail, for example on a full disk, before the run stops; the last save of
+            a training may not fail.
     Raises:
-        ValueError: if `every` is below 1, `may_fail` below 0, or `share` is none.
+        ValueError: if `every` is below 1, `may_fail` below 0, or `share` out of its range.
     """
 
     def __init__(self, folder: str, every: int, share: float = 1.0, may_fail: int = 0):
@@ -44,7 +48,7 @@ class LastCheckpoint(Checkpoint):
             check_whole_number(f"callbacks.last.{key}", value, least)
         if not 0 < share <= 1:
             raise ValueError(f"callbacks.last.share={share}; expected a share of the time, above 0 and up to 1")
-        self.share, self.rest_until = share, 0.0  # on the clock that `time.monotonic` reads
+        self.share, self.rest_until = share, 0.0  # in seconds of `time.monotonic`
         self.path, self.every, self.may_fail = Path(folder) / "last.ckpt", every, may_fail
         self.saved = None
         self.told_to_end = False
@@ -57,7 +61,10 @@ class LastCheckpoint(Checkpoint):
 
     @staticmethod
     def _on_sigterm(handler):
-        """In place of Lightning's handler, which ends within a step; at the end Lightning brings back what was before."""
+        """Replaces Lightning's SIGTERM handler, which ends within a step.
+
+        At the end Lightning restores the handler that was there before.
+        """
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
 
@@ -76,20 +83,20 @@ class LastCheckpoint(Checkpoint):
                 self._save(trainer, self.may_fail)
 
     def on_validation_end(self, trainer, module):
-        if trainer.global_step and trainer.global_step == self.saved:  # once more, with what the validation told others
+        if trainer.global_step and trainer.global_step == self.saved:  # again, with what other callbacks learned
             self.saved = None
             self._save(trainer, self.may_fail)
         else:
-            self._check(trainer, self.may_fail)  # other callbacks save here
+            self._check(trainer, self.may_fail)  # of checkpoints that other callbacks save here
 
     def on_train_end(self, trainer, module):
         self._save(trainer, may_fail=0)
 
     def on_fit_end(self, trainer, module):
-        self._save(trainer, may_fail=0)  # where there was no step left to train
+        self._save(trainer, may_fail=0)  # for a run with no step left to train
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
-        if self.path.is_file():  # else it is another run's that this one goes on from
+        if self.path.is_file():  # else this run continues from another run's checkpoint
             self.saved = checkpoint["global_step"]
 
     def _save(self, trainer, may_fail: int):
@@ -102,15 +109,15 @@ class LastCheckpoint(Checkpoint):
                 self.saved = trainer.global_step
 
     def _check(self, trainer, may_fail: int) -> bool:
-        """Whether the last checkpoint of any kind has been saved.
+        """Whether the last save of a checkpoint, of any kind, succeeded.
 
         Raises:
-            OSError: if more than `may_fail` in a row have failed since the last look, on all processes.
+            OSError: on all processes, if more than `may_fail` saves in a row have failed since the last look.
         """
         io = trainer.strategy.checkpoint_io
-        if not isinstance(io, TrainingCheckpointIO):  # any other raises
+        if not isinstance(io, TrainingCheckpointIO):  # any other raises when a save fails
             return True
-        (worst, failure), failed = trainer.strategy.broadcast((io.look(), io.failed))  # in shards all fail alike
+        (worst, failure), failed = trainer.strategy.broadcast((io.look(), io.failed))  # with shards all fail alike
         if worst > may_fail:
             raise OSError(f"{failure}. Make room and go on with ckpt=last")
         return not failed

@@ -14,15 +14,18 @@ from kit.stages import Stage, StagePlan, starts
 
 
 class StageSwitch(L.Callback):
-    """Follows the stages of `StagedClips`: with the first batch of a stage the module gets its clips' shape, the optimizer
-    its learning rate, and the parts that shall not learn are frozen; model and optimizer stay. A stage ends after its steps,
-    or on a plateau, and leaves a checkpoint of its name, with all that a training goes on with.
+    """Follows the stages of `StagedClips`.
 
-    It stands behind the others that hold something of a step, such as EMA, so that they have it when it saves.
+    With the first batch of a stage the module gets its clips' shape, the optimizer its learning rate, and the parts that
+    shall not learn are frozen; model and optimizer stay. A stage ends after its steps, or on a plateau, and leaves a
+    checkpoint of its name, from which training can continue.
+
+    It must come after the callbacks that hold something of a step, such as EMA, so that its checkpoints have the current
+    state.
 
     Args:
         folder: of the checkpoints.
-        monitor, mode: the validation's metric that a plateau is seen by, and whether `min` or `max` is better.
+        monitor, mode: validation metric that shows a plateau, and whether `min` or `max` is better.
     """
 
     def __init__(self, folder: str, monitor: str, mode: str = "min"):
@@ -32,16 +35,20 @@ class StageSwitch(L.Callback):
         self.best, self.waited = float("inf"), 0
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
-        """A stage may have been longer than it is planned now: the others keep their steps."""
+        """Sets the number of steps to that of all stages.
+
+        A stage that is over may have been longer than it is planned now; the others keep their steps.
+        """
         if isinstance(trainer.datamodule, StagedClips):
             steps = sum(trainer.datamodule.batches) // batches_of_a_step(trainer, module)
             trainer.fit_loop.epoch_loop.max_steps = steps
 
     def on_fit_start(self, trainer, module):
-        """
+        """Checks that the stages can be trained.
+
         Raises:
-            ValueError: if there are no stages, or one shall train parts that there are not, or on several devices some of
-                the parts.
+            ValueError: if there are no stages, a stage shall train parts that do not exist, or some of the parts on several
+                devices without the strategy for that; as `check_adaptive`.
         """
         if not isinstance(trainer.datamodule, StagedClips):
             raise ValueError("callbacks.stage_switch is for trainings in stages: give stages, or callbacks.stage_switch=null")
@@ -117,9 +124,10 @@ class StageSwitch(L.Callback):
 
 
 def check_names(module: L.LightningModule, stage: Stage):
-    """
+    """Checks the names of the parts that a stage shall train.
+
     Raises:
-        ValueError: if no parameter's name begins as the stage has it.
+        ValueError: if one of `stage.train` is not the beginning of any parameter's name.
     """
     names = [name for name, _ in module.model.named_parameters()]
     for beginning in stage.train:
@@ -129,9 +137,10 @@ def check_names(module: L.LightningModule, stage: Stage):
 
 
 def check_adaptive(module: L.LightningModule, plan: StagePlan):
-    """
+    """Checks that each stage trains what an adaptive adversarial loss looks at.
+
     Raises:
-        ValueError: if a stage leaves out what an adaptive adversarial loss looks at, once that has begun.
+        ValueError: if a stage does not, and lasts beyond the beginning of that loss.
     """
     if getattr(module, "discriminator", None) is None or not module.loss["adversarial"]["adaptive"]:
         return
@@ -144,7 +153,7 @@ def check_adaptive(module: L.LightningModule, plan: StagePlan):
 
 
 def freeze_all_but(module: L.LightningModule, beginnings: tuple[str, ...] | None) -> str:
-    """Of the model's parameters those learn whose names begin so, or all; says which."""
+    """Freezes the model's parameters, except those whose names begin so (None: all learn); says which learn."""
     for name, p in module.model.named_parameters():
         p.requires_grad_(beginnings is None or name.startswith(tuple(beginnings)))
     return "all weights learn" if beginnings is None else f"{', '.join(beginnings)} learn"

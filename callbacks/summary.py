@@ -1,4 +1,4 @@
-"""Says at the start what is about to be trained."""
+"""Prints at the start of a training what is about to be trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def million(n: int) -> str:
 
 
 class RunSummary(L.Callback):
-    """Prints parameters, tokens per clip, steps, clips and the memory that training state needs; at the end what was lost."""
+    """Prints parameters, tokens per clip, steps, clips and the memory that training state needs.
+
+    At the end it prints which files could not be read.
+    """
 
     @rank_zero_only
     def on_fit_start(self, trainer, module):
@@ -28,7 +31,7 @@ class RunSummary(L.Callback):
 
     @staticmethod
     def lines(trainer, module) -> dict[str, str]:
-        """Name -> value of each line."""
+        """The lines to print: name -> value."""
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in module.model.named_children()}
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         averaged = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
@@ -39,7 +42,7 @@ class RunSummary(L.Callback):
         batch = data.batch_size * batches_of_a_step(trainer, module)
         kind = "images" if data.images is None else "pictures"
         largest = sorted(parts.items(), key=lambda item: -item[1])[:4]
-        if isinstance(data, StagedClips):  # StageSwitch tells of each
+        if isinstance(data, StagedClips):  # StageSwitch prints each
             steps = {f"stage {s.name}": f"{s.steps} steps" for s in data.plan.stages}
         elif data.bucketed:
             batches = batches_of_a_step(trainer, module)

@@ -18,11 +18,11 @@ from kit.sharding import whole_model
 class VideoLogger(L.Callback):
     """After each validation writes a picture and a video of the first validation clips to `folder`/media.
 
-    A tokenizer shows real and reconstruction; a generator real, reconstruction, teacher-forced (each block predicted
-    from the true earlier ones) and free sample. "The loss falls but samples are noise" shows here at a glance.
+    A tokenizer shows real and reconstruction; a generator real, reconstruction, teacher-forced (each block predicted from
+    the true earlier ones) and free sample. "The loss falls but samples are noise" shows here at a glance.
 
     Args:
-        clips: how many. sampling: values of `Sampling`, of the free samples.
+        clips: number of clips to show. sampling: values of `Sampling` for the free samples.
     """
 
     def __init__(self, folder: str, clips: int = 4, sampling: dict | None = None):
@@ -35,7 +35,7 @@ class VideoLogger(L.Callback):
         if trainer.is_global_zero:
             try:
                 self._show(trainer, module, model)
-            except OSError as error:  # a full disk shall not end a training for want of a picture
+            except OSError as error:  # a full disk must not end a training over a picture
                 rank_zero_warn(f"no pictures of step {trainer.global_step}: {error}")
 
     @torch.no_grad()
@@ -57,8 +57,8 @@ class VideoLogger(L.Callback):
                 logger.log_video("samples_video", [str(video)], step=step, format=["mp4"])
 
     def rows(self, module, model, batch: dict) -> dict[str, torch.Tensor]:
-        """What is shown: name -> (clips, 3, T, H, W)."""
-        real = {"real": batch["video"]} if "video" in batch else {}  # a cache has none
+        """Videos to show: name -> (clips, 3, T, H, W)."""
+        real = {"real": batch["video"]} if "video" in batch else {}  # a cache holds no pixels
         if module.kind == "tokenizer":
             return {**real, "reconstruction": model.reconstruct(batch["video"])}
         feature, prompts = module.feature(batch), model.condition.prompts(batch)

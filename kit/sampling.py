@@ -1,4 +1,4 @@
-"""From prompts to pixels: sampled frames through the tokenizer's decoder, for a clip or for a video of any length."""
+"""Generates pixels from prompts: samples latent frames and decodes them, for a clip or for a video of any length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kit.tokenizer.quantizer import feature_to_bits
 
 
 def seed_of(*place: int) -> int:
-    """A seed of 32 bits for each place in numbered work, such as (seed, fold, clip), whatever else is made."""
+    """Derives a 32-bit seed from a place in numbered work, such as (seed, fold, clip), whatever else is generated."""
     return int(np.random.SeedSequence(place).generate_state(1)[0])
 
 
@@ -26,11 +26,13 @@ def stream_clips(
     model: Generator, tokenizer: Tokenizer, schedule: ScaleSchedule, prompts: Sequence[str], seeds: Sequence[int],
     how: Sampling = Sampling(), history: Tensor | None = None, on_block: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Pixels as they come: (B, 3, 1, H, W), then (B, 3, 4, H, W) for each further latent frame, in [-1, 1].
+    """Generates clips and yields pixels as they come, in [-1, 1]: (B, 3, 1, H, W), then (B, 3, 4, H, W) per latent frame.
 
     Args:
-        history: (B, 3, T0, H, W) in [-1, 1], T0 = 1 + 4n: an image or the beginning of a video to go on from.
+        history: (B, 3, T0, H, W) in [-1, 1], T0 = 1 + 4n: an image or the beginning of a video to continue.
         on_block: called after each block.
+    Raises:
+        ValueError: if the history has other scales than the schedule; else as `sample_frames`.
     """
     bits = None
     if history is not None:
@@ -44,13 +46,14 @@ def stream_clips(
 
 
 def sample_clips(*args, **kwargs) -> Tensor:
-    """Whole clips (B, 3, T, H, W) in [-1, 1]; arguments as for `stream_clips`."""
+    """Generates whole clips (B, 3, T, H, W) in [-1, 1]; arguments as for `stream_clips`."""
     return torch.cat(list(stream_clips(*args, **kwargs)), dim=2)
 
 
 def windows(frames: int, longest: int, overlap: int) -> list[int]:
-    """Pixel frames of each window of a video of `frames`, each but the first beginning with the last `overlap` of the one
-    before; all counts 1 + 4n, and so all windows.
+    """Returns the pixel frames of each window of a video of `frames` frames.
+
+    Each window but the first begins with the last `overlap` frames of the one before. All numbers are 1 + 4n.
 
     Raises:
         ValueError: if a count is not 1 + 4n, or windows of `longest` frames add nothing to the overlap.
@@ -71,12 +74,12 @@ def stream_video(
     model: Generator, tokenizer: Tokenizer, schedule: ScaleSchedule, prompts: Sequence[str], seeds: Sequence[int],
     frames: int, how: Sampling = Sampling(), history: Tensor | None = None, on_block: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Videos of any length: the end of each window is encoded and continued as a clip of its own (frame re-encoding), so
-    that what a window costs, in time and memory, does not depend on how many came before.
+    """Generates videos of any length by frame re-encoding: encodes the end of each window as a clip of its own and continues
+    it, so that the cost of a window, in time and memory, does not depend on how many came before (method.md section 5).
 
     Args:
-        schedule: of a window; `frames`: pixel frames of the whole, 1 + 4n. For no more than a window this is `stream_clips`.
-        history: as for `stream_clips`, less than a window.
+        schedule: of a window. frames: pixel frames of the whole video, 1 + 4n; up to one window this is `stream_clips`.
+        history: as for `stream_clips`, shorter than a window.
     Yields:
         (B, 3, n, H, W), the frames in their order.
     """
@@ -85,11 +88,11 @@ def stream_video(
     for number, length in enumerate(windows(frames, longest, overlap)):
         part = schedule.with_frames(latent_frames(length))
         those = [seed_of(seed, number) if number else seed for seed in seeds]
-        again = overlap if number else 0  # frames of this window that were shown already
+        again = overlap if number else 0  # frames of this window that were yielded already
         given = torch.cat(list(recent), dim=2)[:, :, -overlap:] if number else history
         for pixels in stream_clips(model, tokenizer, part, prompts, those, how, given, on_block):
             recent.append(pixels)
-            if again:  # 1 + 4n frames, as the pieces add up to
+            if again:  # 1 + 4n frames; the pieces, of 1 and then 4, add up to it exactly
                 again -= pixels.shape[2]
             else:
                 yield pixels

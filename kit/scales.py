@@ -1,4 +1,4 @@
-"""The scale schedule: which blocks a clip is written in. The only place that knows grids, lengths and offsets.
+"""The scale schedule: the blocks of a clip. This is the only place that knows grids, lengths and offsets.
 
 A clip has T = 1 + TAU * n pixel frames and F = 1 + n latent frames; each latent frame is written as K residual maps of
 growing size (h_k, w_k). Block (f, k) is latent frame f at scale k, both counted from 0. The sequence holds all blocks
@@ -20,7 +20,7 @@ TAU = 4  # pixel frames per latent frame, after the first frame, which is coded 
 
 
 def latent_frames(frames: int) -> int:
-    """F of a clip of T pixel frames.
+    """Returns F, the number of latent frames of a clip of T pixel frames.
 
     Raises:
         ValueError: if T is not 1 + 4n.
@@ -32,12 +32,12 @@ def latent_frames(frames: int) -> int:
 
 
 def pixel_frames(latents: int) -> int:
-    """T of a clip of F latent frames."""
+    """Returns T, the number of pixel frames of a clip of F latent frames."""
     return 1 + TAU * (latents - 1)
 
 
 def whole_groups(frames: int, tau: int = TAU) -> int:
-    """The least T = 1 + tau * n of at least so many pixel frames; tau is 1 for a tokenizer of images."""
+    """Rounds a number of pixel frames up to the next T = 1 + tau * n; tau is 1 for an image tokenizer."""
     return frames + (1 - frames) % tau
 
 
@@ -59,15 +59,15 @@ class Block:
 
 @dataclass(frozen=True)
 class ScaleSchedule:
-    """F latent frames, each of K scales.
+    """Schedule of a clip: F latent frames, each of K scales (VideoAR eq. 5).
 
     Args:
         frames: F, number of latent frames.
         grids: (h_k, w_k) from coarse to fine; the last one is the latent grid (h, w).
-        bits: d_k, how many of a token's d bits, its first ones, each scale has; empty: all d. The others say nothing: they
-            are 0, have no part in the sum, and nobody predicts them.
+        bits: d_k, how many of a token's d bits, its first ones, each scale has; empty: all d. The other bits are False, add
+            nothing to the sum, and are not predicted.
     Raises:
-        ValueError: if there is no frame or no scale, the grids shrink, or `bits` is not one number of each scale.
+        ValueError: if there is no frame or no scale, the grids shrink, or `bits` is not one positive number per scale.
     """
 
     frames: int
@@ -89,7 +89,7 @@ class ScaleSchedule:
     def square(
         cls, frames: int, sides: list[int] | tuple[int, ...], grid: tuple[int, int] | None = None, bits: tuple[int, ...] = ()
     ):
-        """Scales given by one side each; on a non-square latent `grid` the other side follows its aspect ratio.
+        """Builds a schedule from one side per scale; on a non-square latent `grid` the other side follows its aspect ratio.
 
         Args:
             sides: for a square grid the sides h_k = w_k; otherwise the shorter side of each scale.
@@ -103,17 +103,17 @@ class ScaleSchedule:
 
     @property
     def scales(self) -> int:
-        """K."""
+        """K, the number of scales."""
         return len(self.grids)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w) of the latent."""
+        """(h, w) of the latent grid."""
         return self.grids[-1]
 
     @property
     def tokens_per_scale(self) -> list[int]:
-        """Of one frame, from coarse to fine."""
+        """Tokens of one frame at each scale, from coarse to fine."""
         return [h * w for h, w in self.grids]
 
     @property
@@ -122,7 +122,7 @@ class ScaleSchedule:
 
     @property
     def length(self) -> int:
-        """L, tokens of the whole clip, condition not counted."""
+        """L, tokens of the whole clip, without the condition."""
         return self.frames * self.tokens_per_frame
 
     @cached_property
@@ -138,35 +138,36 @@ class ScaleSchedule:
                 start += h * w
 
     def block(self, f: int, k: int) -> Block:
-        """Raises IndexError outside the schedule."""
+        """Returns block (f, k). Raises IndexError outside the schedule."""
         if not (0 <= f < self.frames and 0 <= k < self.scales):
             raise IndexError(f"no block ({f}, {k}) among {self.frames} frames of {self.scales} scales")
         return self.blocks[f * self.scales + k]
 
     def frame(self, f: int) -> slice:
-        """All tokens of frame f."""
+        """Returns the slice of all tokens of frame f."""
         return slice(f * self.tokens_per_frame, (f + 1) * self.tokens_per_frame)
 
     def with_frames(self, frames: int) -> ScaleSchedule:
-        """The same scales for another number of latent frames."""
+        """Returns a schedule of the same scales with another number of latent frames."""
         return replace(self, frames=frames)
 
     @functools.lru_cache(64)  # noqa: B019 (small and frozen)
     def with_history(self) -> ScaleSchedule:
-        """What a generator of `history: full` reads: each frame ends with one more block at full grid, its finished sum.
+        """Returns the layout of a generator with `history: full`: each frame ends with one more block, at full grid.
 
-        Such a block is not predicted. That of the last frame, which nobody reads, is in no sequence.
+        This history block carries the frame's finished sum and is not predicted. The last frame's, which no frame reads, is
+        left out of the sequence.
         """
         return ScaleSchedule(self.frames, (*self.grids, self.grid))
 
     def used_bits(self, d: int) -> torch.Tensor:
-        """(L, d) bool: the bits of each token that say something."""
+        """Returns which bits of each token its scale has, (L, d) bool."""
         scale = self.coordinates[:, 1]
         used = torch.tensor(self.bits or (d,) * self.scales, device=scale.device)[scale]
         return torch.arange(d, device=scale.device) < used[:, None]
 
     def bits_per_frame(self, d: int) -> int:
-        """What a latent frame costs, in bits."""
+        """Returns the number of bits of a latent frame."""
         return int(self.used_bits(d)[: self.tokens_per_frame].sum())
 
     @cached_property

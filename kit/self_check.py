@@ -1,4 +1,4 @@
-"""Where it is at fault when "the loss falls but samples are noise": the equivalences and effects that must hold, on a user's
+"""Finds the fault when "the loss falls but samples are noise": checks equivalences and effects that must hold, on a user's
 own checkpoint and clips."""
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
 from kit.tokenizer.quantizer import bits_to_feature
 
-ROUNDING = 2e-3  # of a logit's spread: what float32 may differ by on two ways to the same value
-SHIFT = 5.0  # positions that everything is moved by
-FEW = 6  # clips that tell nothing about prompts
+ROUNDING = 2e-3  # largest difference, in standard deviations of the logits, between two float32 computations of one value
+SHIFT = 5.0  # added to all positions
+FEW = 6  # fewer clips than this tell nothing about prompts
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, whether it is as it must be, what was found, and what a fault means."""
+    """Result of a check: its name, whether it passed, what was found, and what a failure means."""
 
     name: str
     ok: bool
@@ -39,10 +39,10 @@ class Check:
 
 @torch.no_grad()
 def self_check(model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: list[str]) -> list[Check]:
-    """
+    """Runs all checks, in float32.
+
     Args:
-        video: (B, 3, T, H, W) in [-1, 1], real clips, and their prompts; a few are enough. All on the models' device, which
-            compute in float32 here.
+        video: (B, 3, T, H, W) in [-1, 1], a few real clips, on the models' device. prompts: theirs.
     """
     schedule = tokenizer.schedule_of(video)
     with torch.autocast(video.device.type, enabled=False), exact_float32():
@@ -60,7 +60,7 @@ def self_check(model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: l
 
 
 def check_tokenizer(tokenizer: Tokenizer, video: Tensor, bits: Tensor, schedule: ScaleSchedule) -> Check:
-    """Does each scale add to the picture, and is all of them far better than one colour?"""
+    """Checks that no scale worsens the reconstruction, and that all together are far better than a single colour."""
     by_scale = [psnr(tokenizer.decode_bits(bits, schedule, k + 1), video).item() for k in range(schedule.scales)]
     colour = psnr(video.mean(dim=(2, 3, 4), keepdim=True).expand_as(video), video).item()
     ok = by_scale[-1] > colour + 4 and all(later > sooner - 0.5 for sooner, later in zip(by_scale, by_scale[1:]))
@@ -69,7 +69,7 @@ def check_tokenizer(tokenizer: Tokenizer, video: Tensor, bits: Tensor, schedule:
 
 
 def check_streaming(tokenizer: Tokenizer, bits: Tensor, schedule: ScaleSchedule) -> Check:
-    """Do frames decoded one after another, as in sampling, equal the clip decoded whole?"""
+    """Checks that frames decoded one after another, as in sampling, equal the clip decoded whole."""
     whole, stream, pieces = tokenizer.decode_bits(bits, schedule), {}, []
     feature = bits_to_feature(bits, schedule)
     for f in range(schedule.frames):
@@ -80,7 +80,7 @@ def check_streaming(tokenizer: Tokenizer, bits: Tensor, schedule: ScaleSchedule)
 
 
 def check_bits(logits: Tensor, bits: Tensor, schedule: ScaleSchedule) -> Check:
-    """Does the generator, shown the true history, guess bits better than by their commoner value in the other clips?"""
+    """Checks that the generator, given the true history, predicts bits better than their commoner value in other clips."""
     used = schedule.used_bits(bits.shape[-1]).to(bits.device)
     right = (((logits > 0) == bits) & used).float()
     ones = bits.float()
@@ -97,12 +97,12 @@ def check_bits(logits: Tensor, bits: Tensor, schedule: ScaleSchedule) -> Check:
 
 
 def check_conditioning(model: Generator, inputs: Tensor, bits: Tensor, prompts: list[str], schedule: ScaleSchedule) -> Check:
-    """Are a clip's bits likelier given its own prompt than given another clip's, and than given none, beyond chance?"""
+    """Checks that a clip's bits are likelier, beyond chance, given its own prompt than given another clip's, or none."""
     if len(prompts) < FEW or len(set(prompts)) == 1:
         why = f"{len(prompts)} clips are too few" if len(prompts) < FEW else "all clips have the same prompt"
         return Check("conditioning", True, f"not tried: {why}", "")
     used = schedule.used_bits(bits.shape[-1]).float().to(bits.device)
-    twice = prompts * 2  # clips of a class may lie together: of each the next one that is told otherwise
+    twice = prompts * 2  # clips of a class may be adjacent: takes the next prompt that differs
     others = [next(words for words in twice[i:] if words != prompt) for i, prompt in enumerate(prompts)]
 
     def losses(words: list[str], dropped: bool = False) -> Tensor:
@@ -117,12 +117,12 @@ def check_conditioning(model: Generator, inputs: Tensor, bits: Tensor, prompts: 
 
 
 def _above(differences: Tensor) -> bool:
-    """Whether numbers (n,) lie above 0 on average, by more than two standard errors."""
+    """Returns whether the mean of numbers (n,) is above 0 by more than two standard errors."""
     return (differences.mean() > 2 * differences.std() / len(differences) ** 0.5).item()
 
 
 def check_cache(model: Generator, bits: Tensor, logits: Tensor, prompts: list[str], schedule: ScaleSchedule) -> Check:
-    """Does sampling, block by block with the cache, compute what training computed of the whole clip?"""
+    """Checks that sampling, block by block with the cache, computes the same logits as training on the whole clip."""
     cached = CachedGenerator(model, schedule, model.condition(prompts))
     partial = [bits_to_feature(bits, schedule, scales=k + 1) for k in range(schedule.scales)]
     nothing, found = torch.zeros_like(partial[-1][:, :, 0]), []
@@ -133,13 +133,13 @@ def check_cache(model: Generator, bits: Tensor, logits: Tensor, prompts: list[st
 
 
 def check_batch(model: Generator, inputs: Tensor, logits: Tensor, prompts: list[str], schedule: ScaleSchedule) -> Check:
-    """Is a clip's result its own, whatever else is in the batch?"""
+    """Checks that a clip's logits do not depend on the other clips of the batch."""
     alone = [model(inputs[i : i + 1], schedule, model.condition(prompts[i : i + 1])) for i in range(len(prompts))]
     return _same("batch", torch.cat(alone), logits, "alone and in a batch", "clips of a batch mix")
 
 
 def check_positions(model: Generator, inputs: Tensor, logits: Tensor, prompts: list[str], schedule: ScaleSchedule) -> Check:
-    """Do only distances count, and do they: all positions moved change nothing, those of time stretched do."""
+    """Checks that only distances between positions count: shifting all changes nothing, stretching time does."""
     condition = model.condition(prompts)
 
     def moved(stretch: float, shift: float) -> Tensor:
@@ -149,7 +149,7 @@ def check_positions(model: Generator, inputs: Tensor, logits: Tensor, prompts: l
         try:
             return model(inputs, schedule, condition)
         finally:
-            del model.rotary  # back to the method
+            del model.rotary  # uncovers the method again
 
     if (spread := logits.std().item()) == 0:
         return Check("positions", True, "not tried: all logits are the same, as before any training", "")

@@ -1,4 +1,4 @@
-"""Plain values, as configs and checkpoints hold them, to what they describe."""
+"""Builds objects from plain values, as configs and checkpoints hold them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 def from_values(by: type[T], values: Mapping, what: str, /, **besides) -> T:
-    """A dataclass of plain values.
+    """Builds a dataclass from plain values.
 
     Args:
-        what: they are called. besides: values of the class that are not among them.
+        by: the dataclass. what: name used in error messages. besides: fields set by the caller.
     Raises:
-        ValueError: for a key that it has not; else as the class.
+        ValueError: for an unknown key; else as the class.
     """
     known = {f.name for f in fields(by)} - set(besides)
     if unknown := sorted(set(values) - known):
@@ -33,25 +33,25 @@ def check_whole_number(key: str, value: int | None, least: int, optional: bool =
 
 
 def equal_parts(batch_size: int, at_once: int | None) -> int:
-    """The fewest equal parts of a batch that have `at_once` clips at most; None: it is whole.
+    """Returns the smallest number of equal parts of a batch that have at most `at_once` clips each; None: one part.
 
     Raises:
         ValueError: if `at_once` is below 1.
     """
-    if at_once is None or not isinstance(batch_size, int) or batch_size < 1:  # which is told of where it is used
+    if at_once is None or not isinstance(batch_size, int) or batch_size < 1:  # it is reported where it is used
         return 1
     check_whole_number("at_once", at_once, 1)
     return next(parts for parts in range(1, batch_size + 1) if batch_size % parts == 0 and batch_size // parts <= at_once)
 
 
 def part_of(batch_size: int, at_once: int | None) -> int:
-    """Clips of such a part."""
+    """Returns the number of clips in each of the `equal_parts` of a batch."""
     parts = equal_parts(batch_size, at_once)
     return batch_size if parts == 1 else batch_size // parts
 
 
 def batches_of(batch_size: int, at_once: int | None, accumulate: int) -> int:
-    """How many such parts `accumulate` batches have."""
+    """Returns the number of `equal_parts` in `accumulate` batches."""
     return accumulate * equal_parts(batch_size, at_once)
 
 

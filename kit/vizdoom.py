@@ -1,7 +1,7 @@
 """First-person 3D clips as a captioned data set: python -m kit prepare vizdoom.
 
-They are rendered here, one action held in each, by the MIT-licensed package vizdoom: the engine of Doom with maps made for
-research and the pictures of Freedoom (BSD).
+The clips are rendered on this machine; in each the player holds one action. The MIT-licensed package vizdoom renders them:
+the engine of Doom with maps made for research and the pictures of Freedoom (BSD).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from kit.machine import cache_folder
 from kit.media import write_video
 from kit.values import check_whole_number
 
-MAPS = {  # name -> the package's scenario, what it looks like
+MAPS = {  # name -> the package's scenario, words of the caption
     "maze": ("my_way_home", "a maze of brown brick"),
     "castle": ("deathmatch", "a castle of pale brick and red stone"),
     "field": ("health_gathering", "a walled field of green slime"),
     "labyrinth": ("health_gathering_supreme", "a labyrinth of grey stone"),
     "arena": ("defend_the_center", "a round arena of sand"),
 }
-ACTIONS = {  # name -> the engine's button, how it is told
+ACTIONS = {  # name -> the engine's button, words of the caption
     "walk_forward": ("MOVE_FORWARD", "walking forward through"),
     "walk_backward": ("MOVE_BACKWARD", "walking backward through"),
     "turn_left": ("TURN_LEFT", "turning left in"),
@@ -48,25 +48,28 @@ ACTIONS = {  # name -> the engine's button, how it is told
     "step_right": ("MOVE_RIGHT", "stepping to the right in"),
     "shoot": ("ATTACK", "shooting a pistol in"),
 }
-HELD = {name: np.eye(len(ACTIONS), dtype=int)[n].tolist() for n, name in enumerate(ACTIONS)}  # the state of all buttons
+HELD = {name: np.eye(len(ACTIONS), dtype=int)[n].tolist() for n, name in enumerate(ACTIONS)}  # action -> state of all buttons
 SHOOT = "shoot"
 MOVES = [name for name in ACTIONS if name != SHOOT]
 STILL = ("turn_left", "turn_right", SHOOT)  # the player stays in place
 
 TICS = 35  # steps of the engine per second
-SIZES = ((160, 120), (320, 240), (640, 480), (800, 600), (1024, 768), (1280, 960))  # the engine's, width and height
-LEAST_MOTION, LEAST_FLASH = 3.0, 0.5  # `motion` of a clip that is kept: of one that moves, of one that shoots
-LEAST_SPEED = 2.0  # of a clip that is kept, where the player walks: map units per step of the engine, of 8 at most
-ATTEMPTS = 300  # at a clip that is kept
+SIZES = ((160, 120), (320, 240), (640, 480), (800, 600), (1024, 768), (1280, 960))  # the engine's screens, width and height
+LEAST_MOTION, LEAST_FLASH = 3.0, 0.5  # least `motion` of a clip: with moves, with shots
+LEAST_SPEED = 2.0  # of a player who walks: map units per step of the engine, out of 8 at most; slower clips are dropped
+ATTEMPTS = 300  # until a clip is given up
 SHARE = 32  # clips that an engine renders before it is closed
 
-# Settings that name a script for each game that the engine knows, to run first, which does not exist. Without them it looks
-# for one where the user is, and leaves a folder there.
+# Settings that name a start-up script for each game that the engine knows. `started` names a file that does not exist:
+# without it the engine looks for one in the current folder, and leaves a folder there.
 SCRIPTS = [f"{game}.AutoExec" for game in ("Doom", "Heretic", "Hexen", "Strife", "Chex")]
 
 
 class Form(NamedTuple):
-    """Fields: frames, of a clip; height, width, pixels; tics, steps of the engine from frame to frame; seed."""
+    """Shape, rate and seed of clips.
+
+    Fields: frames, of a clip; height, width, pixels; tics, steps of the engine from frame to frame; seed.
+    """
 
     frames: int
     height: int
@@ -79,13 +82,13 @@ class Form(NamedTuple):
         return TICS / self.tics
 
     def folder(self) -> Path:
-        """Where clips of this form, by this version of the engine, lie in kit's cache folder."""
+        """Folder in kit's cache folder for clips of this form, rendered by this version of the engine."""
         name = f"{self.frames}x{self.height}x{self.width}_{self.fps:g}fps_seed{self.seed}"
         return cache_folder() / f"vizdoom_{engine().__version__}" / name
 
 
 def engine():
-    """The package vizdoom.
+    """Imports and returns the package vizdoom.
 
     Raises:
         ImportError: if it is not installed, saying how to.
@@ -98,11 +101,12 @@ def engine():
 
 
 def form_of(frames: int, height: int, width: int, fps: float, seed: int) -> Form:
-    """
+    """Builds a `Form` from checked values.
+
     Args:
         fps: frames per second, the engine's steps divided by a whole number.
     Raises:
-        ValueError: for what cannot be rendered.
+        ValueError: for values that cannot be rendered.
     """
     most = SIZES[-1]
     for key, value, least, top in (("height", height, 16, most[1]), ("width", width, 16, most[0])):
@@ -117,28 +121,31 @@ def form_of(frames: int, height: int, width: int, fps: float, seed: int) -> Form
 
 
 def name_of(number: int) -> str:
-    """The file of a clip, after its action and map, which take turns: 8 -> walk_backward/castle_000008.mp4."""
+    """File name of a clip, from its action and map, which take turns: 8 -> walk_backward/castle_000008.mp4."""
     action = list(ACTIONS)[number % len(ACTIONS)]
     place = list(MAPS)[number // len(ACTIONS) % len(MAPS)]
     return f"{action}/{place}_{number:06d}.mp4"
 
 
 def parts_of(name: str) -> tuple[str, str, int]:
-    """walk_backward/castle_000008.mp4 -> walk_backward, castle, 8."""
+    """Splits a file name into its parts: walk_backward/castle_000008.mp4 -> walk_backward, castle, 8."""
     path = PurePosixPath(name)
     place, number = path.stem.split("_")
     return path.parent.name, place, int(number)
 
 
 def caption(name: str) -> str:
-    """walk_backward/castle_000008.mp4 -> walking backward through a castle of pale brick and red stone."""
+    """Caption of a clip, from its file name.
+
+    walk_backward/castle_000008.mp4 -> walking backward through a castle of pale brick and red stone.
+    """
     action, place, _ = parts_of(name)
     return f"{ACTIONS[action][1]} {MAPS[place][1]}"
 
 
 @contextmanager
 def started(place: str, form: Form, armed: bool) -> Iterator:
-    """A running game on a map, off screen, whose buttons are those of ACTIONS; armed: the player's weapon is seen."""
+    """Runs a game on a map, off screen, with the buttons of ACTIONS; `armed`: the player's weapon is seen."""
     vizdoom = engine()
     width, height = next(size for size in SIZES if size[0] >= form.width and size[1] >= form.height)
     game = vizdoom.DoomGame()
@@ -146,7 +153,7 @@ def started(place: str, form: Form, armed: bool) -> Iterator:
         settings = Path(folder, "settings.ini")
         settings.write_text("".join(f"[{section}]\nPath={folder}/none.cfg\n" for section in SCRIPTS))
         game.set_doom_config_path(str(settings))
-        game.set_doom_game_path(str(Path(vizdoom.__file__).with_name("freedoom2.wad")))  # not a Doom that lies about
+        game.set_doom_game_path(str(Path(vizdoom.__file__).with_name("freedoom2.wad")))  # not some Doom on this machine
         game.set_doom_scenario_path(str(Path(vizdoom.scenarios_path, f"{MAPS[place][0]}.wad")))
         game.set_doom_map("map01")
         game.set_doom_skill(1)
@@ -167,10 +174,11 @@ def started(place: str, form: Form, armed: bool) -> Iterator:
 
 
 def play(game, action: str, form: Form, rng: np.random.Generator) -> np.ndarray | None:
-    """One attempt at a clip: uint8 (T, H, W, 3) as large as the engine's screen, or None if the game ends before the clip
-    does, or a player who walks hardly gets on.
+    """Plays one attempt at a clip: uint8 (T, H, W, 3) at the size of the engine's screen.
 
     The player wanders for some seconds, so that each clip begins elsewhere, and then holds the action.
+
+    Returns: None if the game ends before the clip does, or a player who walks hardly moves.
     """
     game.set_seed(int(rng.integers(2**31)))
     game.new_episode()
@@ -191,7 +199,10 @@ def play(game, action: str, form: Form, rng: np.random.Generator) -> np.ndarray 
 
 
 def speed(places: np.ndarray) -> float:
-    """How far the player gets from frame to frame in the second half of (T, 2) places: who has met a wall stays there."""
+    """Distance in map units per frame, between the ends of the second half of (T, 2) places.
+
+    The second half is enough, since a player who has met a wall stays there.
+    """
     half = places[(len(places) - 1) // 2 :]
     return float(np.linalg.norm(half[-1] - half[0])) / (len(half) - 1)
 
@@ -202,12 +213,14 @@ def motion(video: Tensor) -> float:
 
 
 def render(game, name: str, form: Form, check: Callable[[], None] = lambda: None) -> Tensor:
-    """The clip of that name, (3, T, H, W) in [-1, 1]: it depends on its name and form alone, whatever was played before.
+    """Renders the clip of a name, (3, T, H, W) in [-1, 1].
+
+    The clip depends on name and form alone, whatever was played before.
 
     Args:
-        check: is called before each attempt at it, and may raise.
+        check: called before each attempt; it may raise.
     Raises:
-        ValueError: if it cannot be had, since the player always dies or hardly anything moves.
+        ValueError: if no attempt succeeds, since the player always dies or hardly anything moves.
     """
     action, _, number = parts_of(name)
     least = LEAST_FLASH if action == SHOOT else LEAST_MOTION
@@ -225,8 +238,10 @@ def render(game, name: str, form: Form, check: Callable[[], None] = lambda: None
 
 @contextmanager
 def signals_noted(note: Callable[[], None]) -> Iterator[list[int]]:
-    """While the block runs, Ctrl-C and SIGTERM call `note` and do nothing else, so that workers can close their engines: one
-    whose process has ended waits for it forever. In another thread than the main one signals do what they always do.
+    """Makes Ctrl-C and SIGTERM call `note` and do nothing else while the block runs.
+
+    Workers can thus close their engines: an engine whose process has ended waits for it forever. Outside the main thread
+    signals do what they always do.
 
     Yields: the numbers of the signals that came.
     """
@@ -246,7 +261,10 @@ def signals_noted(note: Callable[[], None]) -> Iterator[list[int]]:
 
 
 def shares(names: list[str]) -> list[list[str]]:
-    """The clips in shares, each for an engine: of one map, all of them shooting or none, and few, for the progress bar."""
+    """Divides clips into shares, one for each start of an engine.
+
+    A share has one map, and either all of its clips shoot or none; it is small, for the progress bar.
+    """
     kinds: dict[tuple[str, bool], list[str]] = {}
     for name in names:
         action, place, _ = parts_of(name)
@@ -255,11 +273,12 @@ def shares(names: list[str]) -> list[list[str]]:
 
 
 class Board:
-    """What the workers' processes and the one that waits for them tell each other. Its fields have no locks but for `taken`,
-    which a worker that is killed would keep only in the instant that it takes a share.
+    """What the worker processes and the process that waits for them share.
 
-    Fields: taken, shares that somebody has begun; made, clips of each worker; stop, whether to stop before the next attempt;
-    errors, what was raised.
+    Only `taken` has a lock. A worker that is killed keeps it only if that happens in the instant that it takes a share.
+
+    Fields: taken, number of shares begun; made, number of clips of each worker; stop, whether to stop before the next
+    attempt; errors, what was raised.
     """
 
     def __init__(self, context, workers: int):
@@ -270,8 +289,10 @@ class Board:
 
 
 def work(number: int, shares: list[list[str]], form: Form, folder: Path, board: Board) -> None:
-    """Renders shares that nobody has begun until there are none, or until it is told to stop; in a worker's process, which
-    leads a group of its own: its engine is the only other in it, and signals to the terminal's group do not reach them.
+    """Renders shares that nobody has begun until there are none, or until it is told to stop. Runs in a worker process.
+
+    The process leads a group of its own: its engine is the only other in it, and signals to the terminal's group do not
+    reach them.
     """
     os.setpgrp()
     torch.set_num_threads(1)
@@ -299,17 +320,17 @@ def take(board: Board, shares: list[list[str]]) -> list[str] | None:
 
 
 def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None:
-    """Writes the clips of these names in so many processes, with an engine each.
+    """Writes the clips of these names, in `workers` processes with an engine each.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C or SIGTERM; the clips that are there are whole. A second one kills the processes.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; the clips that exist are whole. A second one kills the processes.
         ChildProcessError: if a process or its engine dies. ValueError: as `render`. OSError: if a clip cannot be written.
     """
     context = get_context("spawn")
     board, dealt = Board(context, workers), shares(names)
 
     def stop():
-        if board.stop.value:  # asked once more
+        if board.stop.value:  # the second request
             for process in filter(BaseProcess.is_alive, processes):
                 process.kill()
         board.stop.value = True
@@ -339,7 +360,7 @@ def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None
 
 
 def start(processes: list[BaseProcess]) -> None:
-    """Starts workers that Ctrl-C does not reach, also before they lead groups of their own."""
+    """Starts workers so that Ctrl-C does not reach them, even before they lead groups of their own."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for process in processes:
@@ -358,14 +379,14 @@ def end(process: BaseProcess) -> None:
 
 
 def prepare_vizdoom(n: int, form: Form, workers: int | None = None) -> Path:
-    """Makes a folder of at least `n` captioned mp4s of one form. Those that are there are kept, the others rendered.
+    """Makes a folder of at least `n` captioned mp4s of one form. Existing ones are kept, the others rendered.
 
     Args:
-        workers: processes that render, one for each core if None; the clips are the same.
-    Returns: the folder, in kit's cache folder; action and map of a clip are its folder and the first word of its name.
+        workers: number of processes that render, one for each core if None; the clips do not depend on it.
+    Returns: the folder, in kit's cache folder; a clip's own folder is its action, the first word of its name its map.
     Raises:
         ImportError: without the package vizdoom. ValueError: if n or workers is below 1, and as `render`.
-        KeyboardInterrupt: see `render_all`; the next call goes on from there.
+        KeyboardInterrupt: see `render_all`; the next call continues from there.
     """
     for key, value in (("n", n), ("workers", workers)):
         check_whole_number(key, value, 1, optional=True)

@@ -30,7 +30,8 @@ class Numbered(Dataset):
             try:
                 check_pixels(item["video"][None])
             except ValueError as error:
-                raise ValueError(f"clip {n} of the data: {error}") from error
+                if item["video"].isfinite().all():  # else its loss is lost, and `retries` leaves out the batch alone
+                    raise ValueError(f"clip {n} of the data: {error}") from error
         for name, used in (("video", frames), ("feature", latent_frames(frames))):
             if name in item:
                 item[name] = item[name][:, :used]

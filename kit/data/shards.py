@@ -1,7 +1,8 @@
 """Clips in WebDataset shards, on a disk or in object storage: tar files with `KEY.mp4`, and beside it `KEY.txt` (a caption),
 `KEY.json` (with `caption`) or `KEY.cls` (a class).
 
-Unlike a stream, items are numbered: a tar is read through once, to learn where its files lie, and then where an item lies.
+Unlike in a stream, items are numbered: a tar is read through once to learn where its files lie, then only where an item
+lies.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from kit.data.listing import SUFFIXES, split_files
 from kit.files import read_json, write_json
 from kit.machine import cache_folder
 
-WORDS = (".txt", ".json", ".cls")  # what says something of a clip
+WORDS = (".txt", ".json", ".cls")  # files that hold the caption or class of a clip
 
 
 class Place(NamedTuple):
-    """Where the bytes of a clip lie, and what its shard says of it."""
+    """Where the bytes of a clip lie, and its caption and class, if its shard has them."""
 
     shard: str
     offset: int
@@ -46,7 +47,7 @@ class Place(NamedTuple):
 
 
 def list_shards(root: str) -> list[str]:
-    """The tar files of a folder, or those that a pattern names, sorted.
+    """Lists the tar files in a folder, or those that match a pattern, sorted.
 
     Args:
         root: path or address (s3://, gs://, https:// and so on, as `fsspec` has it) of a folder, a tar, or a pattern with *.
@@ -66,22 +67,26 @@ class BrokenShard(Exception):
 
 
 def unreachable(shard: str, error: Exception) -> OSError:
-    """Of a storage that did not give it. It may another time: to leave it out would be to train on less, unasked, and on each
-    machine on something else."""
+    """Returns the error for a shard that its storage did not deliver.
+
+    It may do so another time: leaving the shard out would silently train on less, and on other data on each machine.
+    """
     told = f"cannot reach the shard {shard} ({type(error).__name__}: {error})"
     return OSError(f"{told}; try again, or take it out of data.root")
 
 
 def index_of(shard: str) -> dict[str, list]:
-    """File name in a shard -> the values of its `Place` but for the shard; kept in kit's cache folder while the shard has its
-    size and time.
+    """Index of a shard: file name -> the values of its `Place`, without the shard.
 
-    Raises: BrokenShard. OSError as `unreachable`.
+    It is kept in kit's cache folder as long as the shard keeps its size and time.
+
+    Raises:
+        BrokenShard: if the tar cannot be read to its end. OSError: as `unreachable`.
     """
     try:
         files, path = fsspec.core.url_to_fs(shard)
         about = files.info(path)
-    except Exception as error:  # of as many kinds as there are storages
+    except Exception as error:  # each storage has kinds of its own
         raise unreachable(shard, error) from error
     state = json.dumps([shard, about["size"], str(about.get("mtime") or about.get("LastModified") or about.get("ETag"))])
     kept = cache_folder() / "shards" / f"{hashlib.sha256(state.encode()).hexdigest()[:32]}.json"
@@ -99,7 +104,7 @@ def index_of(shard: str) -> dict[str, list]:
 
 
 def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None) -> dict[str, list]:
-    """What `index_of` keeps. Raises: tarfile.TarError; and whatever the storage does."""
+    """Reads the index of a shard, see `index_of`. Raises: tarfile.TarError, and whatever the storage raises."""
     videos, words = {}, defaultdict(dict)
     with files.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         end = 0
@@ -116,7 +121,7 @@ def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None) ->
 
 
 def said(words: dict[str, str]) -> tuple[str | None, str | None]:
-    """Caption and class, from the contents of the files beside a clip by their suffix."""
+    """Caption and class (None if missing), from the contents of the files beside a clip by their suffix."""
     caption, label = words.get(".txt"), words.get(".cls")
     if caption is None and ".json" in words:
         try:
@@ -128,7 +133,7 @@ def said(words: dict[str, str]) -> tuple[str | None, str | None]:
 
 @functools.lru_cache(maxsize=ORDERS)
 def _order(seed: int, epoch: int, counts: tuple[int, ...]) -> np.ndarray:
-    """Places in an epoch: shards of so many files in a drawn order, and so the files of each."""
+    """Order of the files in an epoch, as positions: shards of `counts` files in a drawn order, and the files of each too."""
     rng = np.random.default_rng((seed, 0, epoch))
     starts = np.cumsum((0, *counts))
     return np.concatenate([starts[shard] + rng.permutation(counts[shard]) for shard in rng.permutation(len(counts))])
@@ -136,18 +141,20 @@ def _order(seed: int, epoch: int, counts: tuple[int, ...]) -> np.ndarray:
 
 @dataclass(eq=False)
 class ShardClips(FolderClips):
-    """Clips of WebDataset shards, which `FolderClips` numbers, splits and skips. Training goes through the shards in a new
-    order each epoch, and through each in one of its own, so that what is near in the stream is near on the disk.
+    """Data set of the clips in WebDataset shards, which `FolderClips` numbers, splits and skips.
 
-    A broken shard is told and left out; one that cannot be reached ends the training's start. Captions and classes are the
-    shards' own; classes only if all clips have one.
+    Training goes through the shards in a new order each epoch, and through the files of each shard in a new order, so that
+    clips that are near each other in the stream are near on the disk.
+
+    A broken shard is reported and left out; one that cannot be reached ends the training at its start. Captions and classes
+    are the shards' own; there are classes only if all clips have one.
 
     Args:
         root: see `list_shards`.
     """
 
     places: dict[str, Place] = field(init=False, repr=False, default_factory=dict)
-    counts: tuple[int, ...] = field(init=False, repr=False, default=())  # files of each shard, of this split
+    counts: tuple[int, ...] = field(init=False, repr=False, default=())  # this split's files in each shard
 
     def _names(self) -> list[str]:
         wanted = SUFFIXES + PICTURES * (self.frames == 1)
@@ -164,10 +171,10 @@ class ShardClips(FolderClips):
         return list(self.places)
 
     def _files_of_split(self, names: list[str]) -> list[str]:
-        """Of each shard on its own, so that one that is lost or added moves no clip of another."""
+        """Splits each shard on its own, so that a shard that is lost or added moves no clip of another."""
         held_out = set()
         for shard, files in itertools.groupby(names, lambda name: self.places[name].shard):
-            first = zlib.crc32(PurePosixPath(shard).name.encode()) % self.val_every  # small shards take turns
+            first = zlib.crc32(PurePosixPath(shard).name.encode()) % self.val_every  # of small shards some hold one out
             held_out |= set(list(files)[first :: self.val_every])
         return split_files(names, self.split, held_out)
 
@@ -195,7 +202,7 @@ class ShardClips(FolderClips):
                     shard.seek(place.offset)
                     file.write(shard.read(place.size))
                     file.flush()
-            except Exception as error:  # of as many kinds as there are storages
+            except Exception as error:  # each storage has kinds of its own
                 raise UnreadableVideo(path, f"{type(error).__name__}: {error}", self.backend) from error
             try:
                 yield Path(file.name)

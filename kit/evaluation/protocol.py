@@ -1,4 +1,4 @@
-"""A protocol: everything besides the model that a number depends on. No number leaves kit without it."""
+"""Evaluation protocols: everything besides the model that a number depends on. No number leaves kit without its protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kit.values import check_whole_number
 STARTS = ("first", "middle", "random")
 SOURCES = ("folder", "ucf101", "shapes")
 
-# What is the same for every protocol of kit; a change here makes every result another protocol's.
+# Conventions of every protocol of kit, part of its hash: a change here makes new results incomparable with old ones.
 CONVENTIONS = {
     "version": 1,
     "given": "given videos are taken from their first frames",
@@ -29,15 +29,15 @@ CONVENTIONS = {
 
 @dataclass(frozen=True)
 class Real:
-    """The real clips.
+    """The choice of real clips.
 
     Args:
         kind: `folder`, `ucf101` or `shapes`. split: `train`, `val` (UCF-101: the test list) or `all`.
-        clips: how many; null: each file once.
-        start: where a clip begins in its file: `first`, `middle`, or `random`, where files may come more than once.
-        random_crop: cut anywhere instead of in the centre.
-        val_every: every fifth file of a folder is held out if it is 5. official: number of UCF-101's split.
-        backend: decoder. seed: of the order, the starts and the crops; of `shapes`.
+        clips: number of clips; None: each file once.
+        start: where a clip begins in its file: `first`, `middle`, or `random`, which may use a file more than once.
+        random_crop: crop anywhere instead of in the centre.
+        val_every: 5 holds out every fifth file of a folder. official: number of UCF-101's split.
+        backend: decoder. seed: of the order, the starts and the crops, or of the drawn `shapes`.
     """
 
     kind: str
@@ -62,13 +62,13 @@ class Real:
 
     @property
     def drawn_anew(self) -> bool:
-        """Whether each fold has other real clips."""
+        """Whether the real clips differ from fold to fold."""
         return self.kind == "shapes" or self.start == "random" or self.random_crop
 
 
 @dataclass(frozen=True)
 class Network:
-    """A metric network: kind and, unless any will do, the first digits of its weight file's sha256."""
+    """A metric network: its kind and the first digits of its weight file's sha256, or None if any weights will do."""
 
     kind: str
     sha256: str | None = None
@@ -76,13 +76,14 @@ class Network:
 
 @dataclass(frozen=True)
 class Protocol:
-    """
+    """An evaluation protocol.
+
     Args:
-        frames: T that are scored. height, width: pixels. fps: frames per second; 0: each file's own.
-        samples: clips made or given in each fold; null: as many as real ones.
-        folds: times that all is done, with other random clips and other samples. seed: of samples.
-        detector: of the Fréchet distance. perceptual: `lpips` or `st-lpips`.
-        fingerprint: of the real files, names, contents and captions; filled in when they are known.
+        frames: T, frames of a clip that are scored. height, width: pixels. fps: frames per second; 0: each file's own.
+        samples: number of clips made or given in each fold; None: as many as real ones.
+        folds: number of repetitions, each with other random clips and other samples. seed: of the samples.
+        detector: network of the Fréchet distance. perceptual: `lpips` or `st-lpips`.
+        fingerprint: of names, contents and captions of the real files; filled in when they are known.
     Raises:
         ValueError: for a value that makes no sense, with its key.
     """
@@ -111,7 +112,7 @@ class Protocol:
 
     @classmethod
     def from_dict(cls, values: dict) -> Protocol:
-        """From plain values, such as `as_dict` gives.
+        """Builds a protocol from plain values, such as `as_dict` gives.
 
         Raises:
             ValueError: also for a key that no protocol has.
@@ -130,16 +131,20 @@ class Protocol:
 
     @cached_property
     def hash(self) -> str:
-        """12 hex digits; two results may be compared if they agree."""
+        """12 hex digits; results may be compared if they have the same."""
         return digest(asdict(self))[:12]
 
     def real_hash(self, fold: int, detector: str | None) -> str:
-        """What the statistics of a fold's real clips depend on; `detector`: the hash of its weights."""
+        """Hash of all that the statistics of a fold's real clips depend on.
+
+        Args:
+            detector: hash of the detector's weights, or the name of a score that needs none.
+        """
         parts = (asdict(self.real), self.frames, self.height, self.width, self.fps, self.fingerprint, self.conventions)
         return digest([*parts, fold if self.real.drawn_anew else 0, detector])[:24]
 
     def resolved(self, **values) -> Protocol:
-        """With values that are known only when the data is."""
+        """Returns a copy with values that are known only when the data is."""
         return replace(self, **values)
 
     def __str__(self) -> str:
@@ -155,5 +160,5 @@ class Protocol:
 
 
 def digest(values) -> str:
-    """sha256 of plain values, whatever the order of their keys."""
+    """sha256 of plain values, independent of the order of their keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: printed lines, evaluation.json, a contact sheet, a page that plays clips, tables."""
+"""Reports of an evaluation: printed lines, evaluation.json, a contact sheet, a page that plays clips, tables."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TITLES = {
     "lpips": ("LPIPS", "", 4), "caption_accuracy": ("caption accuracy", "", 4),
     "caption_accuracy_of_real": ("caption accuracy of real clips", "", 4),
 }  # fmt: skip
-SETTLED = 1.05  # a Fréchet distance of half the clips over that of all, where their number hardly matters any more
+SETTLED = 1.05  # Fréchet distance of half the clips over that of all; up to this, their number hardly matters
 
 
 def title_of(name: str, metric: dict) -> str:
-    """What a metric is called; a perceptual distance by its network."""
+    """Title of a metric; that of a perceptual distance names its network."""
     return metric.get("name", TITLES[name][0])
 
 
@@ -50,7 +50,7 @@ def details(name: str, metric: dict) -> str:
 
 
 def result_lines(result: dict) -> list[str]:
-    """A line for each metric, each with its protocol, and the protocol in full."""
+    """Lines to print: one for each metric, with name and hash of the protocol, then the protocol in full."""
     protocol = Protocol.from_dict(result["protocol"])
     lines = []
     for name, metric in result["metrics"].items():
@@ -62,14 +62,17 @@ def result_lines(result: dict) -> list[str]:
 
 
 def best_median_worst(errors: dict[str, list[float]]) -> dict[str, int]:
-    """Title -> number of the clip, by the error that says most: of pixels in pairs, else of features, else of captions."""
+    """Chooses the best, the median and the worst clip: title -> number of the clip.
+
+    They are ordered by the error that says most: of pixels in pairs, else of features, else of captions.
+    """
     by = next(name for name in ("psnr", "ssim", "lpips", "frechet", "captions") if name in errors)
     order = sorted(range(len(errors[by])), key=errors[by].__getitem__)
     return {"best": order[0], "median": order[(len(order) - 1) // 2], "worst": order[-1]}
 
 
 def curves(result: dict) -> list[dict]:
-    """What the page draws: each metric over the frames, as points of a 300 x 80 picture."""
+    """Curves for the page: each metric over the frames, as points of a 300 x 80 picture."""
     drawn = []
     for name, metric in result["metrics"].items():
         series = metric.get("by_frame", {})
@@ -85,7 +88,7 @@ def curves(result: dict) -> list[dict]:
 
 
 class Shown(NamedTuple):
-    """A clip for people to look at: `best`, `median` or `worst`; row name -> (3, T, H, W); its caption or name."""
+    """A clip shown to people: `best`, `median` or `worst`; row name -> (3, T, H, W); the clip's caption or name."""
 
     title: str
     rows: dict[str, Tensor]
@@ -124,9 +127,10 @@ def write_page(folder: Path, title: str, told: list[str], table: list, clips: li
 
 
 def read_result(path: Path) -> dict:
-    """
+    """Reads an evaluation.json.
+
     Raises:
-        FileNotFoundError, ValueError: if there is no such result, or the file is none.
+        FileNotFoundError: if there is none. ValueError: if it is not the result of an evaluation against real clips.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no result at {path}; `python -m kit evaluate` leaves evaluation.json in its folder")
@@ -142,10 +146,10 @@ def read_result(path: Path) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """Results as a Markdown table, with their one protocol above.
+    """Formats results as a Markdown table, with the protocol that they share above.
 
     Raises:
-        ValueError: if there are none, or they follow different protocols: such numbers say nothing about each other.
+        ValueError: if there are none, or they follow different protocols: their numbers cannot be compared.
     """
     if not results:
         raise ValueError("no results to show; give results=PATH, or several as results=[PATH,PATH]")

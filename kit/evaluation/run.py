@@ -30,32 +30,33 @@ from kit.pixels import to_8_bits
 from kit.run import sole_user
 from kit.values import differences
 
-SAVE_EVERY = 30  # seconds; what a kill loses at most
-Errors = dict[str, list[float]]  # for each score, one value for each clip
+SAVE_EVERY = 30  # seconds; a kill loses the clips scored since
+Errors = dict[str, list[float]]  # score -> a value for each clip
 
 
 class Loading(NamedTuple):
-    """How clips are read; changes no number."""
+    """How clips are read; it does not change a result."""
 
     workers: int
     batch_size: int
 
 
 class Pass:
-    """Scores clips one after another; stopped, it goes on where it was.
+    """Scores clips one after another; an interrupted pass continues where it was.
 
     Args:
-        state: file that keeps it meanwhile. key: of all that the scores depend on; a state of another is not used.
+        state: file that keeps the state meanwhile. key: hash of all that the scores depend on; a state with another is
+            ignored.
     """
 
     def __init__(self, state: Path, key: str):
         self.state, self.key = state, key
 
     def run(self, candidate: Candidate, clips: Dataset, scores: dict[str, Score], loading: Loading, title: str) -> Errors:
-        """Adds all clips to `scores`.
+        """Adds all clips to `scores`; returns the error of each clip for each score.
 
         Raises:
-            ValueError: if a clip cannot be had, or a clip or its features are no numbers.
+            ValueError: if a clip cannot be read, or its pixels or features are not finite.
         """
         done, errors = self._load(scores)
         size = clips[0].get("size") if isinstance(candidate, GivenVideos) else None
@@ -80,11 +81,11 @@ class Pass:
 
     @staticmethod
     def _output(candidate: Candidate, batch: dict, size: str | None) -> torch.Tensor:
-        """The candidate's clips, in 8 bits as are the real ones of the batch."""
+        """Makes the candidate's clips of a batch; rounds them, and the real clips of the batch, to 8 bits."""
         if "error" in batch:
             raise ValueError(batch["error"])
         for name, found in zip(batch["name"], batch.get("size", [])):
-            if size not in (None, found):  # resizing some of them would be counted against them all
+            if size not in (None, found):  # resizing only some would count against all
                 raise ValueError(f"videos of mixed sizes: {name} has {found} pixels, others {size}; make them alike first")
         output = candidate.make(batch)
         for name, clip in zip(batch["name"], output):
@@ -113,7 +114,7 @@ class Pass:
 def real_scores(
     protocol: Protocol, clips: FileClips | DrawnClips, fold: int, tools: Tools, loading: Loading
 ) -> dict[str, Score]:
-    """What the candidate's scores are held against: those of a fold's real clips, computed once for all evaluations."""
+    """Scores of a fold's real clips, to compare the candidate's with; computed once for all evaluations, and kept."""
     scores: dict[str, Score] = {}
     if "frechet" in tools.metrics:
         scores["frechet"] = FrechetScore(tools.detector, len(clips))
@@ -123,7 +124,7 @@ def real_scores(
         key = protocol.real_hash(fold, tools.detector.sha256 if name == "frechet" else name)
         path = cache_folder() / "real" / f"{key}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):  # of two evaluations one computes, the other waits for it
+        with FileLock(path.with_suffix(".lock")):  # a second evaluation waits for the first to compute them
             if (kept := _read_kept(path)) is None:
                 part = Pass(path.with_suffix(".part.pt"), key)
                 part.run(RealClips(), clips, {name: score}, loading, f"real clips: {name}")
@@ -135,7 +136,7 @@ def real_scores(
 
 
 def _read_kept(path: Path) -> dict | None:
-    """What a file keeps; None if it is missing or damaged."""
+    """Reads what a file keeps; None if it is missing or damaged."""
     try:
         return load_checked(path)
     except (ValueError, OSError):
@@ -153,7 +154,10 @@ def candidate_scores(real: dict[str, Score], tools: Tools, protocol: Protocol) -
 
 
 def over_folds(results: list[dict]) -> dict:
-    """One metric's results in each fold -> their mean; and of `value` each fold's, and the standard deviation."""
+    """Averages one metric's results over folds.
+
+    Adds the `value` of each fold as `folds`, and their standard deviation as `spread`, None for a single fold.
+    """
     values = [result["value"] for result in results]
     return {**_mean(results), "folds": values, "spread": statistics.stdev(values) if len(values) > 1 else None}
 
@@ -170,9 +174,10 @@ def _mean(values: list):
 
 
 def evaluate(cfg: DictConfig) -> dict:
-    """Scores a checkpoint or a folder of videos by a protocol, or makes the videos of a prompt suite; see conf/evaluate.yaml.
+    """Scores a checkpoint or a folder of videos by a protocol, or makes the videos of a prompt suite; see
+    conf/evaluate.yaml.
 
-    Leaves evaluation.json, a contact sheet of the best, the median and the worst clip, and report.html that plays them.
+    Writes evaluation.json, a contact sheet of the best, the median and the worst clip, and report.html, which plays them.
 
     Returns: what evaluation.json holds.
     """
@@ -183,7 +188,7 @@ def compare(cfg: DictConfig) -> dict:
     """Scores clips against real ones."""
     if cfg.prompts is not None or cfg.results is not None:
         raise ValueError("prompts= and results= are for prompt suites, protocol=vbench or protocol=prompts")
-    # Not `keep_freed_memory`: what is kept of each clip, between blocks that come and go, would make the heap grow.
+    # Without `keep_freed_memory`: small values kept of each clip, between large blocks that come and go, would grow the heap.
     protocol, source = build_protocol(cfg)
     candidate, protocol = build_candidate(cfg, protocol, source)
     tools, protocol = build_tools(cfg, protocol, candidate, source)
@@ -233,15 +238,16 @@ def score(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes, can
 
 
 def versions() -> dict[str, str]:
-    """Of what takes part in a number."""
+    """Versions of kit and of the packages that a result depends on."""
     packages = ("torch", "torchmetrics", "numpy", "av", "decord2", "transformers")
     return {"kit": __version__, **{name: v for name in packages if (v := installed_version(name))}}
 
 
 def keep_other_result(folder: Path, protocol: Protocol, candidate: Candidate, tools: Tools):
-    """
+    """Refuses to overwrite the result of another evaluation.
+
     Raises:
-        FileExistsError: if the folder holds the result of something else, which would be lost.
+        FileExistsError: if the folder holds one.
     """
     path = folder / "evaluation.json"
     if not path.is_file():

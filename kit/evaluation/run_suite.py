@@ -1,4 +1,4 @@
-"""Evaluation by a prompt suite: its videos, made for a tool such as VBench, and what that tool found."""
+"""Evaluation by a prompt suite: makes its videos for a tool such as VBench, and reads what that tool found."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def evaluate_suite(cfg: DictConfig) -> dict:
 
 
 def make_suite(cfg: DictConfig) -> dict:
-    """The suite's videos, or those that are missing; the first of some prompts on a contact sheet and a page.
+    """Makes the videos of a suite that do not exist yet, and shows the first one of some prompts on a sheet and a page.
 
     Raises:
         ValueError, FileNotFoundError: for a missing key or file, or a folder that holds another suite's videos.
@@ -77,10 +77,10 @@ def make_suite(cfg: DictConfig) -> dict:
 
 
 def read_suite(cfg: DictConfig) -> dict:
-    """VBench's results for the videos in the run's folder, beside the paper's.
+    """Reads VBench's results for the videos in the run's folder, and sets them beside the paper's.
 
     Raises:
-        ValueError, FileNotFoundError: if the folder has no such videos, or the results are missing or none of VBench's.
+        ValueError, FileNotFoundError: if the folder has no such videos, or the results are missing or not VBench's.
     """
     folder = Path(cfg.folder)
     if cfg.protocol.name != "vbench":

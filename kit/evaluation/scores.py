@@ -1,7 +1,7 @@
-"""What is measured on clips as they pass: each score adds batches, keeps its state in plain values, and sums up.
+"""Scores of clips, taken as the clips pass: each adds batches, keeps its state as plain values, and gives a result.
 
 `add` returns an error for each clip, by which the best, the median and the worst are found; `state` and `load` let an
-interrupted evaluation go on, to the same last digit.
+interrupted evaluation continue, to the same last digit.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from kit.evaluation.shapes_score import caption_hits
 from kit.machine import device
 from kit.perceptual import Perceptual
 
-LEAST_ERROR = 4e-10  # mean squared error of 100 dB in [-1, 1]: equal pictures have no finite PSNR
+LEAST_ERROR = 4e-10  # mean squared error of 100 dB in [-1, 1], a floor: the PSNR of equal pictures is infinite
 
 
 def decibel(error: Tensor) -> Tensor:
-    """PSNR of a mean squared error of pixels in [-1, 1]."""
+    """PSNR in dB from the mean squared error of pixels in [-1, 1]."""
     return -10 * (error.clamp_min(LEAST_ERROR) / 4).log10()
 
 
 def by_frame(values: Tensor) -> dict:
-    """(N, T), one value for each clip and frame -> their means."""
+    """Means of values (N, T), one for each clip and frame: of all, of the first and the later frames, of each frame."""
     means = values.mean(dim=0)
     return {"value": means.mean().item(), **apart(means), "by_frame": means.tolist()}
 
 
 def apart(frames: Tensor) -> dict:
-    """The first frame, which is coded alone, and the others."""
+    """The value of the first frame, which is coded alone, and the mean of the later ones, from values (T,)."""
     return {"first_frame": frames[0].item(), **({"later_frames": frames[1:].mean().item()} if len(frames) > 1 else {})}
 
 
@@ -43,7 +43,7 @@ class FrechetScore:
     """Fréchet distance of clips from real ones.
 
     Args:
-        total: clips to come. real: the statistics of the real clips; None while those are gathered.
+        total: number of clips to come. real: the statistics of the real clips; None while those are gathered.
     """
 
     def __init__(self, detector: Detector, total: int, real: Nested | None = None):
@@ -72,9 +72,10 @@ class FrechetScore:
 
 
 class FrameScore(ABC):
-    """A measure of each frame of clips against the same frame of `batch["real"]`.
+    """Score of each frame of clips against the same frame of `batch["real"]`.
 
-    Attributes: values, (N, T), as plain numbers, for little tensors kept among large ones that come and go break up the heap.
+    Attributes: values, (N, T), as plain numbers: small tensors, kept among large ones that come and go, would fragment the
+    heap.
     """
 
     def __init__(self):
@@ -82,7 +83,7 @@ class FrameScore(ABC):
 
     @abstractmethod
     def measure(self, frames: Tensor, real: Tensor) -> Tensor:
-        """(n, 3, H, W) in [-1, 1] twice -> (n,)."""
+        """Compares frames with real ones, (n, 3, H, W) in [-1, 1] each: (n,)."""
 
     def add(self, clips: Tensor, batch: dict) -> list[float]:
         added = [self.measure(c.transpose(0, 1), r.transpose(0, 1)).tolist() for c, r in zip(clips, batch["real"])]
@@ -103,7 +104,7 @@ class FrameScore(ABC):
 
 
 class PSNR(FrameScore):
-    """Peak signal-to-noise ratio in dB; what is kept is the mean squared error."""
+    """Peak signal-to-noise ratio in dB; `values` are mean squared errors."""
 
     def measure(self, frames: Tensor, real: Tensor) -> Tensor:
         return (frames.double() - real.double()).square().mean(dim=(1, 2, 3))
@@ -141,7 +142,7 @@ class LPIPS(FrameScore):
 
 
 class CaptionScore:
-    """Whether clips of `shapes` show what their captions say: of whole clips, and frame by frame, which shows drift.
+    """Share of clips of `shapes` that show what their captions say, for whole clips and by frame, which shows drift.
 
     Motion cannot be seen in a frame: it is read from whole clips only.
     """

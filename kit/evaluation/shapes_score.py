@@ -28,26 +28,26 @@ from kit.data.shapes import (
 )
 from kit.pixels import in_range
 
-MIN_SIDE = 16  # pixels; below, no shape can be told from another
+MIN_SIDE = 16  # pixels; in a smaller clip shapes cannot be told apart
 
 FIT_SAMPLES = 4000  # pixels that the background is fitted to
 SHADOW = (0.5, 1.1)  # brightness of the background in the shadow and beside it, relative to the fit
 SHADING = (0.7, 1.5)  # brightness of the surface, relative to its median
 CONTRAST = 0.15  # least distance of the foreground from the background, in RGB of [0, 1]
-LEAST_AREA = 0.0025  # of a shape, in squared short sides
-REACH = 1.8  # every shape lies within so many radii of its centre; the radius is that of the disc of equal area
+LEAST_AREA = 0.0025  # least area of a shape, in squared short sides
+REACH = 1.8  # radii, of the disc of equal area; every shape lies within this distance of its centre
 
 GRID = 32  # outlines are compared on GRID x GRID points
 SOFTNESS = 0.23  # radii; blur of the drawn shapes, so that an outline blurred by an autoencoder still matches
 OUTLINE_FRAMES = 8  # frames whose outlines are averaged
 
 PATHS = 128  # paths drawn per motion
-RADIUS_WEIGHT = 0.2  # short sides that a change of the radius by a factor e counts as much as
-FAR = 0.15  # short sides; a frame farther from the path counts as no farther, the path may re-enter a frame earlier
+RADIUS_WEIGHT = 0.2  # short sides; distance that a change of the radius by a factor e counts as
+FAR = 0.15  # short sides; the most that a frame's distance counts, for the path may re-enter a frame earlier
 
-# Beyond these, what is there is called unreadable instead of being given the nearest label. Real clips keep well clear.
+# Beyond these limits a clip is called unreadable instead of getting the nearest label. Real clips stay well within them.
 LEAST_BACKGROUND = 0.5  # share of pixels that agree with the fitted background
-LEAST_CHROMA = 0.08  # of the colour, relative to its length: below it is grey
+LEAST_CHROMA = 0.08  # of a colour, relative to its length: below, it is grey
 LEAST_LIKENESS = 0.85  # correlation of the outline with that of a shape
 LEAST_SEEN = 0.5  # share of frames that show the foreground
 GREATEST_MISS = 0.1  # short sides (root mean square) between the foreground's path and that of a motion
@@ -122,9 +122,12 @@ def caption_accuracy(
 
 
 def caption_hits(video: torch.Tensor | np.ndarray, caption: str, fps: float = 8.0) -> dict[str, bool]:
-    """Which of the things that a caption names a clip shows, and `all` of them. Arguments as for `caption_accuracy`."""
+    """Compares a clip with its caption: attribute named by the caption -> whether the clip shows it; `all`: all of them.
+
+    Arguments as for `caption_accuracy`.
+    """
     targets = as_targets(parse_caption(caption))
-    if targets["motion"] not in caption_words(caption):  # an image's: `parse_caption` fills in a motion
+    if targets["motion"] not in caption_words(caption):  # caption of an image: `parse_caption` fills in a motion
         del targets["motion"]
     reading = read_clip(video, fps)
     hits = {name: getattr(reading, name) == value for name, value in targets.items()}
@@ -132,7 +135,7 @@ def caption_hits(video: torch.Tensor | np.ndarray, caption: str, fps: float = 8.
 
 
 def _checked(video: torch.Tensor | np.ndarray, fps: float) -> np.ndarray:
-    """The clip as float32 RGB in [0, 1], or ValueError."""
+    """Checks a clip, and returns it as float32 RGB in [0, 1]. Raises: ValueError as `read_clip`."""
     if isinstance(video, torch.Tensor):
         if not video.is_floating_point():
             raise ValueError(f"expected a floating point video, found {video.dtype}")
@@ -157,7 +160,7 @@ def fit_background(rgb: np.ndarray) -> np.ndarray:
     step = max(1, int((frames * height * width / FIT_SAMPLES) ** 0.5))
     design = np.repeat(plane[:, None, ::step, ::step], frames, axis=1).reshape(3, -1)
     pixels = rgb[:, :, ::step, ::step].reshape(3, -1)
-    # start at the border, where the shape rarely is; then let every pixel in that agrees, ever more strictly
+    # start at the border, where the shape rarely is; then use all pixels that agree, ever more strictly
     weights = (np.abs(design[1:]).max(axis=0) > 0.8).astype(np.float32)
     for scale in (0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.05, 0.05):
         weighted = design * weights
@@ -217,7 +220,7 @@ def follow(mask: np.ndarray) -> Track:
 def read_shape(cover: np.ndarray, track: Track) -> str | None:
     """The shape most like the foreground's outline in `cover` (T, H, W), averaged over the frames where it is largest.
 
-    Those show most detail, and where a path leaves the frame, they are not the ones cut by the border.
+    These show most detail and, where a path leaves the frame, are not cut by the border.
     """
     largest = np.argsort(-track.radius, kind="stable")[:OUTLINE_FRAMES]
     frames = largest[track.seen[largest]]
@@ -254,13 +257,16 @@ def _templates() -> np.ndarray:
 
 
 def _standardised(image: np.ndarray) -> np.ndarray:
-    """Mean 0 and length 1, so that the product of two images is their correlation."""
+    """Shifts and scales an image to mean 0 and length 1, so that the product of two images is their correlation."""
     image = image - image.mean()
     return image / max(np.linalg.norm(image), 1e-6)
 
 
 def read_motion(track: Track, fps: float, height: int, width: int) -> str | None:
-    """The motion with a path that comes nearest to the foreground's, wherever in the frame; None below 3 frames."""
+    """The motion with a path nearest to the foreground's, wherever in the frame.
+
+    None if the foreground is seen in fewer than 3 frames or too small a share of them, or no path is near.
+    """
     seen = track.seen
     if seen.sum() < 3 or seen.mean() < LEAST_SEEN:
         return None

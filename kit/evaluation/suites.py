@@ -1,6 +1,6 @@
 """Prompt suites: videos for each prompt, under the names that VBench looks for.
 
-What is said of VBench is read from github.com/Vchitect/VBench: vbench/__init__.py (file names), static_filter.py and
+Facts about VBench are taken from github.com/Vchitect/VBench: vbench/__init__.py (file names), static_filter.py and
 prompts/README.md (sampling).
 """
 
@@ -21,32 +21,32 @@ from kit.media import write_video
 from kit.sampling import seed_of
 
 SAMPLES = 5  # VBench reads the videos 0 to 4 of each prompt
-# Of these VBench reads five that hold still, picked by its static_filter.py. It leaves open how many to pick from: 25 were
-# published for CogVideoX, its authors name 40 (issues 84 and 94).
+# For this dimension VBench reads five videos of a prompt that hold still, picked by its static_filter.py. It does not say
+# from how many: 25 were published for CogVideoX, its authors name 40 (issues 84 and 94).
 FLICKERING = "temporal_flickering"
 FLICKERING_SAMPLES = 25
 
-NAME_BYTES = 255  # of a file's name, on common file systems
-READABLE_BYTES = 150  # of a prompt, kept in a name that stands for it
+NAME_BYTES = 255  # longest file name on common file systems
+READABLE_BYTES = 150  # kept of a prompt in a shortened file name
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and how many videos are wanted of it."""
+    """A prompt and the number of videos to make for it."""
 
     text: str
     samples: int
 
 
 def read_prompts(path: str | Path, samples: int = SAMPLES, flickering_samples: int = FLICKERING_SAMPLES) -> list[Prompt]:
-    """A prompt suite: a text file of one prompt a line, or VBench's VBench_full_info.json.
+    """Reads a prompt suite: a text file of one prompt a line, or VBench's VBench_full_info.json.
 
-    Blank lines are left out, and so are blanks around a line. A prompt that comes again is left out too: it keeps its first
-    place, with the greater of the numbers of videos.
+    Blank lines, and blanks around a line, are dropped. A repeated prompt is kept once, in its first place, with the greater
+    number of videos.
 
     Args:
         samples: videos of a prompt.
-        flickering_samples: videos of a prompt that VBench uses for temporal flickering; a text file does not tell these.
+        flickering_samples: videos of a prompt that VBench uses for temporal flickering; a text file does not mark these.
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not UTF-8, not of the format or empty, or a number of videos is below 1.
@@ -69,7 +69,7 @@ def read_prompts(path: str | Path, samples: int = SAMPLES, flickering_samples: i
 
 
 def _read_full_info(path: Path) -> list[tuple[str, list[str]]]:
-    """The prompts of VBench's list and their dimensions. The text stays as it is, VBench looks for it in file names."""
+    """Reads prompts and dimensions of VBench's list. The text is kept as it is: VBench looks for it in file names."""
     entries = read_json(path)
     if not isinstance(entries, list):
         raise ValueError(f"{path} holds a {type(entries).__name__}, expected a list of prompts as VBench_full_info.json has")
@@ -85,9 +85,9 @@ def _read_full_info(path: Path) -> list[tuple[str, list[str]]]:
 
 
 def video_name(text: str, index: int) -> str:
-    """The file of a prompt's video number `index`, as VBench looks for it: `{prompt}-{index}.mp4`.
+    """File name of a prompt's video number `index`, as VBench looks for it: `{prompt}-{index}.mp4`.
 
-    A prompt that no POSIX file can be named after (a slash, a NUL, too long) is shortened and told apart by its hash.
+    A prompt that cannot be a POSIX file name (a slash, a NUL, too long) is shortened and told apart by its hash.
     """
     name = f"{text}-{index}.mp4"
     if not re.search(r"[/\0]", text) and len(name.encode()) <= NAME_BYTES:
@@ -118,20 +118,20 @@ def write_suite(
     sample: Callable[[list[str], list[int]], Tensor], prompts: list[Prompt], folder: str | Path, settings: dict, *,
     seed: int, batch_size: int, fps: float,
 ) -> Path:  # fmt: skip
-    """Makes the videos of a suite that are not there yet; call it again after an interruption, one process at a time.
+    """Makes the videos of a suite that do not exist yet; call it again after an interruption, one process at a time.
 
     The folder gets `videos`, with the videos and nothing else (VBench takes the suffix of any file there for that of the
     videos), `videos.json` (`video_table`, also of videos still to come) and `suite.json` (what all videos have in common).
 
     Args:
         sample: prompts and seeds, n each -> (n, 3, T, H, W) in [-1, 1].
-        settings: what else decides how a video looks (the model's hash, guidance, ...), for JSON; a folder made with others
-            is refused. How many videos a prompt has may change: more are added.
+        settings: what else decides how a video looks (the model's hash, guidance, ...), as JSON values; a folder made with
+            other settings is refused. The number of videos of a prompt may change: more are added.
         batch_size: videos to make at once. seed: at least 0.
     Returns:
         the folder of the videos.
     Raises:
-        ValueError: if the folder holds videos made otherwise.
+        ValueError: if the folder holds videos made with other settings.
     """
     folder = Path(folder)
     videos = folder / "videos"
@@ -142,7 +142,7 @@ def write_suite(
     path = folder / "videos.json"
     write_json(path, (read_json(path) if path.exists() else {}) | table)
     videos.mkdir(exist_ok=True)
-    for aside in videos.glob(".*.part.mp4"):  # of a killed run
+    for aside in videos.glob(".*.part.mp4"):  # left by a killed run
         aside.unlink()
 
     names = list(table)
@@ -152,7 +152,7 @@ def write_suite(
             batch = names[start : start + batch_size]
             if missing.isdisjoint(batch):
                 continue
-            # The whole batch, whatever is there of it: in another company a clip may be rounded otherwise.
+            # Make the whole batch even if part of it exists: rounding may depend on the other clips of the batch.
             clips = sample([table[name]["prompt"] for name in batch], [table[name]["seed"] for name in batch])
             for name, clip in zip(batch, clips, strict=True):
                 if name in missing:
@@ -162,9 +162,9 @@ def write_suite(
 
 
 def _claim(folder: Path, settings: dict):
-    """Writes suite.json, or compares it if the folder has one. Raises: ValueError if the folder's videos are others."""
+    """Writes suite.json, or compares it if there is one. Raises: ValueError if the folder has videos of other settings."""
     path = folder / "suite.json"
-    settings = json.loads(json.dumps(settings))  # as they come back from the file
+    settings = json.loads(json.dumps(settings))  # as JSON returns them
     if path.exists():
         found = read_json(path)
         for key in sorted(settings | found):

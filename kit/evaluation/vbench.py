@@ -1,7 +1,7 @@
-"""VBench's results (Huang et al. 2023, arXiv 2311.17982) read back, summed up, and set beside the paper's.
+"""Reads VBench's results (Huang et al. 2023, arXiv 2311.17982), summarises them, and sets them beside the paper's.
 
-VBench itself is not needed here: its evaluation runs apart, on the videos that `kit.evaluation.suites` makes, and leaves
-`*_eval_results.json`. Constants and formats are those of github.com/Vchitect/VBench, scripts/constant.py and
+VBench itself is not needed here: its evaluation runs separately, on the videos that `kit.evaluation.suites` makes, and
+writes `*_eval_results.json`. Constants and formats are those of github.com/Vchitect/VBench, scripts/constant.py and
 scripts/cal_final_score.py.
 """
 
@@ -65,10 +65,10 @@ PAPER = {
 
 
 def read_vbench_results(path: str | Path) -> dict[str, float]:
-    """Raw scores by dimension, such as `subject_consistency`, as fractions; any part of the sixteen.
+    """Reads raw scores by dimension, such as `subject_consistency`, as fractions; any of the sixteen may be missing.
 
     Args:
-        path: a `*_eval_results.json` of VBench, or a folder of them, such as one of each dimension.
+        path: a `*_eval_results.json` of VBench, or a folder of them, such as one for each dimension.
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if a file is not of VBench's format, a dimension is unknown or in two files, or a score out of range.
@@ -93,11 +93,11 @@ def read_vbench_results(path: str | Path) -> dict[str, float]:
 
 
 def _score(file: Path, name: str, result) -> float:
-    """The score in a dimension's [score, videos]."""
+    """Checks and returns the score in a dimension's [score, videos]."""
     score = result[0] if isinstance(result, list) and result else None
     if not isinstance(score, int | float):
         raise ValueError(f"{file}: expected [score, videos] for {name}, found {json.dumps(result)[:100]}")
-    if not abs(score) < 1.01:  # NaN too; a cosine may be below 0, and is rounded
+    if not abs(score) < 1.01:  # NaN fails too; a cosine may be below 0, and is rounded
         raise ValueError(
             f"{file}: {name} is {score}, expected a fraction; NaN means that VBench found no video, and an old VBench gives "
             "imaging_quality in percent: evaluate this dimension again"

@@ -1,4 +1,4 @@
-"""What the tokenizer and its discriminators are trained on. Each function returns a scalar."""
+"""Losses of the tokenizer and its discriminators (VideoAR eq. 4). Each loss is a scalar."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def reconstruction_loss(output: Tensor, video: Tensor, kind: str) -> Tensor:
 
 
 def motion_loss(output: Tensor, video: Tensor, kind: str) -> Tensor:
-    """`reconstruction_loss` of what changes from frame to frame of (B, 3, T, H, W), against flicker; 0 for single frames."""
+    """`reconstruction_loss` of the differences between consecutive frames of (B, 3, T, H, W), against flicker; 0 if T = 1."""
     if output.shape[2] == 1:
         return output.new_zeros(())
     return reconstruction_loss(output.float().diff(dim=2), video.float().diff(dim=2), kind)
 
 
 def perceptual_loss(network: Perceptual, output: Tensor, video: Tensor) -> Tensor:
-    """Mean learned distance of frames: (B, 3, T, H, W) in [-1, 1] twice -> scalar."""
+    """Mean perceptual distance between the frames of two videos, both (B, 3, T, H, W) in [-1, 1]."""
     return network(*(x.float().transpose(1, 2).flatten(0, 1) for x in (output, video))).mean()
 
 
@@ -46,9 +46,9 @@ def commitment_loss(feature: Tensor, steps: list[Step]) -> Tensor:
 def entropy_loss(steps: list[Step], inverse_temperature: float) -> Tensor:
     """1 - (entropy of a bit over the batch - mean entropy of a bit given its token), in bits; in [0, 1].
 
-    Zero when every bit is certain for its token and balanced over the batch (MAGVIT-v2's entropy penalty, per bit as in
-    BSQ-ViT); the batch is that of all devices. A bit's probability is sigmoid(inverse_temperature * u * sqrt(d)), u the
-    residual on the unit sphere.
+    It is 0 when every bit is certain for its token and balanced over the batch of all devices (MAGVIT-v2's entropy penalty,
+    per bit as in BSQ-ViT). A bit's probability is sigmoid(inverse_temperature * u * sqrt(d)), u the residual on the unit
+    sphere.
     """
     losses = []
     for step in steps:
@@ -60,19 +60,19 @@ def entropy_loss(steps: list[Step], inverse_temperature: float) -> Tensor:
 
 
 def discriminator_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
-    """Hinge loss of logit maps, one of each discriminator; the mean over these."""
+    """Hinge loss of the discriminators, given one map of logits from each for real and for fake clips; their mean."""
     return torch.stack([F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean() for r, f in zip(real, fake)]).mean()
 
 
 def adversarial_loss(fake: list[Tensor]) -> Tensor:
-    """What the decoder is told by the discriminators: minus their mean logit."""
+    """Adversarial loss of the decoder: minus the discriminators' mean logit for its output."""
     return -torch.stack([f.float().mean() for f in fake]).mean()
 
 
 def lecam_loss(real: list[Tensor], fake: list[Tensor], anchors: Tensor) -> Tensor:
-    """Keeps logits of real clips from running above the average logit of fake ones, and the reverse.
+    """Penalises logits of real clips above the average logit of fake ones, and logits of fake ones below that of real ones.
 
-    LeCAM's regulariser (Tseng et al. 2021, arXiv 2104.03310), one-sided as in its authors' code.
+    This is LeCAM's regulariser (Tseng et al. 2021, arXiv 2104.03310), one-sided as in its authors' code.
 
     Args:
         anchors: (discriminators, 2), moving averages of the mean logits of real and of fake clips.
@@ -85,8 +85,8 @@ def lecam_loss(real: list[Tensor], fake: list[Tensor], anchors: Tensor) -> Tenso
 
 
 def adaptive_weight(reference: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
-    """How much stronger one loss pulls at the decoder's last layer than another (VQGAN, arXiv 2012.09841, eq. 7), with the
-    clips of all devices.
+    """Ratio of the gradient norms of two losses at the decoder's last layer (VQGAN, arXiv 2012.09841, eq. 7), from the clips
+    of all devices.
 
     Args:
         reference, adversarial: scalars that depend on `last`, a weight.
@@ -99,6 +99,6 @@ def adaptive_weight(reference: Tensor, adversarial: Tensor, last: Tensor) -> Ten
 
 
 def entropy_of(p: Tensor) -> Tensor:
-    """In bits, of variables that are one with probability p, any shape."""
+    """Entropy in bits of binary variables that are one with probability p, any shape."""
     p = p.clamp(1e-6, 1 - 1e-6)
     return -(p * p.log() + (1 - p) * (1 - p).log()) / math.log(2)

@@ -26,7 +26,7 @@ from kit.tokenizer.losses import (
     reconstruction_loss,
 )
 
-ANCHOR_DECAY = 0.99  # of LeCAM's averages
+ANCHOR_DECAY = 0.99  # of LeCAM's moving averages, per iteration
 
 
 class TokenizerModule(L.LightningModule):
@@ -39,11 +39,11 @@ class TokenizerModule(L.LightningModule):
         tokenizer: values of `TokenizerConfig`.
         loss: see conf/loss/plain.yaml.
         optimizer: `name`, `lr`, `betas`, `weight_decay`, `warmup` (iterations), `clip` (norm of all gradients),
-            `accumulate` (batches of an iteration).
+            `accumulate` (batches per iteration).
         clip: `frames`, `height`, `width`, `fps` of the clips trained on.
         steps: iterations of the whole training; the learning rate ends there.
         scale_dropout: stochastic depth: each of the `last` scales of a clip is left out with probability `p`.
-        seed: of what is left out, a function of it and of the clips' numbers.
+        seed: for random choices of scales and frames, which depend on it and on the clips' numbers only.
     Raises:
         ValueError, FileNotFoundError: for wrong values, or a perceptual loss without its weights.
     """
@@ -78,7 +78,7 @@ class TokenizerModule(L.LightningModule):
             self.register_buffer("anchors", torch.zeros(len(against["dims"]), 2))  # LeCAM's
 
     def enter(self, clip: dict):
-        """Validates clips of this shape from now on. A batch of the training has its own."""
+        """Sets the clip shape for validation and for checkpoints. Each training batch has a shape of its own."""
         self.hparams["clip"] = clip
         self.schedule = self.model.schedule(clip["frames"], clip["height"], clip["width"])
 
@@ -121,24 +121,27 @@ class TokenizerModule(L.LightningModule):
             self.step(discriminators=adversarial > 0)
 
     def kept_scales(self, video: Tensor, draws: Draws) -> Tensor | None:
-        """(B, K) bool: which scales reach the decoder; None: all."""
+        """Draws which scales of each clip reach the decoder, (B, K) bool; None: all."""
         last, p = self.scale_dropout["last"], self.scale_dropout["p"]
         if not last or not p:
             return None
         scales = self.model.schedule_of(video).scales
-        last = min(last, scales - 1)  # of small clips too the first one stays
+        last = min(last, scales - 1)  # the first scale stays, in small clips too
         kept = torch.ones(len(video), scales, dtype=torch.bool)
         kept[:, scales - last :] = draws.rand(last) >= p
         return onto(kept, self.device)
 
     @property
     def entropy_weight(self) -> float:
-        """Of this iteration: from `entropy_weight` in a straight line to `entropy_weight_end` at the last one."""
+        """Entropy weight in this iteration: linear from `entropy_weight` to `entropy_weight_end` at the last iteration."""
         first, last = self.loss["entropy_weight"], self.loss["entropy_weight_end"]
         return first + (last - first) * min(1.0, self.global_step / max(1, self.steps - 1))
 
     def backward_of(self, terms: dict[str, tuple]):
-        """Outside of autocast, in which Lightning calls a training step: gradients and updates are not to be rounded."""
+        """Backpropagates the weighted sum of `terms`.
+
+        Turns off autocast, under which Lightning calls a training step, so that gradients are not rounded.
+        """
         with torch.autocast(self.device.type, enabled=False):
             self.manual_backward(weighted_sum(terms) / self.optimizer["accumulate"])
 
@@ -151,7 +154,10 @@ class TokenizerModule(L.LightningModule):
         return min(1.0, done / max(1, round(self.loss["adversarial"]["warmup"] * self.steps)))
 
     def adversarial_term(self, output: Tensor, terms: dict) -> tuple[Tensor | float, Tensor]:
-        """Weight and loss of fooling the discriminators, which do not learn from it: they only say which way is up."""
+        """Computes weight and loss of fooling the discriminators.
+
+        The discriminators do not learn from it: only their gradient at the output is passed on to the tokenizer.
+        """
         seen = output.detach().requires_grad_()
         loss = adversarial_loss(self.discriminator(seen))
         with torch.autocast(self.device.type, enabled=False):
@@ -165,36 +171,35 @@ class TokenizerModule(L.LightningModule):
         return weight, loss
 
     def discriminator_terms(self, video: Tensor, output: Tensor, number: int) -> dict:
-        """What the discriminators learn from in batch `number` of an iteration: telling real from reconstructed clips,
-        calmly."""
+        """Computes the discriminators' losses, hinge and LeCAM, for batch `number` of an iteration; updates LeCAM's averages."""
         real, fake = self.discriminator(video), self.discriminator(output)
         means = torch.stack([torch.stack([r.float().mean(), f.float().mean()]) for r, f in zip(real, fake)])
         means = mean_over_ranks(means.detach())
         batches = self.optimizer["accumulate"]
         seen = (self.global_step - self.start) * batches + number
         decay = ANCHOR_DECAY ** (1 / batches)
-        self.anchors.lerp_(means, 1 - min(decay, seen / (seen + 1)))  # at first the mean of all so far
+        self.anchors.lerp_(means, 1 - min(decay, seen / (seen + 1)))  # the mean of all batches at first
         return {
             "discriminator": (1.0, discriminator_loss(real, fake)),
             "lecam": (self.loss["adversarial"]["lecam"], lecam_loss(real, fake, self.anchors)),
         }
 
     def step(self, discriminators: bool):
-        """One iteration of each optimizer whose turn it is."""
+        """Steps the tokenizer's optimizer and schedule, and the discriminators' if `discriminators`."""
         optimizers, schedules = self.optimizers(), self.lr_schedulers()
         optimizers, schedules = (x if isinstance(x, list) else [x] for x in (optimizers, schedules))
         turns = list(zip(optimizers, schedules))[: 2 if discriminators else 1]
         for number, (optimizer, schedule) in enumerate(turns):
             if self.optimizer["clip"]:
                 self.clip_gradients(optimizer, self.optimizer["clip"], "norm")
-            # Lightning counts the steps of its own wrapper: past it, the discriminators' do not add to `global_step`.
+            # Lightning counts its wrapper's steps; the discriminators bypass it, to leave `global_step` alone.
             with torch.autocast(self.device.type, enabled=False):
                 (optimizer if number == 0 else optimizer.optimizer).step()
             optimizer.zero_grad()
             schedule.step()
 
     def on_validation_model_zero_grad(self):
-        """Leaves gradients alone: of an iteration of several batches some may be there already."""
+        """Keeps the gradients: an iteration of several batches may have accumulated some already."""
 
     def validation_step(self, batch: dict, _) -> dict:
         video = batch["video"]
@@ -212,18 +217,18 @@ class TokenizerModule(L.LightningModule):
             against = self.loss["adversarial"]
             optimizers.append(build_optimizer(self.discriminator, "adamw", against["lr"], against["betas"], 0.0))
             schedules.append(WarmupCosine(optimizers[1], 0, self.steps - self.start))
-        return optimizers, [{"scheduler": schedule, "interval": "step"} for schedule in schedules]  # as it is logged
+        return optimizers, [{"scheduler": schedule, "interval": "step"} for schedule in schedules]  # the interval of logging
 
 
 def some_frames(frames: int, wanted: int | None, draws: Draws) -> Tensor | None:
-    """(B, wanted) numbers of so many of each clip's frames, in their order; None: all of them."""
+    """Draws `wanted` frame numbers of each clip, (B, wanted), ascending; None: all frames."""
     if wanted is None or wanted >= frames:
         return None
     return draws.rand(frames).argsort(1)[:, :wanted].sort(1).values
 
 
 def chosen_frames(video: Tensor, numbers: Tensor | None) -> Tensor:
-    """(B, 3, n, H, W): of each clip of (B, 3, T, H, W) the frames whose numbers are (B, n), or all."""
+    """Selects frames `numbers` (B, n) of each clip of (B, 3, T, H, W) -> (B, 3, n, H, W); None selects all."""
     if numbers is None:
         return video
     return video.gather(2, onto(numbers, video.device)[:, None, :, None, None].expand(-1, 3, -1, *video.shape[3:]))
@@ -235,5 +240,5 @@ def amplitude_of(features: Tensor) -> Tensor:
 
 
 def weighted_sum(terms: dict[str, tuple]) -> Tensor:
-    """Of name -> (weight, loss)."""
+    """Sums losses, given as name -> (weight, loss), by their weights."""
     return sum(weight * term for weight, term in terms.values())

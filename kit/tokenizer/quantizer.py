@@ -2,8 +2,8 @@
 
 Each latent frame is coded on its own. For every scale, from coarse to fine: take the residual of the frame's feature
 against the running sum, resize it down to the scale's grid, put it on the unit sphere, keep the signs. A token is then
-d bits; its code is +-1/sqrt(d) (binary spherical quantization). The code is resized up and added to the running sum.
-(method.md section 2; VideoAR section 3, after Infinity.)
+d bits; its code is +-1/sqrt(d) (binary spherical quantization). The code is resized up and added to the running sum
+(method.md section 2; VideoAR eq. 2-3, after Infinity).
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ Grid = tuple[int, int]
 
 
 def to_bits(x: Tensor) -> Tensor:
-    """Signs as bits: True where x > 0."""
+    """Takes signs as bits: True where x > 0."""
     return x > 0
 
 
 def to_code(bits: Tensor, dim: int = -1) -> Tensor:
-    """Bits -> points on the unit sphere, +-1/sqrt(d); d is the size of `dim`. float32."""
+    """Maps bits to points on the unit sphere, +-1/sqrt(d), float32; d is the size of `dim`."""
     return (bits.float() * 2 - 1) * bits.shape[dim] ** -0.5
 
 
 def used_of(bits: Tensor, k: int, schedule: ScaleSchedule) -> Tensor:
-    """The bits (..., d) of scale k, those that it does not have as False (see `ScaleSchedule.bits`)."""
+    """Sets those of the bits (..., d) to False that scale k does not have (see `ScaleSchedule.bits`)."""
     if not schedule.bits or schedule.bits[k] == bits.shape[-1]:
         return bits
     return bits & (torch.arange(bits.shape[-1], device=bits.device) < schedule.bits[k])
 
 
 def residual_map(bits: Tensor, k: int, schedule: ScaleSchedule) -> Tensor:
-    """What scale k adds to the running sum: (N, h_k * w_k, d) bool -> (N, d, h, w) float32."""
-    code = to_code(bits).contiguous()  # so that the map has its channels last, which a GPU resizes far faster
+    """Returns what scale k adds to the running sum: bits (N, h_k * w_k, d) -> (N, d, h, w) float32."""
+    code = to_code(bits).contiguous()  # makes the map channels-last, which a GPU resizes far faster
     if schedule.bits:
         code[..., schedule.bits[k] :] = 0
     return up(tokens_to_map(code, schedule.grids[k]), schedule.grid)
@@ -56,11 +56,11 @@ def up(x: Tensor, grid: Grid) -> Tensor:
 
 
 def next_input(total: Tensor, grid: Grid, before: Tensor | None = None) -> Tensor:
-    """What a block reads: the running sum, resized to the block's grid. Training and sampling both ask here.
+    """Returns what a block reads, in training and sampling: the running sum, resized to the block's grid (VideoAR eq. 6).
 
     Args:
         total: (N, d, h, w), sum of the residual maps known so far (of the frame before, for a frame's first block).
-        before: (N, d, h, w), the finished sum of the frame before, for a generator whose every block reads it too.
+        before: (N, d, h, w), finished sum of the frame before, for a generator in which all blocks read it too.
     Returns:
         (N, h_k * w_k, d), or 2 d with `before`
     """
@@ -71,16 +71,16 @@ def next_input(total: Tensor, grid: Grid, before: Tensor | None = None) -> Tenso
 
 
 def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
-    """(N, h * w, d) -> (N, d, h, w)"""
+    """Arranges tokens on their grid: (N, h * w, d) -> (N, d, h, w)."""
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 class Step(NamedTuple):
     """One scale of the pyramid."""
 
-    residual: Tensor  # (N, d_k, h_k, w_k), before taking signs; of the bits that the scale has
+    residual: Tensor  # (N, d_k, h_k, w_k), before taking signs; d_k are the bits that the scale has
     label: Tensor  # (N, h_k * w_k, d) bool, signs of the residual
-    bits: Tensor  # the same, as they entered the sum: labels, or labels with errors
+    bits: Tensor  # (N, h_k * w_k, d) bool, what entered the sum: the label, or the label with errors
     total: Tensor  # (N, d, h, w), running sum after this scale
 
 
@@ -88,12 +88,12 @@ def pyramid(
     feature: Tensor, schedule: ScaleSchedule, disturb: Callable[[int, Tensor], Tensor] | None = None,
     kept: Tensor | None = None,
 ):  # fmt: skip
-    """Walks a frame's scales from coarse to fine.
+    """Quantises frames scale by scale, from coarse to fine (VideoAR eq. 2-3).
 
     Args:
-        feature: (N, d, h, w), N frames on their own.
-        disturb: (k, label) -> bits that enter the sum in place of the label; the residual of the next scale, and so its
-            label, is then taken against the disturbed sum.
+        feature: (N, d, h, w), of N independent frames.
+        disturb: maps (k, label) to the bits that enter the sum in place of the label; the residuals of the next scales, and
+            so their labels, are then taken against the disturbed sum.
         kept: (N, K) bool; a scale that is not kept adds nothing to the sum (stochastic depth). None keeps all.
     Yields:
         a `Step` for each scale.
@@ -110,28 +110,28 @@ def pyramid(
 
 
 def frames_of(feature: Tensor) -> Tensor:
-    """(B, d, F, h, w) -> (B * F, d, h, w)"""
+    """Moves a clip's frames into the batch: (B, d, F, h, w) -> (B * F, d, h, w)."""
     return feature.transpose(1, 2).flatten(0, 1)
 
 
 def clip_of(frames: Tensor, batch: int) -> Tensor:
-    """(B * F, d, h, w) -> (B, d, F, h, w)"""
+    """Inverts `frames_of`: (B * F, d, h, w) -> (B, d, F, h, w)."""
     return frames.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 def sequence_of(blocks: list[Tensor], batch: int) -> Tensor:
-    """One (B * F, h_k * w_k, d) for each scale -> (B, L, d) in the schedule's order."""
+    """Joins the blocks of each scale, (B * F, h_k * w_k, d), to the sequence (B, L, d) in the schedule's order."""
     return torch.cat(blocks, dim=1).unflatten(0, (batch, -1)).flatten(1, 2)
 
 
 def feature_to_bits(feature: Tensor, schedule: ScaleSchedule) -> Tensor:
-    """(B, d, F, h, w) -> (B, L, d) bool."""
+    """Quantises a feature (B, d, F, h, w) to bits (B, L, d)."""
     steps = pyramid(frames_of(feature), schedule)
     return sequence_of([step.label for step in steps], feature.shape[0])
 
 
 def bits_to_feature(bits: Tensor, schedule: ScaleSchedule, scales: int | None = None) -> Tensor:
-    """(B, L, d) -> (B, d, F, h, w), the sum of the residual maps; of the first `scales` only, if given.
+    """Sums the residual maps of bits (B, L, d) to a feature (B, d, F, h, w); of the first `scales` only, if given.
 
     Raises:
         ValueError: if there are not L tokens.

@@ -1,7 +1,7 @@
-"""Clips of any length and size through a tokenizer and back, a few frames at a time.
+"""Reconstructs clips of any length and size with a tokenizer, a few frames at a time.
 
-A clip is padded to what a schedule can write, and the output is cut back, so that each output frame belongs to an input
-frame: in time by its last frame, at the right and at the bottom by its outermost column and row.
+A clip is padded to a shape that has a schedule, and the output is cropped, so that each output frame belongs to an input
+frame. Padding repeats the last frame in time, and the outermost column and row on the right and at the bottom.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from kit.tokenizer.quantizer import clip_of, frames_of, pyramid
 
 
 def scaled_size(height: int, width: int, shorter_side: int) -> tuple[int, int]:
-    """(height, width) of a picture resized to this shorter side, its aspect ratio kept up to rounding."""
+    """Returns (height, width) of a picture resized to `shorter_side`, with its aspect ratio up to rounding."""
     scale = shorter_side / min(height, width)
     return round(height * scale), round(width * scale)
 
 
 def coded_size(config: TokenizerConfig, height: int, width: int) -> tuple[int, int]:
-    """(height, width) of the smallest clip that a tokenizer can write and that covers this one.
+    """Returns (height, width) of the smallest clip that a tokenizer can code and that covers the given size.
 
     Raises:
         ValueError: if the shorter side is longer than the tokenizer's.
@@ -41,18 +41,18 @@ def coded_size(config: TokenizerConfig, height: int, width: int) -> tuple[int, i
 
 
 def pad_to(video: Tensor, frames: int, height: int, width: int) -> Tensor:
-    """(B, C, T, H, W) -> (B, C, frames, height, width): the last frame, row and column repeated."""
+    """Pads (B, C, T, H, W) to (B, C, frames, height, width) by repeating the last frame, row and column."""
     T, H, W = video.shape[2:]
     return F.pad(video, (0, width - W, 0, height - H, 0, frames - T), mode="replicate")
 
 
 def regrouped(chunks: Iterable[Tensor], tau: int) -> Iterator[Tensor]:
-    """The same frames, 1 + tau * n at first and then tau * n at a time, as soon as they have come; at the end what is left.
+    """Regroups frames into chunks of first 1 + tau * n, then tau * n frames, as soon as they arrive; the rest comes last.
 
     Args:
         chunks: (3, n, H, W), of any n.
     Raises:
-        ValueError: for another number of dimensions, or if frames differ in size.
+        ValueError: if a chunk has another number of dimensions, or frames differ in size.
     """
     rest, lead = None, 1
     for chunk in chunks:
@@ -71,15 +71,15 @@ def regrouped(chunks: Iterable[Tensor], tau: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def stream_scales(tokenizer: Tokenizer, chunks: Iterable[Tensor], scales: Collection[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the first k scales of each frame hold, for each k of `scales`. Memory does not grow with the clip.
+    """Reconstructs a clip from the first k scales of each frame, for each k of `scales`, in memory independent of its length.
 
     Args:
         chunks: (3, n, H, W) in [-1, 1], of any n: the frames of one clip, on the tokenizer's device. The shorter side of
             H x W has at most `shorter_side` pixels. A tokenizer of images codes each frame as a picture of its own.
         scales: ascending, from 1 to K.
     Yields:
-        frames (3, n, H, W), regrouped, and their reconstructions (len(scales), 3, n, H, W) in [-1, 1]: up to rounding those
-        of the whole clip, however it was divided.
+        frames (3, n, H, W), regrouped, and their reconstructions (len(scales), 3, n, H, W) in [-1, 1]. Up to rounding they
+        equal those of the whole clip, however it is chunked.
     Raises:
         ValueError: as `check_pixels`, `coded_size` and `regrouped`.
     """
@@ -97,6 +97,6 @@ def stream_scales(tokenizer: Tokenizer, chunks: Iterable[Tensor], scales: Collec
 
 
 def reconstruct_stream(tokenizer: Tokenizer, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Through the bits and back: (3, n, H, W) -> the same frames, in other chunks of that form; see `stream_scales`."""
+    """Encodes chunks (3, n, H, W) of a clip as bits and decodes them, in chunks of other lengths; see `stream_scales`."""
     for _, outputs in stream_scales(tokenizer, chunks, [len(tokenizer.config.scales)]):
         yield outputs[0]
