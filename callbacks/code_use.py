@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from kit.inspection import bit_use, bit_use_picture, entropy_of
 
-DEAD = 0.01  # bits of entropy; a bit that is the same in all but one of 1,200 tokens has as much
+DEAD = 0.01  # bits of entropy, below which a bit is dead: alike in all but one of 1,200 tokens
 
 
 class CodeUse(L.Callback):

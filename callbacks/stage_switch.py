@@ -153,7 +153,7 @@ def check_adaptive(module: L.LightningModule, plan: StagePlan):
 
 
 def freeze_all_but(module: L.LightningModule, beginnings: tuple[str, ...] | None) -> str:
-    """Freezes the model's parameters, except those whose names begin so (None: all learn); says which learn."""
+    """Freezes the model's parameters whose names begin with none of `beginnings` (None: none); says which learn."""
     for name, p in module.model.named_parameters():
         p.requires_grad_(beginnings is None or name.startswith(tuple(beginnings)))
     return "all weights learn" if beginnings is None else f"{', '.join(beginnings)} learn"

@@ -55,7 +55,7 @@ STILL = ("turn_left", "turn_right", SHOOT)  # the player stays in place
 
 TICS = 35  # steps of the engine per second
 SIZES = ((160, 120), (320, 240), (640, 480), (800, 600), (1024, 768), (1280, 960))  # the engine's screens, width and height
-LEAST_MOTION, LEAST_FLASH = 3.0, 0.5  # least `motion` of a clip: with moves, with shots
+LEAST_MOTION, LEAST_FLASH = 3.0, 0.5  # least `motion` of a clip that moves, that shoots
 LEAST_SPEED = 2.0  # of a player who walks: map units per step of the engine, out of 8 at most; slower clips are dropped
 ATTEMPTS = 300  # until a clip is given up
 SHARE = 32  # clips that an engine renders before it is closed

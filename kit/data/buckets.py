@@ -80,7 +80,7 @@ def suiting(buckets: Sequence[Bucket], frames: int, height: int, width: int) -> 
     """
 
     def apart(i: int) -> float:
-        """Distance of the aspect ratios, |log|: minus the logarithm of the share of the picture that cropping keeps."""
+        """Absolute difference of the log aspect ratios: minus the log of the share of the picture that cropping keeps."""
         return abs(math.log(buckets[i].height / buckets[i].width) - math.log(height / width))
 
     def order(i: int) -> tuple:
@@ -95,7 +95,7 @@ def suiting(buckets: Sequence[Bucket], frames: int, height: int, width: int) -> 
 class BucketClips(Dataset):
     """The clips of a source sorted into buckets, each file in the bucket that suits it (see `suiting`).
 
-    Of the B buckets that have files, item n is clip n // B of bucket n % B.
+    With B buckets that have files, item n is clip n // B of bucket n % B.
 
     Args:
         source: data set of all files. buckets: candidates; a bucket that suits no file is left out, with a warning.

@@ -109,7 +109,7 @@ def open_video(path: str | Path, backend: str = "decord") -> Decoder:
 
 
 def load_backend(name: str) -> type[Decoder]:
-    """The decoder class of a backend, its package imported.
+    """Imports a backend's package, and returns its decoder class.
 
     Raises:
         ValueError: if there is no such backend.
@@ -274,7 +274,7 @@ def upright(pixels: np.ndarray, rotation: float) -> np.ndarray:
 
 
 def unpad_rows(frame: np.ndarray) -> np.ndarray:
-    """(H, W, 3) of decord's (H, W, C), C >= 3, where C > 3 means rows of W pixels followed by padding."""
+    """Removes the padding of decord's rows: (H, W, C) -> (H, W, 3); C > 3 means rows of W pixels followed by padding."""
     height, width, _ = frame.shape
     return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 

@@ -47,7 +47,7 @@ def held_out_of(names: Sequence[str], every: int) -> set[str]:
 
 
 def split_files(names: Sequence[str], split: str, held_out: set[str]) -> list[str]:
-    """Selects the files of a split: `val` the held-out ones, or the last file if there are none; `train` the others; `all`.
+    """Selects the files of a split: `train`, `val` (the held-out ones, or the last file if there are none) or `all`.
 
     A single file is in every split.
     """
@@ -103,11 +103,11 @@ def _filename_label(name: str, pattern: str) -> str:
 
 
 def read_captions(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """Name -> caption from a table with one row for each of `names`.
+    """Reads captions from a table with one row for each of `names`: name -> caption.
 
     Args:
-        path: csv with the columns, or jsonl with the keys, `file` and `caption`; or json, a list of such rows or an
-            object of file: caption. `file` is the name, with or without its suffix.
+        path: csv with the columns, or jsonl with the keys, `file` and `caption`; or json, a list of such rows or an object
+            of file: caption. `file` is the name, with or without its suffix.
     Raises:
         FileNotFoundError: if there is no such table.
         ValueError: if it is malformed, names unknown files or the same file twice, or lacks a file.

@@ -14,7 +14,7 @@ Batch = list[tuple[int, int]]  # (clip number, how many of its frames)
 
 
 class Stream(Sampler[Batch], ABC):
-    """Batches of one rank, starting at a given one, without end. A batch holds either clips or images, each a stream of its
+    """Endless batches of one rank, from a given one on. A batch holds either clips or images; each kind is a stream of its
     own.
 
     Args:

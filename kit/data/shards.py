@@ -1,6 +1,6 @@
-"""Clips in WebDataset shards, on a disk or in object storage: tar files with `KEY.mp4`, and beside it `KEY.txt` (a caption),
-`KEY.json` (with `caption`) or `KEY.cls` (a class).
+"""Clips in WebDataset shards, on a disk or in object storage.
 
+Shards are tar files with `KEY.mp4`, and beside it `KEY.txt` (a caption), `KEY.json` (with `caption`) or `KEY.cls` (a class).
 Unlike in a stream, items are numbered: a tar is read through once to learn where its files lie, then only where an item
 lies.
 """

@@ -20,7 +20,8 @@ class Unsized:
 
 
 class StagedClips(ClipsOnDevice):
-    """DataModule with the clips of one stage after another. It has the attributes of the `ClipDataModule` in training.
+    """DataModule with the clips of one stage after another. Its other attributes are those of the current stage's
+    DataModule.
 
     The data leads and `StageSwitch` follows: batches carry the number of their stage as `stage`.
 

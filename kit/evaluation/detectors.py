@@ -1,5 +1,7 @@
-"""Networks that turn a clip into a feature, for Fréchet distances. A distance depends on the detector as much as on the
-clips."""
+"""Networks that turn a clip into a feature, for Fréchet distances.
+
+A distance depends on the detector as much as on the clips.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,7 @@ class Detector:
 
 
 def resize_frames(clips: Tensor, side: int) -> Tensor:
-    """(B, 3, T, H, W) -> (B, 3, T, side, side): each frame bilinear, pixel centres aligned by area, antialiased."""
+    """Resizes each frame, (B, 3, T, H, W) -> (B, 3, T, side, side): bilinear, pixel centres aligned by area, antialiased."""
     frames = clips.transpose(1, 2).flatten(0, 1)
     frames = F.interpolate(frames, (side, side), mode="bilinear", align_corners=False, antialias=True)
     return frames.unflatten(0, (clips.shape[0], clips.shape[2])).transpose(1, 2)

@@ -43,7 +43,7 @@ OUTLINE_FRAMES = 8  # frames whose outlines are averaged
 
 PATHS = 128  # paths drawn per motion
 RADIUS_WEIGHT = 0.2  # short sides; distance that a change of the radius by a factor e counts as
-FAR = 0.15  # short sides; the most that a frame's distance counts, for the path may re-enter a frame earlier
+FAR = 0.15  # short sides; a frame's distance counts as this at most, since the path may re-enter a frame earlier
 
 # Beyond these limits a clip is called unreadable instead of getting the nearest label. Real clips stay well within them.
 LEAST_BACKGROUND = 0.5  # share of pixels that agree with the fitted background
@@ -122,9 +122,10 @@ def caption_accuracy(
 
 
 def caption_hits(video: torch.Tensor | np.ndarray, caption: str, fps: float = 8.0) -> dict[str, bool]:
-    """Compares a clip with its caption: attribute named by the caption -> whether the clip shows it; `all`: all of them.
+    """Compares a clip with its caption: name of an attribute -> whether the clip shows what the caption says.
 
-    Arguments as for `caption_accuracy`.
+    Attributes that the caption does not name are left out; `all` is whether all others are right. Arguments as for
+    `caption_accuracy`.
     """
     targets = as_targets(parse_caption(caption))
     if targets["motion"] not in caption_words(caption):  # caption of an image: `parse_caption` fills in a motion
