@@ -1,11 +1,12 @@
 """A training that is killed (SIGKILL) again and again, also while it saves, against the same one that is not: what it
 costs, and whether it comes to the same weights and losses.
 
-    python benchmarks/survival.py FOLDER [kills=50] [seed=0] [key=value ...]
+    python benchmarks/survival.py FOLDER [kills=50] [seed=0] [conf=stage1_tokenizer] [key=value ...]
 
-Each line is a kill, of all its processes: the moment that was chosen, the step of the checkpoint that was left, and whether
-it was whole. Every other kill waits for a save to be under way. The last line compares what the training came to.
-Further words are the training's, such as trainer=fsdp trainer.devices=2 trainer.strategy.checkpoints=sharded.
+The training is one of a tokenizer, or, with conf=progressive tokenizer_ckpt=PATH, of a generator in three stages. Each line
+is a kill, of all its processes: the moment that was chosen, the step of the checkpoint that was left, and whether it was
+whole. Every other kill waits for a save to be under way. The last line compares what the training came to. Further words
+are the training's, such as trainer=fsdp trainer.devices=2 trainer.strategy.checkpoints=sharded.
 """
 
 from __future__ import annotations
@@ -20,20 +21,28 @@ import sys
 import time
 from pathlib import Path
 
-from kit.checkpoint import read_checkpoint
+from kit.checkpoint import kind_of, read_checkpoint
 from kit.files import contents_hash
 from runs import logged, parted
 
 RUN = (
     "size=tiny", "data.frames=5", "data.height=32", "data.width=32", "data.batch_size=4", "data.val_clips=4",
     "data.workers=1", "trainer.val_check_interval=100", "trainer.log_every_n_steps=1", "callbacks.last.every=5",
-    "callbacks.last.share=1", "callbacks.compile.least_steps=-1", "recipe.tokenizer.steps=600",
-    "+logger.csv.flush_logs_every_n_steps=1",
+    "callbacks.last.share=1", "callbacks.compile.least_steps=-1", "+logger.csv.flush_logs_every_n_steps=1",
 )  # fmt: skip
+TRAININGS = {
+    "stage1_tokenizer": ("recipe.tokenizer.steps=600",),
+    "progressive": (
+        "stages.low.steps=200", "stages.low.data.height=16", "stages.low.data.width=16", "stages.low.data.batch_size=4",
+        "stages.high.steps=200", "stages.long.steps=200", "stages.long.data.frames=9", "stages.long.data.batch_size=2",
+        "recipe.generator.encoded_clips=400",
+    ),
+}  # fmt: skip
+LATE = 50  # steps before the end, behind which a training is not killed again
 
 
 def start(root: Path, words: list[str]) -> subprocess.Popen:
-    command = ["-m", "kit", "fit", "conf=stage1_tokenizer", f"root={root}", "name=run", "ckpt=last", *RUN, *words]
+    command = ["-m", "kit", "fit", f"root={root}", "name=run", "ckpt=last", *words]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     return subprocess.Popen([sys.executable, *command], **quiet)
 
@@ -45,7 +54,11 @@ def saving(folder: Path) -> bool:
 
 def step_of(checkpoint: Path) -> int:
     """0 if there is none yet. Raises ValueError if it is not whole."""
-    return read_checkpoint(checkpoint, "tokenizer")["global_step"] if checkpoint.exists() else 0
+    return read(checkpoint)["global_step"] if checkpoint.exists() else 0
+
+
+def read(checkpoint: Path) -> dict:
+    return read_checkpoint(checkpoint, kind_of(checkpoint))
 
 
 def kill_once(root: Path, words: list[str], in_save: bool, rng: random.Random) -> str:
@@ -74,16 +87,18 @@ def kill_once(root: Path, words: list[str], in_save: bool, rng: random.Random) -
 
 
 def main(folder: str, *words: str):
-    own, words = parted(words, "kills", "seed")
+    own, words = parted(words, "kills", "seed", "conf")
+    conf = own.get("conf", "stage1_tokenizer")
+    words = [f"conf={conf}", *RUN, *TRAININGS[conf], *words]
     kills, rng = int(own.get("kills", 50)), random.Random(int(own.get("seed", 0)))
     whole, killed = Path(folder) / "whole", Path(folder) / "killed"
     start(whole, words).wait()
-    expected = read_checkpoint(whole / "run" / "checkpoints" / "last.ckpt", "tokenizer")
+    expected = read(whole / "run" / "checkpoints" / "last.ckpt")
     losses = logged(whole / "run", "train/loss")
     shutil.rmtree(killed, ignore_errors=True)
     last, survived, runs = killed / "run" / "checkpoints" / "last.ckpt", 0, 0
     for number in range(kills):
-        if step_of(last) > 550:  # a new one, before the end is near
+        if step_of(last) > expected["global_step"] - LATE:  # a new one, before the end is near
             runs += compare(killed, words, expected, losses)
             shutil.rmtree(killed)
         moment = kill_once(killed, words, number % 2 == 0, rng)
@@ -100,7 +115,7 @@ def main(folder: str, *words: str):
 def compare(root: Path, words: list[str], expected: dict, losses: dict[int, float]) -> bool:
     """Goes on to the end, and says whether weights, averages, optimizer and every loss that was logged are the same."""
     start(root, words).wait()
-    found = read_checkpoint(root / "run" / "checkpoints" / "last.ckpt", "tokenizer")
+    found = read(root / "run" / "checkpoints" / "last.ckpt")
     parts = ("global_step", "state_dict", "ema", "optimizer_states")
     weights = contents_hash({k: found[k] for k in parts}) == contents_hash({k: expected[k] for k in parts})
     seen = logged(root / "run", "train/loss")

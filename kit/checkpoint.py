@@ -1,4 +1,4 @@
-"""Checkpoints: written aside and renamed, loaded without executing code, rebuilt into models by path."""
+"""Checkpoints: written to another file and renamed, loaded without executing code, rebuilt into models by path."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.values import differences
 
 CONFIGS = {"generator": GeneratorConfig.from_dict, "tokenizer": TokenizerConfig.from_dict}
-KINDS = ("generator", "tokenizer")  # each is the name of the architecture's values in its checkpoint
+KINDS = ("generator", "tokenizer")  # also the keys of the architecture's values in a checkpoint
 
 
-# what an optimizer's state holds, or what the weights are for: a run that goes on cannot change it
+# the optimizer's state or the weights depend on these, so a resumed run cannot change them
 KEPT = ("optimizer.name", "optimizer.betas", "optimizer.weight_decay", "loss.adversarial.betas", "tokenizer_hash")
 
 
 class TrainingCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that a kill or a full disk leaves whole, see `save_training`. A save that fails is told and counted, for
-    `LastCheckpoint` to say when it is too many.
+    """Saves and loads checkpoints so that a kill or a full disk leaves the previous one whole, see `save_training`.
 
-    Attributes: failed, how many in a row; most_failed, the same at its worst since someone looked; failure, why the last of
-        them did.
+    A failed save is warned of and counted; `LastCheckpoint` decides when there are too many.
+
+    Attributes: failed, failed saves in a row; most_failed, the most in a row since the last `look`; failure, the reason of
+        the last one.
     """
 
     def __init__(self):
@@ -44,7 +45,7 @@ class TrainingCheckpointIO(TorchCheckpointIO):
         self.failed, self.most_failed, self.failure = 0, 0, None
 
     def look(self) -> tuple[int, str | None]:
-        """How many have failed in a row, also if one went well since someone looked, and why."""
+        """Returns the most failed saves in a row since the last `look`, even if one succeeded after, and the last reason."""
         worst, self.most_failed = self.most_failed, 0
         return worst, self.failure
 
@@ -58,7 +59,7 @@ class TrainingCheckpointIO(TorchCheckpointIO):
             rank_zero_warn(f"{error}; {self.failed} in a row", stacklevel=2)
 
     def load_checkpoint(self, path: str | os.PathLike, map_location=None, weights_only: bool | None = True) -> dict[str, Any]:
-        return load_whole(Path(path))  # whoever takes them moves tensors where they belong
+        return load_whole(Path(path))  # the receiver moves tensors to their devices
 
     def remove_checkpoint(self, path: str | os.PathLike):
         super().remove_checkpoint(path)
@@ -66,7 +67,8 @@ class TrainingCheckpointIO(TorchCheckpointIO):
 
 
 def save_training(checkpoint: dict, path: Path):
-    """In shards, by all processes, if something in it is shared out; else in one file. Raises as `save_shards`."""
+    """Saves a training's checkpoint: sharded, by all processes, if it has sharded tensors; else as one file.
+    Raises as `save_shards`."""
     shared = []
     mapped(checkpoint, lambda _, x: shared.append(isinstance(x, DTensor)))
     if any(shared):
@@ -77,7 +79,7 @@ def save_training(checkpoint: dict, path: Path):
 
 
 def save_tokenizer(model: Tokenizer, clip: dict, path: str | os.PathLike):
-    """A checkpoint that `load_tokenizer` reads; it holds no training to resume.
+    """Saves a tokenizer as a checkpoint for `load_tokenizer`; it holds no training to resume.
 
     Args:
         clip: `frames`, `height`, `width`, `fps` of the clips it is for.
@@ -88,10 +90,10 @@ def save_tokenizer(model: Tokenizer, clip: dict, path: str | os.PathLike):
 
 
 def read_checkpoint(path: str | os.PathLike, kind: str, load: Callable[[Path], dict] = load_whole) -> dict:
-    """The contents of a checkpoint of kit, in shards or not, on the CPU; nothing in it is executed.
+    """Loads a checkpoint of kit, sharded or not, on the CPU; nothing in it is executed.
 
     Args:
-        kind: `tokenizer` or `generator`, what it should hold. load: `described` if only shapes are asked for.
+        kind: `tokenizer` or `generator`, what it should hold. load: `described` if only shapes are needed.
     Raises:
         FileNotFoundError: if there is none. ValueError: if a file is broken, damaged, foreign, or of the other kind.
     """
@@ -102,7 +104,7 @@ def read_checkpoint(path: str | os.PathLike, kind: str, load: Callable[[Path], d
 
 
 def kind_of(path: str | os.PathLike) -> str:
-    """`tokenizer` or `generator`. Raises as `read_checkpoint`."""
+    """Returns what a checkpoint holds, `tokenizer` or `generator`. Raises as `read_checkpoint`."""
     kind = _read(path, described)[1]
     if kind not in KINDS:
         raise ValueError(f"{path} holds {kind}, expected a checkpoint of kit")
@@ -121,15 +123,16 @@ def _read(path: str | os.PathLike, load: Callable[[Path], dict]) -> tuple[dict, 
 
 
 def check_resume(path: str | os.PathLike, module: L.LightningModule, data: L.LightningDataModule) -> list[str]:
-    """
+    """Checks whether a training can resume from a checkpoint.
+
     Args:
-        module: what is to go on from the checkpoint, with its settings as hyperparameters. data: its clips, in stages or not.
+        module: the module to resume, with its settings as hyperparameters. data: its clips, in stages or not.
     Returns:
-        the settings that differ from those it began with, as `differences` tells them.
+        the settings that differ from those at the checkpoint's start, as `differences` lists them.
     Raises:
-        ValueError: if the checkpoint is of another architecture, or has other discriminators, another optimizer or
-            tokenizer, naming each difference, is of a training in stages where this one is not or the reverse, has the
-            weights of another version of kit, or holds weights alone; else as `read_checkpoint`.
+        ValueError: if the checkpoint is of another architecture, has other discriminators, another optimizer or tokenizer,
+            naming each difference; if one training is in stages and the other is not; if the checkpoint has the weights of
+            another version of kit, or holds weights alone; else as `read_checkpoint`.
     """
     kind, model = module.kind, module.model
     checkpoint = read_checkpoint(path, kind, described)
@@ -164,14 +167,14 @@ def check_resume(path: str | os.PathLike, module: L.LightningModule, data: L.Lig
 
 
 def _discriminators(loss: dict) -> dict:
-    """What decides which discriminators a run has."""
+    """Returns the values that decide which discriminators a run has."""
     against = loss.get("adversarial", {})
     shape = {key: against[key] for key in ("dims", "width", "layers")} if against.get("weight") else {}
     return {"weight": "above 0" if shape else 0, **shape}
 
 
 def weights_of(checkpoint: dict, averaged: bool = True) -> dict[str, torch.Tensor]:
-    """The model's weights: the moving average where there is one, unless `averaged` is False."""
+    """Returns a model's weights: the moving average if the checkpoint has one, unless `averaged` is False."""
     weights = dict(checkpoint["state_dict"])
     if averaged:
         weights.update(checkpoint.get("ema", {}))
@@ -179,7 +182,7 @@ def weights_of(checkpoint: dict, averaged: bool = True) -> dict[str, torch.Tenso
 
 
 def model_hash(model: nn.Module) -> str:
-    """16 hex digits that change with any weight or with the architecture."""
+    """Hashes weights and architecture of a model to 16 hex digits."""
     digest = hashlib.sha256(json.dumps(model.config.as_dict(), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -194,7 +197,8 @@ class Loaded:
     Args:
         clip: `frames`, `height`, `width`, `fps` of the clips it was trained on.
         steps: optimizer steps it was trained for.
-        held_out: files that were, by a hash, see `ClipDataModule.settings`; None if that is not known.
+        hash: `model_hash`.
+        held_out: hash of the held-out files' names, see `ClipDataModule.settings`; None if that is not known.
     """
 
     model: nn.Module
@@ -206,7 +210,7 @@ class Loaded:
 
 
 def load_tokenizer(path: str | os.PathLike, averaged: bool = True) -> Loaded:
-    """A trained `Tokenizer`. Raises as `read_checkpoint`."""
+    """Loads a trained `Tokenizer`. Raises as `read_checkpoint`."""
     checkpoint = read_checkpoint(path, "tokenizer")
     values = checkpoint["hyper_parameters"]
     model = Tokenizer(TokenizerConfig.from_dict(values["tokenizer"]))
@@ -214,7 +218,7 @@ def load_tokenizer(path: str | os.PathLike, averaged: bool = True) -> Loaded:
 
 
 def load_generator(path: str | os.PathLike, tokenizer: str | os.PathLike | None = None) -> tuple[Loaded, Loaded]:
-    """A trained `Generator` and its tokenizer.
+    """Loads a trained `Generator` and its tokenizer.
 
     Args:
         tokenizer: path of the tokenizer's checkpoint; default is the one it was trained with.
@@ -238,7 +242,7 @@ def load_generator(path: str | os.PathLike, tokenizer: str | os.PathLike | None 
 
 
 def load_generator_alone(path: str | os.PathLike) -> tuple[Loaded, str]:
-    """A trained `Generator`, and the hash of the tokenizer it was trained on. Raises as `read_checkpoint`."""
+    """Loads a trained `Generator`, and the hash of the tokenizer it was trained on. Raises as `read_checkpoint`."""
     checkpoint = read_checkpoint(path, "generator")
     return _generator(checkpoint, path), checkpoint["hyper_parameters"]["tokenizer_hash"]
 
@@ -260,7 +264,7 @@ def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike, average
 
 
 def data_settings(checkpoint: dict) -> dict:
-    """`ClipDataModule.settings` of the training that left it, of the stage it was in; empty where they are not known."""
+    """Returns `ClipDataModule.settings` of a checkpoint's training, in the stage it was in; empty if they are not known."""
     if staged := checkpoint.get("StagedClips"):
         return dict(enumerate(staged.get("settings", ()))).get(staged["stage"], {})
     return checkpoint.get("ClipDataModule", {}).get("settings", {})

@@ -1,5 +1,5 @@
-"""The config files: kit's own in conf/, a user's anywhere; which of them train, what their help says, and what is wrong with
-words that do not fit them."""
+"""Finds and reads config files, kit's own in conf/ and a user's anywhere: which of them train, their help, and what is wrong
+with words of a command that do not fit them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "co
 
 
 def located(conf: str) -> Path:
-    """The file of a conf: of kit's own by their name, of a user's by its path.
+    """Finds the file of a conf: kit's own by name, a user's by path.
 
     Raises:
         ValueError: if there is none, or a user's has the name of one of kit's, which hydra would take in its place.
@@ -35,7 +35,11 @@ def located(conf: str) -> Path:
 
 
 def values_of(path: Path) -> dict:
-    """What a config file says itself. Raises: ValueError if it is no YAML with keys, or its `defaults` are no list."""
+    """Reads the values that a config file itself sets.
+
+    Raises:
+        ValueError: if it is not YAML with keys, or its `defaults` are not a list.
+    """
     import yaml
 
     try:
@@ -48,10 +52,10 @@ def values_of(path: Path) -> dict:
 
 
 def compose(path: Path, words: Iterable[str] = (), beside_it: Path | None = None) -> DictConfig:
-    """A conf's config, with words as hydra takes them, also from within a command that has another.
+    """Composes the config of a conf with words as hydra takes them; also works in a command that has another config.
 
     Args:
-        beside_it: a further folder to look for what it is built on.
+        beside_it: a further folder to search for configs that it is built on.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -72,15 +76,16 @@ def compose(path: Path, words: Iterable[str] = (), beside_it: Path | None = None
 
 
 def beside(path: Path, name: str) -> Path:
-    """A config that another is built on: in its folder, or kit's."""
+    """Returns the path of a config that the one at `path` is built on: in the same folder if it exists there, else kit's."""
     own = path.parent / f"{name}.yaml"
     return own if own.exists() else CONF / f"{name}.yaml"
 
 
 def trains(path: Path, within: tuple[Path, ...] = ()) -> bool:
-    """Whether a conf is for `fit`: one that says what to train, or is built on one that does.
+    """Returns whether a conf is for `fit`: it says what to train, or is built on one that does.
 
-    Raises: ValueError if it is built on itself, or as `values_of`.
+    Raises:
+        ValueError: if it is built on itself; else as `values_of`.
     """
     if path in within:
         raise ValueError(f"{path} is built on itself; name in its defaults what else it is built on")
@@ -91,17 +96,17 @@ def trains(path: Path, within: tuple[Path, ...] = ()) -> bool:
 
 
 def confs() -> list[str]:
-    """Names that conf= takes for `fit`."""
+    """Lists the names that conf= takes for `fit`."""
     return sorted(path.stem for path in CONF.glob("*.yaml") if trains(path))
 
 
 def first_comment(conf: str) -> str:
-    """What its file begins with."""
+    """Returns the first line of a conf's file, a comment."""
     return (CONF / f"{conf}.yaml").read_text().splitlines()[0].removeprefix("# ")
 
 
 def describe(conf: Path) -> str:
-    """The choices of each of its groups, and the config files it is made of, with their comments."""
+    """Describes a conf: the choices of each of its groups, and the config files it is made of, with their comments."""
     text, seen, queue = [], set(), [conf.stem]
     groups = {}
     while queue:
@@ -113,12 +118,12 @@ def describe(conf: Path) -> str:
         text.append(f"--- {path.relative_to(CONF.parent) if path.is_relative_to(CONF) else path}\n{path.read_text().strip()}")
         for entry in values_of(path).get("defaults", []):
             if isinstance(entry, str) and entry != "_self_":
-                queue.append((Path(name).parent / entry).as_posix())  # of the same group
+                queue.append((Path(name).parent / entry).as_posix())  # in the same group
             elif isinstance(entry, dict):
                 (group, choice), *_ = entry.items()
                 group, at, package = group.removeprefix("optional ").removeprefix("override ").lstrip("/").partition("@")
                 word = f"{group}@{Path(name).parent.name}.{package}" if at else group  # within the group that it is a part of
-                if word in groups:  # chosen already, by what is built on this
+                if word in groups:  # chosen already, by a config that is built on this one
                     continue
                 groups[word] = choices(conf, group)
                 choice = str(choice)
@@ -128,13 +133,13 @@ def describe(conf: Path) -> str:
 
 
 def choices(conf: Path, group: str) -> list[str]:
-    """Of a group: those of kit, and those beside a user's conf."""
+    """Lists the choices of a group: kit's, and those beside a user's conf."""
     return sorted({path.stem for folder in (CONF, conf.parent) for path in (folder / group).glob("*.yaml")})
 
 
 def sorted_out(conf: Path, overrides: list[str]) -> tuple[list[str], list[str]]:
-    """Of a command's words, those that choose a group's config or add and remove keys, which defaults depend on; and the keys
-    that others set."""
+    """Splits a command's words: those that choose a group's config or add and remove keys, which defaults depend on; and the
+    keys that the others set."""
 
     def chooses(word: str) -> bool:
         return word[0] in "+~" or bool(choices(conf, word.split("=")[0].split("@")[0]))
@@ -144,22 +149,22 @@ def sorted_out(conf: Path, overrides: list[str]) -> tuple[list[str], list[str]]:
 
 
 def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
-    """Of the words, those that put a text where the config has a number, or one value where it has several."""
+    """Reports the words that give a text where the config has a number, or one value where it has several."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     chosen, keys = sorted_out(conf, overrides)
     try:
         usual, told = compose(conf, chosen), []
-    except Exception:  # whatever is wrong with it was told, or will be
+    except Exception:  # reported elsewhere
         return []
     for key in keys:
         try:
             before, now = (OmegaConf.select(values, key) for values in (usual, cfg))
-        except OmegaConfBaseException:  # what depends on a value that is missing
+        except OmegaConfBaseException:  # it depends on a missing value
             continue
         several = OmegaConf.is_config(before) and now not in (None, False) and not OmegaConf.is_config(now)
-        number = isinstance(before, int | float) and not key.startswith("trainer.")  # it takes words, such as auto
+        number = isinstance(before, int | float) and not key.startswith("trainer.")  # those take words too, such as auto
         if several or (number and isinstance(now, str)):
             example = OmegaConf.to_container(before) if several else before
             told.append(f"{key}={now}; expected {'values' if several else 'a number'} such as {example}")
@@ -167,17 +172,19 @@ def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
 
 
 def misspelt(conf: Path, overrides: list[str]) -> list[str]:
-    """Of the words, those whose key the config has not, with the key most like it."""
+    """Reports the words whose key the config does not have but that resembles one it has."""
     chosen, keys = sorted_out(conf, overrides)
     try:
         return nearest(keys, leaves(compose(conf, chosen)))
-    except Exception:  # whatever is wrong with it was told, or will be
+    except Exception:  # reported elsewhere
         return []
 
 
 def misspelt_in(conf: Path) -> list[str]:
-    """Of the keys in a user's conf, those that what it is built on has not, with the key most like each: hydra adds them and
-    says nothing, since they may be meant so."""
+    """Reports keys in a user's conf that the configs it is built on do not have, but that resemble one they have.
+
+    Hydra adds such keys without complaint, since they may be intended.
+    """
     import yaml
     from omegaconf import OmegaConf
 
@@ -188,12 +195,12 @@ def misspelt_in(conf: Path) -> list[str]:
         alone.write_text(yaml.safe_dump(defaults))
         try:
             return nearest(leaves(OmegaConf.create(values)), leaves(compose(alone, beside_it=conf.parent)))
-        except Exception:  # as above
+        except Exception:  # reported elsewhere
             return []
 
 
 def leaves(node: DictConfig, prefix: str = "") -> list[str]:
-    """All keys, those of groups of keys too, such as `data` and `data.fps`."""
+    """Lists all keys, those of groups of keys too, such as `data` and `data.fps`."""
     from omegaconf import DictConfig
 
     found = []
@@ -204,6 +211,6 @@ def leaves(node: DictConfig, prefix: str = "") -> list[str]:
 
 
 def nearest(keys: list[str], known: list[str]) -> list[str]:
-    """What to say of those keys that are not known, but like one that is."""
+    """Suggests a known key for each unknown key that resembles one."""
     like = {key: difflib.get_close_matches(key, known, 1) for key in keys if key not in known}
     return [f"no key {key}; did you mean {near[0]}?" for key, near in like.items() if near]

@@ -1,4 +1,4 @@
-"""What a training costs, on paper: tokens, floating point operations, GPU-hours. Nothing is allocated or computed."""
+"""Estimates what a training costs: tokens, floating point operations, GPU-hours. Nothing is allocated or computed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kit.tokenizer import Tokenizer, TokenizerConfig
 
 @dataclass(frozen=True)
 class ClipCost:
-    """Of a clip in a training step.
+    """Training cost of a clip, or of several.
 
     Args:
-        tokens: without the condition's. flops: of products of matrices and convolutions, forward and backward; for a
-            generator with the tokenizer's encoding.
+        tokens: without the condition's. flops: floating point operations of matrix products and convolutions, forward and
+            backward; for a generator with the tokenizer's encoding.
     """
 
     tokens: int
@@ -25,7 +25,8 @@ class ClipCost:
 
 
 def tokenizer_cost(tokenizer: TokenizerConfig, frames: int, height: int, width: int) -> ClipCost:
-    """Of the tokenizer's training, discriminators and a perceptual network not counted. Raises as `Tokenizer.schedule`."""
+    """Returns the cost of a clip in the tokenizer's training, without discriminators and perceptual network.
+    Raises as `Tokenizer.schedule`."""
     with torch.device("meta"):
         model, video = Tokenizer(tokenizer), torch.zeros(1, 3, frames, height, width)
         with FlopCounterMode(display=False) as counter:
@@ -37,12 +38,13 @@ def generator_cost(
     generator: GeneratorConfig, tokenizer: TokenizerConfig, frames: int, height: int, width: int, encoded: bool = False,
     recompute: bool = False,
 ) -> ClipCost:  # fmt: skip
-    """Of the generator's training.
+    """Returns the cost of a clip in the generator's training.
 
     Args:
-        encoded: whether clips are encoded ahead, which then is not counted.
-        recompute: whether the backward pass computes each layer once more.
-    Raises: as `Tokenizer.schedule`.
+        encoded: whether clips are encoded ahead; encoding is then not counted.
+        recompute: whether the backward pass computes each layer again.
+    Raises:
+        as `Tokenizer.schedule`.
     """
     schedule = tokenizer.schedule(frames, height, width)
     tokens = schedule.length
@@ -60,11 +62,12 @@ def generator_cost(
 
 
 def stage_cost(clip: ClipCost, image: ClipCost | None, clips: int, image_share: float, latents: int) -> ClipCost:
-    """Of all steps of a stage.
+    """Returns the cost of all steps of a stage.
 
     Args:
-        clip, image: of one. clips: of all its steps on all devices, were they all of clips.
-        image_share: of the steps, that have images instead, `latents` for a clip.
+        clip, image: cost of one; image None: there are no images.
+        clips: number of clips in all steps on all devices, if all were of clips.
+        image_share: share of the steps that have images instead, `latents` images in place of each clip.
     """
     images = 0 if image is None else clips * image_share * latents
     clips = clips if image is None else clips * (1 - image_share)
@@ -73,5 +76,5 @@ def stage_cost(clip: ClipCost, image: ClipCost | None, clips: int, image_share: 
 
 
 def gpu_hours(flops: float, tflops: float, utilisation: float) -> float:
-    """Of GPUs of so many TFLOP/s at best, of which that share is reached."""
+    """Returns the GPU-hours of `flops` on GPUs of `tflops` TFLOP/s at peak, of which the share `utilisation` is reached."""
     return flops / (tflops * 1e12 * utilisation) / 3600

@@ -1,5 +1,5 @@
-"""What memory a training takes, on paper: steps are taken with meta tensors, which have a shape, a type and a life but no
-contents, and what is alive at once is summed up."""
+"""Estimates the memory of a training without using it: runs steps on meta tensors, which have shape, type and lifetime but
+no contents, and sums up the sizes of those alive at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
-GPU = "xpu"  # as which any of them is pretended: torch lets autocast to it where there is none
+GPU = "xpu"  # device type that stands for any GPU: torch allows autocast to it on machines without one
 HALVED = {  # computed in bfloat16 under autocast, on either device (aten/src/ATen/autocast_mode.h), as far as kit calls them
     F.linear, F.conv2d, F.conv3d, torch.conv2d, torch.conv3d, torch.matmul, torch.bmm, torch.baddbmm, torch.addmm,
     Tensor.matmul, Tensor.__matmul__, F.scaled_dot_product_attention,
@@ -31,9 +31,9 @@ FLOAT = {  # computed in float32 under autocast
 
 
 class Held(TorchDispatchMode):
-    """Bytes of the tensors of a device that were made within and are alive.
+    """Counts the bytes of tensors on a device that were created in this context and are alive.
 
-    Attributes: now; most, at once so far.
+    Attributes: now, bytes alive; most, the maximum so far.
     """
 
     def __init__(self, device: str = "meta"):
@@ -60,12 +60,12 @@ class Held(TorchDispatchMode):
 
 
 class Pretence(TorchFunctionMode):
-    """Meta tensors say that they lie on a device, are made where that is asked for, and are computed with as autocast there
-    would.
+    """Makes meta tensors stand for tensors on a device: they report it, are created when it is asked for, and are computed
+    with in the types of its autocast.
 
     Args:
-        device: with an index, which tells it from where small tensors of the CPU really lie.
-    Attributes: halves, id of a weight -> the weight in bfloat16, of which autocast keeps one each until it ends; or None.
+        device: with an index, which distinguishes it from the real CPU, where small tensors are.
+    Attributes: halves, id of a weight -> its copy in bfloat16, which autocast caches until it ends; None outside a step.
     """
 
     def __init__(self, device: torch.device):
@@ -106,7 +106,7 @@ class Pretence(TorchFunctionMode):
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """As scaled_dot_product_attention does it on a GPU: no scores are held, and a mask becomes one of q's type."""
+    """Takes the memory that scaled_dot_product_attention takes on a GPU: stores no scores, casts a mask to q's type."""
     if attn_mask is not None:
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, float("-inf"))
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
@@ -114,8 +114,10 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = 
 
 
 class FusedNorm(torch.autograd.Function):
-    """As a GPU's kernel of rms_norm holds it: beside its input, of what it computes a number for each token. For meta tensors
-    torch has the formula alone, which keeps more."""
+    """Takes the memory that rms_norm takes on a GPU: its kernel stores its input and one number per token.
+
+    On meta tensors torch runs the plain formula, which stores more.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -132,11 +134,11 @@ def fused_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float | N
     return FusedNorm.apply(x, weight)
 
 
-FUSED = {F.scaled_dot_product_attention: fused_attention, F.rms_norm: fused_norm}  # for meta tensors torch has the formula
+FUSED = {F.scaled_dot_product_attention: fused_attention, F.rms_norm: fused_norm}  # on meta tensors torch runs plain formulas
 
 
 def backward(loss: Tensor):
-    """As `Tensor.backward`, in which a `Pretence` would end before layers are computed once more."""
+    """Runs the backward pass. `Tensor.backward` would leave a `Pretence` before layers are recomputed."""
     run = torch.autograd.Variable._execution_engine.run_backward
     run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
@@ -145,14 +147,14 @@ def training_memory(
     build: Callable[[], L.LightningModule], batch: Callable[[torch.device], dict], device: str, bfloat16: bool, ema: bool,
     accumulate: int = 1,
 ) -> tuple[int, int]:  # fmt: skip
-    """Bytes that a training holds between its steps, and at most within one.
+    """Returns the bytes that a training holds between its steps, and at most within one.
 
-    Compiled layers take less, libraries' own buffers and what an allocator rounds up come on top.
+    Compiled layers take less; buffers of libraries and rounding by an allocator come on top.
 
     Args:
         build: makes the module. batch: makes a batch on a device.
-        device: `cpu` or `cuda`, which need not be here. bfloat16: whether it trains in mixed precision.
-        ema: whether it keeps a moving average. accumulate: batches of a step.
+        device: `cpu` or `cuda`, which this machine need not have. bfloat16: whether it trains in mixed precision.
+        ema: whether it keeps a moving average. accumulate: batches per step.
     """
     where = torch.device(GPU if device == "cuda" else device, 0)
     with warnings.catch_warnings(), Pretence(where) as pretence, Held() as held:
@@ -173,8 +175,10 @@ def training_memory(
 
 
 def stepper(module: L.LightningModule, pretence: Pretence, bfloat16: bool) -> Callable:
-    """Training steps of a module without a trainer: a function of what makes a batch on a device, and of how many batches
-    a step has."""
+    """Returns a function that takes a training step of a module without a trainer.
+
+    Its arguments are a function that makes a batch on a device, and the number of batches per step.
+    """
     found = module.configure_optimizers()
     optimizers = found[0] if isinstance(found, tuple) else [found["optimizer"]]
     for optimizer in optimizers:
@@ -190,10 +194,10 @@ def stepper(module: L.LightningModule, pretence: Pretence, bfloat16: bool) -> Ca
     module.log = lambda *_, **__: None
     module.manual_backward, module.step = backward, update
     if module.kind == "tokenizer":
-        module.start = 0  # of the discriminators
+        module.start = 0  # the discriminators learn from the first step on
 
     def take_step(batch: Callable[[torch.device], dict], accumulate: int):
-        for index in range(accumulate)[-2:]:  # from the second on each adds to gradients that are there
+        for index in range(accumulate)[-2:]:  # two are enough: from the second on, each adds to existing gradients
             pretence.halves = {}
             with torch.autocast(pretence.device.type, torch.bfloat16, enabled=bfloat16):
                 loss = module.training_step(batch(pretence.device), index)

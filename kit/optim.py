@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from kit.sharding import share_of, whole
 
-PHASES = (2, 3)  # Newton-Schulz iterations; more than three in one would let rounding errors grow
+PHASES = (2, 3)  # Newton-Schulz iterations per phase; more than three in one would let rounding errors grow
 
 
 def orthogonalise(x: Tensor) -> Tensor:
-    """The matrices with the singular vectors of x (..., m, n) and all singular values about 1, by Newton-Schulz iterations.
+    """Sets all singular values of x (..., m, n) to about 1, keeping its singular vectors, by Newton-Schulz iterations.
 
-    An iteration x <- (a + b A + c A^2) x with A = x x' multiplies x from the left by a polynomial in A. The factors of
-    PHASES are gathered on the small side (m x m) before x is touched.
+    An iteration x <- (a + b A + c A^2) x with A = x x' multiplies x from the left by a polynomial in A. The factors of a
+    phase are multiplied on the small side (m x m) before x is.
     """
     if x.shape[-2] > x.shape[-1]:
         return orthogonalise(x.mT).mT
@@ -35,7 +35,7 @@ def orthogonalise(x: Tensor) -> Tensor:
 
 
 def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
-    """`orthogonalise` of each (m, n); those of one shape, or its transpose, go together: fewer, larger products."""
+    """Orthogonalises matrices (m, n); those of one shape, or its transpose, in one batch: fewer, larger products."""
     done: list[Tensor] = [torch.empty(0)] * len(matrices)
     alike: dict[tuple[int, int], list[int]] = {}
     for i, x in enumerate(matrices):
@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         matrices: parameters of two or more dimensions. others: any parameters; they are not decayed.
-        lr: of both. betas: of Adam. weight_decay: of the matrices. momentum: of Muon.
+        lr: for both. betas: of Adam. weight_decay: of the matrices. momentum: of Muon.
     """
 
     def __init__(self, matrices, others, lr, betas=(0.9, 0.95), weight_decay=0.0, momentum=0.95):
@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _kept(self, p: Tensor, name: str) -> Tensor:
-        """A part of a parameter's state, at first 0."""
+        """Returns a tensor of a parameter's state, initially 0."""
         if name not in self.state[p]:
             self.state[p][name] = torch.zeros_like(p)
         return self.state[p][name]
@@ -92,7 +92,7 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 
     def _adam(self, parameters: list[Tensor], group: dict):
-        """Adam without decay (Kingma and Ba 2015, algorithm 1)."""
+        """Updates parameters by Adam without weight decay (Kingma and Ba 2015, algorithm 1)."""
         for p in parameters:
             state = self.state[p]
             step = state["step"] = state.get("step", 0) + 1
@@ -105,7 +105,7 @@ class Muon(torch.optim.Optimizer):
 def build_optimizer(
     module: nn.Module, name: str, lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.05
 ) -> torch.optim.Optimizer:
-    """`adamw` (the paper's) or `muon`; only weights of linear and convolution layers are decayed (and are Muon's).
+    """Builds `adamw` (the paper's) or `muon`. Only weights of linear and convolution layers are decayed (and use Muon).
 
     Raises:
         ValueError: for another name.
@@ -123,8 +123,8 @@ def build_optimizer(
     raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {name!r}")
 
 
-COURSE = ("warmup", "steps", "began", "base_lrs")  # of WarmupCosine
-FLOOR = 0.01  # of the peak, where its course ends
+COURSE = ("warmup", "steps", "began", "base_lrs")  # attributes that define the schedule of WarmupCosine
+FLOOR = 0.01  # learning rate at the end of the schedule, as a share of its peak
 
 
 class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
@@ -135,7 +135,7 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
         super().__init__(optimizer)
 
     def begin(self, lr: float, warmup: int, steps: int, began: int):
-        """Another course, of peak `lr`, that began when `began` steps were done; the next step follows it."""
+        """Switches to a new schedule with peak `lr`, which began after `began` steps; the next step follows it."""
         self.warmup, self.steps, self.began = warmup, steps, began
         self.base_lrs = [lr] * len(self.base_lrs)
         for group, rate in zip(self.optimizer.param_groups, self.get_lr()):
@@ -145,29 +145,31 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
         return [lr * self.factor(self.last_epoch - self.began) for lr in self.base_lrs]
 
     def factor(self, step: int) -> float:
-        """Of the peak, when so many steps of the course are done."""
+        """Returns the learning rate after `step` steps of the schedule, as a share of its peak."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def state_dict(self) -> dict:
-        """Where it is; what course it follows is the config's to say."""
+        """Returns the position only; the schedule itself comes from the config."""
         return {key: value for key, value in super().state_dict().items() if key not in COURSE}
 
     def load_state_dict(self, state: dict):
-        """Goes on from there on the course it has, whose rate the optimizer gets."""
+        """Restores the position, keeps the present schedule, and sets the optimizer's learning rates by it."""
         super().load_state_dict({key: value for key, value in state.items() if key not in COURSE})
         for group, base, rate in zip(self.optimizer.param_groups, self.base_lrs, self.get_lr()):
             group["initial_lr"], group["lr"] = base, rate
 
 
 def batches_of_a_step(trainer: L.Trainer, module: L.LightningModule) -> int:
-    """Batches on each device for one optimizer step; under manual optimization the module accumulates."""
+    """Returns the batches on each device per optimizer step; under manual optimization the module accumulates them."""
     return module.hparams.optimizer.get("accumulate", trainer.accumulate_grad_batches)
 
 
 def logs_now(module: L.LightningModule) -> bool:
-    """Whether what a training step logs is written: of `trainer.log_every_n_steps` steps one is. The others need not make it,
-    or gather it from all processes. Without a trainer nothing is."""
+    """Returns whether the values logged by this training step are written: one step in `trainer.log_every_n_steps`.
+
+    The other steps need not compute them or gather them from all processes. Without a trainer nothing is written.
+    """
     return module._trainer is not None and module._trainer._logger_connector.should_update_logs

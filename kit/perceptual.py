@@ -1,5 +1,5 @@
 """Learned perceptual distance on a VGG16 trunk: LPIPS 0.1 (Zhang et al. 2018, arXiv 1801.03924) and its shift-tolerant
-kind, ST-LPIPS (Ghildyal and Liu 2022, arXiv 2207.13686), whose weights are not for commercial use."""
+variant ST-LPIPS (Ghildyal and Liu 2022, arXiv 2207.13686), whose weights are not for commercial use."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ GET_ST = "vgg_shift_tolerant.pth of the PyPI package stlpips-pytorch"
 
 
 class Convolution(nn.Module):
-    """3 x 3, then ReLU; frozen.
+    """Frozen 3 x 3 convolution, then ReLU.
 
-    Its weights are neither parameters nor in the state dict, so that optimizers, averages and checkpoints of a model in
+    Its weights are neither parameters nor in the state dict, so that optimizers, moving averages and checkpoints of a
     training leave them out.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor):
         super().__init__()
-        weight = weight.contiguous(memory_format=torch.channels_last)  # all features follow; a quarter faster on a CPU
+        weight = weight.contiguous(memory_format=torch.channels_last)  # features follow; a quarter faster on a CPU
         self.weight, self.bias = nn.Buffer(weight, persistent=False), nn.Buffer(bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,22 +37,22 @@ class Convolution(nn.Module):
 
 
 class MaxPool(nn.MaxPool2d):
-    """(B, C, h, w) -> (B, C, h // 2, w // 2)."""
+    """2 x 2 max pooling: (B, C, h, w) -> (B, C, h // 2, w // 2)."""
 
-    least = 16  # pixels a side that four of them need
-    layers = 1  # that it counts for in a file of weights
+    least = 16  # pixels a side that four in a row need
+    layers = 1  # number of layers that it counts as in a file of weights
 
     def __init__(self):
         super().__init__(2)
 
 
 class BlurPool(nn.Module):
-    """Maximum over 2 x 2 at every pixel, blurred, then every other one: (B, C, h, w) -> (B, C, h // 2 + 1, w // 2 + 1).
+    """Blurred max pooling: 2 x 2 maximum at every pixel, blur, every other pixel: -> (B, C, h // 2 + 1, w // 2 + 1).
 
-    ST-LPIPS pads by two pixels, one more than the blur asks for, which it found to help against shifts.
+    ST-LPIPS pads by two pixels, one more than the blur needs, which its authors found to help against shifts.
     """
 
-    least = 18  # pixels a side that four of them need: the reflection takes h >= 4
+    least = 18  # pixels a side that four in a row need: the reflection takes h >= 4
     layers = 2
 
     def __init__(self):
@@ -66,10 +66,10 @@ class BlurPool(nn.Module):
 
 
 class Stage(nn.Module):
-    """Pooling and convolutions, and what a difference in each of their channels weighs.
+    """Stage of the trunk: pooling and convolutions, and a weight for differences in each output channel.
 
     Args:
-        convolutions: weight and bias of each. head: (C,), not negative.
+        convolutions: weight and bias of each. head: (C,) weights of the channels, not negative.
     """
 
     def __init__(self, pool: nn.Module, convolutions: list[tuple[Tensor, Tensor]], head: Tensor):
@@ -84,26 +84,26 @@ class Stage(nn.Module):
         return self.convolutions(recomputed(self.pool, x))
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Of features (B, C, h, w) -> (B,): squared differences of their directions, averaged over pixels."""
+        """Distance of features (B, C, h, w) -> (B,): squared differences of directions, weighted, averaged over pixels."""
         return ((_direction(a) - _direction(b)).square().mean(dim=(2, 3)) * self.head).sum(dim=1)
 
 
 def _direction(x: Tensor) -> Tensor:
-    """Each pixel's features divided by their length; finite gradients at zero (as torchmetrics)."""
+    """Divides each pixel's features by their length; gradients are finite at zero (as in torchmetrics)."""
     return x * torch.rsqrt(x.square().sum(dim=1, keepdim=True) + 1e-8)
 
 
 class Perceptual(nn.Module):
-    """Distances of pictures; see `load_perceptual`.
+    """Perceptual distance between pictures, see `load_perceptual`.
 
-    It has no parameters and always is in evaluation mode. It computes in the type of its weights, float32 as loaded, under
+    It has no parameters and is always in evaluation mode. It computes in the type of its weights, float32 as loaded, under
     autocast too.
 
     Args:
-        name: of the measure, for reports.
-        sha256: of the file that the trunk's weights are from.
-        stages: the five of VGG16.
-        least: pixels a side that it takes.
+        name: name of the measure, for reports.
+        sha256: hash of the file with the trunk's weights.
+        stages: the five stages of VGG16.
+        least: minimum side of a picture in pixels.
     """
 
     def __init__(self, name: str, sha256: str, stages: list[Stage], least: int):
@@ -120,10 +120,10 @@ class Perceptual(nn.Module):
         return super().train(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """(B, 3, H, W) and (B, 3, H, W) in [-1, 1] -> (B,), zero for equal pictures.
+        """Computes the distances (B,) of pictures (B, 3, H, W) and (B, 3, H, W) in [-1, 1]; zero for equal ones.
 
         Raises:
-            ValueError: if the shapes are others or differ, the sides too small, the values integers.
+            ValueError: if the shapes are others or differ, the sides are too small, or the values are integers.
         """
         if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3:
             raise ValueError(f"{self.name}: expected (B, 3, H, W) twice, got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -132,7 +132,7 @@ class Perceptual(nn.Module):
         if not (a.is_floating_point() and b.is_floating_point()):
             raise ValueError(f"{self.name}: expected floats in [-1, 1], got {a.dtype} and {b.dtype}; integers need scaling")
         with torch.autocast(a.device.type, enabled=False):
-            # Not one batch of both: what needs no gradient, such as the target of a loss, then keeps nothing for it.
+            # Not one batch of both: this way the one without gradient, such as a loss's target, stores no activations.
             a, b = ((x.to(self.shift.dtype) - self.shift) / self.scale for x in (a, b))
             total = 0
             for stage in self.stages:
@@ -142,20 +142,20 @@ class Perceptual(nn.Module):
 
 
 def vgg16_path() -> Path:
-    """Where torch.hub puts torchvision's VGG16."""
+    """Returns the path where torch.hub stores torchvision's VGG16."""
     return Path(torch.hub.get_dir(), "checkpoints", Path(VGG16).name)
 
 
 def load_perceptual(kind: str, path: str | Path | None = None) -> Perceptual:
-    """A measure of either kind, with weights from files, on the CPU; nothing in them is executed.
+    """Loads a measure on the CPU, with weights from files; nothing in them is executed.
 
     Args:
         kind: `lpips` or `st-lpips`.
-        path: of `lpips`, torchvision's VGG16 (default: where torch.hub puts it), whose heads come with torchmetrics; of
+        path: for `lpips`, torchvision's VGG16 (default: where torch.hub stores it); the heads come with torchmetrics. For
             `st-lpips`, trunk and heads, named as in the package stlpips-pytorch: .pt, .pth or .safetensors.
     Raises:
-        FileNotFoundError: if there is no such file, or no path for `st-lpips`. ValueError: if it is another file than it
-        should be, or broken; if the kind is unknown.
+        FileNotFoundError: if there is no such file, or no path for `st-lpips`. ValueError: if the file is another one or
+            broken, or the kind is unknown.
     """
     if kind == "lpips":
         path = Path(path or vgg16_path())
@@ -177,10 +177,11 @@ def load_perceptual(kind: str, path: str | Path | None = None) -> Perceptual:
 
 
 def _build(name: str, sha256: str, trunk: Path, heads: Path, convolution: str, pool: MaxPool | BlurPool) -> Perceptual:
-    """
+    """Builds a measure from files of weights.
+
     Args:
-        trunk, heads: files of weights. convolution: its name there, by the stage, from 1, and the layer, counted over the
-            trunk with the ReLUs and poolings.
+        trunk, heads: the files. convolution: pattern of a convolution's name in the trunk's file, by stage, from 1, and
+            layer, counted over the trunk with ReLUs and poolings.
     """
     trunk_weights, head_weights = read_weights(trunk), read_weights(heads)
     stages, layer, before = [], 0, 3

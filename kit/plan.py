@@ -1,4 +1,4 @@
-"""What a training's config comes to, on paper: its stages, the clips and tokens of a step, memory, GPU-hours."""
+"""Works out what a training's config means: its stages, the clips and tokens of a step, memory, GPU-hours."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COLUMNS = "{:<12}{:>14}{:>8}{:>9}{:>14}{:>8}{:>14}{:>12}{:>11}{:>9}{:>9}"
 
 
 def stages_of(cfg: DictConfig) -> list[tuple[str, int, dict]]:
-    """Name, steps and data of each stage; a training without stages is one."""
+    """Lists name, steps and data of each stage; a training without stages is one."""
     if not cfg.stages:
         return [(cfg.name, cfg.trainer.max_steps, OmegaConf.to_container(cfg.data))]
     stages = StagePlan.of(OmegaConf.to_container(cfg.stages, resolve=True)).stages
@@ -41,7 +41,7 @@ def stages_of(cfg: DictConfig) -> list[tuple[str, int, dict]]:
 
 
 def shapes_of(data: dict) -> dict[str, dict]:
-    """A stage's data, by each shape of its clips; without buckets there is one.
+    """Returns a stage's data for each shape of its clips, shape -> data; without buckets there is one.
 
     Raises:
         ValueError: as `read_shape`.
@@ -51,10 +51,13 @@ def shapes_of(data: dict) -> dict[str, dict]:
 
 
 def planned_tokenizer(cfg: DictConfig) -> tuple[TokenizerConfig, str | None]:
-    """Of the tokenizer to train, or the one in `tokenizer_ckpt` that a generator is trained on. Where that is not made yet,
-    or cannot take the clips: of the config's own, and why.
+    """Returns the config of the tokenizer to train, or of the one in `tokenizer_ckpt` that a generator is trained on.
 
-    Raises: as `tokenizer_config`.
+    If that checkpoint does not exist yet, or its tokenizer cannot take the clips, returns the config's own tokenizer, and
+    the reason.
+
+    Raises:
+        as `tokenizer_config`.
     """
     own = TokenizerConfig.from_dict(plain(cfg.tokenizer))
     if cfg.module == "tokenizer":
@@ -72,29 +75,29 @@ def planned_tokenizer(cfg: DictConfig) -> tuple[TokenizerConfig, str | None]:
 
 
 def encodes(cfg: DictConfig) -> bool:
-    """Whether the training encodes clips as they come: of a cache, or `encoded_clips`, they are before it."""
+    """Returns whether the training encodes clips as they come; with a cache or `encoded_clips` they are encoded ahead."""
     return not cfg.encoded_clips and cfg.data.source.get("_target_") != f"{CachedClips.__module__}.{CachedClips.__name__}"
 
 
 def devices_of(cfg: DictConfig) -> int:
-    """Of all nodes; one where it depends on the machine."""
+    """Returns the number of devices of all nodes; one per node where that depends on the machine."""
     devices = cfg.trainer.devices
     count = devices if isinstance(devices, int) and devices > 0 else len(devices) if isinstance(devices, ListConfig) else 1
     return count * cfg.trainer.get("num_nodes", 1)
 
 
 def generator_config(cfg: DictConfig, tokenizer: TokenizerConfig) -> GeneratorConfig:
-    """Of the generator that a training's config describes, on the default condition."""
+    """Returns the config of the generator that a training's config describes, with the default condition."""
     return GeneratorConfig.from_dict(generator_values(cfg, tokenizer, asdict(ConditionConfig())))
 
 
 def clips_of_a_step(data: dict, tokenizer: TokenizerConfig) -> int:
-    """On one device, of a stage's data. Raises as `batch_size_of`."""
+    """Returns the clips in a batch on one device, for a stage's data. Raises as `batch_size_of`."""
     return batch_size_of(data, tokenizer, data["frames"], data["height"], data["width"])
 
 
 def tokens_of_a_step(data: dict, tokenizer: TokenizerConfig) -> int:
-    """On one device, of all its clips, the condition's not counted. Raises as `clips_of_a_step`."""
+    """Returns the tokens in a batch on one device, without the condition's. Raises as `clips_of_a_step`."""
     length = tokenizer.schedule(data["frames"], data["height"], data["width"]).length
     return clips_of_a_step(data, tokenizer) * length
 
@@ -102,10 +105,10 @@ def tokens_of_a_step(data: dict, tokenizer: TokenizerConfig) -> int:
 def memory_of(
     cfg: DictConfig, data: dict, device: str, bfloat16: bool, tokenizer: TokenizerConfig | None = None
 ) -> tuple[int, int]:
-    """What a stage of a training takes on a device which holds all weights, see `training_memory`.
+    """Estimates the memory of a training stage on a device that holds all weights, see `training_memory`.
 
     Args:
-        tokenizer: of the training; None: the one that is planned.
+        tokenizer: the training's; None: that of `planned_tokenizer`.
     Raises:
         ValueError: if the tokenizer cannot take the clips; FileNotFoundError: if a perceptual loss lacks its weights.
     """
@@ -130,8 +133,9 @@ def memory_of(
 
 
 def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
-    """A table of what each stage of a training costs, of buckets the one with the most tokens in a step, and of the days it
-    takes on some numbers of GPUs.
+    """Returns a table of the costs of each training stage, and the days that the training takes on some numbers of GPUs.
+
+    Of a stage with buckets, the one with the most tokens in a step counts.
 
     Raises:
         ValueError: if the tokenizer cannot take the clips.
@@ -158,7 +162,7 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
         try:
             held, most = memory_of(cfg, data, "cuda", True, tokenizer)
             memory = [f"{size / 1e9:,.1f}" for size in (held / shares, held / shares + most - held)]
-        except FileNotFoundError:  # a perceptual loss without its weights, which `metric_networks` tells of
+        except FileNotFoundError:  # a perceptual loss without its weights, which `metric_networks` reports
             memory = ["?", "?"]
         latents = latent_frames(data["frames"])
         whole = stage_cost(clip, cost(1, data) if share else None, steps * batch, share, latents)

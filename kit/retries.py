@@ -1,4 +1,4 @@
-"""A training that goes on from its last checkpoint by itself, after what going on can mend."""
+"""Restarts a training from its last checkpoint after errors that a restart can fix."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from kit.values import check_whole_number
 
 T = TypeVar("T")
-Place = tuple[int, int]  # of a batch in the data, as a DataModule's `place_of` has it
+Place = tuple[int, int]  # place of a batch in the data, as a DataModule's `place_of` returns it
 
 
 class LostLoss(ValueError):
-    """A loss that no step shall be made with, and the place of its batch."""
+    """The loss of a batch must not be used for a step. Holds the batch's place in the data."""
 
     def __init__(self, message: str, place: Place):
         super().__init__(message)
@@ -28,15 +28,17 @@ class LostLoss(ValueError):
 
 
 class DeadWorker(RuntimeError):
-    """A process of the loader died."""
+    """A worker process of the data loader died."""
 
 
 @contextmanager
 def noticing_dead_workers() -> Iterator[None]:
-    """
+    """Converts torch's error about a dead loader worker, which may come in the middle of a step, to a `DeadWorker`.
+
+    With several devices torch's error is raised as it is: the others would wait for this one in vain.
+
     Raises:
-        DeadWorker: in place of torch's error, which may come in the midst of a step; not where other devices would wait for
-            this one in vain.
+        DeadWorker: if a worker process of the data loader died.
     """
     try:
         yield
@@ -47,25 +49,27 @@ def noticing_dead_workers() -> Iterator[None]:
 
 
 def _of_dead_worker(error: Exception) -> bool:
-    """Torch tells of it, or fails to fetch the tensors that the worker has announced."""
+    """Returns whether a dead worker caused an error: torch says so, or failed to fetch tensors that it had announced."""
     frames = traceback.walk_tb(error.__traceback__)
     fetching = any(frame.f_globals.get("__name__") == "torch.multiprocessing.reductions" for frame, _ in frames)
     return str(error).startswith("DataLoader worker") if isinstance(error, RuntimeError) else fetching
 
 
 def written(path: Path) -> int | None:
-    """When, in nanoseconds; None where it does not exist."""
+    """Returns when a file was written, in nanoseconds; None if it does not exist."""
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def with_retries(train: Callable[[Path | None, list[Place]], T], resume: Path | None, last: Path, retries: int) -> T:
-    """`train(resume, lost)`, and again when its loss is lost or a worker of the loader died: from `last`, if it wrote that.
+    """Runs `train(resume, lost)`, and again after a lost loss or a dead loader worker: from `last` if a run wrote it, else
+    from `resume`.
 
     Args:
-        train: of the checkpoint to go on from, and the places of batches that it shall leave out.
-        last: the checkpoint that a training leaves on its way. retries: how many times.
+        train: takes the checkpoint to resume from, and the places of batches to leave out.
+        last: the checkpoint that a training writes as it runs. retries: maximum number of further runs.
     Raises:
-        ValueError: if `retries` is below 0; else what `train` raises, once there is nothing to go on from or no retry left.
+        ValueError: if `retries` is below 0; else what `train` raises if there is no checkpoint to resume from, or no retry
+            left.
     """
     check_whole_number("retries", retries, 0)
     lost, before = [], written(last)
@@ -79,7 +83,7 @@ def with_retries(train: Callable[[Path | None, list[Place]], T], resume: Path | 
             lost = lost + [error.place] if isinstance(error, LostLoss) else lost
             way = "without that batch" if isinstance(error, LostLoss) else "with new processes"
             rank_zero_warn(f"{error}. Going on from {resume} {way}; {left - 1} retries left")
-        gc.collect()  # the first training's model and optimizer, which hang in cycles
+        gc.collect()  # frees the failed run's model and optimizer, which are in reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     raise AssertionError("unreachable")

@@ -1,4 +1,4 @@
-"""Sharded training (FSDP2): each process holds a share of the weights, their gradients, averages and optimizer state."""
+"""Sharded training (FSDP2): each process holds a share of the weights, their gradients, averages and optimizer states."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from torch.optim import Optimizer
 from kit.shards import Keys, load_shares, mapped
 from kit.values import check_whole_number
 
-GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # by the first process, in its memory
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, in the CPU memory of the first process
 
 
 def find_unused(strategy: Strategy) -> bool:
-    """Whether it lets parameters be without a gradient: all but DDP, unless it is told to."""
+    """Returns whether a strategy allows parameters without a gradient. All do but DDP, unless it is told to."""
     return not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters", False)
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """All processes share out each weight.
+    """Strategy that shards each weight over all processes.
 
     Args:
-        param_dtype: what weights are gathered and computed with as, such as `bfloat16`; None: as they are, float32. They are
-            kept, and their gradients reduced, in float32.
-        replicas: how many groups of processes share out the weights, each all of them (HSDP), one for each machine, say:
-            they then gather within a group and only average gradients with the others.
-        checkpoints: `whole`, gathered by the first process and in one file, as without sharding; `sharded`, each process
+        param_dtype: type in which weights are gathered and computed with, such as `bfloat16`; None: float32, as they are.
+            Weights are kept, and gradients reduced, in float32.
+        replicas: number of groups of processes, one per machine, say. Each group shards all weights (HSDP): weights are
+            gathered within a group, and only gradients are averaged across groups.
+        checkpoints: `whole`, gathered by the first process into one file, as without sharding; `sharded`, each process
             writes its own share, see `kit.shards`.
     Raises:
-        ValueError: for another type or way of checkpoints, or replicas that do not divide the processes.
+        ValueError: for another type or kind of checkpoints, or replicas that do not divide the processes.
     """
 
     def __init__(self, param_dtype: str | None = None, replicas: int = 1, checkpoints: str = "whole"):
@@ -52,25 +52,28 @@ class ShardedStrategy(ModelParallelStrategy):
         processes = self.num_nodes * self.num_processes
         if processes % self.replicas:
             raise ValueError(f"trainer.strategy.replicas={self.replicas} must divide the {processes} processes")
-        # Lightning's names for the two sides of its mesh; by itself it would shard nothing
+        # Lightning's names for the two dimensions of its mesh; by itself it would shard nothing
         self._data_parallel_size, self._tensor_parallel_size = self.replicas, processes // self.replicas
         super().setup_environment()
 
     def shard(self, model: nn.Module, units: Iterable[nn.Module]):
-        """Shards a model, unless it is: the units, which are gathered one at a time, and what is left of it."""
+        """Shards a model unless it is sharded already: its units, which are gathered one at a time, and the rest of it."""
         if isinstance(model, FSDPModule):
             return
         mesh, kept = self.device_mesh if self.replicas > 1 else self.device_mesh["tensor_parallel"], torch.float32
         policy = MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=kept)
-        model.to(memory_format=torch.contiguous_format)  # another layout cannot be sharded
+        model.to(memory_format=torch.contiguous_format)  # other layouts cannot be sharded
         for unit in units:
             fully_shard(unit, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(self.param_dtype, kept, output_dtype=kept))
-        model._get_fsdp_state()._lazy_init()  # else a unit that is called by itself first would take itself for the root
+        model._get_fsdp_state()._lazy_init()  # otherwise a unit that is called by itself first would take itself for the root
 
     def as_saved(self, tensors: dict) -> dict:
-        """Nested dicts of tensors as a checkpoint holds them: in one in shards as they are; else whole, gathered one after
-        another in the memory of the first process, and nothing for the others. All must ask."""
+        """Prepares nested dicts of tensors for a checkpoint. All processes must call this.
+
+        For sharded checkpoints tensors stay as they are. Otherwise they are gathered one after another in the memory of the
+        first process, and the other processes get an empty dict.
+        """
         if self.in_shards:
             return tensors
 
@@ -85,14 +88,14 @@ class ShardedStrategy(ModelParallelStrategy):
         return self.as_saved(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict:
-        return self.as_saved(getattr(optimizer, "_optimizer", optimizer).state_dict())  # out of Lightning's
+        return self.as_saved(getattr(optimizer, "_optimizer", optimizer).state_dict())  # without Lightning's wrapper
 
     def save_checkpoint(self, checkpoint: dict, filepath: str, storage_options=None):
         if self.in_shards or self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, self.broadcast(filepath) if self.in_shards else filepath)
 
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = True) -> dict:
-        """Takes each process's share of weights, averages and optimizer states from a checkpoint, in shards or whole."""
+        """Loads each process's share of weights, averages and optimizer states from a checkpoint, sharded or whole."""
         weights = dict(self.lightning_module.named_parameters())
         states = [[p for group in o.param_groups for p in group["params"]] for o in self.optimizers]
 
@@ -111,13 +114,15 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def whole(x: Tensor) -> Tensor:
-    """A tensor, gathered from all processes where it is sharded; then all must ask."""
+    """Returns a whole tensor, gathered from all processes if it is sharded; then all processes must call this."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def as_shared(x: Tensor, like: Tensor | None) -> Tensor:
-    """A whole tensor of a file, in memory, and where another of its shape is shared out this process's share, without a word
-    between them; of one on the meta device what to fill."""
+    """Copies a whole tensor of a file to memory: this process's share if `like` is sharded and of its shape, else all of it.
+
+    Needs no communication. For a tensor on the meta device, returns an empty tensor to fill.
+    """
     if isinstance(like, DTensor) and like.shape == x.shape:
         own = torch.empty_like(like, dtype=x.dtype, requires_grad=False)
         return own if x.is_meta else own.copy_(share_of(x.to(like.device), own))
@@ -125,7 +130,7 @@ def as_shared(x: Tensor, like: Tensor | None) -> Tensor:
 
 
 def share_of(x: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor that all processes hold, sharded where another is, without a word between them."""
+    """Shards a whole tensor that all processes hold if `like` is sharded, in the same way and without communication."""
     if not isinstance(like, DTensor):
         return x
     replicated = DTensor.from_local(x, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
@@ -133,13 +138,15 @@ def share_of(x: Tensor, like: Tensor) -> Tensor:
 
 
 def local(x: Tensor) -> Tensor:
-    """This process's share of a tensor, which it shares memory with."""
+    """Returns this process's share of a tensor, which uses the tensor's memory."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole_model(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
-    """A model that can be used outside of training: itself, or where it is sharded a copy, which `build` makes and which gets
-    its weights; then all processes must ask, and the first alone has it, the others None."""
+    """Returns a model that can be used outside of training: itself, or if it is sharded, a whole copy made by `build`.
+
+    If it is sharded, all processes must call this; the first one gets the copy, the others None.
+    """
     if not isinstance(model, FSDPModule):
         return model
     weights = get_model_state_dict(model, options=GATHERED)

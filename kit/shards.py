@@ -1,12 +1,13 @@
-"""Checkpoints in shards: each process writes its own share of what is shared out, none ever holds all of it.
+"""Sharded checkpoints: each process writes its own share of the sharded tensors, and none ever holds all of them.
 
-Such a checkpoint is two things that lie, and move, together: `last.ckpt`, the index, and the folder `last.shards`. The index
-is a checkpoint like any other, but that the tensors which are shared out are on the meta device, and that it says where
-their parts lie. It is written last, and its name is what makes the shards under it a checkpoint: of two places in the
-folder a save goes to the one that the index does not name, so that a kill or a full disk leaves the save before it.
+A sharded checkpoint is a file and a folder that belong together: `last.ckpt`, the index, and `last.shards`. The index is an
+ordinary checkpoint, except that sharded tensors are on the meta device and that it records where their parts are. It is
+written last, and shards are part of a checkpoint only if the index names their place: of the two places in the folder, a
+save goes to the one that the index does not name, so that a kill or a full disk leaves the previous save intact.
 
-`torch.distributed.checkpoint` writes the shards and reads them. Where they lie it would read from `.metadata`, a pickle, and
-loading one may execute code; so the index holds that too, as plain values, and `.metadata` is never opened here.
+`torch.distributed.checkpoint` writes and reads the shards. It would read the locations of their parts from `.metadata`, a
+pickle, and loading a pickle may execute code; so the index holds them too, as plain values, and `.metadata` is never opened
+here.
 """
 
 from __future__ import annotations
@@ -38,25 +39,25 @@ from torch.distributed.tensor import DTensor
 from kit.files import disk_errors, file_sha256, load_checked, not_saved, save_checked
 
 T = TypeVar("T")
-Keys = tuple[str | int, ...]  # of a tensor in a checkpoint, from the outermost
-Take = Callable[[Keys, Tensor], Tensor]  # what stands for a tensor; for one on the meta device, one in shards, what to fill
+Keys = tuple[str | int, ...]  # keys of a tensor in a checkpoint, the outermost first
+Take = Callable[[Keys, Tensor], Tensor]  # returns a replacement for a tensor; for one on the meta device, a tensor to fill
 SHARDS = "shards"  # entry of an index: the place in the folder, its files' SHA-256, the parts of each tensor
-PLACES = ("a", "b")  # that saves take turns in
+PLACES = ("a", "b")  # subfolders that saves alternate between
 ALIGNED = 64  # bytes; tensors of any type may begin at a multiple of it
 
 
 def folder_of(path: Path) -> Path:
-    """Where the shards of a checkpoint lie."""
+    """Returns the folder of a checkpoint's shards."""
     return path.with_suffix(".shards")
 
 
 def remove_shards(path: Path):
-    """Of a checkpoint that is gone, or is whole now; there may be none."""
+    """Removes the shards, if any, of a checkpoint that is gone or no longer sharded."""
     shutil.rmtree(folder_of(path), ignore_errors=True)
 
 
 def mapped(value: Any, change: Callable[[Keys, Tensor], Any], keys: Keys = ()) -> Any:
-    """Nested dicts and lists with other tensors, or what is to be in their place."""
+    """Copies nested dicts, lists and tuples, with each tensor replaced by `change(keys, tensor)`."""
     if isinstance(value, Tensor):
         return change(keys, value)
     if isinstance(value, dict):
@@ -68,10 +69,10 @@ def mapped(value: Any, change: Callable[[Keys, Tensor], Any], keys: Keys = ()) -
 
 
 def everywhere(act: Callable[[], T]) -> list[T]:
-    """What each process's `act` returns, in their order.
+    """Runs `act` on each process and returns all results, in rank order.
 
     Raises:
-        on all processes, what is raised on one of them: they would wait for it.
+        on all processes, what is raised on any one: the others would wait for it.
     """
     try:
         told = act()
@@ -86,7 +87,7 @@ def everywhere(act: Callable[[], T]) -> list[T]:
 
 
 def first(act: Callable[[], T]) -> T:
-    """What `act` returns on the first process, for all of them. Raises as `everywhere`."""
+    """Runs `act` on the first process and returns its result on all of them. Raises as `everywhere`."""
     return everywhere(lambda: act() if dist.get_rank() == 0 else None)[0]
 
 
@@ -97,10 +98,12 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def save_shards(checkpoint: dict, path: Path):
-    """By all processes at once, on a file system that all of them see. What is not shared out is the first's.
+    """Saves a sharded checkpoint. All processes must call this, with a path on a file system that all of them see.
+
+    What is not sharded is saved from the first process.
 
     Raises:
-        OSError: on all of them, if one cannot write; what was saved before is still there.
+        OSError: on all processes, if one cannot write; the previous save is then intact.
     """
     shared: dict[str, Tensor] = {}
 
@@ -131,7 +134,7 @@ def save_shards(checkpoint: dict, path: Path):
 
 
 def _written(tensors: dict[str, Tensor], folder: Path, path: Path) -> Metadata:
-    """Where all of it lies. Raises OSError on all processes, about the checkpoint at `path`."""
+    """Writes tensors to a folder; returns where their parts are. Raises OSError on all processes, naming the checkpoint."""
     try:
         return dcp.save(tensors, storage_writer=_Writer(folder))
     except CheckpointException as error:
@@ -146,12 +149,12 @@ def _name(keys: Keys) -> str:
 
 
 def _cleared(path: Path) -> str:
-    """The place that the last checkpoint does not lie in, emptied of what a kill has left."""
+    """Returns the place that the last checkpoint does not use, emptied of what a killed save has left."""
     taken = None
     if path.is_file() and folder_of(path).is_dir():
         try:
             taken = load_checked(path, mmap=True).get(SHARDS, {}).get("place")
-        except ValueError:  # nobody can load it either
+        except ValueError:  # a broken checkpoint, which cannot be loaded anyway
             pass
     place = _other(taken)
     if (folder_of(path) / place).exists():
@@ -164,7 +167,7 @@ def _other(place: str | None) -> str:
 
 
 def _parts(metadata: Metadata) -> dict[str, list[tuple]]:
-    """Of each tensor its parts, as plain values: offsets and sizes in it; file, first byte and bytes."""
+    """Lists the parts of each tensor as plain values: offsets and sizes in it; file, first byte and number of bytes."""
     found = {}
     for name, tensor in metadata.state_dict_metadata.items():
         places = [metadata.storage_data[MetadataIndex(name, chunk.offsets)] for chunk in tensor.chunks]
@@ -176,7 +179,7 @@ def _parts(metadata: Metadata) -> dict[str, list[tuple]]:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Knows from the index where the parts lie."""
+    """Reads tensors whose parts are where the index says."""
 
     def __init__(self, folder: Path, tensors: dict[str, Tensor], parts: dict[str, list[tuple]]):
         super().__init__(folder)
@@ -192,7 +195,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 def described(path: Path) -> dict:
-    """A checkpoint without its tensors in memory: they stay in its file or, of one in shards, are on the meta device.
+    """Loads a checkpoint without its tensors in memory: they stay in its file or, if sharded, are on the meta device.
     Raises as `load_checked`."""
     contents = load_checked(path, mmap=True)
     contents.pop(SHARDS, None)
@@ -204,12 +207,12 @@ def in_memory(_: Keys, x: Tensor) -> Tensor:
 
 
 def load_whole(path: Path, take: Take = in_memory) -> dict:
-    """A checkpoint, in shards or not, with whole tensors on the CPU, by one process alone. Raises as `load_checked`."""
+    """Loads a checkpoint, sharded or not, with whole tensors on the CPU, on one process alone. Raises as `load_checked`."""
     return _filled(path, load_checked(path), take, lambda act: act())
 
 
 def load_shares(path: Path, take: Take) -> dict:
-    """A checkpoint, in shards or not, by all processes at once, each what it takes of it.
+    """Loads a checkpoint, sharded or not, on all processes, of which each takes its own share. All must call this.
 
     Raises:
         as `load_checked`, on all processes.
@@ -222,7 +225,11 @@ def load_shares(path: Path, take: Take) -> dict:
 def _filled(
     path: Path, contents: dict, take: Take, run: Callable[[Callable[[], None]], object], rank: int = 0, ranks: int = 1
 ) -> dict:  # fmt: skip
-    """`run` does what may fail, and on several processes, which share out the check of the files, fails on all of them."""
+    """Returns the checkpoint `contents` with its tensors replaced by what `take` returns, filled from the shards if any.
+
+    Args:
+        run: runs what may fail; with several processes, of which each checks some of the files, it fails on all of them.
+    """
     shards, given, taken = contents.pop(SHARDS, None), {}, {}
 
     def one(keys: Keys, x: Tensor) -> Tensor:
@@ -241,7 +248,10 @@ def _filled(
 
 
 def _fill(tensors: dict[str, Tensor], reader: _Reader):
-    """Without torch's `load`, which takes no_dist since torch 2.7 only, and warns of it. Raises: ValueError if it fails."""
+    """Fills tensors from shards. Raises ValueError if that fails.
+
+    Avoids torch's `load`, which has `no_dist` since torch 2.7 only, and warns of it.
+    """
     try:
         _load_state_dict(tensors, reader, no_dist=True)
     except CheckpointException as error:
@@ -249,9 +259,10 @@ def _fill(tensors: dict[str, Tensor], reader: _Reader):
 
 
 def _check(path: Path, files: dict[Path, str]):
-    """
+    """Checks the hashes of a checkpoint's shard files.
+
     Raises:
-        ValueError: if a file of a checkpoint's shards is missing or not what was saved.
+        ValueError: if one is missing or not what was saved.
     """
     for file, expected in files.items():
         if not file.is_file():
@@ -267,11 +278,13 @@ def _check(path: Path, files: dict[Path, str]):
 
 
 def consolidate(path: Path, out: Path):
-    """Makes a checkpoint in shards one file, the same as if it had been saved whole. What is not yet written of it lies in
-    a nameless file beside `out`, not in memory: it needs room for twice its size there.
+    """Converts a sharded checkpoint to one file, the same as if it had been saved whole.
+
+    Its tensors go through an unnamed file beside `out`, not through memory, so twice its size must be free there.
 
     Raises:
-        ValueError: if it is whole, or `out` is itself; else as `load_checked`. OSError: if there is no room.
+        ValueError: if it is one file already, or `out` is the checkpoint itself; else as `load_checked`.
+        OSError: if there is too little space.
     """
     index = load_checked(path, mmap=True)
     if SHARDS not in index:
@@ -282,7 +295,7 @@ def consolidate(path: Path, out: Path):
     mapped(index, lambda _, x: sizes.append(x.numel() * x.element_size()))
     out.parent.mkdir(parents=True, exist_ok=True)
     needed, free = 2 * sum(sizes), shutil.disk_usage(out.parent).free
-    if free < needed:  # a file in memory that finds no room would end the process
+    if free < needed:  # a memory-mapped file on a full disk would kill the process
         raise OSError(f"{out} needs {needed / 2**20:.0f} MiB of room while it is made, {free / 2**20:.0f} MiB are free there")
     with tempfile.TemporaryFile(dir=out.parent) as file:
 

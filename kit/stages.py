@@ -1,4 +1,4 @@
-"""A training in stages: what each trains on and how long, and where a step lies among them (method.md section 6)."""
+"""Stages of a training: what each trains on and for how long, and which stage a step belongs to (method.md section 6)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from kit.values import check_whole_number, from_values
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a training. What it does not say is as in the rest of the config.
+    """Stage of a training. Values that it does not set are as in the rest of the config.
 
     Args:
-        name: of the stage, and of the checkpoint at its end.
+        name: name of the stage, and of the checkpoint at its end.
         steps: optimizer steps; with `patience`, at most.
         data: values of the config's `data`, such as frames, height, width, fps, image_share, batch_size or batch_tokens.
-        lr, warmup: peak of its learning rate and steps to it; then a cosine to 1 % at its last step.
-        train: beginnings of the names of the parameters that learn; the others stay. None: all.
-        patience: it ends after so many validations without a better one; None: after its steps.
+        lr, warmup: peak of its learning rate, and steps to reach it; then a cosine to 1 % at its last step.
+        train: prefixes of the names of the parameters that are trained; the others are frozen. None: all.
+        patience: number of validations without improvement after which it ends; None: it ends after its steps.
     Raises:
         ValueError: if a number is out of range.
     """
@@ -57,10 +57,10 @@ class StagePlan:
 
     @classmethod
     def of(cls, values: Mapping[str, Mapping]) -> StagePlan:
-        """From plain values: name -> the other values of a `Stage`, or None: left out.
+        """Builds a plan from plain values: name -> the other values of a `Stage`; None leaves the stage out.
 
         Raises:
-            ValueError: for an unknown key, or one that is missing, or if none are left; else as `Stage`.
+            ValueError: for an unknown key, a stage without steps, or if no stage is left; else as `Stage`.
         """
         stages = []
         for name, stage in values.items():
@@ -80,12 +80,12 @@ class StagePlan:
 
 
 def starts(lengths: list[int]) -> list[int]:
-    """Where parts of these lengths begin, one after another, and where the last one ends."""
+    """Returns where consecutive parts of these lengths begin, and where the last one ends."""
     return list(accumulate(lengths, initial=0))
 
 
 def place(lengths: list[int], position: int) -> tuple[int, int] | None:
-    """Which part a position lies in, and how far in it; None behind the last one."""
+    """Returns the number of the part that a position is in, and the position in that part; None after the last part."""
     for number, (start, stop) in enumerate(zip(starts(lengths), starts(lengths)[1:])):
         if position < stop:
             return number, position - start

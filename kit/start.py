@@ -1,4 +1,4 @@
-"""Where a training starts: from random weights, or from those of a trained model (conf/init)."""
+"""Starts a training from random weights, or from those of a trained model (conf/init)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from kit.values import differences
 
 
 def start_tokenizer(how: str, path: str, module: TokenizerModule) -> list[str]:
-    """Raises ValueError if the given tokenizer is of another architecture."""
+    """Sets a tokenizer's weights from the checkpoint at `path`; `how` is `inflate` or `weights`.
+
+    Raises:
+        ValueError: if the given tokenizer has another architecture.
+    """
     {"inflate": inflate, "weights": take_over}[how](load_tokenizer(path).model, module.model)
     return []
 
 
 def start_generator(how: str, path: str, module: GeneratorModule) -> list[str]:
-    """The weights of a trained generator; those of the condition start anew where it is another one, as with other classes.
+    """Sets a generator's weights from the checkpoint at `path`; returns notes for the user.
+
+    The condition keeps its new weights if it differs from the given generator's, as with other classes.
 
     Raises:
         ValueError: if the two differ in anything else that weights depend on, naming each difference.
@@ -39,17 +45,19 @@ def start_generator(how: str, path: str, module: GeneratorModule) -> list[str]:
     return notes
 
 
-STARTS = {  # kind of module -> what init.how can be, random weights aside, and what it does
+STARTS = {  # kind of module -> values of init.how other than `scratch` -> what each does
     "tokenizer": {"inflate": start_tokenizer, "weights": start_tokenizer},
     "generator": {"weights": start_generator},
 }
 
 
 def given_start(init: Mapping, kind: str) -> tuple[str, str] | None:
-    """How a module of this kind starts, and from which checkpoint, by `init`, plain values of conf/init; None: from scratch.
+    """Reads from `init`, plain values of conf/init, how a module of this kind starts, and from which checkpoint.
 
+    Returns:
+        `how` and the checkpoint's path; None: from scratch.
     Raises:
-        ValueError: for another `how`, or one without `ckpt`, or the other way round.
+        ValueError: for an unknown `how`, one that lacks its `ckpt`, or a `ckpt` with `scratch`.
     """
     how, path, starts = init["how"], init.get("ckpt"), STARTS[kind]
     if how == "scratch":
@@ -66,11 +74,12 @@ def given_start(init: Mapping, kind: str) -> tuple[str, str] | None:
 
 
 def start(init: Mapping, module: TokenizerModule | GeneratorModule, resumed: bool) -> list[str]:
-    """Sets a module's weights as `init` says; returns what a user should know of it.
+    """Sets a module's weights as `init` says; returns notes for the user.
 
     Args:
-        resumed: whether the training only goes on, so that its weights come from its own checkpoint.
-    Raises: as `given_start`, those above, or `read_checkpoint`.
+        resumed: whether the training resumes, so that its weights come from its own checkpoint.
+    Raises:
+        as `given_start`, `start_tokenizer`, `start_generator` or `read_checkpoint`.
     """
     given = given_start(init, module.kind)
     return [] if given is None or resumed else STARTS[module.kind][given[0]](*given, module)

@@ -24,9 +24,10 @@ def from_values(by: type[T], values: Mapping, what: str, /, **besides) -> T:
 
 
 def check_whole_number(key: str, value: int | None, least: int, optional: bool = False):
-    """
+    """Checks that a value is a whole number of at least `least`, or None if `optional`.
+
     Raises:
-        ValueError: if the value of a key is not a whole number of at least `least`, or null where that is allowed.
+        ValueError: if not, naming its key.
     """
     if not (value is None and optional) and not (isinstance(value, int) and value >= least):
         raise ValueError(f"{key}={value}; expected a whole number of {least} or more")
@@ -56,7 +57,10 @@ def batches_of(batch_size: int, at_once: int | None, accumulate: int) -> int:
 
 
 def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
-    """What differs between plain values, nested or not, as `key: this, that`; a `hash` only follows from the others."""
+    """Lists what differs between plain values, nested or not, as `key: this, that`.
+
+    Ignores keys named `hash`, which only follow from the others.
+    """
     told = []
     for key in sorted(set(a) | set(b)):
         this, that = a.get(key), b.get(key)

@@ -148,7 +148,7 @@ class Cache:
     def start_frame(self, f: int):
         """Starts frame f. The frame before it replaces the oldest one if the window is full."""
         home = self.condition + min(f, self.window) * self.finished
-        place = self.condition + (f - 1) % max(self.window, 1) * self.finished  # of the frame before
+        place = self.condition + (f - 1) % max(self.window, 1) * self.finished  # where the frame before is kept
         before = slice(place, place + self.finished)
         if f and self.window and self.full:
             self.history = before

@@ -169,7 +169,7 @@ class Tokenizer(nn.Module):
         feature = self.encoder(video, stream).float()
         if self.amplitude is None:
             return feature
-        square = feature.square().mean((1, 3, 4), keepdim=True)  # of each latent frame
+        square = feature.square().mean((1, 3, 4), keepdim=True)  # per latent frame
         return feature * torch.rsqrt(square + 1e-8) * (self.amplitude * self.config.bits**-0.5)
 
     def decode(self, feature: Tensor, stream: Stream | None = None) -> Tensor:

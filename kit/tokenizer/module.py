@@ -171,7 +171,8 @@ class TokenizerModule(L.LightningModule):
         return weight, loss
 
     def discriminator_terms(self, video: Tensor, output: Tensor, number: int) -> dict:
-        """Computes the discriminators' losses, hinge and LeCAM, for batch `number` of an iteration; updates LeCAM's averages."""
+        """Computes the discriminators' losses, hinge and LeCAM, for batch `number` of an iteration, and updates LeCAM's
+        averages."""
         real, fake = self.discriminator(video), self.discriminator(output)
         means = torch.stack([torch.stack([r.float().mean(), f.float().mean()]) for r, f in zip(real, fake)])
         means = mean_over_ranks(means.detach())
