@@ -279,6 +279,69 @@ class Frame(NamedTuple):
     feature: Tensor  # (B, d, h, w), the sum of its residual maps
 
 
+def guided(logits: Tensor, gamma: float) -> Tensor:
+    """Guides logits (2B, tokens, d), conditioned ones first: free + gamma (conditioned - free), (B, tokens, d)."""
+    conditioned, free = logits.chunk(2)
+    return free + gamma * (conditioned - free)
+
+
+class FrameSampler:
+    """Makes clips latent frame by latent frame, in order: reads frames that are given, samples the others.
+
+    Args: as `sample_frames`.
+    """
+
+    def __init__(
+        self, model: Generator, schedule: ScaleSchedule, prompts: Sequence[str], seeds: Sequence[int], how: Sampling,
+        on_block: Callable[[], None],
+    ):  # fmt: skip
+        condition = model.condition(list(prompts))
+        if not how.guidance.neutral:
+            free = list(prompts) if how.negative is None else [how.negative] * len(prompts)
+            dropped = torch.full((len(prompts),), how.negative is None)
+            condition = torch.cat([condition, model.condition(free, dropped)])
+        self.schedule, self.how, self.on_block = schedule, how, on_block
+        self.cached = CachedGenerator(model, schedule, condition)
+        self.copies = condition.shape[0] // len(prompts)  # rows of a clip: 2 with guidance
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.finished = condition.new_zeros(len(prompts), model.config.bits, *schedule.grid, dtype=torch.float32)
+
+    def read(self, f: int, bits: Tensor) -> Frame:
+        """Reads a given frame's bits (B, tokens of a frame, d) in a single pass, for later frames to see."""
+        totals = [self.finished]  # what block k reads: the frame before, then the sums after each scale
+        for k, part in enumerate(bits.split(self.schedule.tokens_per_scale, dim=1)):
+            totals.append(self._add(totals[-1], part, k))
+        self.cached.blocks(f, 0, [self._rows(total) for total in totals[:-1]], self._rows(self.finished))
+        return self._finish([bits], totals[-1])
+
+    def sample(self, f: int) -> Frame:
+        """Samples a frame, scale by scale."""
+        total, bits = self.finished, []
+        for k in range(self.schedule.scales):
+            logits = self.cached.block(f, k, self._rows(total), self._rows(self.finished))
+            if self.copies == 2:
+                logits = guided(logits, self.how.guidance.gamma(f, k, self.schedule))
+            used = self.schedule.bits[k] if self.schedule.bits else logits.shape[-1]
+            drawn = draw_bits(logits[..., :used], self.how.temperature, self.how.top_p, self.generators)
+            bits.append(F.pad(drawn, (0, logits.shape[-1] - used)))
+            total = self._add(total, bits[-1], k)
+        return self._finish(bits, total)
+
+    def _rows(self, feature: Tensor) -> Tensor:
+        """(B, d, h, w) -> (R, d, h, w)."""
+        return feature.repeat(self.copies, 1, 1, 1)
+
+    def _add(self, total: Tensor, bits: Tensor, k: int) -> Tensor:
+        """Adds the residual map of scale k to the frame's sum, which the first scale starts anew."""
+        self.on_block()
+        residual = residual_map(bits, k, self.schedule)
+        return residual if k == 0 else total + residual
+
+    def _finish(self, bits: list[Tensor], total: Tensor) -> Frame:
+        self.finished = total
+        return Frame(torch.cat(bits, dim=1), total)
+
+
 @torch.no_grad()
 def sample_frames(
     model: Generator,
@@ -301,52 +364,26 @@ def sample_frames(
         ValueError: if numbers of prompts, seeds and given clips differ, the given frames are not whole or too many, or
             the schedule has more scales than the model.
     """
-    B, h, w = len(prompts), *schedule.grid
-    if len(seeds) != B:
-        raise ValueError(f"each of the {B} prompts needs a seed, got {len(seeds)}")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"each of the {len(prompts)} prompts needs a seed, got {len(seeds)}")
     if schedule.scales > model.config.scales:
         raise ValueError(f"this generator speaks {model.config.scales} scales, the schedule has {schedule.scales}")
-    given = 0  # frames
-    if history is not None:
-        given, rest = divmod(history.shape[1], schedule.tokens_per_frame)
-        if len(history) != B or rest or given > schedule.frames:
-            raise ValueError(
-                f"history must be bits ({B}, tokens, d) of up to {schedule.frames} whole frames of "
-                f"{schedule.tokens_per_frame} tokens, got {tuple(history.shape)}"
-            )
-    condition = model.condition(list(prompts))
-    if not how.guidance.neutral:
-        free = list(prompts) if how.negative is None else [how.negative] * B
-        condition = torch.cat([condition, model.condition(free, torch.full((B,), how.negative is None))])
-    rows = condition.shape[0] // B
-    cached = CachedGenerator(model, schedule, condition)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    total = condition.new_zeros(B, model.config.bits, h, w, dtype=torch.float32)
+    given = 0 if history is None else given_frames(history, schedule, len(prompts))
+    sampler = FrameSampler(model, schedule, prompts, seeds, how, on_block)
+    for f in range(schedule.frames):
+        yield sampler.read(f, history[:, schedule.frame(f)]) if f < given else sampler.sample(f)
 
-    def repeated(feature: Tensor) -> Tensor:
-        return feature.repeat(rows, 1, 1, 1)
 
-    for f in range(given):
-        totals = [total]  # sum of the frame before, then sums after each scale of this one
-        for k, bits in enumerate(history[:, schedule.frame(f)].split(schedule.tokens_per_scale, dim=1)):
-            residual = residual_map(bits, k, schedule)
-            totals.append(residual if k == 0 else totals[-1] + residual)
-            on_block()
-        cached.blocks(f, 0, [repeated(each) for each in totals[:-1]], repeated(total))
-        total = totals[-1]
-        yield Frame(history[:, schedule.frame(f)], total)
+def given_frames(history: Tensor, schedule: ScaleSchedule, clips: int) -> int:
+    """Returns how many latent frames `history` holds.
 
-    for f in range(given, schedule.frames):
-        bits, before = [], total
-        for k in range(schedule.scales):
-            logits = cached.block(f, k, repeated(total), repeated(before))
-            if rows == 2:
-                conditioned, free = logits.chunk(2)
-                logits = free + how.guidance.gamma(f, k, schedule) * (conditioned - free)
-            used = schedule.bits[k] if schedule.bits else logits.shape[-1]
-            drawn = draw_bits(logits[..., :used], how.temperature, how.top_p, generators)
-            bits.append(F.pad(drawn, (0, logits.shape[-1] - used)))
-            residual = residual_map(bits[-1], k, schedule)
-            total = residual if k == 0 else total + residual
-            on_block()
-        yield Frame(torch.cat(bits, dim=1), total)
+    Raises:
+        ValueError: if they are not those of as many clips, not whole, or more than the schedule has.
+    """
+    frames, rest = divmod(history.shape[1], schedule.tokens_per_frame)
+    if len(history) != clips or rest or frames > schedule.frames:
+        raise ValueError(
+            f"history must be bits ({clips}, tokens, d) of up to {schedule.frames} whole frames of "
+            f"{schedule.tokens_per_frame} tokens, got {tuple(history.shape)}"
+        )
+    return frames
