@@ -1,11 +1,12 @@
-"""The paper's ablation and what we add to it, of generators on one tokenizer: a run for each method and seed.
+"""Repeats the paper's ablation, with methods of ours added: trains generators on one tokenizer, one per method and seed.
 
     python benchmarks/ablation_generator.py FOLDER TOKENIZER [methods=standard,rope,...] [seeds=0,1,2] [key=value ...]
 
-FOLDER keeps the runs (`conf=ablation`) and scores; stopped, it goes on there. TOKENIZER is a checkpoint; further words go
-to `fit`, such as recipe.generator.steps=1000 or data=clips data.root=DIR. Each generator is scored on held-out clips, once at
-the length of its training and, on `shapes`, once at 65 frames by frame re-encoding: FVD, caption accuracy whole and by frame
-where captions can be read, and the share of right bits by scale with the true history. One JSON line for each run.
+FOLDER keeps the runs (`conf=ablation`) and scores; a stopped benchmark continues there. TOKENIZER is a checkpoint; further
+words go to `fit`, such as recipe.generator.steps=1000 or data=clips data.root=DIR. Each generator is scored on held-out clips
+at the length of its training and, on `shapes`, also at 65 frames by frame re-encoding: FVD, caption accuracy of clips and of
+frames if captions can be read from pixels, and the share of correct bits by scale with the true history. Prints one JSON line
+for each run.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 from runs import kit, parted
 
 METHODS = ("standard", "rope", "flips", "inherited", "masked", "full", "center", "plus", "paper")
-CLIPS, LONG_CLIPS, LONG = 64, 32, 65  # that are scored of each length, and the frames of the long ones
+CLIPS, LONG_CLIPS, LONG = 64, 32, 65  # number of clips to score at each length; frames of the long ones
 
 
 def scores(folder: Path, ckpt: Path, name: str, frames: int | None, data: list[str]) -> dict:
-    """What `evaluate` finds for samples of so many frames, now or before."""
+    """Evaluates samples of `frames` frames, or reads the result of an earlier evaluation."""
     result = folder / name / "evaluation.json"
     if not result.exists():
         size = [] if frames is None else [f"protocol.frames={frames}"]
@@ -35,7 +36,7 @@ def scores(folder: Path, ckpt: Path, name: str, frames: int | None, data: list[s
 
 
 def bit_accuracy(folder: Path, ckpt: Path, name: str, data: list[str]) -> dict:
-    """By scale, and by frame and scale, with the true history."""
+    """Returns the share of correct bits by scale, and by frame and scale, with the true history."""
     report = folder / name / "inspect.json"
     if not report.exists():
         kit("inspect", f"ckpt={ckpt}", f"root={folder}", f"name={name}", *data)
@@ -44,7 +45,7 @@ def bit_accuracy(folder: Path, ckpt: Path, name: str, data: list[str]) -> dict:
 
 
 def measure(folder: Path, tokenizer: str, method: str, seed: int, words: list[str]) -> dict:
-    """Trains what is left of a run, and scores it."""
+    """Finishes the training of a run, and scores it."""
     name = f"ablation_{method}_{seed}"
     ckpt = folder / name / "checkpoints" / "last.ckpt"
     run = ["conf=ablation", f"method={method}", f"seed={seed}", f"tokenizer_ckpt={tokenizer}", f"root={folder}"]

@@ -1,4 +1,4 @@
-"""Mean and spread over seeds of what benchmarks/ablation_generator.py printed, as a table, and as a picture where asked for.
+"""Reports mean and spread over seeds of the lines of benchmarks/ablation_generator.py, as a table and, if asked, a picture.
 
     python benchmarks/ablation_report.py LINES.jsonl [FILE.png]
 
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-SCALES = slice(-2, None)  # whose bits the table names: the coarser ones are right nearly always
-LAST = 8  # frames at the end of a long clip that are taken together
+SCALES = slice(-2, None)  # scales whose bits are in the table: the bits of coarser ones are nearly always correct
+LAST = 8  # frames at the end of a long clip that are averaged
 
 Runs = dict[str, list[dict]]
 
 
 def read(path: str) -> Runs:
-    """Runs by method, each method's and seed's last line."""
+    """Reads the runs of each method; of several lines for one method and seed the last counts."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     last = {(line["method"], line["seed"]): line for line in lines}
     runs: Runs = {}
@@ -30,7 +30,7 @@ def read(path: str) -> Runs:
 
 
 def columns(run: dict) -> dict[str, float]:
-    """A run's numbers, by the heads of the table; shares in percent."""
+    """Returns a run's numbers by column title; shares are in percent."""
     found = {f"bits, scale {k + 1}": 100 * run["bit_accuracy"][k] for k in range(len(run["bit_accuracy"]))[SCALES]}
     for name, scores in (("short", run["trained_length"]), ("long", run.get("long"))):
         if scores:
@@ -42,12 +42,12 @@ def columns(run: dict) -> dict[str, float]:
 
 
 def drift(scores: dict) -> dict[str, list[float]]:
-    """What can be read of each frame, but for the background, which is always right."""
+    """Returns the accuracy of each frame by attribute, without the background, which is always right."""
     return {key: by for key, by in scores.get("by_frame", {}).items() if key != "background"}
 
 
 def table(runs: Runs) -> str:
-    """Mean and standard deviation of each number and method."""
+    """Returns a Markdown table with mean and standard deviation of each number, one row per method."""
     found = {method: [columns(run) for run in of] for method, of in runs.items()}
     heads = list(next(iter(found.values()))[0])
     rows = [["method", "seeds", *heads], ["---"] * (2 + len(heads))]
@@ -61,12 +61,12 @@ def table(runs: Runs) -> str:
 
 
 def places(head: str) -> int:
-    """Digits after the point that mean something."""
+    """Returns the number of digits after the point that are significant in a column."""
     return 1 if head.startswith("bits") else 0
 
 
 def draw(runs: Runs, path: str):
-    """Accuracy of each frame of the long clips, and of the motion of both lengths."""
+    """Plots the accuracy of each frame of the long clips, and of the motion of clips of both lengths."""
     import matplotlib
 
     matplotlib.use("Agg")

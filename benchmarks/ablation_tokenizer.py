@@ -1,9 +1,9 @@
-"""What each choice in the tokenizer is worth: one changed at a time, three seeds, on `shapes` and on a folder of real clips.
+"""Measures what each choice in the tokenizer is worth: one changed at a time, three seeds, on `shapes` and on real clips.
 
     python benchmarks/ablation_tokenizer.py FOLDER REAL ST_LPIPS [key=value ...]
 
 REAL holds `train` and `val`, folders of clips; ST_LPIPS is the file of that network's weights (docs/evaluation.md). Trains
-and evaluates in FOLDER, goes on there when stopped, and prints one JSON line for each run; all get the words.
+and evaluates in FOLDER, where a stopped benchmark continues, and prints one JSON line for each run. The words go to all runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VARIANTS = {
 
 
 def measure(folder: Path, data: str, variant: str, seed: int, real: Path, lpips: Path, words: list[str]) -> dict:
-    """Scores on held-out clips of a tokenizer that is trained now, or was before."""
+    """Returns the scores on held-out clips of a tokenizer, which is trained unless it was before."""
     name = f"{data}_{variant.replace(' ', '_').replace('=', '_')}_{seed}"
     result = folder / f"{name}_scores" / "evaluation.json"
     if not result.exists():
@@ -40,7 +40,7 @@ def measure(folder: Path, data: str, variant: str, seed: int, real: Path, lpips:
 
 
 def train_and_score(folder: Path, name: str, data: str, variant: str, seed: int, real: Path, lpips: Path, words: list[str]):
-    """The two commands, `fit` going on where it was stopped."""
+    """Runs `fit`, which continues a stopped training, and `evaluate`."""
     source = {"shapes": [], "real": ["data=clips", f"data.root={real / 'train'}", "data.source.val_every=1000"]}[data]
     brief = [f"recipe.tokenizer.steps={STEPS}", f"trainer.val_check_interval={STEPS}", "callbacks.compile.least_steps=-1"]
     quiet = ["callbacks.video_logger.clips=0", "data.val_clips=8", "callbacks.last.every=50"]

@@ -1,7 +1,7 @@
-"""Attention in training on a CPU: at the shapes of the `tiny` generator the plain formula against the fused kernel, and in
-longer and longer sequences all tokens at once against frame by frame.
+"""Measures attention in training on a CPU: the plain formula against the fused kernel at the shapes of the `tiny` generator,
+and all tokens at once against frame by frame for sequences of growing length.
 
-python benchmarks/attention.py     JSON lines, milliseconds: medians of attention alone, the least of whole training steps
+python benchmarks/attention.py     JSON lines, in milliseconds: medians for attention alone, minima for training steps
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kit.scales import ScaleSchedule  # noqa: E402
 
 
 def milliseconds(attention, shape: tuple[int, ...], repeats: int = 20) -> float:
-    """Median over `repeats` of one forward and backward pass in bfloat16; shape: (B, N, tokens, head_dim)."""
+    """Returns the median milliseconds of a forward and backward pass in bfloat16; shape: (B, N, tokens, head_dim)."""
     q, k, v = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     mask = torch.ones(shape[2], shape[2], dtype=torch.bool).tril().expand(shape[0], 1, -1, -1).contiguous()
     seconds = []
@@ -36,7 +36,7 @@ def milliseconds(attention, shape: tuple[int, ...], repeats: int = 20) -> float:
 
 
 def steps(frames: int, grid: int, batch: int, repeats: int = 5) -> dict:
-    """Forward and backward of a generator of `tiny`'s layers on frames of grids 1, 2, 4, ... up to `grid`."""
+    """Times forward and backward passes of a generator with `tiny`'s layers, for scales of side 1, 2, 4, ... up to `grid`."""
     torch.manual_seed(0)
     sides = [side for side in (1, 2, 4, 8, 16) if side <= grid]
     schedule = ScaleSchedule(frames, tuple((side, side) for side in sides))

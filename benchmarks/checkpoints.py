@@ -1,11 +1,11 @@
-"""What a save takes of each process's memory, and how long: whole, gathered by the first, or in shards; then making one file.
+"""Measures memory and time of saving a sharded training: gathered to one file by rank 0, in shards, then consolidated.
 
     python benchmarks/checkpoints.py FOLDER [size=small] [processes=2]
 
-A generator of that size, shared out (FSDP2), with AdamW's state and a moving average: 16 bytes a weight. Processes on one
-machine over gloo. `mib` is a process's most during the save above what it held before; of one file, of which nothing is in
-memory before, also what its parts in the page cache count for (`file_mib`), which the system takes back when it needs to.
-One JSON line for each process and way.
+A generator of that size, sharded (FSDP2), with AdamW's state and a moving average: 16 bytes a weight. The processes run on
+one machine over gloo. `mib` is the peak memory of a process during the save, above what it held before; `file_mib` the same
+for file pages mapped to it, which matter when consolidating and which the system can take back. Prints one JSON line for
+each process and way.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
 
 from kit.checkpoint import save_training
+from kit.fsdp import ShardedStrategy
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.run import generator_values, plain
-from kit.sharding import ShardedStrategy
-from kit.shards import consolidate
+from kit.sharded_checkpoint import consolidate
 from kit.tokenizer import TokenizerConfig
 from runs import composed, parted
 
 
 def training(size: str) -> tuple[int, dict]:
-    """Weights, and the checkpoint of a generator that has made a step, shared out; it is never whole anywhere."""
+    """Returns the number of weights of a generator, and its sharded checkpoint after a step; no process holds all of it."""
     cfg = composed("stage2_generator", [f"size={size}"])
     values = generator_values(cfg, TokenizerConfig(**plain(cfg.tokenizer)), {**plain(cfg.condition), "kind": "text"})
     with torch.device("meta"):
@@ -53,13 +53,13 @@ def training(size: str) -> tuple[int, dict]:
 
 
 def memory(key: str) -> int:
-    """Bytes, by a key of Linux's /proc/self/status."""
+    """Reads an entry of Linux's /proc/self/status, in bytes."""
     line = next(line for line in open("/proc/self/status") if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 
 class Most:
-    """The most of this process's own memory, and of files mapped to it, above what it was; bytes, by looking often."""
+    """Peak of this process's own memory, and of files mapped to it, above the start of the block; in bytes, by polling."""
 
     def __enter__(self):
         self.before, self.own, self.files, self.over = (memory("RssAnon"), memory("RssFile")), 0, 0, threading.Event()

@@ -1,12 +1,13 @@
-"""What to expect of a generator's training: loss, right bits and samples at given steps.
+"""Records the course of a generator's training: loss, correct bits and samples at given steps.
 
     python benchmarks/curves.py FOLDER TOKENIZER [every=500] [clips=64] [plot=FILE.png] [key=value ...]
     python benchmarks/curves.py LINES.jsonl plot=FILE.png     # of what was printed before
 
-Trains in FOLDER (stopped, it goes on there), keeps a checkpoint at each `every` steps, and looks at each as `inspect` and
-`validate` do: held-out loss as logged, share of right bits by scale with the true history, and, where captions can be read,
-what free samples show. One JSON line for each checkpoint. Samples beside what is predicted from the true history lie in
-FOLDER/inspect_STEP/samples.png. Further words go to `fit`, those about data to the others too. The plot needs matplotlib.
+Trains in FOLDER, where a stopped benchmark continues, keeps a checkpoint every `every` steps, and runs `inspect` and
+`validate` on each: held-out loss as logged, share of correct bits by scale with the true history, and caption accuracy of
+free samples if captions can be read from pixels. Prints one JSON line for each checkpoint. FOLDER/inspect_STEP/samples.png
+shows samples beside predictions from the true history. Further words go to `fit`, those about data also to the other verbs.
+The plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NAME = "curves"
 
 
 def train(folder: Path, tokenizer: str, every: int, words: list[str]) -> list[Path]:
-    """Trains what is left, and returns the checkpoints by step."""
+    """Finishes the training, and returns the checkpoints by step."""
     kept = (folder / NAME / "steps").as_posix()
     keep = (
         "+callbacks.keep={_target_: lightning.pytorch.callbacks.ModelCheckpoint, "
@@ -37,7 +38,7 @@ def step_of(ckpt: Path) -> int:
 
 
 def look(folder: Path, ckpt: Path, clips: int, data: list[str]) -> dict:
-    """What `inspect` and `validate` say of a checkpoint, now or before."""
+    """Returns the results of `inspect` and `validate` for a checkpoint, which run unless they did before."""
     step = step_of(ckpt)
     for verb, report in (("inspect", "inspect.json"), ("validate", "metrics.json")):
         if not (folder / f"{verb}_{step}" / report).exists():
@@ -48,7 +49,7 @@ def look(folder: Path, ckpt: Path, clips: int, data: list[str]) -> dict:
 
 
 def draw(rows: list[dict], path: str):
-    """Loss, right bits and samples over steps; FVD where rows have it."""
+    """Plots loss, correct bits and caption accuracy over steps, and FVD if rows have it."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Seconds per clip and peak memory of `kit evaluate`, of 100 and of 500 clips of 16 x 128 x 128: memory must not grow.
+"""Measures time per clip and peak memory of `kit evaluate` on 100 and 500 clips of 16 x 128 x 128: memory must not grow.
 
     python benchmarks/evaluation.py REAL_DIR TOKENIZER.ckpt [key=value ...]
 

@@ -1,12 +1,12 @@
-"""Fine-tuning on one's own captioned clips: what a generator draws for the names it was trained on.
+"""Measures fine-tuning on a user's captioned clips: whether samples show the clip that their prompt names.
 
     python benchmarks/finetuning.py FOLDER CLIPS TOKENIZER GENERATOR [names=64] [picture=FILE.png] [key=value ...]
 
 CLIPS is a folder with captions, such as `python -m kit prepare fluent_emoji` makes; TOKENIZER and GENERATOR are the
-checkpoints to start from, such as the demo's. Runs docs/finetuning.md's three commands in FOLDER (stopped, it goes on there;
-further words go to both trainings), and asks of each sample which clip it is nearest to: small time averages of all of them
-are compared. Prints one JSON line: how often the named clip is the nearest, and among the five nearest (by chance that
-would be 1 and 5 of all clips), and the same of the clips' reconstructions, which is what the tokenizer allows.
+checkpoints to start from, such as the demo's. Runs the three commands of docs/finetuning.md in FOLDER, where a stopped
+benchmark continues; further words go to both trainings. Then finds the clips nearest to each sample, by comparing small time
+averages. Prints one JSON line: how often the named clip is the nearest, and among the five nearest (by chance: 1 and 5 of all
+clips), and the same for reconstructions of the clips, the best that the tokenizer allows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HOW = Sampling(guidance=Guidance("constant", 2.0), temperature=0.7)  # conf/samp
 
 
 def tune(stage: str, folder: Path, name: str, clips: str, start: str, words: list[str]) -> Path:
-    """Trains what is left of a run that starts from given weights; returns its checkpoint."""
+    """Finishes a training that starts from given weights, and returns its checkpoint."""
     data = ["data=clips", f"data.root={clips}", "data.source.val_every=100"]
     run = [f"conf={stage}", "size=tiny", f"root={folder}", f"name={name}", "ckpt=last", "init=weights", f"init.ckpt={start}"]
     kit("fit", *run, *data, *words)
@@ -41,12 +41,12 @@ def tune(stage: str, folder: Path, name: str, clips: str, start: str, words: lis
 
 
 def small(videos: Tensor) -> Tensor:
-    """(n, 3, T, H, W) -> (n, 3 * SIDE * SIDE), time averages."""
+    """Averages videos (n, 3, T, H, W) over time and reduces them to vectors (n, 3 * SIDE * SIDE)."""
     return F.interpolate(videos.mean(2), (SIDE, SIDE), mode="area").flatten(1)
 
 
 def nearest(videos: Tensor, clips: Tensor, names: list[int]) -> dict[str, float]:
-    """Share of videos whose own clip, by number, is the nearest of all clips, and among the five nearest."""
+    """Returns the share of videos whose own clip, given by `names`, is the nearest of all clips, and among the five nearest."""
     order = torch.cdist(small(videos), small(clips)).argsort(dim=1)[:, :5]
     right = order == torch.tensor(names)[:, None]
     return {"top1": round(right[:, 0].float().mean().item(), 3), "top5": round(right.any(1).float().mean().item(), 3)}

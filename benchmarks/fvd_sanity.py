@@ -1,4 +1,4 @@
-"""FVD of real clips that are spoilt in known ways, against other real clips: does a distance grow with what is wrong?
+"""Checks that FVD grows with damage: compares real clips, degraded in known ways, with other real clips.
 
     python benchmarks/fvd_sanity.py ../shared/data/weizmann ../shared/weights/i3d_kinetics400_fp16.pt
 
@@ -24,7 +24,7 @@ FRAMES, CLIPS, SEEDS = 16, 40, 3
 
 
 def spoil(clips: torch.Tensor, rng: torch.Generator) -> dict[str, torch.Tensor]:
-    """(n, 3, T, H, W) in [-1, 1], from nothing to much."""
+    """Returns degraded versions of clips (n, 3, T, H, W) in [-1, 1], from none to strong."""
     orders = [torch.randperm(clips.shape[2], generator=rng) for _ in clips]
     frames = clips.transpose(1, 2).flatten(0, 1)
     blurred = F.interpolate(F.avg_pool2d(frames, 8), scale_factor=8, mode="bilinear").unflatten(0, (len(clips), -1))

@@ -1,8 +1,9 @@
-"""Held-out PSNR of a video tokenizer by iteration, from scratch and inflated from an image tokenizer, three seeds.
+"""Compares the PSNR of a video tokenizer over training, from scratch and inflated from an image tokenizer, with three seeds.
 
     python benchmarks/inflation.py FOLDER [key=value ...]     such as data=clips data.root=DIR
 
-Trains in FOLDER, goes on there when stopped, and prints one JSON line for each way: mean and standard deviation of val/psnr.
+Trains in FOLDER, where a stopped benchmark continues, and prints one JSON line for each way: mean and standard deviation of
+val/psnr (held-out clips).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SEEDS, IMAGE_STEPS, STEPS, EVERY = 3, 400, 400, 50
 
 
 def train(folder: Path, conf: str, name: str, steps: int, *words: str) -> Path:
-    """Runs a stage, or what is left of it; returns its checkpoint."""
+    """Finishes the training of a stage, and returns its checkpoint."""
     short = [f"recipe.tokenizer.steps={steps}", f"trainer.val_check_interval={EVERY}", "callbacks.video_logger.clips=0"]
     run = [f"conf={conf}", f"root={folder}", f"name={name}", "ckpt=last", *short, *words]
     kit("fit", *run)

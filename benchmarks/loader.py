@@ -1,11 +1,11 @@
-"""How fast clips come from a folder of videos, beside the decoder alone, and whether memory stays flat.
+"""Measures how fast clips are loaded from a folder of videos, beside the decoder alone, and whether memory stays constant.
 
     python benchmarks/loader.py DIR [frames=17] [height=128] [width=128] [clips=400] [long=10000]
                                     [workers=0,1,2,4] [long_workers=4]
 
-A JSON line for each: clips/s of the decoder alone (decord, the same frames, neither resized nor checked), of the data set
-with and without a process of its own, of the loader with so many workers; and the memory of the loader's processes (PSS:
-shared pages in parts) over many clips.
+Prints a JSON line for each: clips/s of the decoder alone (decord, the same frames, neither resized nor checked), of the data
+set with and without a decoder process of its own, and of the loader with each number of workers; then the memory of the
+loader's processes (PSS: a shared page counts in part for each) over many clips.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from kit.data import decode
+from kit.data.batches import StreamSampler
 from kit.data.clips import FolderClips, frame_numbers
 from kit.data.numbered import Numbered
-from kit.data.sampler import StreamSampler
 from runs import parted
 
 
 def alone(source: FolderClips, clips: int) -> float:
-    """clips/s of the decoder."""
+    """Returns clips/s of the decoder alone."""
     began = time.perf_counter()
     for n in range(clips):
         video = decode.open_video(source.root / source.file(n), "decord")
@@ -60,7 +60,7 @@ def of_loader(source: FolderClips, clips: int, workers: int, look=lambda done: N
 
 
 def memory() -> float:
-    """MiB of this process and all below it."""
+    """Returns the memory of this process and all its descendants, in MiB."""
     total, waiting = 0, [os.getpid()]
     while waiting:
         pid = waiting.pop()

@@ -1,11 +1,11 @@
-"""What long samples on `shapes` show of their captions, frame by frame and by kind of motion, beside the real clips and what
-the tokenizer makes of them.
+"""Measures how well long samples on `shapes` match their captions, frame by frame and by kind of motion, beside real clips
+and their reconstructions.
 
     python benchmarks/long_captions.py GENERATOR [clips=128] [frames=65] [key=value ...]     such as temperature=1
 
-Some motions go on for ever as they began; others do something new after some seconds: what moves leaves the picture and
-enters again, what grows or shrinks starts again. A generator that was trained on short clips has seen all of the first kind
-only. A JSON line for each kind, of every eighth frame: the share of clips in which that frame shows what it should.
+Some motions continue for ever as they began. Others do something new after some seconds: a moving shape leaves the picture
+and enters again, a growing or shrinking one starts again. A generator trained on short clips has fully seen only the first
+kind. Prints a JSON line for each kind: the share of clips in which a frame matches the caption, for every eighth frame.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ BATCH, EVERY = 32, 8
 
 
 def readings(video: torch.Tensor, caption: str, fps: float) -> dict:
-    """What single frames and the whole clip (3, T, H, W) show of a caption, each 0 or 1."""
+    """Returns whether single frames (colour, shape) and the whole clip (motion) match a caption, each as 0 or 1.
+
+    Args:
+        video: (3, T, H, W).
+    """
     single = [caption_hits(video[:, f : f + 1], caption, fps) for f in range(0, video.shape[1], EVERY)]
     return {key: [float(hit[key]) for hit in single] for key in ("colour", "shape")} | {
         "motion": float(caption_hits(video, caption, fps)["motion"])

@@ -1,11 +1,11 @@
-"""Time of each latent frame and peak memory of `generate frames=N`, of `size=tiny` with fresh weights, one video at a time.
+"""Measures time per latent frame and peak memory of `generate frames=N`, for untrained models of `size=tiny` and one video.
 
     python benchmarks/long_video.py [key=value ...]     such as size=small or guidance.kind=rising
 
-One JSON line for 5, 50 and 500 latent frames, each measured in a process of its own: neither may grow with the length. Frames
-are sampled, decoded and written to an mp4, as the command does. A later window encodes the frames that it begins with anew
-and shows what it adds, so a latent frame's seconds are those of its window over the latent frames that this adds. A single
-video is computed twice over, as the command does for the sake of its bits (`stream_samples`).
+Prints one JSON line for 5, 50 and 500 latent frames, each measured in a process of its own: neither may grow with the length.
+Frames are sampled, decoded and written to an mp4, as the command does. A later window re-encodes the frames that it begins
+with, so the time per latent frame is the time of a window divided by the latent frames that it adds. A single video is
+computed as a batch of two, as the command does (see `stream_samples`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from kit.tokenizer import Tokenizer, TokenizerConfig
 from runs import composed
 
 LENGTHS = (5, 50, 500)  # latent frames
-COUNTED = 20  # windows that an early and a late time are the median of
+COUNTED = 20  # number of windows over which the early and the late time are medians
 
 
 def fresh_pair(words: list[str]) -> tuple[Loaded, Loaded, Sampling, str]:
-    """Generator and tokenizer of a config, untrained, and how to sample."""
+    """Builds an untrained generator and tokenizer from a config, and reads how to sample."""
     of_model = [word for word in words if word.split("=")[0] in ("size", "history", "window")]
     cfg = composed("stage2_generator", ["size=tiny", *of_model])
     how = composed("generate", [word for word in words if word not in of_model])

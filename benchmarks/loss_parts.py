@@ -1,9 +1,9 @@
-"""What of a loss's change of the reconstructions moves rFVD: two tokenizers' reconstructions of the same clips of `shapes`,
-and the one's with a part of what the other's differ by.
+"""Finds which part of the difference between two tokenizers' reconstructions changes rFVD, on held-out clips of `shapes`.
 
     python benchmarks/loss_parts.py PLAIN.ckpt OTHER.ckpt
 
-One JSON line for each; 64 held-out clips of the tokenizers' own size, I3D as `python -m kit prepare i3d` has left it.
+Adds each part of the difference, such as its low frequencies, to the reconstructions of PLAIN, and prints one JSON line for
+each. Uses 64 clips of the tokenizers' own size, and I3D from `python -m kit prepare i3d`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from kit.evaluation.scores import decibel
 from kit.pixels import to_8_bits
 
 CLIPS, BATCH = 64, 8
-BLUR = 5  # pixels a side of the mean that makes low frequencies
-MOVES, AROUND = 0.1, 5  # a pixel that differs so much from its mean over time, and those about it, are of the moving thing
+BLUR = 5  # side, in pixels, of the box filter that gives the low frequencies
+MOVES, AROUND = 0.1, 5  # a pixel that differs by MOVES from its mean over time, and AROUND pixels about it, count as moving
 
 
 def parts(change: Tensor, real: Tensor) -> dict[str, Tensor]:
-    """Of a change of clips (N, 3, T, H, W), which add up two by two."""
+    """Splits a change of clips (N, 3, T, H, W) in three ways into two parts that add up to it; returns name -> part."""
     frames = F.pad(change.transpose(1, 2).flatten(0, 1), (BLUR // 2,) * 4, mode="replicate")
     low = F.avg_pool2d(frames, BLUR, 1).unflatten(0, (len(change), -1)).transpose(1, 2)
     still = change.mean(2, keepdim=True).expand_as(change)

@@ -1,10 +1,10 @@
-"""What a training's memory comes to (`kit.plan.memory_of`) against what a training here takes.
+"""Compares the estimated memory of a training (`kit.plan.memory_of`) with what it takes on this machine.
 
     python benchmarks/memory.py CONF [key=value ...]
 
-Trains three steps. On a CPU the process's own memory is measured, above what it was before the module was made (libraries
-have been warmed up by a training of small clips), with an allocator that gives back what is freed; on a GPU, torch's
-`max_memory_allocated`. One JSON line.
+Trains three steps. On a CPU it measures the process's memory above what it was before the module was built (a training on
+small clips warms up libraries first), with an allocator that returns freed memory; on a GPU torch's `max_memory_allocated`.
+Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ SMALL = ("data.frames=5", "data.height=32", "data.width=32", "data.batch_size=1"
 
 
 def of_process(key: str) -> int:
-    """Bytes, by a key of Linux's /proc/self/status."""
+    """Reads an entry of Linux's /proc/self/status, in bytes."""
     line = next(line for line in open("/proc/self/status") if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 
 def train(cfg: DictConfig) -> int:
-    """Bytes that a training takes at most."""
+    """Runs a training and returns its peak memory in bytes."""
     data = build_data(cfg, tokenizer_config(cfg))
     gc.collect()
     before = of_process("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forget the most so far
+        file.write("5")  # resets the peak, VmHWM
     module, trainer = BUILDERS[cfg.module](cfg, data), build_trainer(cfg)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

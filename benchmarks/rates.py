@@ -1,10 +1,10 @@
-"""Bits and quality: tokenizers of several rates on real clips, beside JPEG at the same bits per frame.
+"""Compares the quality of tokenizers of several bit rates on real clips with JPEG at the same bits per frame.
 
     python benchmarks/rates.py FOLDER REAL [steps=400] [only=4x8x8,32] [picture=FILE.png] [words of fit ...]
 
 REAL holds `train` and `val`, folders of clips: 17 frames, shorter side 128, the middle of each file of `val`. Trains
-`size=small` with Muon in FOLDER, goes on there when stopped, and prints one JSON line for each rate. JPEG's bits are those of
-its entropy-coded data alone: headers, and the tables fitted to each frame, are left out in its favour.
+`size=small` with Muon in FOLDER, where a stopped benchmark continues, and prints one JSON line for each rate. Only JPEG's
+entropy-coded data counts as its bits: headers, and the tables fitted to each frame, are left out in its favour.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RECIPE = {"optimizer": "muon", "lr": 3e-3, "warmup": 40, "batch_size": 4}
 
 
 def train(folder: Path, real: Path, latent: str, bits: int, steps: int, more: list[str]) -> Path:
-    """Runs stage 1 with words of the user's, or what is left of it; returns its checkpoint."""
+    """Finishes a training of stage 1 with the user's words `more`, and returns its checkpoint."""
     name = "_".join([latent, str(bits), str(steps), *(re.sub(r"[^\w.]+", "-", word) for word in more)])
     data = ["data=clips", f"data.root={real / 'train'}", "data.source.val_every=1000", "data.val_clips=4"]
     augmented = ["data.source.flip=true", "data.source.random_crop=true"]
@@ -46,13 +46,13 @@ def train(folder: Path, real: Path, latent: str, bits: int, steps: int, more: li
 
 
 def scan_bits(jpeg: bytes) -> int:
-    """Of the entropy-coded data of a baseline JPEG."""
+    """Counts the bits of the entropy-coded data of a baseline JPEG file."""
     start = jpeg.index(b"\xff\xda")
     return 8 * (len(jpeg) - start - 2 - int.from_bytes(jpeg[start + 2 : start + 4], "big") - 2)
 
 
 def jpeg_clip(video: Tensor, quality: int) -> tuple[float, Tensor]:
-    """Mean bits of a frame, and the clip (3, T, H, W) as JPEG shows it."""
+    """Returns the mean bits of a frame as JPEG, and the decoded clip (3, T, H, W) in [-1, 1]."""
     bits, shown = [], []
     for frame in to_uint8(video):
         file = io.BytesIO()
@@ -64,8 +64,11 @@ def jpeg_clip(video: Tensor, quality: int) -> tuple[float, Tensor]:
 
 
 def jpeg_at(video: Tensor, bits: float) -> tuple[float, Tensor]:
-    """PSNR in dB of a clip (3, T, H, W) as JPEG at so many bits a frame, between the two qualities around it, or at the
-    lowest quality where that takes more already; and the clip as the lower one shows it."""
+    """Returns the PSNR in dB of a clip (3, T, H, W) as JPEG at `bits` a frame, and the decoded clip.
+
+    The PSNR is interpolated between the two qualities around `bits`, the clip is that of the lower one. If the lowest quality
+    takes more than `bits`, both are of that quality.
+    """
     points, worse = [], None
     for quality in range(1, 96):
         used, shown = jpeg_clip(video, quality)

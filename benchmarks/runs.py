@@ -1,4 +1,4 @@
-"""What the benchmarks share."""
+"""Functions that several benchmarks use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kit.confs import compose, located
 
 
 def composed(conf: str, words: list[str]) -> DictConfig:
-    """A conf as its verb has it, its interpolations resolved."""
+    """Composes a conf as its verb does, and resolves its interpolations."""
     register_resolvers()
     cfg = compose(located(conf), words)
     OmegaConf.resolve(cfg)
@@ -22,18 +22,18 @@ def composed(conf: str, words: list[str]) -> DictConfig:
 
 
 def kit(*words: str):
-    """Runs a verb; what it prints goes to stderr, beside the benchmark's own lines."""
+    """Runs a verb of kit; its output goes to stderr, apart from the benchmark's own lines."""
     subprocess.run([sys.executable, "-m", "kit", *words], check=True, stdout=sys.stderr)
 
 
 def parted(words: tuple[str, ...], *own: str) -> tuple[dict[str, str], list[str]]:
-    """A benchmark's own words, key=value, as a dictionary, and the others, which are for a verb."""
+    """Splits words key=value into a dictionary of a benchmark's `own` keys, and the others, which are for a verb."""
     chosen = [word for word in words if word.split("=")[0] in own]
     return dict(word.split("=", 1) for word in chosen), [word for word in words if word not in chosen]
 
 
 def logged(run: Path, metric: str) -> dict[int, float]:
-    """Iteration -> what a run's folder logged of a metric, over all its starts."""
+    """Reads a metric from the logs of all starts of a run: iteration -> value."""
     found = {}
     for log in sorted((run / "logs").glob("version_*/metrics.csv")):
         with log.open() as lines:

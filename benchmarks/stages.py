@@ -1,11 +1,11 @@
-"""Training in stages against one stage of equal compute, for long clips of `shapes`.
+"""Compares training in stages with training in one stage of equal compute, for long clips of `shapes`.
 
     python benchmarks/stages.py FOLDER TOKENIZER [ways=staged,long,short] [seeds=0,1,2] [key=value ...]
 
-`staged` is conf=progressive; `long` trains on the clips of its last stage alone, `short` on those of the stage before, each
+`staged` is conf=progressive; `long` trains only on the clips of its last stage, `short` on those of the stage before, each
 for as many steps as cost the same floating point operations (`kit.costs`). Each is scored on held-out captions by `evaluate
 protocol=shapes` at 17, 33 and 65 frames; clips longer than those trained on are made by frame re-encoding. FOLDER keeps runs
-and scores; stopped, it goes on there. Further words go to `fit`. One JSON line for each run.
+and scores; a stopped benchmark continues there. Further words go to `fit`. Prints one JSON line for each run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LENGTHS, CLIPS = (17, 33, 65), 128  # frames and clips that are scored
 
 
 def flops_of_stages(words: list[str]) -> tuple[list[float], list[float], list[dict]]:
-    """Operations of each stage and of one clip in it, and its data."""
+    """Returns for each stage the floating point operations of all its steps, those of one of its clips, and its data."""
     cfg = composed("progressive", words)
     tokenizer = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
     generator = generator_config(cfg, tokenizer)
@@ -43,7 +43,7 @@ def flops_of_stages(words: list[str]) -> tuple[list[float], list[float], list[di
 
 
 def words_of(way: str, words: list[str]) -> list[str]:
-    """What `fit` is told for a way."""
+    """Returns the words for `fit` that choose a way."""
     if way == "staged":
         return ["conf=progressive"]
     whole, each, data = flops_of_stages(words)
@@ -55,7 +55,7 @@ def words_of(way: str, words: list[str]) -> list[str]:
 
 
 def scores(folder: Path, ckpt: Path, name: str, frames: int) -> dict:
-    """Share of held-out captions whose parts are seen in samples of so many frames."""
+    """Evaluates samples of `frames` frames, unless done before; returns the caption accuracy, whole and of each attribute."""
     result = folder / name / "evaluation.json"
     if not result.exists():
         real = [f"protocol.frames={frames}", f"protocol.real.clips={CLIPS}", "protocol.samples=null", "protocol.folds=1"]

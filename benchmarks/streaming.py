@@ -1,10 +1,10 @@
-"""Peak memory and speed of `reconstruct video=FILE`, with a tokenizer of `size=small` and fresh weights.
+"""Measures peak memory and speed of `reconstruct video=FILE`, with an untrained tokenizer of `size=small`.
 
     python benchmarks/streaming.py
 
-One JSON line for each video of moving texture, each measured in a process of its own: memory must not grow with the
+Prints one JSON line for each video of moving texture, each measured in a process of its own: memory must not grow with the
 length. All scales are decoded and scored, and the mp4 is written, as the command does. Peak memory is that of the
-process; `memory_before_mb` is what it had with the libraries and the tokenizer loaded.
+process; `memory_before_mb` is what it took with only the libraries and the tokenizer loaded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VIDEOS = ((17, 128, 128), (170, 128, 128), (1700, 128, 128), (17, 1080, 1920), (
 
 
 def make_video(path: Path, frames: int, height: int, width: int):
-    """A texture that moves by 3 rows and 5 columns a frame."""
+    """Writes a video of a texture that moves by 3 rows and 5 columns a frame."""
     coarse = torch.rand(1, 3, height // 8, width // 8, generator=torch.Generator().manual_seed(0))
     texture = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 1)[:, None] * 2 - 1
     with video_writer(path, 24, height, width) as add:
@@ -48,7 +48,7 @@ def fresh_tokenizer() -> Loaded:
 
 
 def megabytes(what: str) -> int:
-    """`VmRSS` or `VmHWM`, the peak, of this process; getrusage would count what its parent had."""
+    """Returns `VmRSS`, or the peak `VmHWM`, of this process in MiB; getrusage would include the parent's memory."""
     return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
 
 

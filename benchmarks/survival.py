@@ -1,12 +1,12 @@
-"""A training that is killed (SIGKILL) again and again, also while it saves, against the same one that is not: what it
-costs, and whether it comes to the same weights and losses.
+"""Kills a training (SIGKILL) again and again, also while it saves, and checks that it ends with the same weights and losses
+as one that was never killed.
 
     python benchmarks/survival.py FOLDER [kills=50] [seed=0] [conf=stage1_tokenizer] [key=value ...]
 
-The training is one of a tokenizer, or, with conf=progressive tokenizer_ckpt=PATH, of a generator in three stages. Each line
-is a kill, of all its processes: the moment that was chosen, the step of the checkpoint that was left, and whether it was
-whole. Every other kill waits for a save to be under way. The last line compares what the training came to. Further words
-are the training's, such as trainer=fsdp trainer.devices=2 trainer.strategy.checkpoints=sharded.
+Trains a tokenizer, or with conf=progressive tokenizer_ckpt=PATH a generator in three stages. Each kill, of all processes of
+the training, prints a line: the moment, the step of the checkpoint that was left, and whether that was whole. Every other
+kill waits until a save is under way. Each training that reaches its end prints a line that compares its result; the last line
+counts. Further words go to the training, such as trainer=fsdp trainer.devices=2 trainer.strategy.checkpoints=sharded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TRAININGS = {
         "recipe.generator.encoded_clips=400",
     ),
 }  # fmt: skip
-LATE = 50  # steps before the end, behind which a training is not killed again
+LATE = 50  # a training is not killed in its last LATE steps
 
 
 def start(root: Path, words: list[str]) -> subprocess.Popen:
@@ -48,12 +48,12 @@ def start(root: Path, words: list[str]) -> subprocess.Popen:
 
 
 def saving(folder: Path) -> bool:
-    """Whether a file is being written aside, or shards beside those of the last checkpoint."""
+    """Returns whether a save is under way: a temporary file exists, or shards beside those of the last checkpoint."""
     return any(folder.glob(".*part*")) or len(list(folder.glob("last.shards/*"))) > 1
 
 
 def step_of(checkpoint: Path) -> int:
-    """0 if there is none yet. Raises ValueError if it is not whole."""
+    """Reads the step of a checkpoint; 0 if it does not exist yet. Raises ValueError if it is not whole."""
     return read(checkpoint)["global_step"] if checkpoint.exists() else 0
 
 
@@ -62,7 +62,7 @@ def read(checkpoint: Path) -> dict:
 
 
 def kill_once(root: Path, words: list[str], in_save: bool, rng: random.Random) -> str:
-    """Starts or goes on with the training, and kills it: in the midst of a save, or up to 6 s after its first step."""
+    """Starts or resumes the training, and kills it: during a save, or up to 6 s after its first save."""
     folder, began = root / "run" / "checkpoints", time.time()
     process = start(root, words)
     last = folder / "last.ckpt"
@@ -76,7 +76,7 @@ def kill_once(root: Path, words: list[str], in_save: bool, rng: random.Random) -
     end = time.monotonic() + (0 if in_save else delay)
     while process.poll() is None and time.monotonic() < end:
         time.sleep(0.001)
-    while in_save and process.poll() is None and saving(folder):  # the rest of the save before: its old shards go last
+    while in_save and process.poll() is None and saving(folder):  # the end of an earlier save, which removes old shards last
         time.sleep(0.0002)
     while in_save and process.poll() is None and not saving(folder):
         time.sleep(0.0002)
@@ -98,7 +98,7 @@ def main(folder: str, *words: str):
     shutil.rmtree(killed, ignore_errors=True)
     last, survived, runs = killed / "run" / "checkpoints" / "last.ckpt", 0, 0
     for number in range(kills):
-        if step_of(last) > expected["global_step"] - LATE:  # a new one, before the end is near
+        if step_of(last) > expected["global_step"] - LATE:  # near the end: finish this training, then start anew
             runs += compare(killed, words, expected, losses)
             shutil.rmtree(killed)
         moment = kill_once(killed, words, number % 2 == 0, rng)
@@ -113,7 +113,8 @@ def main(folder: str, *words: str):
 
 
 def compare(root: Path, words: list[str], expected: dict, losses: dict[int, float]) -> bool:
-    """Goes on to the end, and says whether weights, averages, optimizer and every loss that was logged are the same."""
+    """Finishes a training; returns whether its weights, averages, optimizer state and all logged losses equal the expected
+    ones."""
     start(root, words).wait()
     found = read(root / "run" / "checkpoints" / "last.ckpt")
     parts = ("global_step", "state_dict", "ema", "optimizer_states")

@@ -1,9 +1,10 @@
-"""The built-in table of words beside pretrained text encoders: what samples show of captions, in their words and in others.
+"""Compares the built-in word table with pretrained text encoders: caption accuracy of samples, also for paraphrased prompts.
 
     python benchmarks/text_encoders.py FOLDER TOKENIZER [encoders=words,NAME] [seeds=0,1,2] [clips=128] [key=value ...]
 
-Trains on `shapes` once with its captions and once with paraphrased ones, in FOLDER (stopped, it goes on there); further words
-go to `fit`. Scores each generator on held-out combinations, in the captions' words and paraphrased. A JSON line for each run.
+Trains on `shapes` once with its captions and once with paraphrased ones, in FOLDER, where a stopped benchmark continues;
+further words go to `fit`. Scores each generator on held-out combinations, with the captions and with paraphrases as prompts.
+Prints a JSON line for each run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ PARAPHRASED = "data.source.paraphrased={}"
 
 
 def scores(folder: Path, ckpt: Path, name: str, paraphrased: bool, clips: str) -> dict[str, float]:
-    """Caption accuracy of samples, now or before."""
+    """Returns the caption accuracy of samples, which is measured unless it was before."""
     report = folder / name / "metrics.json"
     if not report.exists():
         kit("validate", f"ckpt={ckpt}", f"root={folder}", f"name={name}", f"clips={clips}", PARAPHRASED.format(paraphrased))

@@ -1,9 +1,9 @@
-"""Speed of a tokenizer at 17 x 128 x 128 and batch 1: frames a second, arithmetic, share of this machine's convolution rate.
+"""Measures a tokenizer's speed at 17 x 128 x 128, batch 1: frames/s, FLOP/s, and share of this machine's convolution rate.
 
     python benchmarks/tokenizer_speed.py [size=small rate=4x8x8 ...]     two JSON lines, float32 and bfloat16
 
-Random weights, one thread. Seconds are the process's own CPU seconds, the least of some runs. The rate is that of one
-convolution of 128 channels, 3 x 3, on 5 frames of 32 x 32; products of 2048 x 2048 matrices compare machines.
+Random weights, one thread. Seconds are CPU seconds of the process, the minimum of several runs. The convolution rate is that
+of a 3 x 3 convolution of 128 channels on 5 frames of 32 x 32; products of 2048 x 2048 matrices serve to compare machines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FRAMES, SIDE = 17, 128
 
 
 def seconds(work: Callable, repeats: int) -> float:
-    """CPU seconds of a call, after one to warm up."""
+    """Measures the CPU seconds of a call: the minimum of `repeats`, after one to warm up."""
     found = []
     for _ in range(repeats + 1):
         begin = time.process_time()
@@ -39,7 +39,7 @@ def seconds(work: Callable, repeats: int) -> float:
 
 @torch.no_grad()
 def rates(dtype: torch.dtype) -> dict:
-    """GFLOP/s of a convolution and of a matrix product."""
+    """Measures GFLOP/s of a convolution and of a matrix product."""
     x = torch.randn(5, 128, 32, 32).to(dtype, memory_format=torch.channels_last)
     w = torch.randn(128, 128, 3, 3).to(dtype, memory_format=torch.channels_last)
     a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))

@@ -1,9 +1,9 @@
-"""Training steps a second, as `fit` makes them: data, losses, optimizer, averages and logs included; no validation, no save.
+"""Measures training steps per second of `fit`, with data, losses, optimizer, averages and logs, without validation and saves.
 
     python benchmarks/training_speed.py steps=N CONF [key=value ...] [-- CONF [key=value ...]] ...
 
-One device, clips of one shape and no images. One JSON line for each training of N steps: the median of the later half's,
-memory, and the share of a GPU's best rate that the model's arithmetic (`kit.costs`) comes to.
+One device, clips of one shape and no images. Prints one JSON line for each training of N steps: the median rate of the later
+half, memory, and the model's operations per second (`kit.costs`) as a share of a GPU's peak.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ BEST = 989e12  # floating point operations a second of an H100 or H200 in bfloat
 
 
 class Stopwatch(L.Callback):
-    """Attributes: ends, when each step was done; the device is waited for every `every` steps alone."""
+    """Records when training steps end, every `every` steps; only then it waits for the device.
+
+    Attributes:
+        ends: (step, seconds) pairs.
+    """
 
     every = 10
 
@@ -49,13 +53,13 @@ class Stopwatch(L.Callback):
             self.ends.append((done, time.monotonic()))
 
     def seconds(self) -> float:
-        """Of a step, the median of the later half."""
+        """Returns the seconds of a step, the median of the later half."""
         spans = [(b - a) / self.every for (_, a), (_, b) in itertools.pairwise(self.ends)]
         return statistics.median(spans[len(spans) // 2 :])
 
 
 def clip_flops(cfg: DictConfig) -> float:
-    """Of a clip in a training step."""
+    """Returns the floating point operations of a clip in a training step."""
     tokenizer = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
     size = (cfg.data.frames, cfg.data.height, cfg.data.width)
     if cfg.module == "tokenizer":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 
-from kit.sharding import ShardedStrategy, local
+from kit.fsdp import ShardedStrategy, local
 
 
 class EMA(L.Callback):

@@ -8,8 +8,8 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from kit.data.staged import StagedClips
+from kit.fsdp import find_unused
 from kit.optim import batches_of_a_step
-from kit.sharding import find_unused
 from kit.stages import Stage, StagePlan, starts
 
 

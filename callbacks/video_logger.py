@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import default_collate
 
+from kit.fsdp import whole_model
 from kit.generator.sampler import Sampling
 from kit.inspection import forced_and_free
 from kit.media import clip_by_clip, contact_sheet, write_video
-from kit.sharding import whole_model
 
 
 class VideoLogger(L.Callback):

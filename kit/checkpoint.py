@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from kit.files import save_checked
 from kit.generator.transformer import Generator, GeneratorConfig
-from kit.shards import described, load_whole, mapped, remove_shards, save_shards
+from kit.sharded_checkpoint import described, load_whole, mapped, remove_shards, save_shards
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.values import differences
 

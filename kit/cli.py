@@ -46,7 +46,7 @@ FREE_TEXT = (
 )  # fmt: skip
 PATHS = ("ckpt", "out", "tokenizer", "condition.encoder", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source")
 
-# What a user can mend; told without a traceback.
+# Errors that a user can fix; printed without a traceback.
 MENDABLE = (ValueError, OSError, ImportError, MemoryError, UnreadableVideo)
 
 
@@ -66,8 +66,11 @@ def usage() -> str:
 
 
 def register_resolvers():
-    """Values that depend on the machine, each a function of `kit.machine`: ${kit_precision:} and so on; on a cache of clips;
-    and on how many clips fit at once."""
+    """Registers the functions that configs can call.
+
+    These are functions of `kit.machine`, such as ${kit_precision:}, for values that depend on the machine; `kit_cached` for
+    values of a cache of clips; and `batches_of` and `part_of` for batches in parts.
+    """
     from omegaconf import OmegaConf
 
     from kit import machine
@@ -92,19 +95,20 @@ def complain(message: str) -> int:
 
 
 def split(args: list[str]) -> tuple[str | None, list[str]]:
-    """Takes conf=NAME out of the arguments."""
+    """Splits arguments into the NAME of conf=NAME, or None, and the others."""
     names = [a.removeprefix("conf=") for a in args if a.startswith("conf=")]
     return (names[-1] if names else None), [a for a in args if not a.startswith("conf=")]
 
 
-WORDS = ("words", "overrides", "tokenizer_overrides", "generator_overrides")  # of doctor and demo: words for another conf
+WORDS = ("words", "overrides", "tokenizer_overrides", "generator_overrides")  # keys of doctor and demo: words for another conf
 
 
 def quoted(word: str, sweep: bool = False) -> str:
-    """Quotes what is free text or a file's name for hydra, whose grammar would stumble over commas and brackets.
+    """Quotes the value of a word key=value if it is free text or a file name, since hydra's grammar fails on commas and
+    brackets in it.
 
     Args:
-        sweep: whether several paths, with commas between them, are a sweep.
+        sweep: whether commas between paths separate the values of a sweep.
     """
     key, equals, text = word.partition("=")
     if text.startswith("~/"):
@@ -120,15 +124,15 @@ def quoted(word: str, sweep: bool = False) -> str:
 
 
 def as_text(text: str) -> str:
-    """In quotes, as hydra takes any text; what is in quotes already, or null, as it is."""
+    """Puts a text in quotes, so that hydra takes it literally; leaves null and quoted texts as they are."""
     if text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"):
         return text
-    text = re.sub(r"(\\*)'", r"\1\1\\'", text)  # of backslashes hydra minds those before a quote alone
+    text = re.sub(r"(\\*)'", r"\1\1\\'", text)  # hydra unescapes only backslashes before a quote
     return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
 
 
 def at_commas(text: str) -> list[str]:
-    """What commas divide, but for those within brackets, or within quotes that a part begins with."""
+    """Splits a text at commas, except within brackets or within quotes that begin a part."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote or (letter in "\"'" and not parts[-1].strip()):
@@ -146,7 +150,7 @@ VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-na
 
 
 def options_first(words: list[str]) -> list[str]:
-    """Hydra's own options before the overrides, between which it does not look for any."""
+    """Moves hydra's own options before the overrides: hydra does not find options that come between overrides."""
     options, overrides, rest = [], [], iter(words)
     for word in rest:
         if not word.startswith("-"):
@@ -159,7 +163,7 @@ def options_first(words: list[str]) -> list[str]:
 
 
 def readable(word: str) -> bool:
-    """Whether hydra's grammar takes it."""
+    """Returns whether hydra's grammar accepts a word."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -171,13 +175,13 @@ def readable(word: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line; returns its exit status: 0 done, 1 failed, 2 not understood."""
+    """Runs a command line and returns its exit status: 0 success, 1 failure, 2 invalid command line."""
     try:
         status = understand(argv)
         sys.stdout.flush()
         if status == 0:
             leave_process_group()
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     return status
@@ -214,15 +218,18 @@ def understand(argv: list[str] | None) -> int:
 
 
 def leave_process_group():
-    """Processes that trained together part, as torch asks for: one that ends while threads of gloo run may be aborted. Not
-    after an error, when others may wait for this one in the midst of an exchange."""
-    distributed = sys.modules.get("torch.distributed")  # not there where nothing was imported to train
+    """Closes the group of processes that trained together, as torch requires: a process that ends while threads of gloo run
+    may be aborted.
+
+    Not to be called after an error, when other processes may be waiting for this one in a collective operation.
+    """
+    distributed = sys.modules.get("torch.distributed")  # None if the verb did not import torch
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def set_threads(number: int | None):
-    """Of torch; null and 0 leave its own choice. Raises: ValueError if negative."""
+    """Sets the number of CPU threads of torch; None and 0 leave torch's own choice. Raises ValueError if negative."""
     if number and number < 0:
         raise ValueError(f"threads={number}; expected a number of threads, or null for torch's own choice")
     if number:
@@ -236,15 +243,24 @@ def worth_telling(record: logging.LogRecord) -> bool:
 
 
 def silence():
-    """What Lightning says that is no user's business: an advertisement, that our own timer keeps `trainer.max_time`, a
-    warning to its own authors, and that models which are not trained, such as a generator's tokenizer, are in eval mode."""
+    """Suppresses messages of Lightning that do not concern a user.
+
+    These are an advertisement, the note that our own timer implements `trainer.max_time`, a warning to Lightning's authors,
+    and the note that models which are not trained, such as a generator's tokenizer, are in eval mode.
+    """
     for told in (".*LeafSpec", "Found .* in eval mode at the start of training"):
         warnings.filterwarnings("ignore", told)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(worth_telling)
 
 
 def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
-    """Composes the config and calls the verb; what a user can mend is told without a traceback."""
+    """Composes the config and calls the verb; prints errors that a user can fix without a traceback.
+
+    Args:
+        path: file of the conf. overrides: the other words of the command line.
+    Returns:
+        the exit status, see `main`.
+    """
     import hydra
     from hydra.errors import InstantiationException
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -254,14 +270,14 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
     silence()
     failures: list[BaseException] = []
     here = os.getpid()
-    conf, own = path.stem, [] if path.parent == CONF else [f"--config-dir={CONF}"]  # behind the conf's own folder
+    conf, own = path.stem, [] if path.parent == CONF else [f"--config-dir={CONF}"]  # searched after the conf's own folder
 
     def task(cfg):
         if wrong := wrong_kinds(cfg, path, overrides):
             print("\n".join(f"kit {verb}: {told}" for told in wrong), file=sys.stderr)
             failures.append(ValueError(*wrong))
             return
-        # Lightning starts further ranks with these words.
+        # Lightning starts further ranks with this command line.
         sys.argv = [sys.argv[0], verb, f"conf={path if own else conf}", *overrides]
         try:
             set_threads(cfg.threads)
@@ -275,7 +291,7 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
             cause = error.__cause__ if isinstance(error, InstantiationException) else error
             mendable = isinstance(cause, (*MENDABLE, MisconfigurationException))
             if os.environ.get("KIT_TRACEBACK") or not mendable or os.getpid() != here:
-                raise  # from another process, a job of hydra's launcher, to this one, which tells of it
+                raise  # in another process, a job of hydra's launcher, to the main process, which prints it
             print(f"kit {verb}: {cause}\n(KIT_TRACEBACK=1 shows where)", file=sys.stderr)
             failures.append(error)
 
@@ -286,10 +302,10 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
     sys.argv = [sys.argv[0], f"--config-name={conf}", *own, *overrides]
     try:
         hydra.main(version_base="1.3", config_path=str(path.parent), config_name=conf)(task)()
-    except KeyboardInterrupt:  # out here, so that it ends a --multirun too
+    except KeyboardInterrupt:  # caught here, not in `task`, so that it ends a whole --multirun
         print(f"\nkit {verb}: interrupted", file=sys.stderr)
         return 1
-    except SystemExit as stop:  # of hydra, which has said why, or of Lightning after an interrupt
+    except SystemExit as stop:  # from hydra, which has printed why, or from Lightning after an interrupt
         for told in misspelt(path, overrides) if stop.code == 1 and not failures else ():
             print(f"kit {verb}: {told}", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else 1

@@ -1,6 +1,6 @@
-"""The main job in one go, on the embedded data: train the tokenizer, train the generator, sample, score.
+"""Runs the whole pipeline on the embedded data: trains the tokenizer and the generator, scores, and samples.
 
-Each part is a command that can be run by itself; the demo prints it first. Interrupted and started again, it goes on.
+Each part is a command that can be run by itself; the demo prints it first. If interrupted and started again, it continues.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def command(verb: str, *overrides: str) -> list[str]:
 
 
 def run(words: list[str]):
-    """Shows a command and runs it.
+    """Prints a command and runs it.
 
     Raises:
         ValueError: if it fails.
@@ -37,13 +37,13 @@ def run(words: list[str]):
 
 
 def train_seconds(checkpoint: Path) -> float:
-    """Seconds spent in training, over all interruptions; kept by Lightning's Timer in the checkpoint."""
+    """Reads from a checkpoint the seconds spent in training, summed over all restarts; Lightning's Timer records them."""
     callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
     return next(state["time_elapsed"]["train"] for name, state in callbacks.items() if name.startswith("Timer"))
 
 
 def demo(cfg: DictConfig) -> dict:
-    """Runs the parts and leaves everything in the run's folder; returns the metrics."""
+    """Runs all parts, writes everything to the run's folder, and returns the metrics."""
     folder = Path(cfg.folder)
     where = f"root={folder.as_posix()}"
     tokenizer = folder / "tokenizer" / "checkpoints" / "last.ckpt"

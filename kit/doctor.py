@@ -1,4 +1,4 @@
-"""What this machine can run: versions, devices, memory for each preset, a config's problems."""
+"""Reports what this machine can run: versions, devices, memory of each preset, and problems of a training's config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kit.stages import StagePlan
 from kit.start import given_start
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
-PACKAGES = {  # package -> what lacks without it
+PACKAGES = {  # package -> the feature that needs it
     "torch": "", "lightning": "", "hydra-core": "", "torchmetrics": "", "av": "", "decord2": "data.source.backend=decord",
     "wandb": "logger=wandb", "tensorboard": "logger=tensorboard", "torchvision": "", "xformers": "",
     "transformers": "protocol.detector.kind=videomae and condition.encoder",
@@ -32,7 +32,7 @@ BYTES_TRAINED = 20  # per parameter: float32 weights, gradients, two AdamW momen
 
 
 def versions() -> dict[str, str]:
-    """Package -> version, or what is missed without it."""
+    """Returns the version of each package, or what needs it if it is not installed."""
     found = {}
     for name, lacking in PACKAGES.items():
         absent = f"not installed{f' (needed for {lacking})' if lacking else ' (optional)'}"
@@ -60,7 +60,7 @@ def hardware() -> dict[str, str]:
 
 
 def metric_networks() -> dict[str, str]:
-    """Metric -> where its network's weights lie, or how to get them."""
+    """Returns for each metric the path of its network's weights, or how to get them."""
     i3d, vgg16 = machine.cache_folder() / I3D_FILE, vgg16_path()
     return {
         "FVD": str(i3d) if i3d.is_file() else "no weights yet: python -m kit prepare i3d",
@@ -69,7 +69,7 @@ def metric_networks() -> dict[str, str]:
 
 
 def parameters(size: str) -> tuple[int, int]:
-    """Parameters of the tokenizer and the generator of a preset, without allocating them."""
+    """Counts the parameters of the tokenizer and the generator of a preset, without allocating them."""
     import hydra
 
     cfg = OmegaConf.to_container(hydra.compose(f"size/{size}"))
@@ -80,7 +80,8 @@ def parameters(size: str) -> tuple[int, int]:
 
 
 def presets() -> list[str]:
-    """A table: parameters and memory of weights, gradients, AdamW and EMA in training, and of weights alone."""
+    """Returns a table of the presets: parameters, memory of weights, gradients, AdamW and EMA in training, and of weights in
+    generation. A generator's training also holds the tokenizer's weights."""
     rows = [f"{'size':<8}{'tokenizer':>12}{'generator':>12}{'train tok.':>12}{'train gen.':>12}{'generate':>12}"]
     sizes = {path.stem: parameters(path.stem) for path in (CONF / "size").glob("*.yaml")}
     for size, (tokenizer, generator) in sorted(sizes.items(), key=lambda item: item[1][1]):
@@ -92,10 +93,12 @@ def presets() -> list[str]:
 
 
 def training_config(name: str, words: Sequence[str] = ()) -> DictConfig:
-    """A training's conf, with words as `fit` takes them.
+    """Composes the config of a training.
 
+    Args:
+        name: as conf= takes it. words: key=value, as `fit` takes them.
     Raises:
-        ValueError: if it is no conf for training, or does not compose, or a word is of the wrong kind.
+        ValueError: if it is not a conf for training, it does not compose, or a word gives a value of the wrong kind.
     """
     path = located(name)
     if not trains(path):
@@ -112,27 +115,30 @@ def training_config(name: str, words: Sequence[str] = ()) -> DictConfig:
 
 
 def check_start(cfg: DictConfig):
-    """Raises: as `given_start`, or FileNotFoundError if there is no such checkpoint."""
+    """Checks that the checkpoint to start from exists. Raises FileNotFoundError if not; else as `given_start`."""
     given = given_start(plain(cfg.init), cfg.module)
     if given and not Path(given[1]).is_file():
         raise FileNotFoundError(f"no checkpoint at {given[1]}")
 
 
 def check_perceptual(cfg: DictConfig):
-    """Raises: as `load_perceptual`."""
+    """Checks that the weights of the perceptual loss, if there is one, can be loaded. Raises as `load_perceptual`."""
     if cfg.module == "tokenizer" and cfg.loss.perceptual.weight:
         load_perceptual(cfg.loss.perceptual.kind, cfg.loss.perceptual.weights)
 
 
 def problems(cfg: DictConfig) -> list[str]:
-    """What is wrong with a training's config on this machine, as far as can be seen without running it."""
+    """Lists what is wrong with a training's config on this machine, as far as can be seen without running it.
+
+    Also prints the schedule of each stage's clips.
+    """
     found: list[str] = []
 
     def met(what: str, function: Callable, *given):
-        """What a function returns; None, and a problem more, if it raises."""
+        """Calls a function and returns its result; if it raises, adds a problem named `what` and returns None."""
         try:
             return function(*given)
-        except Exception as error:  # a problem of any part is what we are here to report
+        except Exception as error:  # whatever any part raises is a problem to report
             cause = error.__cause__ if isinstance(error, InstantiationException) else error
             found.append(f"{what}: {cause}")
 
@@ -155,13 +161,19 @@ def problems(cfg: DictConfig) -> list[str]:
 
 
 def about_clips(clips: dict, tokenizer: TokenizerConfig) -> str:
-    """Their schedule, and of a bucket how many there are in a step. Raises as `clips_of_a_step`."""
+    """Describes clips in words: their schedule, and for a bucket their number in a step.
+
+    Args:
+        clips: the config's `data` for these clips, see `clips_by_name`.
+    Raises:
+        as `clips_of_a_step`.
+    """
     schedule = tokenizer.schedule(clips["frames"], clips["height"], clips["width"])
     return f"{schedule}, {clips_of_a_step(clips, tokenizer)} clips a step" if clips["buckets"] else str(schedule)
 
 
 def clips_by_name(cfg: DictConfig) -> dict[str, dict]:
-    """The data of each stage, and of each of its buckets."""
+    """Returns the config's `data` for each stage's clips of one shape, and for each of its buckets."""
     named = {}
     for stage, _, data in stages_of(cfg):
         named[stage] = {**data, "buckets": []}
@@ -171,11 +183,12 @@ def clips_by_name(cfg: DictConfig) -> dict[str, dict]:
 
 
 def doctor(cfg: DictConfig) -> None:
-    """Prints all of the above.
+    """Prints facts about the machine, packages, metric networks and presets, and with `check` the problems and costs of a
+    training.
 
     Raises:
-        ValueError: after it, if what to check is no config of a training. Problems of a config are told, and no error: files
-            that a plan needs may be made later.
+        ValueError: at the end, if `check` is not a training's config or does not compose. Problems found in a config are only
+            printed, because files that it needs may be made later.
     """
     for title, facts in (("this machine", hardware()), ("packages", versions()), ("metric networks", metric_networks())):
         print(f"{title}\n" + "\n".join(f"  {name:<14}{value}" for name, value in facts.items()))
@@ -196,7 +209,7 @@ def doctor(cfg: DictConfig) -> None:
             try:
                 rows = costs(checked, cfg)
                 print(f"cost, on paper, of {name}\n" + "\n".join(f"  {row}" for row in rows))
-            except Exception as error:  # of a part that has a problem, which is told already, or one of its own
+            except Exception as error:  # due to a problem found above, or a new one
                 if not found:
                     found.append(f"cost: {error}")
         print(f"{name}: " + ("no problem found" if not found else ""))

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and weights that are what they claim to be."""
+"""Reads and writes files: writes replace a file completely or not at all, and reads detect damage."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from torch import Tensor
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, renamed to it at the end: a kill, an error or a full disk leaves nothing
-    half-written under `path`, and the next write takes the place of what a kill left."""
+    """Yields a temporary path to write to, which is renamed to `path` at the end of the block.
+
+    A kill, an error or a full disk leaves nothing half-written at `path`. The temporary path is always the same, so the next
+    write replaces what a kill left there.
+    """
     name = hashlib.sha256(path.name.encode()).hexdigest()[:12]  # short, for long names
-    aside = path.with_name(f".{name}.part{path.suffix}")  # the suffix tells PyAV the container
+    aside = path.with_name(f".{name}.part{path.suffix}")  # PyAV chooses the container by the suffix
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
@@ -33,8 +36,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(folder: Path, pattern: str) -> Iterator[None]:
-    """The block's files of that pattern take the place of all there were: those that it does not write anew go after it. An
-    error leaves them."""
+    """Removes at the end of the block the files of this pattern that it did not write anew; after an error they stay."""
     before = {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
     yield
     for path, written in before.items():
@@ -42,15 +44,16 @@ def replacing(folder: Path, pattern: str) -> Iterator[None]:
             path.unlink()
 
 
-HASH = "sha256"  # entry of a file that `save_checked` wrote
+HASH = "sha256"  # key of the hash in a file written by `save_checked`
 
 
 def save_checked(contents: dict, path: Path):
-    """Writes tensors and plain values, and a hash of them, to a file for `load_checked`; a kill, an error or a full disk
-    leaves what was there.
+    """Writes tensors and plain values with their hash to a file for `load_checked`.
+
+    A kill, an error or a full disk leaves the previous file as it was.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     try:
         with disk_errors(), written_aside(path) as aside, open(aside, "wb") as file:
@@ -63,8 +66,10 @@ def save_checked(contents: dict, path: Path):
 
 
 def sync_folder(folder: Path):
-    """Returns when its files' names have reached the disk, where the file system can say so: those renamed are there after a
-    power loss. They are in place already, so that it cannot is no reason to call the file lost."""
+    """Flushes the file names of a folder to the disk, so that renamed files survive a power loss.
+
+    Does nothing where the file system cannot: the files are in place in any case.
+    """
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -75,9 +80,10 @@ def sync_folder(folder: Path):
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """
+    """Converts the RuntimeError that torch may raise for a full disk to the OSError that caused it.
+
     Raises:
-        OSError: where torch tells of a full disk by a RuntimeError, as it does or does not.
+        OSError: the cause.
     """
     try:
         yield
@@ -88,26 +94,26 @@ def disk_errors() -> Iterator[None]:
 
 
 def not_saved(path: Path, cause: OSError) -> OSError:
-    """An error that says why, how much room there is, and what is still there."""
+    """Builds the error for a file that could not be saved: the reason, the free space, and whether the previous file exists."""
     room = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free there)" if path.parent.is_dir() else ""
     before = "; the one before it is whole" if path.exists() else ""
     return OSError(f"{path} could not be saved: {cause.strerror or cause}{room}{before}")
 
 
 def load_checked(path: Path, mmap: bool = False) -> dict:
-    """What `save_checked` wrote, on the CPU; nothing in it is executed.
+    """Loads a file written by `save_checked`, or a torch file of another program, on the CPU; nothing in it is executed.
 
     Args:
         mmap: leave tensors in the file until they are used.
     Raises:
-        FileNotFoundError, PermissionError: if it cannot be opened. ValueError: if the file is broken, holds something else
-            than a dict, or not what was saved.
+        FileNotFoundError, PermissionError: if it cannot be opened.
+        ValueError: if it is broken, does not hold a dict, or differs from its hash.
     """
     try:
         contents = torch.load(path, "cpu", weights_only=True, mmap=mmap)
     except (FileNotFoundError, PermissionError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of any kind, as the damage is
+    except Exception as error:  # damage can raise anything
         told = next(iter(str(error).splitlines()), "") or type(error).__name__
         told = "it is no file of torch, or holds more than tensors and plain values" if "weights_only" in told else told
         raise ValueError(f"{path} is not a readable file of tensors: {told}") from error
@@ -123,13 +129,13 @@ def load_checked(path: Path, mmap: bool = False) -> dict:
 
 
 def contents_hash(contents: dict) -> str:
-    """SHA-256 of tensors and plain values, in their order."""
+    """Computes the SHA-256 of tensors and plain values, in their order."""
     digest = hashlib.sha256()
 
     def take(value):
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            if not value.is_meta:  # of an index, whose shards have hashes of their own
+            if not value.is_meta:  # in the index of a sharded checkpoint, whose shards have hashes of their own
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(value, dict):
             digest.update(f"{len(value)} entries".encode())
@@ -158,10 +164,10 @@ def file_sha256(path: str | Path) -> str:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors, or from a torch file; nothing in it is executed.
+    """Reads a state dict from a safetensors or torch file; nothing in it is executed.
 
     Raises:
-        ValueError: if it is broken or something else.
+        ValueError: if the file is broken or does not hold a dict.
     """
     try:
         weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
@@ -173,17 +179,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_text(path: Path) -> str:
-    """Raises: ValueError naming the line that is not UTF-8."""
+    """Reads a UTF-8 text file. Raises ValueError, naming the line, if it is not UTF-8."""
     data = path.read_bytes()
     try:
-        return data.decode().removeprefix("\ufeff")  # a mark that some editors put first
+        return data.decode().removeprefix("\ufeff")  # byte order mark of some editors
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: not UTF-8; save the file in that encoding") from error
 
 
 def read_json(path: Path):
-    """Raises: ValueError naming the line that is not JSON."""
+    """Reads a JSON file. Raises ValueError, naming the line, if it is not JSON."""
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""The verb `generate`: prompts to mp4s, each with the settings that made it beside it."""
+"""The verb `generate`: makes an mp4 of each prompt, with a JSON of its settings (the sidecar) beside it."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ def stream_samples(
     generator: Loaded, tokenizer: Loaded, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int, int],
     how: Sampling, precision: str, history: Tensor | None = None, on_block: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """`stream_video` with trained models, on this machine's device.
+    """Generates videos with trained models on this machine's device, by `stream_video`.
 
-    A single clip is made twice: alone it would go through other kernels, which round otherwise. From two on, float32 clips
-    come out the same in any batch, to the last bit (tested on CPUs and on an H200).
+    A single clip is computed as a batch of two, because a batch of one uses other kernels, which round differently. In
+    batches of two or more, a float32 clip is the same to the last bit in any batch (tested on CPUs and on an H200).
 
     Args:
-        size: T, H, W. precision: `float32` or `bfloat16`. history: (3, T0, H, W), the same for all.
+        size: T, H, W. precision: `float32` or `bfloat16`. history: (3, T0, H, W) in [-1, 1], the same for all.
+        on_block: called after each block.
     Yields:
         (B, 3, n, H, W) float32 in [-1, 1] on the CPU.
     """
@@ -52,7 +53,7 @@ def stream_samples(
     given = None if history is None else history.to(device()).expand(len(prompts), -1, -1, -1, -1)
     pieces = stream_video(model, codec, schedule, prompts, seeds, frames, how, given, on_block)
     while True:
-        with autocast(precision), exact_float32():  # not while the caller is at work
+        with autocast(precision), exact_float32():  # must not stay in force while the caller works
             piece = next(pieces, None)
         if piece is None:
             return
@@ -63,7 +64,13 @@ def sample_videos(
     generator: Loaded, tokenizer: Loaded, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int, int],
     how: Sampling, precision: str, batch_size: int, history: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """(n, 3, T, H, W), one clip for each prompt, a batch at a time, with a progress bar; arguments as of `stream_samples`."""
+    """Generates a clip for each prompt, `batch_size` at a time, with a progress bar.
+
+    Args:
+        others: as for `stream_samples`.
+    Returns:
+        (n, 3, T, H, W) float32 in [-1, 1], on the CPU.
+    """
     done = []
     with progress(len(prompts), size[0], generator, how, batch_size) as bar:
         for start in range(0, len(prompts), batch_size):
@@ -74,26 +81,28 @@ def sample_videos(
 
 
 def progress(clips: int, frames: int, generator: Loaded, how: Sampling, batch_size: int) -> tqdm:
-    """A bar over the blocks of all batches."""
+    """Makes a progress bar that counts the blocks of all batches."""
     longest, overlap = how.window(generator.clip["frames"], frames)
     latents = sum(map(latent_frames, windows(frames, longest, overlap)))
     batches = -(-clips // batch_size)
     return tqdm(total=batches * latents * generator.model.config.scales, desc="generate", unit="block", disable=None)
 
 
-SETTINGS = (  # keys of conf/generate.yaml that decide how a video looks, prompt or label and seed besides
+SETTINGS = (  # keys of conf/generate.yaml that decide how a video looks, apart from prompt, label and seed
     "ckpt", "tokenizer", "image", "video", "history_frames", "frames", "fps", "precision",
     "guidance", "negative", "temperature", "top_p", "extend", "overlap",
 )  # fmt: skip
-WHOLE_NUMBERS = {"n": 1, "batch_size": 1, "seed": 0, "frames": 1, "history_frames": 1, "overlap": 1}  # key -> the least
+WHOLE_NUMBERS = {"n": 1, "batch_size": 1, "seed": 0, "frames": 1, "history_frames": 1, "overlap": 1}  # key -> minimum
 
 
 @dataclass(frozen=True)
 class Job:
-    """A video to make, and all that decides how it looks.
+    """A video to make, with everything that decides how it looks.
 
     Args:
-        settings: values of conf/generate.yaml. about: what they meant: versions, and hashes of models and of a given file.
+        settings: values of conf/generate.yaml.
+        about: versions, and hashes of the models and of a given picture or video, which the settings refer to.
+        path: of the mp4.
     """
 
     prompt: str
@@ -112,7 +121,7 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether this very video is there."""
+        """Whether the file exists and was made with exactly these settings."""
         try:
             return self.path.is_file() and read_json(self.sidecar_path) == self.sidecar
         except (OSError, ValueError):
@@ -120,10 +129,15 @@ class Job:
 
 
 def generate(cfg: DictConfig) -> list[Path]:
-    """Writes an mp4 for each prompt and seed, and a contact sheet, to the run's folder; returns the mp4s' paths.
+    """Writes an mp4 for each prompt and seed, and a contact sheet, to the run's folder.
 
-    Beside each mp4 lies a JSON with its settings, from which `settings=FILE` makes it again. Videos that are there, made with
-    the same settings, are kept. Frames are written as they come: memory does not grow with the length.
+    Each mp4 gets a JSON with its settings beside it, from which `settings=FILE` makes it again. Videos that exist already and
+    have the same settings are kept. Frames are written as they are generated, so memory does not grow with the length.
+
+    Returns:
+        the paths of the mp4s.
+    Raises:
+        ValueError: if no checkpoint is given; else as the functions called here.
     """
     values, expected = with_settings(plain(cfg))
     check_numbers(values)
@@ -159,9 +173,11 @@ def generate(cfg: DictConfig) -> list[Path]:
 
 
 def check_paths(jobs: list[Job]):
-    """
+    """Checks that each video gets a file of its own.
+
     Raises:
-        ValueError: if two prompts would share a file, or a video take the place of the one it is made from.
+        ValueError: if two prompts would share a file, or a video or the contact sheet would overwrite the picture or video
+            that the videos are made from.
     """
     given = {jobs[0].settings[key]: key for key in ("image", "video") if jobs[0].settings[key]}
     for path in [sheet_path(jobs), *(job.path for job in jobs)]:
@@ -176,7 +192,7 @@ def check_paths(jobs: list[Job]):
 
 
 def sheet_path(jobs: list[Job]) -> Path:
-    """Of the contact sheet."""
+    """Returns the path of the contact sheet, which is named after the prompt if there is only one."""
     prompts = {job.prompt for job in jobs}
     return jobs[0].path.with_name(f"{file_stem(*prompts) if len(prompts) == 1 else 'contact_sheet'}.png")
 
@@ -184,7 +200,7 @@ def sheet_path(jobs: list[Job]) -> Path:
 def make_videos(
     jobs: list[Job], generator: Loaded, tokenizer: Loaded, values: dict, history: Tensor | None, how: Sampling
 ) -> list[Path]:  # fmt: skip
-    """Those that are not there, and a contact sheet; returns the paths of all."""
+    """Makes the videos that do not exist yet, and a contact sheet; returns the paths of all videos."""
     missing = [job for job in jobs if not job.done]
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} videos are there already, made with the same settings")
@@ -202,7 +218,11 @@ def make_videos(
 
 
 def write_videos(jobs: list[Job], pieces: Iterator[Tensor]):
-    """Writes the videos of a batch and then their sidecars; none of them if a piece fails."""
+    """Writes the videos of a batch, then their sidecars; writes none of them if a piece fails.
+
+    Args:
+        pieces: (B, 3, n, H, W) in [-1, 1], the frames in their order.
+    """
     with ExitStack() as stack:
         writers = []
         for piece in pieces:
@@ -211,14 +231,14 @@ def write_videos(jobs: list[Job], pieces: Iterator[Tensor]):
                     writers.append(stack.enter_context(video_writer(job.path, job.settings["fps"], *piece.shape[-2:])))
             for write, video in zip(writers, piece):
                 write(video)
-        for job in jobs:  # of the video that this one takes the place of
+        for job in jobs:  # remove the sidecar of an older video before its mp4 is replaced
             job.sidecar_path.unlink(missing_ok=True)
     for job in jobs:
         write_json(job.sidecar_path, job.sidecar)
 
 
 def show(jobs: list[Job], path: Path) -> Path:
-    """A contact sheet of videos that are there."""
+    """Draws a contact sheet of finished videos."""
     groups = []
     for job in jobs:
         file = open_clip_file(job.path, None, 0)
@@ -228,18 +248,23 @@ def show(jobs: list[Job], path: Path) -> Path:
 
 
 def typed_keys() -> list[str]:
-    """What the command line says something of, such as `seed` and `guidance.first`; nothing outside of one."""
+    """Lists the keys given on the command line, such as `seed` and `guidance.first`; none if there is no command line."""
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     return [word.split("=")[0].lstrip("+") for word in words if word[0] != "~"]
 
 
 def with_settings(values: dict) -> tuple[dict, dict]:
-    """`values` of conf/generate.yaml with those of the video whose sidecar `settings` names; and that sidecar, empty without
-    one. What the command line says goes before the sidecar: `settings=FILE temperature=0.5` makes that video otherwise.
+    """Merges the values of conf/generate.yaml with those of the sidecar that `settings` names.
 
-    `ckpt` and `tokenizer`, where they are given, say where the checkpoints are now.
+    Keys given on the command line take precedence over the sidecar: `settings=FILE temperature=0.5` makes a variant of that
+    video. `ckpt` and `tokenizer`, if given, say where the checkpoints are now.
+
+    Returns:
+        the merged values, and the sidecar, which is empty without `settings`. If another picture or video is given, the
+        sidecar lacks the hash of the old one.
     Raises:
-        FileNotFoundError, ValueError: if there is no such file, or it is no sidecar of this version.
+        FileNotFoundError: if the sidecar, or the picture or video that it names, does not exist.
+        ValueError: if the file is not a sidecar of this version.
     """
     if values["settings"] is None:
         return values, {}
@@ -254,14 +279,14 @@ def with_settings(values: dict) -> tuple[dict, dict]:
     typed = typed_keys()
     if {"prompt", "label", "prompts"} & {*typed}:
         found = {**found, "prompt": None, "label": None}
-    begins = {"image": ("video", "history_frames"), "video": ("image",)}  # with one of the two: what goes with the other
+    begins = {"image": ("video", "history_frames"), "video": ("image",)}  # key -> the keys that it replaces
     left = {name for key, others in begins.items() if key in typed and values[key] is not None for name in others}
     found = {**found, **{name: None for name in left - {*typed}}}
     moved = {name: values[name] for name in ("ckpt", "tokenizer") if values[name] is not None}
     merged = {**values, "prompt": None, "label": None, "prompts": None, "n": 1, **found, **moved}
     for name, _, part in (key.partition(".") for key in typed):
         merged[name] = {**merged[name], part: values[name][part]} if part else values[name]
-    if any(merged[name] != found[name] for name in ("image", "video")):  # given anew
+    if any(merged[name] != found[name] for name in ("image", "video")):  # another one is given
         sidecar = {key: value for key, value in sidecar.items() if key != "given_sha256"}
     elif any(found[name] is not None and not Path(found[name]).is_file() for name in ("image", "video")):
         given = found["image"] or found["video"]
@@ -272,9 +297,10 @@ def with_settings(values: dict) -> tuple[dict, dict]:
 
 
 def check_numbers(values: dict):
-    """
+    """Checks the numbers among the values of conf/generate.yaml.
+
     Raises:
-        ValueError: for a key that is not such a number, naming it.
+        ValueError: if one is of the wrong kind or out of range, naming its key.
     """
     for name, least in WHOLE_NUMBERS.items():
         check_whole_number(name, values[name], least, optional=name in ("frames", "history_frames", "overlap"))
@@ -285,9 +311,12 @@ def check_numbers(values: dict):
 
 
 def check_same(expected: dict, about: dict):
-    """
+    """Checks that a video will be made from the same models and files as before.
+
+    Args:
+        expected: the sidecar; empty: nothing is checked. about: the same hashes of what is loaded now.
     Raises:
-        ValueError: if a sidecar names other models, or another given file, than there are.
+        ValueError: if a hash in the sidecar differs.
     """
     ways = {"generator_hash": "ckpt=", "tokenizer_hash": "tokenizer=", "given_sha256": None}
     for key, way in ways.items():
@@ -297,10 +326,16 @@ def check_same(expected: dict, about: dict):
 
 
 def prompts_of(values: dict, kind: str) -> tuple[str, list[str]]:
-    """What to generate: `prompt` or `label`, whichever the model was trained on, and the texts, each once.
+    """Reads the prompts or labels to generate from `prompt`, `label` or the file `prompts`.
 
+    Args:
+        kind: of the model's condition, `text` or `class`.
+    Returns:
+        `prompt` or `label`, whichever the model was trained on, and the texts without duplicates. A text model without any
+        gets an empty prompt.
     Raises:
-        ValueError: if it is the other one, if several are given, or a file of prompts has none. FileNotFoundError.
+        ValueError: if the model was trained on the other one, more than one key is given, a class model gets no label, or the
+            file has no text. FileNotFoundError: if there is no such file.
     """
     given = [name for name in ("prompt", "label", "prompts") if values[name] is not None]
     if len(given) > 1:
@@ -322,10 +357,12 @@ def prompts_of(values: dict, kind: str) -> tuple[str, list[str]]:
 
 
 def notes_on(prompts: list[str], how: Sampling, notes: Callable[[str], list[str]]) -> list[str]:
-    """What a user should know of the prompts before hours are spent on them.
+    """Lists notes on the prompts that a user should see before generation begins.
 
+    Args:
+        notes: the condition's notes on a text.
     Raises:
-        ValueError: for a class that the model does not know, the first of all.
+        ValueError: for the first class that the model does not know.
     """
     told = [note for prompt in prompts for note in notes(prompt)]
     if how.negative is not None:
@@ -336,17 +373,23 @@ def notes_on(prompts: list[str], how: Sampling, notes: Callable[[str], list[str]
 
 
 def file_stem(prompt: str) -> str:
-    """A prompt as part of a file name; where it is more than small letters and digits, a hash tells it from others."""
+    """Converts a prompt to part of a file name. Adds a hash if letters, signs or length are lost, to keep names distinct."""
     stem = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")
     whole = len(stem) <= 80 and stem in (prompt, prompt.replace(" ", "_"))
     return (stem if whole else f"{stem[:72]}_{zlib.crc32(prompt.encode()):08x}".strip("_")) or "video"
 
 
 def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
-    """(3, T0, H, W) from image= or video=, at the size of the training clips, and what it was; None and nothing without.
+    """Reads the frames to begin with, from `image` or the end of `video`.
 
+    Args:
+        clip: `frames`, `height`, `width`, `fps` of the training clips.
+    Returns:
+        (3, T0, H, W) in [-1, 1], at the size of the training clips, and the file's hash as `given_sha256`; None and an empty
+        dict if neither is given.
     Raises:
-        ValueError: for both, or a video too short; as `open_clip_file`.
+        ValueError: if both are given, `history_frames` is given without a video, or the video is too short; else as
+            `open_clip_file`.
     """
     if values["history_frames"] is not None and values["video"] is None:
         raise ValueError(f"history_frames={values['history_frames']} are those of a video to go on from; give video=FILE too")
@@ -368,18 +411,23 @@ def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
 
 
 def usual_length(history: Tensor | None, how: Sampling, trained: int) -> int:
-    """Pixel frames of a clip as they were trained; at `positions`, where more are given, of what is given and as many new."""
+    """Returns the pixel frames of a video if `frames` is not set: those of a training clip.
+
+    With `extend: positions` and a history that is no shorter than a training clip, a clip's new frames (all but the first)
+    are added to the history.
+    """
     taken = 0 if history is None else history.shape[1]
     return taken + trained - 1 if how.extend == "positions" and taken >= trained > 1 else trained
 
 
 def check_length(tokenizer: Loaded, size: tuple[int, int, int], history: Tensor | None, how: Sampling, trained: int):
-    """
+    """Checks that a video of this length can be made, and prints a note if it is longer than the training clips.
+
     Args:
-        size: T, H, W of the video.
+        size: T, H, W of the video. history: (3, T0, H, W), the given frames. trained: T of the training clips.
     Raises:
-        ValueError: if the frames are not 1 + 4n, or not more than are given, or those are more than a window goes on from, or
-            the tokenizer, such as one of images, cannot take them.
+        ValueError: if T is not 1 + 4n or not above T0, T0 is too long for one window, or the tokenizer cannot take T frames,
+            such as one of images.
     """
     frames = size[0]
     latent_frames(frames)

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from kit.sharding import share_of, whole
+from kit.fsdp import share_of, whole
 
 PHASES = (2, 3)  # Newton-Schulz iterations per phase; more than three in one would let rounding errors grow
 

@@ -1,4 +1,4 @@
-"""A video file of any length and size through a tokenizer and back, never more than a chunk of its frames at a time."""
+"""Reconstructs a video file of any length and size with a tokenizer, a chunk of frames at a time."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from kit.tokenizer.streaming import coded_size, scaled_size, stream_scales
 
 
 class Scores:
-    """PSNR, from the squared error of all pixels, and SSIM, the mean over frames, of a clip that comes in chunks."""
+    """PSNR and SSIM of a clip that comes in chunks: PSNR of the squared error of all pixels, SSIM as the mean over frames."""
 
     def __init__(self):
         self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0))
         self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
 
     def add(self, output: Tensor, real: Tensor) -> Scores:
-        """(3, n, H, W) in [-1, 1] each, on the CPU."""
+        """Adds a chunk: a reconstruction and the real frames, (3, n, H, W) in [-1, 1] each, on the CPU."""
         with torch.autocast("cpu", enabled=False):
             self.psnr.update(output, real)
             self.ssim.update(output.transpose(0, 1), real.transpose(0, 1))
@@ -37,7 +37,11 @@ class Scores:
 
 
 def fitting_note(tokenizer: Tokenizer, own: tuple[int, int], frames: int) -> str:
-    """What is done to a video of this size (H, W) and length before it is coded, in words."""
+    """Describes in words how a video is resized and padded before it is encoded.
+
+    Args:
+        own: (H, W) of the video. frames: its length.
+    """
     scaled = scaled_size(*own, tokenizer.config.shorter_side)
     coded = coded_size(tokenizer.config, *scaled)
     whole = whole_groups(frames, tokenizer.encoder.tau)
@@ -48,20 +52,20 @@ def fitting_note(tokenizer: Tokenizer, own: tuple[int, int], frames: int) -> str
 
 
 def reconstruct_file(tokenizer: Loaded, path: str | Path, frames: int | None, folder: Path) -> list[dict]:
-    """Writes reconstruction.png and reconstruction_0.mp4 (real | reconstruction) to `folder`.
+    """Reconstructs a video file; writes reconstruction.png and reconstruction_0.mp4 (real | reconstruction) to `folder`.
 
     The video is resized so that its shorter side is the tokenizer's; padding is cut off again.
 
     Args:
-        frames: T, any number; None: all of them. They are taken at the frame rate of the training; by a
-            tokenizer of images, which has none, at the file's own.
+        frames: T, any number; None: the whole file. Frames are taken at the frame rate of the training, for a tokenizer of
+            images at the file's own.
     Returns:
-        for each k of 1..K psnr_db and ssim of what the first k scales hold.
+        for each k of 1..K the `psnr_db` and `ssim` of the reconstruction from the first k scales.
     Raises:
-        as `open_clip_file`; UnreadableVideo also in the middle: then no mp4 is left behind.
+        as `open_clip_file`; UnreadableVideo also in the middle of the file: then no mp4 is left behind.
     """
     model = tokenizer.model.to(device())
-    clip = open_clip_file(path, frames, tokenizer.clip["fps"] if model.config.temporal else 0)  # of pictures it says nothing
+    clip = open_clip_file(path, frames, tokenizer.clip["fps"] if model.config.temporal else 0)  # a tokenizer of images has no frame rate
     own = clip.size
     size = scaled_size(*own, model.config.shorter_side)
     print(f"{path}: {fitting_note(model, own, len(clip))}")

@@ -16,15 +16,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from kit.values import check_whole_number
 
 T = TypeVar("T")
-Place = tuple[int, int]  # place of a batch in the data, as a DataModule's `place_of` returns it
+BatchPosition = tuple[int, int]  # of a batch in the data, as a DataModule's `position_of` returns it
 
 
 class LostLoss(ValueError):
-    """The loss of a batch must not be used for a step. Holds the batch's place in the data."""
+    """The loss of a batch must not be used for a step. Holds the batch's position in the data."""
 
-    def __init__(self, message: str, place: Place):
+    def __init__(self, message: str, position: BatchPosition):
         super().__init__(message)
-        self.place = place
+        self.position = position
 
 
 class DeadWorker(RuntimeError):
@@ -60,12 +60,12 @@ def written(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
-def with_retries(train: Callable[[Path | None, list[Place]], T], resume: Path | None, last: Path, retries: int) -> T:
+def with_retries(train: Callable[[Path | None, list[BatchPosition]], T], resume: Path | None, last: Path, retries: int) -> T:
     """Runs `train(resume, lost)`, and again after a lost loss or a dead loader worker: from `last` if a run wrote it, else
     from `resume`.
 
     Args:
-        train: takes the checkpoint to resume from, and the places of batches to leave out.
+        train: takes the checkpoint to resume from, and the positions of batches to leave out.
         last: the checkpoint that a training writes as it runs. retries: maximum number of further runs.
     Raises:
         ValueError: if `retries` is below 0; else what `train` raises if there is no checkpoint to resume from, or no retry
@@ -80,7 +80,7 @@ def with_retries(train: Callable[[Path | None, list[Place]], T], resume: Path | 
             resume = last if written(last) != before else resume
             if resume is None or not left:
                 raise
-            lost = lost + [error.place] if isinstance(error, LostLoss) else lost
+            lost = lost + [error.position] if isinstance(error, LostLoss) else lost
             way = "without that batch" if isinstance(error, LostLoss) else "with new processes"
             rank_zero_warn(f"{error}. Going on from {resume} {way}; {left - 1} retries left")
         gc.collect()  # frees the failed run's model and optimizer, which are in reference cycles

@@ -1,4 +1,4 @@
-"""A training run from a config, top to bottom: data, module, callbacks, loggers, trainer, fit."""
+"""Builds and runs a training from a config: data, module, callbacks, loggers, trainer, fit."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from kit.data.buckets import Bucket, read_shape
 from kit.data.cache import CachedClips, describe, write_cache
 from kit.data.datamodule import ClipDataModule
 from kit.data.staged import StagedClips
+from kit.fsdp import ShardedStrategy, find_unused
 from kit.generator.module import GeneratorModule
 from kit.generator.pretrained import find_encoder
 from kit.machine import fast_float32_products, keep_freed_memory
-from kit.retries import Place, noticing_dead_workers, with_retries
+from kit.retries import BatchPosition, noticing_dead_workers, with_retries
 from kit.scales import latent_frames
-from kit.sharding import ShardedStrategy, find_unused
 from kit.stages import Stage, StagePlan
 from kit.start import start
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -35,17 +35,18 @@ from kit.values import check_whole_number, equal_parts
 
 
 def plain(node: DictConfig) -> dict:
-    """Plain values of a config node, resolved; checkpoints hold nothing else."""
+    """Converts a config node to plain values, resolved; checkpoints hold nothing else."""
     return OmegaConf.to_container(node, resolve=True)
 
 
 def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> ClipDataModule:
-    """
+    """Builds the DataModule that `data` describes.
+
     Args:
-        tokenizer: whose tokens `data.batch_tokens` counts; without one it is not looked at.
+        tokenizer: gives the number of tokens of a clip, for `data.batch_tokens`; None: `data.batch_tokens` is ignored.
     Raises:
-        ValueError: if so many tokens are less than a clip's, the tokenizer cannot take a bucket's clips, or a cache of
-            pictures is asked for without its folder; else as `check_batch_parts`, and as `ClipDataModule`.
+        ValueError: if `data.batch_tokens` is less than one clip, the tokenizer cannot take a bucket's clips, or
+            `data.images` lacks the folder of its cache; else as `check_batch_parts` and `ClipDataModule`.
     """
     check_batch_parts(cfg)
     values = {k: v for k, v in plain(cfg.data).items() if k not in ("root", "batch_tokens")}
@@ -53,7 +54,7 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
     if images and images["root"] == "???":
         raise ValueError("data.images.root is missing: the folder of the cache that holds the pictures")
     if images and images["root"] is not None and (values["image_share"] or not cfg.get("stages")):
-        values["images"] = images  # a stage without batches of images does without
+        values["images"] = images  # a stage that has no batches of images ignores them
     if values.get("buckets"):
         values["buckets"] = [bucket._asdict() for bucket in buckets_of(cfg, tokenizer)]
     if tokenizer is not None:
@@ -62,9 +63,10 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
 
 
 def check_batch_parts(cfg: DictConfig):
-    """
+    """Checks that the batches of a step add up to the recipe's, if `fits` splits that into parts.
+
     Raises:
-        ValueError: if `fits` has a step go through the recipe's batch in parts, but the clips of a part are given otherwise.
+        ValueError: if the number of clips in a part, or of parts in a step, was set to another value.
     """
     if not (recipe := cfg.get("recipe")):
         return
@@ -85,7 +87,13 @@ def check_batch_parts(cfg: DictConfig):
 
 
 def batch_size_of(data: Mapping, tokenizer: TokenizerConfig, frames: int, height: int, width: int) -> int:
-    """Clips of that shape on each device and step, by the config's `data`. Raises: ValueError as `build_data`."""
+    """Returns the number of clips of a shape in a batch on one device.
+
+    Args:
+        data: the config's `data`, with `batch_size` and `batch_tokens`.
+    Raises:
+        ValueError: if `batch_tokens` is less than one clip; else as `TokenizerConfig.schedule`.
+    """
     budget = data["batch_tokens"]
     if budget is None:
         return data["batch_size"]
@@ -96,7 +104,7 @@ def batch_size_of(data: Mapping, tokenizer: TokenizerConfig, frames: int, height
 
 
 def buckets_of(cfg: DictConfig, tokenizer: TokenizerConfig | None) -> list[Bucket]:
-    """The shapes of `data.buckets` and their batches. Raises: ValueError as `build_data`."""
+    """Reads the shapes in `data.buckets` and works out their batch sizes. Raises ValueError as `build_data`."""
     buckets = []
     for text in cfg.data.get("buckets") or []:
         shape, batch_size = read_shape(text), cfg.data.batch_size
@@ -112,10 +120,10 @@ def buckets_of(cfg: DictConfig, tokenizer: TokenizerConfig | None) -> list[Bucke
 
 
 def of_stage(cfg: DictConfig, stage: Stage) -> DictConfig:
-    """The config with a stage's own data.
+    """Returns the config with the values that a stage sets in `data`.
 
     Raises:
-        ValueError: if `data` has no such key.
+        ValueError: if the stage sets a key that `data` does not have.
     """
     try:
         return OmegaConf.merge(cfg, {"data": dict(stage.data)})
@@ -124,14 +132,18 @@ def of_stage(cfg: DictConfig, stage: Stage) -> DictConfig:
 
 
 def plan_of(cfg: DictConfig) -> StagePlan:
-    """The stages of a training that has some. Raises: ValueError as `StagePlan.of`, or if nothing moves on."""
+    """Reads the stages of a training that has them.
+
+    Raises:
+        ValueError: if the callback that switches stages is missing; else as `StagePlan.of`.
+    """
     if not cfg.callbacks.get("stage_switch"):
         raise ValueError("stages need the callback that moves on: callbacks.stage_switch as in conf/progressive.yaml")
     return StagePlan.of(plain(cfg.stages))
 
 
 def build_stages(cfg: DictConfig, plan: StagePlan, tokenizer: TokenizerConfig) -> StagedClips:
-    """The data of all stages, so that what is wrong with a later one is told at once.
+    """Builds the data of all stages at once, so that errors in a later one are found at the start.
 
     Raises:
         ValueError: if the tokenizer cannot take a stage's clips, or a generator's stages have different classes.
@@ -146,15 +158,17 @@ def build_stages(cfg: DictConfig, plan: StagePlan, tokenizer: TokenizerConfig) -
 
 
 def accumulate_of(cfg: DictConfig) -> int:
-    """Batches on each device for one optimizer step; under manual optimization the module accumulates."""
+    """Returns the number of batches on each device per optimizer step; under manual optimization the module accumulates
+    them."""
     return cfg.optimizer.get("accumulate", cfg.trainer.accumulate_grad_batches)
 
 
 def tokenizer_config(cfg: DictConfig) -> TokenizerConfig:
-    """Of the tokenizer to train, or the one whose bits a generator is trained on.
+    """Returns the config of the tokenizer to train, or of the one whose bits the generator is trained on.
 
     Raises:
-        ValueError: as `TokenizerConfig.from_dict`, or if there is none to train on; else as `load_tokenizer`.
+        ValueError: if a generator is to be trained and `tokenizer_ckpt` is null; else as `TokenizerConfig.from_dict` or
+            `load_tokenizer`.
     """
     if cfg.module == "tokenizer":
         return TokenizerConfig.from_dict(plain(cfg.tokenizer))
@@ -164,9 +178,11 @@ def tokenizer_config(cfg: DictConfig) -> TokenizerConfig:
 
 
 def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerModule:
-    """
+    """Builds the module that trains a tokenizer on the clips of `data`.
+
     Raises:
-        ValueError: if Lightning is told to do what the module does itself.
+        ValueError: if the trainer is set to accumulate or clip gradients, which the module does itself, or to float16, or the
+            data has batches of images; else as `TokenizerModule`.
     """
     if cfg.trainer.accumulate_grad_batches != 1 or cfg.trainer.gradient_clip_val is not None:
         raise ValueError("the tokenizer accumulates and clips by itself: use optimizer.accumulate= and optimizer.clip=")
@@ -181,7 +197,13 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
 
 
 def tokenizer_module(cfg: DictConfig, clip: dict) -> TokenizerModule:
-    """A tokenizer's, for clips of one shape. Raises as `TokenizerModule`."""
+    """Builds the module that trains a tokenizer on clips of one shape.
+
+    Args:
+        clip: `frames`, `height`, `width`, `fps`.
+    Raises:
+        as `TokenizerModule`.
+    """
     return TokenizerModule(
         plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), clip, cfg.trainer.max_steps, plain(cfg.scale_dropout),
         cfg.seed,
@@ -189,16 +211,20 @@ def tokenizer_module(cfg: DictConfig, clip: dict) -> TokenizerModule:
 
 
 def encoded_clips_of(cfg: DictConfig, *parts: str) -> Path:
-    """The folder of a run's own cache of clips, of each stage and each bucket its own."""
+    """Returns the folder of the clips that a run encodes for itself.
+
+    Args:
+        parts: names of the stage and the bucket, if any, each of which has a folder of its own.
+    """
     return Path(cfg.folder) / "_".join(("encoded_clips", *parts))
 
 
 def choice_of(source: DictConfig) -> dict:
-    """The plain values that choose the clips of a source, but for where its files lie: those are known by their list."""
+    """Returns the plain values that choose the clips of a source. The folder is not among them: a cache lists its files."""
 
-    def chosen(values: dict) -> dict:  # of a mixture's sources too
+    def chosen(values: dict) -> dict:  # recursive: a mixture has sources within
         others = {"_partial_", "root", "patience", "verify"}
-        if not values.get("late"):  # the same clips as before there was this key
+        if not values.get("late"):  # chooses the same clips as before this key existed: older caches stay valid
             others.add("late")
         return {key: chosen(v) if isinstance(v, dict) else v for key, v in values.items() if key not in others}
 
@@ -211,7 +237,11 @@ def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorMo
 
 
 def generator_values(cfg: DictConfig, tokenizer: TokenizerConfig, condition: dict) -> dict:
-    """Values of a `GeneratorConfig`."""
+    """Collects the values of a `GeneratorConfig` from a training's config.
+
+    Args:
+        tokenizer: config of the tokenizer whose bits it is trained on. condition: values of its `ConditionConfig`.
+    """
     return {
         **plain(cfg.generator), "bits": tokenizer.bits, "scales": len(tokenizer.scales), "window": cfg.window,
         "history": cfg.history, "align": cfg.align, "condition": condition,
@@ -221,10 +251,10 @@ def generator_values(cfg: DictConfig, tokenizer: TokenizerConfig, condition: dic
 def generator_module(
     cfg: DictConfig, clip: dict, condition: dict, tokenizer: Tokenizer, tokenizer_hash: str, tokenizer_path: str
 ) -> GeneratorModule:
-    """A generator's, for clips of one shape.
+    """Builds the module that trains a generator on clips of one shape.
 
     Args:
-        condition: values of its `ConditionConfig`. The rest as for `GeneratorModule`.
+        condition: values of its `ConditionConfig`. clip, tokenizer, tokenizer_hash, tokenizer_path: see `GeneratorModule`.
     """
     return GeneratorModule(
         generator_values(cfg, tokenizer.config, condition), plain(cfg.correction), cfg.frame_mask, cfg.drop_condition,
@@ -234,10 +264,11 @@ def generator_module(
 
 
 def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: GeneratorModule):
-    """Training shall read encoded clips in place of those of the source: `encoded_clips`, or as many as it comes to.
+    """Makes training read clips that are encoded once at its start: `encoded_clips` of them in each stage, or fewer if it
+    does not read as many.
 
     Raises:
-        ValueError: if the number is below 1.
+        ValueError: if `encoded_clips` is below 1.
     """
     check_whole_number("encoded_clips", cfg.encoded_clips, 1)
     staged = isinstance(data, StagedClips)
@@ -262,9 +293,11 @@ def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: Ge
 
 
 def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):
-    """
+    """Checks that clips from a cache suit the module.
+
     Raises:
-        ValueError: if clips of a cache shall train a tokenizer, or are encoded by another than the generator's.
+        ValueError: if the module trains a tokenizer, which needs videos, or if the clips were encoded by another tokenizer
+            than the generator's.
     """
     for part in data.parts if isinstance(data, StagedClips) else [data]:
         if part.cached and module.kind == "tokenizer":
@@ -279,7 +312,14 @@ def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):
 
 
 def condition_of(condition: dict, data: ClipDataModule) -> dict:
-    """Values of `ConditionConfig`; `auto` takes classes where the data has nothing better to say."""
+    """Returns the values of a `ConditionConfig` for this data. Warns if the data has neither captions nor classes.
+
+    Args:
+        condition: values of the config's `condition`. Its kind `auto` becomes `class` if the data has classes and no
+            captions, else `text`. A pretrained text encoder is looked up.
+    Raises:
+        ValueError: if `length` exceeds what the text encoder reads; else as `find_encoder`.
+    """
     kind = condition["kind"]
     if not data.classes and not data.captioned:
         rank_zero_warn(
@@ -290,13 +330,13 @@ def condition_of(condition: dict, data: ClipDataModule) -> dict:
         kind = "class" if data.classes and not data.captioned else "text"
     if kind == "text" and condition["encoder"] is not None:
         name = condition["encoder"]
-        place = find_encoder(str(Path(name).resolve()) if Path(name).is_dir() else name, condition["revision"])
-        longest = place.longest
+        encoder = find_encoder(str(Path(name).resolve()) if Path(name).is_dir() else name, condition["revision"])
+        longest = encoder.longest
         if longest is not None and condition["length"] > longest:
             raise ValueError(
-                f"condition.length={condition['length']}; the text encoder {place.name} reads {longest} tokens at most"
+                f"condition.length={condition['length']}; the text encoder {encoder.name} reads {longest} tokens at most"
             )
-        condition |= {"encoder": place.name, "revision": place.revision, "channels": place.channels}
+        condition |= {"encoder": encoder.name, "revision": encoder.revision, "channels": encoder.channels}
     return {**condition, "kind": kind, "classes": list(data.classes) if kind == "class" else []}
 
 
@@ -304,10 +344,11 @@ BUILDERS = {"tokenizer": build_tokenizer_module, "generator": build_generator_mo
 
 
 def check_length(trainer: DictConfig):
-    """
+    """Checks that the trainer has a number of steps and uses the whole data.
+
     Raises:
-        ValueError: if it has no number of steps, which learning rates and encoded clips go by, or takes few batches again and
-            again without saying so.
+        ValueError: if `max_steps` is not a whole number of 1 or more, which the learning rate and the number of encoded clips
+            depend on, or if `limit_train_batches` is set, which would repeat the same batches.
     """
     check_whole_number("trainer.max_steps", trainer.max_steps, 1)
     if trainer.get("limit_train_batches") is not None:
@@ -318,22 +359,19 @@ def check_length(trainer: DictConfig):
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """
-    Raises:
-        ValueError: as `check_length`.
-    """
+    """Builds the Lightning trainer with its loggers and callbacks. Raises ValueError as `check_length`."""
     check_length(cfg.trainer)
     loggers = [instantiate(c) for c in (cfg.get("logger") or {}).values()]
-    logged = set() if loggers else {"learning_rate"}  # what there is nothing to do for without a logger
+    logged = set() if loggers else {"learning_rate"}  # callbacks that fail without a logger
     callbacks = [instantiate(c) for name, c in cfg.callbacks.items() if c and name not in logged]
     return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[TrainingCheckpointIO()])
 
 
 def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
-    """Where to go on from, see `ckpt` in conf/fit.yaml.
+    """Returns the checkpoint to resume from, see `ckpt` in conf/fit.yaml; None: start anew.
 
     Raises:
-        FileExistsError: if a new run would take the folder of an old one.
+        FileExistsError: if a new run would take the folder of an old one, without `overwrite`.
         FileNotFoundError: if the checkpoint asked for does not exist.
     """
     last = Path(cfg.folder) / "checkpoints" / "last.ckpt"
@@ -352,11 +390,16 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
 
 
 def fit(cfg: DictConfig) -> L.Trainer:
-    """Trains what `cfg` says (conf/fit.yaml), and goes on by itself as its `retries` say; returns the trainer, its model at
-    `trainer.model`."""
+    """Runs the training that `cfg` describes (conf/fit.yaml), with up to `retries` restarts from its last checkpoint.
+
+    Returns:
+        the trainer; the trained module is its `model`.
+    Raises:
+        as `sole_user`, `checkpoint_to_resume`, `with_retries` and `train`.
+    """
     with sole_user(Path(cfg.folder)):
         resume = checkpoint_to_resume(cfg)
-        if resume is None and cfg.ckpt != "last":  # the files behind the clips may have changed since
+        if resume is None and cfg.ckpt != "last":  # encode anew: the source files may have changed
             remove_encoded_clips(Path(cfg.folder))
         last = Path(cfg.folder) / "checkpoints" / "last.ckpt"
         return with_retries(lambda *where: train(cfg, *where), resume, last, cfg.retries)
@@ -364,10 +407,12 @@ def fit(cfg: DictConfig) -> L.Trainer:
 
 @contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
-    """While the block runs nothing else that takes its folder so can enter it, but for further processes of this one.
+    """Locks a run's folder while the block runs; warns if the file system has no locks.
+
+    Only rank 0 takes the lock, so further ranks of the same command may enter.
 
     Raises:
-        FileExistsError: if another has.
+        FileExistsError: if another command holds the lock.
     """
     path = folder / ".lock"
     with ExitStack() as stack:
@@ -385,16 +430,18 @@ def sole_user(folder: Path) -> Iterator[None]:
         yield
 
 
-@rank_zero_only  # the other processes meet it before they encode
+@rank_zero_only  # the other processes wait for rank 0 before they encode
 def remove_encoded_clips(folder: Path):
     for path in folder.glob("encoded_clips*"):
         shutil.rmtree(path)
 
 
 def check_sharded_tokenizer(module: TokenizerModule):
-    """
+    """Checks that a tokenizer can be trained with sharded weights (trainer=fsdp).
+
     Raises:
-        ValueError: if it needs a weight whole that trainer=fsdp shares out, or would share out a single number.
+        ValueError: if it learns its amplitude, a single number that cannot be sharded, or has the adaptive adversarial
+            weight, which needs an unsharded weight of the decoder.
     """
     for key, asked in (
         ("tokenizer.learned_amplitude", module.model.config.learned_amplitude),
@@ -404,11 +451,13 @@ def check_sharded_tokenizer(module: TokenizerModule):
             raise ValueError(f"trainer=fsdp cannot train with {key}=true; set it to false, or use trainer=default")
 
 
-def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[Place] = ()) -> L.Trainer:
-    """One training, see `fit`.
+def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[BatchPosition] = ()) -> L.Trainer:
+    """Runs a training once, without retries, see `fit`.
 
     Args:
-        resume: checkpoint to go on from. lost: places of batches to leave out.
+        resume: checkpoint to resume from; None: start anew. lost: positions of batches to leave out.
+    Raises:
+        ValueError: if the config's parts do not fit together. LostLoss, DeadWorker: see `with_retries`.
     """
     L.seed_everything(cfg.seed, verbose=False)
     keep_freed_memory()

@@ -84,7 +84,7 @@ def starts(lengths: list[int]) -> list[int]:
     return list(accumulate(lengths, initial=0))
 
 
-def place(lengths: list[int], position: int) -> tuple[int, int] | None:
+def locate(lengths: list[int], position: int) -> tuple[int, int] | None:
     """Returns the number of the part that a position is in, and the position in that part; None after the last part."""
     for number, (start, stop) in enumerate(zip(starts(lengths), starts(lengths)[1:])):
         if position < stop:

@@ -1,4 +1,4 @@
-"""What the command line does with trained models: validate, reconstruct, inspect, consolidate. Each is a Python API too."""
+"""Verbs for trained models: validate, reconstruct, cache, consolidate, inspect. Each is a Python function too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from kit import shards
+from kit import sharded_checkpoint
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.cache import describe, read_manifest, write_cache
 from kit.data.datamodule import ClipDataModule
@@ -34,20 +34,22 @@ from kit.sampling import sample_clips
 from kit.self_check import Check, self_check
 from kit.values import check_whole_number
 
-CHECKED = 8  # clips that `inspect` tries the self-check on, and samples
+CHECKED = 8  # number of clips that `inspect` self-checks and samples
 
 
 def data_for(cfg: DictConfig, model: Loaded, frames: int | None = None) -> ClipDataModule:
-    """The data of `cfg`, with clips of the shape that a checkpoint was trained on, but for `frames`; says what they are.
+    """Builds the data of `cfg` with clips of the shape that a checkpoint was trained on, and prints a description of it.
 
+    Args:
+        frames: T of the clips; None: as in training.
     Raises:
-        ValueError: if pictures shall show no clip; else as `build_data`.
+        ValueError: if `shown` is below 1; else as `build_data`.
     """
     check_whole_number("shown", cfg.shown, 1)
     clip = {**model.clip, "frames": frames or model.clip["frames"]}
     cfg = cfg.copy()
     cfg.data.update({**clip, "batch_size": cfg.batch_size, "val_clips": cfg.clips, "workers": 0})
-    if cfg.data.get("buckets"):  # of the training
+    if cfg.data.get("buckets"):  # those of the training; held-out clips have one shape
         cfg.data.buckets = []
     data = build_data(cfg)
     print("clips of {frames} x {height} x {width} at {fps:g} fps, held out of".format(**clip), data.about)
@@ -60,9 +62,10 @@ def data_for(cfg: DictConfig, model: Loaded, frames: int | None = None) -> ClipD
 
 
 def check_classes(generator: Loaded, data: ClipDataModule):
-    """
+    """Checks that the data has the classes that a class-conditional generator was trained on.
+
     Raises:
-        ValueError: if a class-conditional generator meets data with other classes than those it was trained on.
+        ValueError: if it has other classes.
     """
     condition = generator.model.config.condition
     if condition.kind == "class" and condition.classes != data.classes:
@@ -73,22 +76,31 @@ def check_classes(generator: Loaded, data: ClipDataModule):
 
 
 def check_videos(data: ClipDataModule):
-    """
+    """Checks that the data holds videos.
+
     Raises:
-        ValueError: if the clips are encoded ones of a cache.
+        ValueError: if it holds encoded clips, from a cache.
     """
     if data.cached:
         raise ValueError(f"{data.val.root} holds encoded clips; give the videos they are of: data=clips data.root=DIR")
 
 
 def held_out(data: ClipDataModule) -> dict:
-    """All held-out clips as one batch. Raises as `check_videos`."""
+    """Returns all held-out clips as one batch. Raises as `check_videos`."""
     check_videos(data)
     return default_collate([data.val[n] for n in range(data.val_clips)])
 
 
 def validate(cfg: DictConfig) -> dict:
-    """Scores a checkpoint on held-out clips; prints the metrics and leaves metrics.json and a contact sheet."""
+    """Scores a checkpoint on held-out clips, and prints the metrics.
+
+    Writes metrics.json and contact_sheet.png to the run's folder, for a generator also mp4s of samples.
+
+    Returns:
+        the metrics.
+    Raises:
+        as `sole_user`, `data_for`, `check_videos` and `check_classes`.
+    """
     folder = Path(cfg.folder)
     with sole_user(folder), replacing(folder / "videos", "*.mp4"):
         metrics = validate_tokenizer(cfg) if kind_of(cfg.ckpt) == "tokenizer" else validate_generator(cfg)
@@ -99,7 +111,7 @@ def validate(cfg: DictConfig) -> dict:
 
 
 def reconstruct_batches(tokenizer: Loaded, video: Tensor, batch_size: int) -> Tensor:
-    """(n, 3, T, H, W) through the tokenizer and back, on the CPU."""
+    """Reconstructs clips (n, 3, T, H, W) with a tokenizer, in batches; the result is on the CPU."""
     model = tokenizer.model.to(device())
     with inference_precision():
         return torch.cat([model.reconstruct(part.to(device())).cpu() for part in video.split(batch_size)])
@@ -117,7 +129,13 @@ def validate_tokenizer(cfg: DictConfig) -> dict:
 
 
 def reconstruction_metrics(output: Tensor, batch: dict, data: ClipDataModule) -> dict:
-    """PSNR, and what can still be read from the pixels: samples will hardly be better."""
+    """Measures reconstructions, which bound the quality of samples.
+
+    Args:
+        output: (n, 3, T, H, W), the reconstructed clips. batch: the real ones.
+    Returns:
+        the PSNR in dB, and for `Shapes` how often captions can still be read from the pixels.
+    """
     metrics = {"reconstruction_psnr_db": psnr(output, batch["video"]).item()}
     if isinstance(data.val, Shapes):  # the only data whose captions can be read from pixels
         metrics["reconstruction_caption_accuracy"] = caption_accuracy(list(output), batch["caption"], data.fps)
@@ -154,7 +172,7 @@ def validate_generator(cfg: DictConfig) -> dict:
 def seconds_for_one(
     generator: Loaded, tokenizer: Loaded, prompt: str, size: tuple[int, int, int], how: Sampling, precision: str
 ) -> float:
-    """Seconds to sample and decode a batch of one clip: the median of three, after one to warm up."""
+    """Measures the seconds to sample and decode one clip: the median of three runs, after one to warm up."""
     model, codec, seconds = generator.model.to(device()), tokenizer.model.to(device()), []
     for _ in range(4):
         begin = time.perf_counter()
@@ -166,7 +184,11 @@ def seconds_for_one(
 
 @torch.no_grad()
 def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, batch_size: int) -> dict:
-    """Share of right bits for each scale, and for each frame and scale, true bits as history."""
+    """Computes the share of correctly predicted bits with the true bits as history.
+
+    Returns:
+        `bit_accuracy` for each scale, and `bit_accuracy_by_frame` for each frame and scale.
+    """
     model, codec = generator.model.to(device()), tokenizer.model.to(device())
     schedule, right = codec.schedule_of(batch["video"]), []
     prompts = model.condition.prompts(batch)
@@ -185,8 +207,12 @@ def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, ba
 
 
 def reconstruct(cfg: DictConfig) -> dict:
-    """Writes original and reconstruction side by side; prints PSNR and SSIM after each scale.
+    """Writes originals and reconstructions side by side, and prints PSNR (dB) and SSIM after each scale.
 
+    Takes a video file if `video` is given, else held-out clips of the data.
+
+    Returns:
+        `by_scale`: see `reconstruct_file`.
     Raises:
         ValueError: if the video would be overwritten by its reconstruction; else as `reconstruct_file` and `held_out`.
     """
@@ -194,7 +220,7 @@ def reconstruct(cfg: DictConfig) -> dict:
     pattern = "reconstruction*.*"
     if cfg.video is not None and Path(cfg.video).resolve() in [path.resolve() for path in folder.glob(pattern)]:
         raise ValueError(f"video={cfg.video} would be overwritten by its reconstruction; give another name=")
-    with sole_user(folder), replacing(folder, pattern):  # of another call, perhaps of more clips
+    with sole_user(folder), replacing(folder, pattern):  # an earlier call may have written more clips
         if cfg.video is not None:
             by_scale = reconstruct_file(tokenizer, cfg.video, cfg.frames, folder)
         else:
@@ -205,7 +231,7 @@ def reconstruct(cfg: DictConfig) -> dict:
 
 
 def reconstruct_held_out(tokenizer: Loaded, cfg: DictConfig) -> list[dict]:
-    """The same of held-out clips, of the shape of the training but for `frames`."""
+    """Reconstructs held-out clips; writes reconstruction.png, and mp4s of the first `shown`. Returns as `reconstruct_file`."""
     data = data_for(cfg, tokenizer, cfg.frames)
     video = held_out(data)["video"]
     rows, by_scale, _ = per_scale(tokenizer, video, cfg.batch_size)
@@ -219,11 +245,13 @@ def reconstruct_held_out(tokenizer: Loaded, cfg: DictConfig) -> list[dict]:
 
 @torch.no_grad()
 def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[str, Tensor], list[dict], Tensor]:
-    """What the first 1..K scales of each frame hold.
+    """Reconstructs clips from the first k scales of each frame, for each k of 1..K.
 
+    Args:
+        video: (n, 3, T, H, W) in [-1, 1].
     Returns:
-        rows: name -> (n, 3, T, H, W), the real clips first; for each k psnr_db and ssim, means over the clips; and the bits
-        (n, L, d), on the CPU.
+        name -> videos (n, 3, T, H, W), the real clips first; for each k psnr_db and ssim, means over the clips; and the bits
+        (n, L, d). All on the CPU.
     """
     model = tokenizer.model.to(device())
     schedule = model.schedule_of(video)
@@ -240,10 +268,12 @@ def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[s
 
 
 def cache(cfg: DictConfig) -> Path:
-    """Encodes clips of a data set once for all trainings of a generator; returns the folder that holds them.
+    """Encodes clips of a data set once, for any number of trainings of a generator.
 
+    Returns:
+        the folder of the cache.
     Raises:
-        ValueError: if they are encoded already, or in buckets.
+        ValueError: if the clips come from a cache already, or in buckets; else as `write_cache`.
     """
     if cfg.data.get("buckets"):
         raise ValueError(
@@ -264,18 +294,28 @@ def cache(cfg: DictConfig) -> Path:
 
 
 def consolidate(cfg: DictConfig) -> Path:
-    """Makes one file of a checkpoint in shards, and leaves those; returns it. Raises as `kind_of`, `shards.consolidate`."""
+    """Writes a sharded checkpoint as one file, keeps the shards, and returns the file's path.
+
+    Raises:
+        as `kind_of` and `sharded_checkpoint.consolidate`.
+    """
     path = Path(cfg.ckpt)
     kind_of(path)
     out = path.with_name(f"{path.stem}_whole{path.suffix}") if cfg.out is None else Path(cfg.out)
-    shards.consolidate(path, out)
+    sharded_checkpoint.consolidate(path, out)
     print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")
     return out
 
 
 def inspect(cfg: DictConfig) -> dict:
-    """Scale-by-scale pictures and bit use; for a generator also predicted against true bits, the self-check, and samples with
-    and without the true history."""
+    """Writes pictures of what each scale holds and of bit use, and inspect.json; prints the same numbers.
+
+    For a generator also the share of correctly predicted bits, the self-check, and a picture of clips predicted with the true
+    history and sampled without it.
+
+    Returns:
+        the contents of inspect.json.
+    """
     folder = Path(cfg.folder)
     with sole_user(folder):
         is_generator = kind_of(cfg.ckpt) == "generator"
@@ -297,7 +337,11 @@ def inspect(cfg: DictConfig) -> dict:
 
 
 def inspect_tokenizer(tokenizer: Loaded, batch: dict, cfg: DictConfig) -> dict:
-    """Pictures of what each scale holds and of the use of its bits; returns PSNR and SSIM by scale, and entropies."""
+    """Writes pictures of what each scale holds and of the use of its bits.
+
+    Returns:
+        the schedule, PSNR and SSIM after each scale, and the mean entropy (bits) of each scale's bits.
+    """
     rows, by_scale, bits = per_scale(tokenizer, batch["video"], cfg.batch_size)
     schedule, folder = tokenizer.model.schedule_of(batch["video"]), Path(cfg.folder)
     use = bit_use(bits, schedule)
@@ -308,7 +352,8 @@ def inspect_tokenizer(tokenizer: Loaded, batch: dict, cfg: DictConfig) -> dict:
 
 
 def inspect_generator(generator: Loaded, tokenizer: Loaded, batch: dict, cfg: DictConfig) -> list[Check]:
-    """The self-check of a few clips, and a picture of them, predicted with the true history and sampled without."""
+    """Runs the self-check on the first `CHECKED` clips, and writes a picture of them: real, reconstructed, predicted with the
+    true history, and sampled without it."""
     few = {key: value[:CHECKED] for key, value in batch.items()}
     model, codec, video = generator.model.to(device()), tokenizer.model.to(device()), few["video"].to(device())
     prompts = model.condition.prompts(few)

@@ -123,15 +123,15 @@ def form_of(frames: int, height: int, width: int, fps: float, seed: int) -> Form
 def name_of(number: int) -> str:
     """File name of a clip, from its action and map, which take turns: 8 -> walk_backward/castle_000008.mp4."""
     action = list(ACTIONS)[number % len(ACTIONS)]
-    place = list(MAPS)[number // len(ACTIONS) % len(MAPS)]
-    return f"{action}/{place}_{number:06d}.mp4"
+    map_name = list(MAPS)[number // len(ACTIONS) % len(MAPS)]
+    return f"{action}/{map_name}_{number:06d}.mp4"
 
 
 def parts_of(name: str) -> tuple[str, str, int]:
     """Splits a file name into its parts: walk_backward/castle_000008.mp4 -> walk_backward, castle, 8."""
     path = PurePosixPath(name)
-    place, number = path.stem.split("_")
-    return path.parent.name, place, int(number)
+    map_name, number = path.stem.split("_")
+    return path.parent.name, map_name, int(number)
 
 
 def caption(name: str) -> str:
@@ -139,12 +139,12 @@ def caption(name: str) -> str:
 
     walk_backward/castle_000008.mp4 -> walking backward through a castle of pale brick and red stone.
     """
-    action, place, _ = parts_of(name)
-    return f"{ACTIONS[action][1]} {MAPS[place][1]}"
+    action, map_name, _ = parts_of(name)
+    return f"{ACTIONS[action][1]} {MAPS[map_name][1]}"
 
 
 @contextmanager
-def started(place: str, form: Form, armed: bool) -> Iterator:
+def started(map_name: str, form: Form, armed: bool) -> Iterator:
     """Runs a game on a map, off screen, with the buttons of ACTIONS; `armed`: the player's weapon is seen."""
     vizdoom = engine()
     width, height = next(size for size in SIZES if size[0] >= form.width and size[1] >= form.height)
@@ -154,7 +154,7 @@ def started(place: str, form: Form, armed: bool) -> Iterator:
         settings.write_text("".join(f"[{section}]\nPath={folder}/none.cfg\n" for section in SCRIPTS))
         game.set_doom_config_path(str(settings))
         game.set_doom_game_path(str(Path(vizdoom.__file__).with_name("freedoom2.wad")))  # not some Doom on this machine
-        game.set_doom_scenario_path(str(Path(vizdoom.scenarios_path, f"{MAPS[place][0]}.wad")))
+        game.set_doom_scenario_path(str(Path(vizdoom.scenarios_path, f"{MAPS[map_name][0]}.wad")))
         game.set_doom_map("map01")
         game.set_doom_skill(1)
         game.set_episode_timeout(0)
@@ -187,23 +187,23 @@ def play(game, action: str, form: Form, rng: np.random.Generator) -> np.ndarray 
         game.send_game_command("use pistol")
     for move in rng.choice(MOVES, 5):
         game.make_action(HELD[move], int(rng.integers(15, 36)))
-    frames, places = [], []
+    frames, positions = [], []
     for _ in range(form.frames):
         game.make_action(HELD[action], form.tics)
         if game.is_episode_finished():  # the player is dead, or has found the way out
             return None
         state = game.get_state()
         frames.append(state.screen_buffer.copy())
-        places.append(state.game_variables.copy())
-    return np.stack(frames) if action in STILL or speed(np.stack(places)) >= LEAST_SPEED * form.tics else None
+        positions.append(state.game_variables.copy())
+    return np.stack(frames) if action in STILL or speed(np.stack(positions)) >= LEAST_SPEED * form.tics else None
 
 
-def speed(places: np.ndarray) -> float:
-    """Distance in map units per frame, between the ends of the second half of (T, 2) places.
+def speed(positions: np.ndarray) -> float:
+    """Distance in map units per frame, between the ends of the second half of (T, 2) positions.
 
     The second half is enough, since a player who has met a wall stays there.
     """
-    half = places[(len(places) - 1) // 2 :]
+    half = positions[(len(positions) - 1) // 2 :]
     return float(np.linalg.norm(half[-1] - half[0])) / (len(half) - 1)
 
 
@@ -267,8 +267,8 @@ def shares(names: list[str]) -> list[list[str]]:
     """
     kinds: dict[tuple[str, bool], list[str]] = {}
     for name in names:
-        action, place, _ = parts_of(name)
-        kinds.setdefault((place, action == SHOOT), []).append(name)
+        action, map_name, _ = parts_of(name)
+        kinds.setdefault((map_name, action == SHOOT), []).append(name)
     return [kind[n : n + SHARE] for kind in kinds.values() for n in range(0, len(kind), SHARE)]
 
 
@@ -303,8 +303,8 @@ def work(number: int, shares: list[list[str]], form: Form, folder: Path, board: 
 
     try:
         while (share := take(board, shares)) is not None:
-            action, place, _ = parts_of(share[0])
-            with started(place, form, armed=action == SHOOT) as game:
+            action, map_name, _ = parts_of(share[0])
+            with started(map_name, form, armed=action == SHOOT) as game:
                 for name in share:
                     write_video(render(game, name, form, check), folder / name, form.fps)
                     board.made[number] += 1

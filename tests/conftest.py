@@ -22,25 +22,25 @@ from tests.interrupted import whole  # noqa: F401  likewise
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Small tensors are computed fastest, and always alike, on one thread."""
+    """Makes torch use one thread: that is fastest for small tensors, and always gives the same results."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Each test draws the same numbers, alone or among others."""
+    """Seeds torch, so that a test draws the same numbers whether it runs alone or with others."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """What evaluations keep for later ones stays out of the user's folder."""
+    """Sets a temporary cache folder for evaluations in place of the user's."""
     os.environ["KIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def videomae(tmp_path_factory) -> Path:
-    """A folder with a VideoMAE of random weights for clips of 4 frames: a detector that costs nothing."""
+    """A folder with a tiny VideoMAE of random weights for clips of 4 frames, as a cheap detector."""
     from transformers import VideoMAEConfig, VideoMAEModel
 
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def videomae(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def no_grad():
-    """For a whole file: pytestmark = pytest.mark.usefixtures("no_grad")."""
+    """Turns gradients off; for a whole file: pytestmark = pytest.mark.usefixtures("no_grad")."""
     with torch.no_grad():
         yield
 
@@ -69,7 +69,7 @@ def shared() -> Path:
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Random values for every parameter: heads and residuals that start at zero would hide what a test looks for."""
+    """Gives every parameter random values: heads and residuals that start at zero would hide errors."""
     rng = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         if p.ndim > 1:
@@ -80,7 +80,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def past_gradients(module: nn.Module) -> list[torch.Tensor]:
-    """Of each convolution that looks at the past: the gradient of the part of its weight that does."""
+    """Returns for each causal convolution the gradient of the part of its weight that sees past frames."""
     mixing = [m for m in module.modules() if isinstance(m, CausalConv3d) and m.past]
     return [m.weight.grad.unflatten(1, (m.past + 1, -1))[:, :-1] for m in mixing]
 

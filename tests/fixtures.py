@@ -32,7 +32,7 @@ INFINITY = {"bits": 8, "widths": (32, 32, 64), "blocks": 2}  # a tiny tokenizer 
 
 
 def infinity_shapes(bits: int, widths: tuple[int, ...], blocks: int) -> dict[str, tuple[int, ...]]:
-    """What the entry `vae` of infinity_vae_*.pth holds, written down from its public source (infinity/models/bsq_vae)."""
+    """Names and shapes in the entry `vae` of infinity_vae_*.pth, taken from its public source (infinity/models/bsq_vae)."""
     shapes = {}
 
     def conv(name: str, inputs: int, outputs: int, side: int = 3):
@@ -88,7 +88,7 @@ def infinity_file(path: Path) -> dict[str, torch.Tensor]:
 
 
 def composed(name: str, *overrides: str):
-    """A conf as the command line would compose it."""
+    """Composes a conf as the command line does."""
     register_resolvers()
     return compose(located(name), overrides)
 
@@ -105,7 +105,7 @@ def fit_generator(root: Path, *overrides: str, tokenizer: Path, name: str = "gen
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory) -> SimpleNamespace:
-    """root, tokenizer and generator: paths of the folder and the two checkpoints."""
+    """A trained tokenizer and generator: paths `root` of the folder, `tokenizer` and `generator` of the checkpoints."""
     root = tmp_path_factory.mktemp("pair")
     assert fit_tokenizer(root) == 0
     tokenizer = root / "tokenizer" / "checkpoints" / "last.ckpt"

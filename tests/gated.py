@@ -1,4 +1,4 @@
-"""A source of clips that stops a training in its midst until a test lets it go on."""
+"""A source of clips that stops a training midway until a test lets it continue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kit.data.shapes import Shapes
 
 
 class Gated(Shapes):
-    """Shapes whose training clips from number `at` on wait until the file `gate` exists; they leave a file `gate`.reached."""
+    """Shapes whose training clips from number `at` on wait for the file `gate`; when one is read, it writes `gate`.reached."""
 
     def __init__(self, *args, gate: str, at: int, **kwargs):
         super().__init__(*args, **kwargs)

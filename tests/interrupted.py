@@ -1,4 +1,4 @@
-"""Trainings in another process, to be interrupted; how they ended and what they left."""
+"""Trainings in another process that tests interrupt, and what they leave."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def last(root: Path) -> Path:
 
 
 def started(root: Path, *overrides: str) -> subprocess.Popen:
-    """A training of 40 steps of 4 clips, that goes on where it was, in another process."""
+    """Starts or resumes a training of 40 steps of 4 clips in another process."""
     words = [
         f"root={root}",
         "name=run",
@@ -44,8 +44,8 @@ def started(root: Path, *overrides: str) -> subprocess.Popen:
 
 @contextmanager
 def stopped_midway(root: Path, *overrides: str) -> Iterator[subprocess.Popen]:
-    """While the block runs, such a training waits for the clips of its half-way, with what is before them done or about to
-    be; afterwards they come."""
+    """Starts a training that waits at its middle while the block runs: the steps before are done, or about to be. After the
+    block it continues."""
     gate = root / "gate"
     process = started(root, *gated.words(gate, at=80), *overrides)
     try:
@@ -58,20 +58,20 @@ def stopped_midway(root: Path, *overrides: str) -> Iterator[subprocess.Popen]:
 
 
 def said(root: Path) -> str:
-    """By the last one that was started."""
+    """Returns what the last training that was started wrote to stderr."""
     return (root / "said").read_text()
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory) -> dict:
-    """The checkpoint of the same training, never interrupted."""
+    """The checkpoint of the same training without interruption."""
     root = tmp_path_factory.mktemp("whole")
     assert started(root).wait() == 0
     return read_checkpoint(last(root), "tokenizer")
 
 
 def same(a: dict, b: dict) -> bool:
-    """Whether two checkpoints have the same step, weights, averages and optimizer state, to the last bit."""
+    """Returns whether two checkpoints have the same step, weights, averages and optimizer state, to the last bit."""
     parts = ("global_step", "state_dict", "ema", "optimizer_states")
     return contents_hash({key: a[key] for key in parts}) == contents_hash({key: b[key] for key in parts})
 

@@ -1,4 +1,4 @@
-"""The command line: help is enough, mistakes are told in the user's words, every config composes and instantiates."""
+"""The command line: help is complete, errors name the user's keys, every config composes and instantiates."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_mistakes_name_the_choices(words, expected, capsys, tmp_path, monkeypatc
 
 @pytest.fixture
 def own_conf(tmp_path):
-    """A user's conf, built on one of kit's, with a group's choice of its own."""
+    """A user's conf, built on one of kit's, with a choice of its own for the group `data`."""
     folder = tmp_path / "my confs"
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "few.yaml").write_text("defaults: [shapes]\nval_clips: 3\n")
@@ -100,7 +100,7 @@ def own_conf(tmp_path):
 
 
 def test_a_training_says_nothing_that_is_no_users_business(pair, tmp_path, caplog, recwarn):
-    """Neither Lightning's advertisement nor warnings at what is meant to be so: users would look for a fault."""
+    """Lightning's advertisement, and its warnings about what is intended, are suppressed."""
     assert fit_generator(tmp_path, "debug=smoke", tokenizer=pair.tokenizer) == 0
     assert "GPU available" in caplog.text and "litlogger" not in caplog.text
     assert not [str(w.message) for w in recwarn if "LeafSpec" in str(w.message) or "eval mode" in str(w.message)]
@@ -123,7 +123,7 @@ def test_conf_takes_a_file_built_on_one_of_kits(own_conf, capfd):
 
 
 def test_a_users_group_goes_before_kits_of_its_name(own_conf, capfd):
-    """For the verb, for its help and for the doctor alike; without the user's conf it is kit's as ever."""
+    """This holds for the verb, its help and the doctor; without the user's conf kit's group is used."""
     (own_conf.parent / "size").mkdir()
     (own_conf.parent / "size" / "tiny.yaml").write_text(
         "# @package _global_\ndefaults: [/size/small]\ntokenizer: {bits: 7}\n"
@@ -138,7 +138,7 @@ def test_a_users_group_goes_before_kits_of_its_name(own_conf, capfd):
 
 
 def test_a_users_own_search_path_counts(own_conf, tmp_path, capfd):
-    """That of the conf, and one that is typed."""
+    """Both the conf's search path and one on the command line are used."""
     (tmp_path / "more" / "data").mkdir(parents=True)
     (tmp_path / "more" / "data" / "elsewhere.yaml").write_text("defaults: [shapes]\nval_clips: 5\n")
     path = f"['file://{tmp_path / 'more'}']"
@@ -166,7 +166,7 @@ def test_commas_within_brackets_and_quotes_divide_nothing():
 
 
 def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
-    """Hydra adds it, and nothing would be other than without the file."""
+    """Hydra adds an unknown key without complaint, and it would have no effect."""
     assert main(["fit", f"conf={own_conf}", "--cfg", "job"]) == 0
     assert "note" not in capfd.readouterr().err, "of groups' choices beside it, and of keys that there are"
     own_conf.write_text(own_conf.read_text() + "data: {val_clps: 3}\n")
@@ -235,7 +235,7 @@ GROUPS = [
 
 @pytest.mark.parametrize("name", COMMENTED + GROUPS)
 def test_every_value_has_a_comment(name):
-    """But for targets, and for a key that the line above has explained (height, then width)."""
+    """Exceptions are targets, and keys that the line above explains (height, then width)."""
     lines = (CONF / f"{name}.yaml").read_text().splitlines()
     values = [line for line in lines if re.match(r"\s*\w+: \S", line) and not re.match(r"\s*(_\w+_|root|name):", line)]
     explained = [line for line in values if "#" in line or re.match(r"\s*(last|fine|seed):", line)]
@@ -267,7 +267,7 @@ def test_multirun_runs_once_for_each_value(tmp_path, monkeypatch):
 
 
 def test_a_launcher_runs_each_value_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
-    """And what one of them could not do is told here."""
+    """The error of a failed job is printed by the main process."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
@@ -295,7 +295,7 @@ def test_slurm_is_told_how_many_devices_its_machines_have(tmp_path, capsys):
 
 
 def test_further_ranks_are_started_with_words_that_parse(monkeypatch, tmp_path):
-    """Lightning starts them as `python -m kit` with what sys.argv holds while the verb runs."""
+    """Lightning starts further ranks as `python -m kit` with the sys.argv of the running verb."""
     seen = []
     monkeypatch.setattr("kit.run.fit", lambda cfg: seen.append((list(sys.argv[1:]), cfg.seed)))
     words = ["fit", "conf=stage1_tokenizer", "seed=3", f"root={tmp_path}"]
@@ -313,7 +313,7 @@ def test_rates_fit_their_clips(rate, tokens):
 
 
 def test_methods_add_one_thing_after_another():
-    """Of each step of the ablation, what differs from the one before; `paper` is the paper, whatever the size."""
+    """Each method of the ablation changes only its own keys against the one before; `paper` is the same for all sizes."""
     recipe = ("generator.inherit", "loss.scale_weights", "loss.bit_weights")
     keys = (*recipe, "align", "correction.p_max", "correction.delta", "correction.inherit", "frame_mask", "history")
     before, changed = None, {}
@@ -342,7 +342,7 @@ def test_methods_add_one_thing_after_another():
     "key", ["ckpt", "init.ckpt", "root", "results", "loss.perceptual.weights", "data.source.captions", "data.root"]
 )
 def test_files_may_have_any_names(key):
-    """Also those that hydra's grammar would stumble over."""
+    """File names that hydra's grammar does not accept work too."""
     parse = OverridesParser.create().parse_override
     for path in (
         "runs/a (1)/last.ckpt",
@@ -406,7 +406,7 @@ def test_a_pipe_whose_reader_is_gone_is_no_error():
 
 @pytest.mark.parametrize("name", ["generator", "ablation"])
 def test_sweep_commands_run_as_an_agent_would_call_them(pair, tmp_path, monkeypatch, name):
-    """W&B puts key=value for ${args_no_hyphens}; here the first value of each parameter."""
+    """W&B replaces ${args_no_hyphens} by key=value words; here by the first value of each parameter."""
     sweep = yaml.safe_load((CONF / "sweep" / f"{name}.yaml").read_text())
     words = [word for word in sweep["command"] if word not in ("${env}", "python", "-m", "kit")]
     values = [f"{key}={parameter['values'][0]}" for key, parameter in sweep["parameters"].items()]

@@ -1,4 +1,4 @@
-"""Costs on paper against formulas, and as the doctor tells them."""
+"""Estimated costs against formulas, and as the doctor prints them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb `doctor`: what it says of a machine, and of a training before it begins."""
+"""The verb `doctor`: reports on a machine, and on a training before it begins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = sorted(path.stem for path in (CONF / "size").glob("*.yaml"))
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Where no runs are."""
+    """Changes to an empty folder, which has no runs."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -72,7 +72,7 @@ def test_the_doctor_costs_presets(capsys):
     ],
 )
 def test_what_a_training_would_stop_at(check, words, problem, capsys):
-    """As the documentation has it: the words in brackets, with commas between them."""
+    """Problems that would stop a training are found; words are given in brackets, with commas between them."""
     assert main(["doctor", f"check={check}", f"words=[{words}]"]) == 0
     told = capsys.readouterr().out
     assert re.search(f"\n  - .*{problem}", told) and "no problem found" not in told
@@ -106,7 +106,7 @@ def test_a_generator_is_costed_with_the_tokenizer_it_is_trained_on(tmp_path):
 
 
 def test_a_tokenizer_that_does_not_take_the_clips_is_told(tmp_path, capsys):
-    """And what is asked for is costed with the size's own."""
+    """The costs are then computed for the tokenizer of the size."""
     assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=1") == 0
     words = f"tokenizer_ckpt={tmp_path / 'tokenizer' / 'checkpoints' / 'last.ckpt'}"
     assert main(["doctor", "check=stage2_generator", "sizes=[small]", f"words=[{words}]"]) == 0
@@ -121,7 +121,7 @@ def test_devices_are_counted():
 
 
 def test_clips_that_are_encoded_before_are_not_encoded_in_training(pair, tmp_path):
-    """Whether by the run itself or in a cache."""
+    """This holds for clips that the run encodes ahead, and for a cache."""
     clip = ["data.frames=5", "data.height=32", "data.width=32"]
     given = [f"root={tmp_path}", f"tokenizer_ckpt={pair.tokenizer}"]
     assert main(["cache", *given, *clip, "clips=4", "val_clips=4", "data.workers=0"]) == 0

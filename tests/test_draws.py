@@ -1,4 +1,4 @@
-"""What is random in training belongs to the clip: a batch is its clips, however they are shared out."""
+"""Random draws of training belong to a clip: the loss does not depend on how clips are distributed over batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_each_clip_has_numbers_of_its_own():
 
 @pytest.mark.parametrize("part", ["generator", "tokenizer"])
 def test_the_loss_of_a_batch_is_the_mean_of_its_clips(part, pair):
-    """With flips, masked frames, dropped conditions and left out scales: all that is drawn in training."""
+    """This holds with flips, masked frames, dropped conditions and scale dropout, all that is random in training."""
     words = {
         "generator": ["correction.p_max=0.4", "frame_mask=0.5", "drop_condition=0.5", f"tokenizer_ckpt={pair.tokenizer}"],
         "tokenizer": ["scale_dropout.last=2", "scale_dropout.p=0.5"],

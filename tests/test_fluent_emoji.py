@@ -1,4 +1,4 @@
-"""`kit prepare fluent_emoji`: what arrives is checked before it is opened, what was stopped is gone on with."""
+"""`kit prepare fluent_emoji`: downloads are checked before they are opened, and stopped ones continue."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 def webp(frames: list[np.ndarray]) -> bytes:
-    """RGBA (H, W, 4) each, exactly as they are; one frame is a still picture."""
+    """Encodes RGBA frames (H, W, 4) as a lossless WebP; one frame gives a still picture."""
     first, *rest = map(Image.fromarray, frames)
     file = io.BytesIO()
     first.save(file, "WEBP", save_all=bool(rest), append_images=rest, duration=42, lossless=True)
@@ -49,7 +49,7 @@ def grey(level: int) -> np.ndarray:
 
 
 def package(path: Path, pictures: dict[str, bytes]) -> Path:
-    """A tarball as npm's."""
+    """Writes a tarball in the layout of npm packages."""
     contents = {"package.json": b"{}", "assets/.gitkeep": b""} | {f"assets/{code}.webp": w for code, w in pictures.items()}
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
         for name, content in contents.items():
@@ -65,7 +65,7 @@ def hash_of(path: Path) -> str:
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch) -> Path:
-    """Two animated emoji and a still one, for the real package."""
+    """A package with two animated emoji and a still one, in place of the real one."""
     moving = webp([grey(level) for level in LEVELS])
     path = package(tmp_path / "emoji.tgz", {"1f385-1f3fb": moving, "0023-fe0f-20e3": webp([grey(0)]), "1f300": moving})
     monkeypatch.setattr(fluent_emoji, "INTEGRITY", hash_of(path))
@@ -73,9 +73,10 @@ def archive(tmp_path, monkeypatch) -> Path:
 
 
 class Registry(ThreadingHTTPServer):
-    """Serves a package at the path where npm's registries have it.
+    """Serves a package at the path that npm registries use.
 
-    Attributes: cut, bytes after which the next answer ends; ranges, whether parts are given; asked, Range of each request.
+    Attributes: cut, number of bytes after which the next answer ends; ranges, whether Range requests are answered; asked, the
+        Range of each request.
     """
 
     def __init__(self, package: Path):
@@ -106,7 +107,7 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def registry(archive, tmp_path, monkeypatch):
-    """A registry with the package, that the only npm on the PATH names."""
+    """A server with the package, which a fake npm on the PATH names as its registry."""
     server = Registry(archive)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -161,7 +162,7 @@ def test_a_package_at_hand_is_taken_and_kept(archive, tmp_path, monkeypatch):
 
 
 def test_transparent_pictures_are_composed_on_white():
-    """A box, half transparent, that leaves nothing behind where it has been."""
+    """A half-transparent box moves and leaves no trace."""
     frames = [np.zeros((64, 64, 4), np.uint8) for _ in range(FRAMES)]
     expected = np.full((FRAMES, 64, 64, 3), 255)
     for n, (frame, seen) in enumerate(zip(frames, expected)):

@@ -1,4 +1,4 @@
-"""generate: videos, their settings beside them, pictures and videos to go on from, and what is told of bad input."""
+"""`generate`: videos, their settings files, pictures and videos to continue, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_clip_begins_with_the_given_image(loaded):
 
 @pytest.mark.parametrize("how", [GUIDED, Sampling(top_p=0.9), Sampling(GUIDED.guidance, overlap=1)], ids=str)
 def test_a_clip_is_the_same_in_any_batch(loaded, how):
-    """In float32: bit for bit, alone, in a batch of two, and among five."""
+    """In float32 a clip is the same to the last bit alone, in a batch of two, and in one of five."""
     size = (5 if how.overlap is None else 13, 32, 32)
     prompts, seeds = [PROMPT, "a blue star", ""] * 2, [0, 1, 2, 3, 4, 0]
     together = sample_videos(*loaded, prompts, seeds, size, how, "float32", 6)
@@ -99,7 +99,7 @@ def test_a_clip_is_the_same_in_any_batch(loaded, how):
 
 
 def test_bfloat16_is_near(loaded):
-    """In most clips: a bit that hangs in the balance can turn, and changes all that comes after it."""
+    """Only most clips are near: a bit with a logit near 0 can flip, which changes everything after it."""
     prompts = [Shapes("train", frames=5, height=32, width=32, fps=8.0)[n]["caption"] for n in range(9)]
     words = (prompts, range(9), (5, 32, 32), Sampling(temperature=0.0))
     exact, rounded = (sample_videos(*loaded, *words, precision, 9) for precision in ("float32", "bfloat16"))
@@ -134,7 +134,7 @@ def test_samples_are_those_of_the_models(loaded):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_video_is_made_again_from_its_settings(pair, tmp_path, precision):
-    """Of a batch, with an image, away from the defaults; byte for byte."""
+    """Videos of a batch, with an image and settings other than the defaults, are the same byte for byte."""
     Image.new("RGB", (32, 32), "orange").save(tmp_path / "first.png")
     words = [f"prompt={PROMPT}", "n=3", "seed=5", "top_p=0.9", "negative=a blue star", "guidance.kind=rising", "fps=10"]
     words.append(f"precision={precision}")
@@ -149,7 +149,7 @@ def test_a_video_is_made_again_from_its_settings(pair, tmp_path, precision):
 
 
 def test_the_command_line_goes_before_the_settings(pair, tmp_path, capsys):
-    """Equal to what it would make of all keys by hand; a key that is given with its default value counts too."""
+    """The result is as if all keys were given on the command line; a key given with its default value counts too."""
     for name in ("first", "second"):
         Image.new("RGB", (32, 32), "orange" if name == "first" else "blue").save(tmp_path / f"{name}.png")
     how = ["seed=5", "top_p=0.9", "guidance.kind=rising", "guidance.last=4", f"image={tmp_path / 'first.png'}"]
@@ -181,7 +181,7 @@ def test_settings_of_other_models_are_refused(pair, tmp_path, capsys):
 
 
 def test_settings_are_data(pair, tmp_path, capsys):
-    """A prompt is what it says, and nothing but a video's settings is taken from the file."""
+    """Prompts are not interpolated, and only a video's settings are read from the file."""
     odd = "a red ${oc.env:HOME} ball ${nope}"
     (tmp_path / "list.txt").write_text(f"\ufeff{odd}\n", encoding="utf-8")
     assert run(pair, tmp_path, f"prompts={tmp_path / 'list.txt'}") == 0
@@ -238,7 +238,7 @@ def test_prompts_that_would_share_a_file_are_refused(pair, tmp_path, capsys):
 
 
 def test_what_is_gone_on_from_is_not_overwritten(pair, tmp_path, capsys):
-    """A video of the same prompt, seed and folder, or a picture where the contact sheet goes."""
+    """The given file is a video of the same prompt, seed and folder, or a picture at the contact sheet's path."""
     assert run(pair, tmp_path, f"prompt={PROMPT}") == 0
     (video,), (sheet,) = ((tmp_path / "out").glob(pattern) for pattern in ("*.mp4", "*.png"))
     before = video.read_bytes(), sheet.read_bytes()
@@ -257,7 +257,7 @@ def test_two_processes_do_not_write_to_a_folder(pair, tmp_path, capsys):
 
 
 def test_settings_with_another_beginning(pair, tmp_path):
-    """A picture takes the place of a video, and of what is said of it, and the other way round."""
+    """A picture replaces a video with its keys, and the other way round."""
     clip = Shapes("val", frames=9, height=32, width=32)[0]["video"]
     write_video(clip, tmp_path / "before.mp4", 12)
     Image.new("RGB", (32, 32), "orange").save(tmp_path / "first.png")
@@ -279,7 +279,7 @@ def test_no_guidance_is_kept_as_what_it_is(pair, tmp_path):
 
 
 def test_more_than_a_clip_is_gone_on_with_at_positions(pair, tmp_path, capsys):
-    """By as many new frames as a clip has, but for its first."""
+    """The default length adds all frames of a clip but its first to the history."""
     write_video(Shapes("val", frames=17, height=32, width=32)[0]["video"], tmp_path / "before.mp4", 12)
     given = [f"prompt={PROMPT}", f"video={tmp_path / 'before.mp4'}", "history_frames=9"]
     assert run(pair, tmp_path, *given, "extend=positions") == 0
@@ -298,7 +298,7 @@ def test_a_tokenizer_of_images_makes_no_videos(loaded):
 
 
 def test_a_video_left_without_its_settings_is_made_again(pair, tmp_path, monkeypatch):
-    """As by a kill between the two; the settings of the video that was there before do not stand beside the new one."""
+    """A kill between the two writes leaves no settings, in particular not those of the previous video."""
     assert run(pair, tmp_path, f"prompt={PROMPT}") == 0
     before = contents(tmp_path / "out")
     monkeypatch.setattr("kit.generation.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -309,7 +309,7 @@ def test_a_video_left_without_its_settings_is_made_again(pair, tmp_path, monkeyp
 
 
 def test_what_is_there_already_is_kept(pair, tmp_path, capsys):
-    """A list of prompts that was stopped goes on; other settings make all anew. The contact sheet shows all of them."""
+    """A stopped list of prompts continues; other settings make all videos anew. The contact sheet shows all of them."""
     (tmp_path / "list.txt").write_text(f"{PROMPT}\n\n  a blue star\na red ball\n a red ball")
     words = [f"prompts={tmp_path / 'list.txt'}", "n=2"]
     assert run(pair, tmp_path, *words) == 0

@@ -1,4 +1,4 @@
-"""What a training logs, when, and what it costs a GPU."""
+"""What a training logs, when, and that it does not make a GPU wait."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.test_training import losses
 
 @pytest.mark.parametrize("part", ["tokenizer", "generator"])
 def test_what_is_not_written_is_not_made(part, pair, tmp_path):
-    """Of seven steps the third and the sixth are written; only the loss, which the progress bar shows, is made in all."""
+    """Steps three and six of seven are written; only the loss, which the progress bar shows, is computed in all."""
     module, kept = (TokenizerModule, "train/entropy") if part == "tokenizer" else (GeneratorModule, "train/bit_accuracy")
     log, seen = module.log, []
 
@@ -36,7 +36,7 @@ def test_what_is_not_written_is_not_made(part, pair, tmp_path):
 
 @pytest.mark.parametrize("kind", [ClipDataModule, StagedClips])
 def test_clips_alone_are_moved(kind):
-    """A GPU would have to be waited for, number by number, to have the others back."""
+    """Other values stay on the CPU, because fetching them back would wait for the GPU."""
     batch = {"video": torch.zeros(2, 3, 1, 8, 8), "n": torch.arange(2), "label": torch.ones(2).long(), "caption": ["a", "b"]}
     moved = kind.transfer_batch_to_device(None, batch, torch.device("meta"), 0)
     assert moved.keys() == batch.keys() and moved["video"].is_meta

@@ -1,4 +1,4 @@
-"""What a training's memory comes to on paper, against what it holds."""
+"""The estimated memory of a training against what it takes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_held_is_what_is_alive():
 
 
 def held_for_real(cfg: DictConfig, bfloat16: bool) -> tuple[int, int]:
-    """Bytes of real tensors in two training steps on the CPU."""
+    """Returns the bytes of real tensors in two training steps on the CPU: held between steps, and the peak."""
     data = stages_of(cfg)[0][2]
     clip = {key: data[key] for key in ("frames", "height", "width", "fps")}
 
@@ -91,7 +91,7 @@ def measured_on_a_gpu() -> list[dict]:
 
 @pytest.mark.parametrize("row", measured_on_a_gpu(), ids=lambda row: row["conf"])
 def test_paper_is_within_a_tenth_of_what_a_gpu_took(row):
-    """Without fused kernels the generator's would be 30 % too much."""
+    """Without fused kernels the estimate for the generator would be 30 % too high."""
     cfg = resolved(row["conf"], *row["words"])
     data = stages_of(cfg)[0][2]
     assert data["batch_size"] == row["clips"]
@@ -113,7 +113,7 @@ def test_what_is_held_is_weights_moments_and_average():
 
 @pytest.mark.parametrize("size, fits, gib", [("base", "12GB", 12), ("L", "24GB", 24)])
 def test_presets_fit(size, fits, gib):
-    """With a tenth left for the CUDA context, libraries' buffers and what the allocator rounds up."""
+    """They leave a tenth for the CUDA context, buffers of libraries and rounding by the allocator."""
     for conf in ("stage1_tokenizer", "stage2_generator"):
         cfg = resolved(conf, f"size={size}", f"fits={fits}")
         assert memory_of(cfg, stages_of(cfg)[0][2], "cuda", bfloat16=True)[1] < 0.9 * gib * 2**30

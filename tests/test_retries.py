@@ -25,7 +25,7 @@ from tests.fixtures import CLIP, QUICK, TOKENIZER, fit_tokenizer
 from tests.interrupted import ROOT, STEPS, last, said, same, stopped_midway
 
 
-def place_of(state: dict) -> dict:
+def progress_of(state: dict) -> dict:
     """In the data, without the data's settings and the stages' names."""
     return {key: value for key, value in state.items() if key not in ("settings", "names")}
 
@@ -51,7 +51,11 @@ def test_a_lost_loss_goes_back_and_past_its_batch(tmp_path, monkeypatch):
         assert fit_tokenizer(tmp_path, *STEPS, *POISONED, name="run") == 0
     assert seen == [0, 4, 8, 12, 16, 20, 16, 24, 28, 32]
     checkpoint = read_checkpoint(last(tmp_path), "tokenizer")
-    assert checkpoint["global_step"] == 8 and place_of(checkpoint["ClipDataModule"]) == {"batches_done": 8, "left_out": [5]}
+    assert checkpoint["global_step"] == 8
+    assert progress_of(checkpoint["ClipDataModule"]) == {
+        "batches_done": 8,
+        "left_out": [5],
+    }
     assert 22 in torch.load(tmp_path / "run" / "lost_loss_step5.pt", weights_only=True)["n"]
     guard = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("LossGuard"))
     assert guard["count"] == 8 and guard["mean"] > 0, "kept over a resume"
@@ -68,7 +72,7 @@ def test_a_stage_leaves_out_a_batch_of_its_own(tmp_path):
     with pytest.warns(UserWarning, match="without that batch"):
         assert fit_tokenizer(tmp_path, *STEPS, POISONED[0], stages, switch, "callbacks.last.every=4", name="run") == 0
     state = read_checkpoint(last(tmp_path), "tokenizer")["StagedClips"]
-    assert place_of(state) == {"batches_done": 11, "stage": 1, "ended": {0: 4}, "left_out": [[], [1]]}
+    assert progress_of(state) == {"batches_done": 11, "stage": 1, "ended": {0: 4}, "left_out": [[], [1]]}
 
 
 def test_a_second_try_begins_without_what_the_first_held(tmp_path):
@@ -157,7 +161,7 @@ def test_worker_that_dies_before_its_tensors_are_fetched_is_a_dead_one():
 def test_exploding_loss_is_as_bad_as_none(tmp_path, monkeypatch):
     """By a guard that has seen a hundred losses of 0.5; on a good one their mean goes on."""
     trainer = SimpleNamespace(
-        world_size=1, global_rank=0, global_step=3, datamodule=SimpleNamespace(place_of=lambda n: (0, n)),
+        world_size=1, global_rank=0, global_step=3, datamodule=SimpleNamespace(position_of=lambda n: (0, n)),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=SimpleNamespace(ready=8)))),
     )  # fmt: skip
     guard = LossGuard(tmp_path, explosion=4.0)
@@ -167,7 +171,7 @@ def test_exploding_loss_is_as_bad_as_none(tmp_path, monkeypatch):
     assert guard.mean == pytest.approx(0.5 + 1.4 / 100)
     with pytest.raises(LostLoss, match="the loss is 2.1, far above their mean, 0.514, at step 3") as error:
         guard.on_before_backward(trainer, None, torch.tensor(2.1))
-    assert error.value.place == (0, 7) and guard.mean == pytest.approx(0.514)
+    assert error.value.position == (0, 7) and guard.mean == pytest.approx(0.514)
     assert (
         tmp_path / "lost_loss_step3.pt"
     ).is_file() and f"The batch is in {tmp_path / 'lost_loss_step3.pt'}, the last" in str(error.value)
@@ -188,7 +192,11 @@ def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = read_checkpoint(last(tmp_path), "tokenizer")
-    assert checkpoint["global_step"] == 8 and place_of(checkpoint["ClipDataModule"]) == {"batches_done": 8, "left_out": [2]}
+    assert checkpoint["global_step"] == 8
+    assert progress_of(checkpoint["ClipDataModule"]) == {
+        "batches_done": 8,
+        "left_out": [2],
+    }
     assert 22 in torch.load(tmp_path / "run" / "lost_loss_step2.pt", weights_only=True)["n"]
 
 

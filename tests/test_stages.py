@@ -12,7 +12,7 @@ import torch
 from callbacks import StageSwitch
 from kit.checkpoint import load_generator, read_checkpoint
 from kit.cli import main
-from kit.stages import Stage, StagePlan, place, starts
+from kit.stages import Stage, StagePlan, locate, starts
 from kit.tokenizer import TokenizerConfig
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_tokenizer
 from tests.test_training import interrupt_after, losses
@@ -44,11 +44,11 @@ def column(folder: Path, name: str, start: int = 0) -> list[float]:
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
-def test_place_of_a_step_among_stages():
+def test_a_step_is_located_among_stages():
     lengths = [3, 1, 2]
     assert starts(lengths) == [0, 3, 4, 6]
-    assert [place(lengths, i) for i in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)]
-    assert place(lengths, 6) is None
+    assert [locate(lengths, i) for i in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)]
+    assert locate(lengths, 6) is None
 
 
 def test_plan_from_plain_values():

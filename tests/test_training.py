@@ -15,8 +15,8 @@ import torch
 from callbacks import EMA, LossGuard
 from kit.checkpoint import read_checkpoint
 from kit.cli import main
+from kit.data.batches import StreamSampler
 from kit.data.datamodule import ClipDataModule
-from kit.data.sampler import StreamSampler
 from kit.data.shapes import Shapes
 from kit.data.staged import StagedClips
 from kit.machine import can_compile

@@ -1,7 +1,7 @@
 """Cache of encoded clips: a generator trains on it without drawing, decoding or encoding a clip again.
 
 A cache is a folder. Its `manifest.json` says what the clips are and which files hold them. Each split has files of up to
-`SHARD` clips, `train_00000.safetensors` and so on, with `feature` (n, d, F, h, w) float16 as `Tokenizer.encode` gives it,
+`CLIPS` clips, `train_00000.safetensors` and so on, with `feature` (n, d, F, h, w) float16 as `Tokenizer.encode` gives it,
 `label` (n,) int64, and `given` (n,) int64, how many first latent frames of each clip are not to be predicted; captions are
 in the header.
 """
@@ -31,24 +31,24 @@ from kit.scales import latent_frames
 from kit.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
-SHARD, BATCH = 512, 16  # clips in a file; clips encoded at a time
+CLIPS, BATCH = 512, 16  # clips in a file; clips encoded at a time
 
 
-class Shard(NamedTuple):
+class CacheFile(NamedTuple):
     """Items `first` to `first + clips` - 1 of a split, and the file that holds them."""
 
     split: str
-    file: str
+    name: str
     first: int
     clips: int
 
 
-def shards_of(clips: dict[str, int]) -> list[Shard]:
+def files_of(clips: dict[str, int]) -> list[CacheFile]:
     """Lists the files of a cache, given the number of clips of each split."""
     return [
-        Shard(split, f"{split}_{first // SHARD:05d}.safetensors", first, min(SHARD, total - first))
+        CacheFile(split, f"{split}_{first // CLIPS:05d}.safetensors", first, min(CLIPS, total - first))
         for split, total in clips.items()
-        for first in range(0, total, SHARD)
+        for first in range(0, total, CLIPS)
     ]
 
 
@@ -61,7 +61,7 @@ def describe(clip: dict, tokenizer: Tokenizer, tokenizer_hash: str, how: dict, s
             too.
     """
     schedule = tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
-    files = {split: _files_of(source) for split, source in sources.items() if hasattr(source, "listing")}
+    files = {split: _listing_of(source) for split, source in sources.items() if hasattr(source, "listing")}
     first = next(iter(sources.values()))
     about = {
         "tokenizer": tokenizer_hash, "schedule": str(schedule), "clip": clip, "source": how, "files": files,
@@ -70,7 +70,7 @@ def describe(clip: dict, tokenizer: Tokenizer, tokenizer_hash: str, how: dict, s
     return json.loads(json.dumps(about))
 
 
-def _files_of(source: Dataset) -> dict:
+def _listing_of(source: Dataset) -> dict:
     names, words = source.listing(), source.said()
     hashes = {"sha256": "\n".join(names), "words": json.dumps(words)}
     return {"count": len(names), **{key: hashlib.sha256(text.encode()).hexdigest() for key, text in hashes.items()}}
@@ -95,17 +95,17 @@ def write_cache(
         if number < 1:
             raise ValueError(f"{number} clips of the split {split}; expected 1 or more")
     _claim(folder, about, clips)
-    model, frames, shards, met = tokenizer.to(device()).eval(), about["clip"]["frames"], shards_of(clips), set()
+    model, frames, files, met = tokenizer.to(device()).eval(), about["clip"]["frames"], files_of(clips), set()
     with tqdm(total=sum(clips.values()), desc="encode", unit="clip", disable=None) as bar:
         for seconds in (0, -1):  # first the free files; then wait for those of others, who may have died
-            for shard in shards:
+            for file in files:
                 try:
-                    with _locked(folder / shard.file, seconds):
-                        if not is_whole(folder / shard.file, shard):
-                            _write(folder / shard.file, _encoded(sources[shard.split], shard, model, frames, workers, bar))
-                        elif shard not in met:
-                            bar.update(shard.clips)
-                    met.add(shard)
+                    with _locked(folder / file.name, seconds):
+                        if not is_whole(folder / file.name, file):
+                            _write(folder / file.name, _encoded(sources[file.split], file, model, frames, workers, bar))
+                        elif file not in met:
+                            bar.update(file.clips)
+                    met.add(file)
                 except Timeout:
                     continue
     _finish(folder, about, clips)
@@ -141,24 +141,24 @@ def _claim(folder: Path, about: dict, clips: dict[str, int]):
             keys = [key for key in about if found["about"].get(key) != about[key]]
             told = "; ".join(f"{key}: {found['about'].get(key)}, asked for {about[key]}" for key in keys)
             raise ValueError(f"{folder} holds other clips ({told}); choose another folder with name=..., or remove this one")
-        if found["clips"] != clips or not all(is_whole(folder / shard.file, shard) for shard in shards_of(clips)):
+        if found["clips"] != clips or not all(is_whole(folder / file.name, file) for file in files_of(clips)):
             write_json(path, {"about": about, "clips": clips})  # without hashes: not finished until `_finish` adds them
 
 
-def is_whole(path: Path, shard: Shard) -> bool:
+def is_whole(path: Path, file: CacheFile) -> bool:
     """Whether a file exists, is not cut off, and holds the right number of clips."""
     try:
-        with safe_open(path, "pt") as file:
-            return file.get_slice("feature").get_shape()[0] == shard.clips
+        with safe_open(path, "pt") as contents:
+            return contents.get_slice("feature").get_shape()[0] == file.clips
     except (OSError, SafetensorError):
         return False
 
 
 def _encoded(
-    source: Dataset, shard: Shard, model: Tokenizer, frames: int, workers: int, bar: tqdm
+    source: Dataset, file: CacheFile, model: Tokenizer, frames: int, workers: int, bar: tqdm
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:  # fmt: skip
     """Yields the encoded clips of a file in batches: feature (b, d, F, h, w), label (b,), given (b,) and captions."""
-    items = [(n, frames) for n in range(shard.first, shard.first + shard.clips)]
+    items = [(n, frames) for n in range(file.first, file.first + file.clips)]
     for batch in DataLoader(Numbered(source), sampler=items, batch_size=BATCH, num_workers=workers):
         with torch.no_grad(), inference_precision():
             feature = model.encode(batch["video"].to(device()))
@@ -181,10 +181,10 @@ def _finish(folder: Path, about: dict, clips: dict[str, int]):
         if "files" in found or found["clips"] != clips:  # another has finished it, or is adding to it
             return
         files = {}
-        for shard in shards_of(clips):
-            file = folder / shard.file
-            files[shard.file] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-            file.with_name(f".{file.name}.lock").unlink(missing_ok=True)
+        for file in files_of(clips):
+            whole = folder / file.name
+            files[file.name] = {"bytes": whole.stat().st_size, "sha256": file_sha256(whole)}
+            whole.with_name(f".{file.name}.lock").unlink(missing_ok=True)
         write_json(path, {"about": about, "clips": clips, "files": files})
 
 
@@ -242,7 +242,7 @@ class CachedClips(Dataset):
         self.latents = latent_frames(frames or clip["frames"])
         self.tokenizer, self.classes, self.captioned = about["tokenizer"], tuple(about["classes"]), about["captioned"]
         self.native_fps = clip["fps"]
-        self.written = [self._check(shard.file, manifest["files"], verify) for shard in shards_of({split: self.count})]
+        self.written = [self._check(file.name, manifest["files"], verify) for file in files_of({split: self.count})]
 
     def _check(self, name: str, files: dict, verify: bool) -> tuple[str, int]:
         path = self.root / name
@@ -254,10 +254,10 @@ class CachedClips(Dataset):
         return str(path), found.st_mtime_ns
 
     def __getitem__(self, n: int) -> dict:
-        number, place = divmod(n % self.count, SHARD)
+        number, row = divmod(n % self.count, CLIPS)
         features, labels, given, captions = _open(*self.written[number])
-        words = {"caption": captions[place], "label": labels[place]}
-        return {"feature": features[place, :, : self.latents], "given": given[place], **words}
+        words = {"caption": captions[row], "label": labels[row]}
+        return {"feature": features[row, :, : self.latents], "given": given[row], **words}
 
 
 @functools.lru_cache(maxsize=64)

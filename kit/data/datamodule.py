@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
+from kit.data.batches import BucketSampler, StreamSampler, numbers_from
 from kit.data.buckets import Bucket, BucketClips, image_buckets
 from kit.data.cache import CachedClips
 from kit.data.numbered import Numbered
-from kit.data.sampler import BucketSampler, StreamSampler, numbers_from
 from kit.optim import batches_of_a_step
 from kit.values import check_whole_number, differences
 
@@ -216,13 +216,13 @@ class ClipDataModule(ClipsOnDevice):
         known = f"{len(self.classes)} classes" if self.classes else "neither captions nor classes"
         return ", ".join([*parts, "captions" if self.captioned else known])
 
-    def place_of(self, batch: int) -> tuple[int, int]:
+    def position_of(self, batch: int) -> tuple[int, int]:
         """Returns (0, number in the stream) of a batch, given its number in the training."""
         return 0, next(numbers_from(batch, self.left_out))
 
-    def leave_out(self, places: Iterable[tuple[int, int]]):
-        """Leaves out batches, given by their `place_of`, in addition to those that a checkpoint names."""
-        self.left_out |= {number for _, number in places}
+    def leave_out(self, positions: Iterable[tuple[int, int]]):
+        """Leaves out batches, given by their `position_of`, in addition to those that a checkpoint names."""
+        self.left_out |= {number for _, number in positions}
 
     @property
     def settings(self) -> dict:

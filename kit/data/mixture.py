@@ -44,14 +44,14 @@ class Turns:
 
     def of(self, n: int) -> tuple:
         """Returns the source whose turn n is, and how many turns it had before."""
-        period, place = divmod(n, len(self.order))
-        name = self.order[place]
-        return name, period * self.counts[name] + self.before[place]
+        period, turn = divmod(n, len(self.order))
+        name = self.order[turn]
+        return name, period * self.counts[name] + self.before[turn]
 
     def within(self, name, n: int) -> int:
         """Number of turns of a source among the first n."""
-        period, place = divmod(n, len(self.order))
-        return period * self.counts[name] + self.order[:place].count(name)
+        period, turn = divmod(n, len(self.order))
+        return period * self.counts[name] + self.order[:turn].count(name)
 
 
 def label_among(classes: Sequence[str], own: Sequence[str], label: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from kit.data.datamodule import ClipDataModule, ClipsOnDevice
-from kit.stages import StagePlan, place, starts
+from kit.stages import StagePlan, locate, starts
 
 
 class Unsized:
@@ -73,7 +73,7 @@ class StagedClips(ClipsOnDevice):
     @property
     def finished(self) -> bool:
         """Whether no stage has a batch left."""
-        return place(self.batches, self.batches_done) is None
+        return locate(self.batches, self.batches_done) is None
 
     @property
     def unreadable(self) -> list[Path]:
@@ -87,7 +87,7 @@ class StagedClips(ClipsOnDevice):
 
     def _train_batches(self) -> Iterator[dict]:
         self.handed_out = self.batches_done
-        while (where := place(self.batches, self.handed_out)) is not None:
+        while (where := locate(self.batches, self.handed_out)) is not None:
             stage, self.parts[where[0]].batches_done = where
             for batch in self.parts[stage].train_dataloader():
                 self.handed_out += 1
@@ -95,13 +95,13 @@ class StagedClips(ClipsOnDevice):
                 if self.handed_out >= starts(self.batches)[stage + 1]:
                     break
 
-    def place_of(self, batch: int) -> tuple[int, int]:
+    def position_of(self, batch: int) -> tuple[int, int]:
         """Returns (stage, number in its stream) of a batch, given its number in the training."""
-        stage, number = place(self.batches, batch)
-        return stage, self.parts[stage].place_of(number)[1]
+        stage, number = locate(self.batches, batch)
+        return stage, self.parts[stage].position_of(number)[1]
 
     def leave_out(self, places: Iterable[tuple[int, int]]):
-        """Leaves out batches of the stages, given by their `place_of`."""
+        """Leaves out batches of the stages, given by their `position_of`."""
         for stage, number in places:
             self.parts[stage].leave_out([(0, number)])
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kit.draws import Draws
+from kit.fsdp import ShardedStrategy
 from kit.generator.corruption import FlipLaw, TrainingSequence, teacher_forced, training_sequence
 from kit.generator.mask import draw_kept_frames
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.machine import made_to_last, onto
 from kit.optim import WarmupCosine, build_optimizer, logs_now
 from kit.scales import ScaleSchedule
-from kit.sharding import ShardedStrategy
 from kit.tokenizer import Tokenizer
 from kit.values import from_values
 

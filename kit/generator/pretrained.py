@@ -21,7 +21,7 @@ MOVED = "KIT_TEXT_ENCODER"  # environment variable: folder of an encoder that wa
 DECIDING = (".json", ".txt", ".model", ".safetensors")  # suffixes of the files that an encoder's states depend on
 
 
-class Place(NamedTuple):
+class EncoderSource(NamedTuple):
     """Location and configuration of a text encoder.
 
     Fields: name, a folder or a name on the Hugging Face hub; words, keyword arguments of `from_pretrained`; config, the
@@ -45,7 +45,7 @@ class Place(NamedTuple):
         return None if known is None else min(known, open_tokenizer(self).model_max_length)  # less where some are reserved
 
 
-def find_encoder(name: str, revision: str | None = None) -> Place:
+def find_encoder(name: str, revision: str | None = None) -> EncoderSource:
     """Finds a text encoder and reads its configuration.
 
     Args:
@@ -60,32 +60,34 @@ def find_encoder(name: str, revision: str | None = None) -> Place:
     except ImportError as error:
         raise ImportError("a pretrained text encoder needs a package: pip install 'kit-videoar[hf]'") from error
     disable_progress_bar(), set_verbosity_error()
-    place = os.environ.get(MOVED) or name
+    source = os.environ.get(MOVED) or name
     words = {"trust_remote_code": False}
-    found = folder_revision(Path(place)) if Path(place).is_dir() else None
+    found = folder_revision(Path(source)) if Path(source).is_dir() else None
     if revision and (found is not None) == revision.startswith("files-"):
         if found is None:
             words["revision"] = revision
         elif found != revision:
-            raise ValueError(f"the text encoder in {place} is of revision {found}, the generator was trained with {revision}")
+            raise ValueError(
+                f"the text encoder in {source} is of revision {found}, the generator was trained with {revision}"
+            )
     try:
-        config = AutoConfig.from_pretrained(place, **words)
+        config = AutoConfig.from_pretrained(source, **words)
     except (OSError, ValueError) as error:
-        raise _missing(place, error) from error
-    return Place(place, words, config, found or config._commit_hash or "")
+        raise _missing(source, error) from error
+    return EncoderSource(source, words, config, found or config._commit_hash or "")
 
 
-def open_tokenizer(place: Place):
+def open_tokenizer(source: EncoderSource):
     """Loads the tokenizer of a text encoder. Raises FileNotFoundError if there is none."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(place.name, **place.words)
+        return AutoTokenizer.from_pretrained(source.name, **source.words)
     except (OSError, ValueError) as error:
-        raise _missing(place.name, error) from error
+        raise _missing(source.name, error) from error
 
 
-def open_model(place: Place) -> nn.Module:
+def open_model(source: EncoderSource) -> nn.Module:
     """Loads a text encoder, frozen and in evaluation mode. Of CLIP it is the text half, of T5 the encoder.
 
     Raises:
@@ -93,20 +95,20 @@ def open_model(place: Place) -> nn.Module:
     """
     from transformers import AutoModelForTextEncoding, CLIPTextModel
 
-    kind = CLIPTextModel if place.config.model_type == "clip" else AutoModelForTextEncoding
+    kind = CLIPTextModel if source.config.model_type == "clip" else AutoModelForTextEncoding
     files = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     try:
-        model, report = kind.from_pretrained(place.name, **files, **place.words)
+        model, report = kind.from_pretrained(source.name, **files, **source.words)
     except (OSError, ValueError) as error:
-        raise _missing(place.name, error) from error
+        raise _missing(source.name, error) from error
     if lacking := sorted(key for key in report["missing_keys"] if "pooler" not in key and "position_ids" not in key):
-        raise ValueError(f"the text encoder {place.name} lacks {len(lacking)} weights, such as {lacking[0]}; get it again")
+        raise ValueError(f"the text encoder {source.name} lacks {len(lacking)} weights, such as {lacking[0]}; get it again")
     return model.eval().requires_grad_(False)
 
 
-def _missing(place: str, error: Exception) -> FileNotFoundError:
+def _missing(name: str, error: Exception) -> FileNotFoundError:
     return FileNotFoundError(
-        f"no text encoder {place}: {str(error).splitlines()[0]}; give condition.encoder= a folder or a name on the hub, "
+        f"no text encoder {name}: {str(error).splitlines()[0]}; give condition.encoder= a folder or a name on the hub, "
         f"or say where it is now with {MOVED}=FOLDER"
     )
 
@@ -130,11 +132,11 @@ class PretrainedEncoder(nn.Module):
         self.channels, self.length = channels, length
         key = hashlib.sha256(f"{revision or name} {length}".encode()).hexdigest()[:16]
         self.store = cache_folder() / "text" / f"{key}.sqlite"
-        place = functools.cache(lambda: find_encoder(name, revision))
-        self.tokenizer = functools.cache(lambda: open_tokenizer(place()))
-        self.model = functools.cache(lambda: open_model(place()).to(device()))
+        source = functools.cache(lambda: find_encoder(name, revision))
+        self.tokenizer = functools.cache(lambda: open_tokenizer(source()))
+        self.model = functools.cache(lambda: open_model(source()).to(device()))
         self.states = functools.lru_cache(KEPT)(self._states)
-        self.place = nn.Buffer(torch.zeros(0), persistent=False)  # tells the device that the module is on
+        self.anchor = nn.Buffer(torch.zeros(0), persistent=False)  # tells the device that the module is on
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         x = torch.zeros(len(texts), self.length, self.channels)
@@ -143,7 +145,7 @@ class PretrainedEncoder(nn.Module):
             if text.strip():
                 states = self.states(text)
                 row[: len(states)], words[: len(states)] = states, True
-        return x.to(self.place.device), mask.to(self.place.device)
+        return x.to(self.anchor.device), mask.to(self.anchor.device)
 
     def notes(self, text: str) -> list[str]:
         """Warns if the end of a text is not read."""

@@ -142,7 +142,7 @@ class Cache:
         shape = (config.layers, rows, config.heads, length, config.width // config.heads)
         self.keys = torch.empty(shape, dtype=dtype, device=model.start.device)
         self.values = torch.empty_like(self.keys)
-        self.places = slice(0, 0)  # places of this pass's tokens
+        self.current = slice(0, 0)  # places of this pass's tokens
         self.history = slice(0, 0)  # places of a history block's tokens, which precede them in the same pass
 
     def start_frame(self, f: int):
@@ -155,7 +155,7 @@ class Cache:
         elif f > self.window and self.window:  # the frame before is finished: it replaces the oldest one
             for store in (self.keys, self.values):
                 store[..., before, :] = store[..., home : home + self.finished, :].clone()
-        self.places = slice(home, home)
+        self.current = slice(home, home)
 
     def expect(self, blocks: Sequence[int]) -> Tensor | None:
         """Reserves places for a pass and returns its mask (tokens, all visible); None if every token sees everything.
@@ -163,9 +163,9 @@ class Cache:
         Args:
             blocks: tokens of each of the current frame's blocks in this pass, without a history block before them.
         """
-        begin, read = self.places.stop, self.history.stop - self.history.start
+        begin, read = self.current.stop, self.history.stop - self.history.start
         ends = list(itertools.accumulate(blocks, initial=begin))
-        self.places = slice(begin, ends[-1])
+        self.current = slice(begin, ends[-1])
         if not read and len(blocks) == 1:
             return None
         # number of keys each token sees: a history block does not see the frame after it, a block not the later blocks
@@ -179,8 +179,8 @@ class Cache:
             read = self.history.stop - self.history.start
             for store, new in ((self.keys, keys), (self.values, values)):
                 store[index, :, :, self.history] = new[:, :, :read]
-                store[index, :, :, self.places] = new[:, :, read:]
-            return self.keys[index, :, :, : self.places.stop], self.values[index, :, :, : self.places.stop]
+                store[index, :, :, self.current] = new[:, :, read:]
+            return self.keys[index, :, :, : self.current.stop], self.values[index, :, :, : self.current.stop]
 
         return remember
 

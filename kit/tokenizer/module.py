@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from kit.draws import Draws
+from kit.fsdp import ShardedStrategy
 from kit.machine import mean_over_ranks, onto
 from kit.optim import WarmupCosine, build_optimizer, logs_now
 from kit.perceptual import load_perceptual
 from kit.pixels import psnr
-from kit.sharding import ShardedStrategy
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.discriminator import Discriminator
 from kit.tokenizer.losses import (

@@ -11,7 +11,7 @@ from tests.data.videos import write
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory) -> Path:
-    """Eight files of different length, so that their clips differ."""
+    """A folder of eight videos of different length, so that their clips differ."""
     root = tmp_path_factory.mktemp("videos")
     for i in range(8):
         write(root / f"{'walk' if i % 2 else 'wave_hand'}_{i:03d}.mp4", count=30 + 4 * i)

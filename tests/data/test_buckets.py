@@ -1,4 +1,4 @@
-"""Buckets: which one suits a video, whose turn it is, and trainings on clips of several shapes."""
+"""Buckets: which one suits a video, in which order they give batches, and trainings on clips of several shapes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 
 from kit.cli import main
 from kit.data import heads
+from kit.data.batches import BucketSampler
 from kit.data.buckets import Bucket, BucketClips, read_shape, suiting
 from kit.data.clips import FolderClips, frame_numbers, most_frames
 from kit.data.datamodule import ClipDataModule
 from kit.data.heads import Head, read_heads
-from kit.data.sampler import BucketSampler
 from kit.data.shapes import Shapes
 from kit.doctor import problems
 from kit.files import read_json
@@ -38,7 +38,7 @@ FILES = {  # name -> frames, height, width
 
 
 def write(folder: Path, files: dict[str, tuple[int, int, int]], fps: float = 8.0) -> Path:
-    """Each of its own hue, brightness running with the frames."""
+    """Writes videos of different hue, each brighter from frame to frame; files: name -> (frames, height, width)."""
     for number, (name, (frames, height, width)) in enumerate(files.items()):
         hue = torch.tensor([number / len(files), 1 - number / len(files), (number * 0.37) % 1])[:, None, None, None]
         video = (hue * torch.linspace(0.3, 1, frames)[None, :, None, None] * 2 - 1).expand(3, frames, height, width)
@@ -48,7 +48,7 @@ def write(folder: Path, files: dict[str, tuple[int, int, int]], fps: float = 8.0
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Of wide, tall and square videos; `tall_2` and `wide_4` are held out."""
+    """A folder of wide, tall and square videos; `tall_2` and `wide_4` are held out."""
     return write(tmp_path_factory.mktemp("mixed"), FILES)
 
 
@@ -118,7 +118,7 @@ def test_heads_are_read_once(folder, tmp_path, monkeypatch):
 
 
 def test_a_file_that_could_not_be_read_is_the_same_to_all(folder, tmp_path, monkeypatch):
-    """Whoever comes later does not try it again: it might have better luck, and sort the files otherwise."""
+    """A later process does not try the file again: it might succeed, and would then sort the files differently."""
     own = tmp_path / "own"
     shutil.copytree(folder, own)
     good = (own / "tall_1.mp4").read_bytes()
@@ -146,7 +146,7 @@ def test_where_a_bucket_has_no_readable_file_others_stand_in(folder, tmp_path):
 
 
 def test_how_many_clips_of_a_bucket_are_read(clips):
-    """As the sampler hands them out."""
+    """The number of clips to encode per bucket equals what the sampler reads."""
     for share in (0.0, 0.4):
         stream = iter(BucketSampler(clips, 0, 0, 1, share))
         seen, count, images = [set() for _ in clips.buckets], 60, int(60 * share)
@@ -193,7 +193,7 @@ def test_each_file_is_in_the_bucket_that_suits_it(clips):
 
 
 def buckets_by(stream: list, clips: BucketClips) -> list[int]:
-    """Of each batch; all of its clips are of one."""
+    """Returns the bucket of each batch, after a check that all clips of a batch are from one."""
     places = [{n % len(clips.parts) for n, _ in batch} for batch in stream]
     assert all(len(place) == 1 for place in places)
     return [place.pop() for place in places]
@@ -201,7 +201,7 @@ def buckets_by(stream: list, clips: BucketClips) -> list[int]:
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_a_batch_is_a_function_of_its_number(clips, share):
-    """Wherever a stream begins, whatever was left out before."""
+    """It does not depend on where a stream begins; batches left out only shift the later ones."""
     whole = batches(BucketSampler(clips, 0, 0, 1, share), 1200)
     for first in (1, 7, 999, 1003):
         assert batches(BucketSampler(clips, first, 0, 1, share), 20) == whole[first : first + 20]
@@ -211,7 +211,7 @@ def test_a_batch_is_a_function_of_its_number(clips, share):
 
 
 def test_ranks_are_in_the_same_bucket_and_share_its_clips(clips):
-    """Two ranks of two halves have the clips of one rank, bucket by bucket."""
+    """Two ranks together read the same clips as one rank with doubled batches, bucket by bucket."""
     ranks = [batches(BucketSampler(clips, 3, rank, 2, 0.25), 60) for rank in (0, 1)]
     assert buckets_by(ranks[0], clips) == buckets_by(ranks[1], clips)
     assert [batch[0][1] for batch in ranks[0]] == [batch[0][1] for batch in ranks[1]], "images or clips"
@@ -224,7 +224,7 @@ def test_ranks_are_in_the_same_bucket_and_share_its_clips(clips):
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_every_file_is_used_equally_often(clips, share):
-    """In batches of other sizes too, as clips and as images; and no clip of a bucket is left out."""
+    """This holds for batches of different sizes, for clips and for images; and no clip of a bucket is left out."""
     stream = batches(BucketSampler(clips, 0, 0, 1, share), 2000)
     assert {len(batch) for batch in stream if batch[0][1] == 9} == {2}
     for images in (False, True)[: 1 + bool(share)]:
@@ -323,7 +323,7 @@ def fit(conf: str, root: Path, folder: Path, *words: str, name: str = "run", tok
 
 @pytest.fixture(scope="module")
 def tokenizer(folder, tmp_path_factory) -> Path:
-    """The folder of a tokenizer's run in two buckets, with scales left out."""
+    """The folder of a tokenizer's run in two buckets, with scale dropout."""
     root = tmp_path_factory.mktemp("tokenizer")
     words = [*BOTH, "recipe.tokenizer.steps=6", "scale_dropout.last=2", "scale_dropout.p=0.5", "optimizer.accumulate=2"]
     assert fit("stage1_tokenizer", root, folder, *words) == 0
@@ -332,7 +332,7 @@ def tokenizer(folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def generator(folder, tokenizer, tmp_path_factory) -> Path:
-    """The folder of a generator's run in two buckets, of images too; its clips are encoded as they come."""
+    """The folder of a generator's run in two buckets, with batches of images; its clips are encoded during training."""
     root = tmp_path_factory.mktemp("generator")
     words = [*BOTH, "recipe.generator.encoded_clips=0", "recipe.generator.steps=8", "data.image_share=0.25"]
     assert fit("stage2_generator", root, folder, *words, tokenizer=tokenizer) == 0
@@ -345,7 +345,7 @@ def test_a_tokenizer_trains_in_buckets(tokenizer):
 
 @pytest.mark.parametrize("encoded", [0, 9])
 def test_a_run_in_buckets_goes_on_to_the_last_bit(encoded, folder, tokenizer, generator, tmp_path, monkeypatch, caplog):
-    """Its clips encoded as they come, or ahead."""
+    """A stopped and resumed run has the same losses as one that was not stopped, with clips encoded during training or ahead."""
     words = [
         *BOTH, f"recipe.generator.encoded_clips={encoded}", "recipe.generator.steps=8", "data.image_share=0.25",
         "callbacks.last.every=1",
@@ -363,8 +363,10 @@ def test_a_run_in_buckets_goes_on_to_the_last_bit(encoded, folder, tokenizer, ge
 
 
 def test_the_loss_of_a_batch_is_that_of_a_plain_run_of_its_shape(folder, tokenizer, generator, tmp_path):
-    """Of a trained generator that learns no more, with nothing drawn but the clips: each bucket's batches are those of a run
-    on its files alone."""
+    """The losses of each bucket's batches equal those of a run on its files alone.
+
+    The generator is trained already and has learning rate 0; nothing is drawn at random but the clips.
+    """
     words = [
         "init=weights", f"init.ckpt={generator}/checkpoints/last.ckpt", "optimizer.lr=0", "recipe.generator.steps=8",
         "recipe.generator.encoded_clips=0", "correction.p_max=0", "correction.delta=0", "frame_mask=0", "drop_condition=0",

@@ -1,4 +1,4 @@
-"""Clips encoded once: the same features, kept in a folder that several may write, and any generator may train on."""
+"""Caches of encoded clips: the same features, written by one or several processes, and trained on by any generator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from kit.checkpoint import load_tokenizer
 from kit.cli import main
 from kit.data import cache
-from kit.data.cache import CachedClips, describe, read_manifest, shards_of, write_cache
+from kit.data.cache import CachedClips, describe, files_of, read_manifest, write_cache
 from kit.data.clips import FolderClips
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
@@ -28,11 +28,11 @@ CLIP_SHAPE = {"frames": 5, "height": 32, "width": 32, "fps": 8.0}
 
 @pytest.fixture(autouse=True)
 def short_files(monkeypatch):
-    monkeypatch.setattr(cache, "SHARD", 16)
+    monkeypatch.setattr(cache, "CLIPS", 16)
 
 
 def write(pair, folder, train=20, val=4, seen=None, **how):
-    """Writes a cache; `seen` gets how many clips the tokenizer saw at a time."""
+    """Writes a cache; appends to `seen` the number of clips in each batch that the tokenizer encodes."""
     tokenizer = load_tokenizer(pair.tokenizer)
     if seen is not None:
         original = tokenizer.model.encode
@@ -112,7 +112,7 @@ def test_processes_share_the_work(pair, tmp_path):
     counts, both, write_file = context.Queue(), context.Barrier(2), cache._write
 
     def write_together(path, features):
-        """Each process has its first file before either goes on to its second."""
+        """Makes both processes write their first file before either begins its second."""
         if not seen:
             both.wait(60)
         write_file(path, features)
@@ -140,7 +140,7 @@ def test_a_file_system_without_locks_is_told(pair, tmp_path, monkeypatch):
 
 
 def test_a_file_that_was_removed_is_made_again_and_hashed_anew(pair, tmp_path):
-    """It may be made on another machine, whose rounding differs."""
+    """The new file may come from another machine, where rounding differs, so its hash may differ."""
     write(pair, tmp_path)
     file = tmp_path / "train_00001.safetensors"
     file.unlink()
@@ -223,8 +223,8 @@ def test_the_list_of_files_is_a_part_of_what_it_is_of(pair, tmp_path):
 
 
 def test_training_on_encoded_clips_is_training_on_clips(pair, tmp_path):
-    """The first pass over them gives the losses of fresh clips, up to the rounding of the features; those of a run's own and
-    of a cache are the same."""
+    """The first pass over encoded clips gives the same losses as fresh clips, up to the rounding of features; clips that the
+    run encodes itself and clips of a cache give exactly the same."""
 
     def fit(name, clips, *words):
         words = [f"name={name}", f"recipe.generator.encoded_clips={clips}", "trainer.precision=32-true", *words]
@@ -310,7 +310,7 @@ def test_a_negative_number_is_named(pair, tmp_path, capsys):
 
 
 def test_files_of_a_split():
-    assert [tuple(s) for s in shards_of({"train": 33, "val": 16})] == [
+    assert [tuple(s) for s in files_of({"train": 33, "val": 16})] == [
         ("train", "train_00000.safetensors", 0, 16), ("train", "train_00001.safetensors", 16, 16),
         ("train", "train_00002.safetensors", 32, 1), ("val", "val_00000.safetensors", 0, 16),
     ]  # fmt: skip

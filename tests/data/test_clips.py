@@ -1,4 +1,4 @@
-"""The folder data set: which frames of which file an item shows, its caption and label, and what bad input does."""
+"""The folder data set: which frames of which file an item shows, its caption and label, and bad input."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_unreadable_file_is_reported_once_and_replaced_by_the_next(tmp_path):
 
 
 def test_what_workers_could_not_read_is_counted_once(tmp_path):
-    """Two workers meet the file; the process that trains knows of it."""
+    """Two workers fail to read the file; the training process counts it once."""
     for i in range(3):
         write(tmp_path / f"{i}.mp4", count=10 + i)
     bad = write_bad(tmp_path / "1_bad.mp4")
@@ -142,7 +142,7 @@ def test_native_rate_tells_of_an_unreadable_file(tmp_path):
 
 
 def test_failure_in_one_clip_of_a_file_does_not_change_its_others(videos, monkeypatch):
-    """What is skipped must not depend on the order in which items are asked for."""
+    """Which clips are skipped must not depend on the order in which items are read."""
     from kit.data import clips
 
     dataset = FolderClips(videos, frames=2, height=16, width=16)

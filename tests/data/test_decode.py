@@ -22,7 +22,7 @@ both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def ramp(height: int = 48, width: int = 80) -> list[np.ndarray]:
-    """Frame i is grey of brightness STEP * i."""
+    """Returns grey frames; frame i has the brightness STEP * i."""
     return [np.full((height, width, 3), STEP * i, np.uint8) for i in range(COUNT)]
 
 
@@ -55,7 +55,7 @@ def write_audio(path: Path) -> Path:
 
 
 def numbers_seen(frames: np.ndarray) -> list[int]:
-    """Which frames of the ramp these are."""
+    """Returns the numbers of frames of the ramp, read from their brightness."""
     return np.rint(frames.mean(axis=(1, 2, 3)) / STEP).astype(int).tolist()
 
 
@@ -113,7 +113,7 @@ def test_a_walk_goes_forward_from_any_frame_and_may_stand_still(tmp_path, name, 
 
 
 def counting(monkeypatch) -> list[int]:
-    """From now on, the times of all frames that PyAV decodes."""
+    """Returns a list to which the time of every frame that PyAV decodes from now on is added."""
     decoded, original = [], PyAVDecoder._decode
 
     def counted(self, seek_to=None):
@@ -176,7 +176,7 @@ def test_upright_turns_counterclockwise():
 
 @pytest.mark.parametrize("width", [16, 24, 32, 48, 64, 96, 100, 144])
 def test_narrow_videos_are_not_garbled(tmp_path, width):
-    """decord hands some widths over with padded rows, as if they had more channels."""
+    """decord returns frames of some widths with padded rows, as if they had more channels."""
     path = write(tmp_path / "a.mp4", noise(48, width), crf="1")
     decord, pyav = (open_video(path, backend).frames(range(4)) for backend in ("decord", "pyav"))
     assert decord.shape == (4, 48, width, 3)

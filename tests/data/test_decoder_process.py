@@ -1,4 +1,4 @@
-"""Decoding in another process: the same frames, and no more than a clip lost."""
+"""Decoding in another process: the same frames, and a crash loses only one clip."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_cannot_be_read_says_why_as_here(tmp_path):
 
 @pytest.mark.parametrize("number, reason", [(signal.SIGKILL, "died"), (signal.SIGSTOP, "more than 1 s")])
 def test_decoder_that_dies_or_hangs_costs_its_clip_alone(videos, monkeypatch, number, reason):
-    """From outside, a decoder that is stopped is one that hangs, and one that is killed one that crashed."""
+    """A stopped decoder stands for one that hangs, a killed one for one that crashed."""
     source = FolderClips(videos, "all", frames=5, height=32, width=32, patience=60.0)
     expected = [source[n]["video"] for n in range(5)]
     hurt = decoder_process()._process
@@ -76,7 +76,7 @@ def test_decoder_that_dies_or_hangs_costs_its_clip_alone(videos, monkeypatch, nu
 
 
 def test_an_interrupted_question_is_not_answered_later(videos, monkeypatch):
-    """Ctrl-C in a notebook, then another clip."""
+    """After Ctrl-C in a notebook, the next clip must not get the answer to the interrupted request."""
     expected = decode.open_video(videos / "1.mp4", "pyav").frames([0, 1])
     first, second = (open_video(videos / name, "pyav", 60.0) for name in ("0.mp4", "1.mp4"))
     with monkeypatch.context() as patch:
@@ -106,7 +106,7 @@ def test_forked_workers_have_a_reader_each(videos):
 
 
 def test_the_process_ends_with_its_owner(videos):
-    """Even where the owner is killed and the process has a file open."""
+    """It ends even if its owner is killed while it has a file open."""
     code = (
         "import time; from kit.data.decoder_process import open_video, decoder_process\n"
         f"open_video({str(videos / '0.mp4')!r}, 'pyav', 60.0)\n"
@@ -122,7 +122,7 @@ def test_the_process_ends_with_its_owner(videos):
 
 
 def test_a_decoder_that_nobody_waits_for_ends_by_itself(videos):
-    """As after its owner was killed while it hung, even if it holds the interpreter's lock all the while."""
+    """It ends after its time limit even if it hangs with the interpreter's lock held, as after its owner was killed."""
     ours, theirs = socket.socketpair()
     code = (
         "import ctypes, sys; from multiprocessing.connection import Connection; from kit.data import decode\n"

@@ -33,8 +33,8 @@ def test_people_of_weizmann_in_a_reduced_form(shared, tmp_path):
 
 
 def test_fine_tuned_on_captioned_emoji_draws_what_it_is_told(shared, pair, tmp_path):
-    """From a generator of shapes and its tokenizer, as docs/finetuning.md does: what is drawn for a name is
-    its clip. (The last file is held out.)"""
+    """Fine-tunes a generator of shapes and its tokenizer as in docs/finetuning.md; the sample for a name then shows the clip
+    of that name. (The last file is held out.)"""
     folder, names = shared / "data" / "fluent_emoji", ["cyclone", "christmas tree", "jack-o-lantern", "pig face", "frog face"]
     captions = {file: name for file, name in json.loads((folder / "captions.json").read_text()).items() if name in names}
     own = tmp_path / "clips"

@@ -31,7 +31,7 @@ ALONE = SimpleNamespace(
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """Wide and tall ones, of the classes `star`, which clips of shapes have too, and `tree`."""
+    """A folder of wide and tall pictures of the classes `star`, which `Shapes` has too, and `tree`."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for i in range(8):
@@ -49,7 +49,7 @@ def module(pictures: Path, source=Shapes, **values) -> ClipDataModule:
 
 
 def test_every_other_batch_is_of_pictures(pictures):
-    """As many as a batch of clips has latent frames, in the order that their source has."""
+    """Such a batch has as many pictures as a batch of clips has latent frames, in the order of their source."""
     data = module(pictures)
     clips, images = Shapes(frames=5, height=32, width=32, fps=8.0), FolderClips(pictures, "train", 1, 32, 32)
     for i, batch in zip(range(6), data.train_dataloader()):
@@ -66,7 +66,7 @@ def test_every_other_batch_is_of_pictures(pictures):
 
 
 def test_pictures_are_sorted_into_the_sizes_of_the_buckets(pictures, tmp_path):
-    """Each size once, in its largest batch."""
+    """Each size is used once, with its largest batch."""
     wide, long, tall = Bucket(5, 16, 32, 3), Bucket(9, 16, 32, 2), Bucket(5, 32, 16, 3)
     assert image_buckets([wide, long, tall]) == [Bucket(1, 16, 32, 6), Bucket(1, 32, 16, 6)]
     folder = write(tmp_path, FILES)
@@ -84,7 +84,7 @@ def test_pictures_are_sorted_into_the_sizes_of_the_buckets(pictures, tmp_path):
 
 
 def test_a_generator_learns_from_clips_and_pictures(pair, pictures, tmp_path, monkeypatch, caplog):
-    """The same whether they are encoded as they come, ahead, or were before; and interrupted it goes on to the last bit."""
+    """Losses are the same with clips encoded during training, ahead or in a cache, and after a resume."""
 
     def fit(name, *words, expected=0):
         steps = [f"name={name}", "recipe.generator.steps=6", "trainer.precision=32-true", "data.image_share=0.5"]

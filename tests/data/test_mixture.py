@@ -1,4 +1,4 @@
-"""Several data sets as one: each in its share, none of its items left out."""
+"""Several data sets as one: each has its share, and none of its items is left out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_shares_are_whole_numbers_of_a_period():
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_each_source_has_its_share_and_gives_its_items_in_order(split):
-    """Over two and a half periods, by what the sources are asked for."""
+    """Counts over two and a half periods which items of the sources are read."""
     mixture, asked = Mixture(THREE, {"a": 6, "b": 3, "c": 1}, split, **SHAPE), []
 
     class Counting:
@@ -115,7 +115,7 @@ def test_own_rates_must_agree(tmp_path):
 
 
 def test_a_tokenizer_trains_on_a_mixture(tmp_path, capsys):
-    """By the words that conf/data/mixture.yaml names."""
+    """Uses the command line that conf/data/mixture.yaml shows."""
     words = [f"root={tmp_path}", "data=mixture", *CLIP, *TOKENIZER, *QUICK, "recipe.tokenizer.steps=3"]
     assert main(["fit", "conf=stage1_tokenizer", *words]) == 1
     assert "data=mixture needs data.source.sources" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Which frames of a file are taken, whole or a few at a time."""
+"""Reading clips from a file: which frames are taken, at once or in chunks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kit.media import write_video
 
 @pytest.fixture
 def video(tmp_path):
-    """20 frames of 36 x 50 at 10 fps, each brighter than the one before."""
+    """A video of 20 frames of 36 x 50 at 10 fps, each brighter than the one before."""
     return write_video(torch.linspace(-1, 1, 20)[None, :, None, None].expand(3, -1, 36, 50), tmp_path / "a.mp4", 10)
 
 

@@ -95,7 +95,7 @@ def test_captions_and_attributes_are_inverse():
 
 
 def test_no_other_word_is_ambiguous():
-    """None has a word of the captions (but left and right), or contains another; every phrase has some."""
+    """Each phrase has paraphrases; none contains another, or a word of the captions other than left and right."""
     phrases = [*COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS]
     others = [other for words in OTHER_WORDS.values() for other in words]
     assert sorted(OTHER_WORDS) == sorted(phrases) and len(set(others)) == len(others)

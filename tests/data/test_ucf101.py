@@ -20,7 +20,7 @@ SHAPE = dict(frames=5, height=32, width=32)
 
 @pytest.fixture
 def ucf101(tmp_path) -> Path:
-    """A data set of 101 classes, two videos each, of which one can be played; the first is for training."""
+    """A data set of 101 classes with two files each, the first for training; a single file is a real video."""
     root = tmp_path / "UCF-101"
     for name in CLASSES:
         (root / name).mkdir(parents=True)
@@ -79,7 +79,7 @@ def test_wrong_arguments_and_lists(ucf101, tmp_path):
 
 
 def test_the_papers_recipes_train(ucf101, tmp_path):
-    """Both, small and short, on a data set whose videos can be played."""
+    """Trains tokenizer and generator by the paper's recipes, reduced, on a data set of real videos."""
     video = next(ucf101.rglob("*.mp4"))
     for path in ucf101.rglob("*.avi"):
         shutil.copy(video, path.with_suffix(".mp4"))

@@ -13,7 +13,7 @@ STEP = 4  # of brightness from frame to frame
 
 
 def write(path: Path, count: int = COUNT, rate: int = 24, height: int = 32, width: int = 40, tint: int = 0) -> Path:
-    """A video whose frame i has brightness STEP * i; `tint` adds to blue in its upper left corner."""
+    """Writes a video whose frame i has brightness STEP * i; `tint` adds to blue in its upper left corner."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "4"})
@@ -33,7 +33,7 @@ def write_bad(path: Path) -> Path:
 
 
 def shown(item: dict) -> list[int]:
-    """Which frames of the file an item shows."""
+    """Returns the numbers of the file's frames that an item shows."""
     return torch.round((item["video"][0].mean(dim=(1, 2)) + 1) * 127.5 / STEP).int().tolist()
 
 

@@ -68,7 +68,7 @@ def test_a_clip_has_one_feature_in_any_company(i3d, shared):
 
 
 def variants(clips: torch.Tensor) -> dict[str, torch.Tensor]:
-    """(n, 3, T, H, W) spoilt in ways that a distance must tell apart, from little to much."""
+    """Returns degraded versions of clips (n, 3, T, H, W) that a distance must rank, from none to strong."""
     rng = torch.Generator().manual_seed(0)
     order = torch.stack([torch.randperm(clips.shape[2], generator=rng) for _ in clips])
     return {
@@ -80,7 +80,7 @@ def variants(clips: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def test_distances_have_the_order_of_sanity(i3d, shared):
-    """Half of the clips against the other half, spoilt; the published order, see weights/README.md and docs/evaluation.md."""
+    """Compares half of the clips with the degraded other half; the order is the published one, see docs/evaluation.md."""
     clips = FolderClips(shared / "data" / "weizmann", "all", frames=16)
     video = torch.stack([clips[n]["video"] for n in range(0, 72, 3)])
     reference = Gaussian(400)
@@ -119,7 +119,7 @@ def test_unknown_detector_and_too_few_frames(i3d):
 
 
 def test_videomae(videomae: Path):
-    """Against the library's own preparation of the frames."""
+    """Features equal those of the library's model on frames prepared as the library does."""
     from transformers import VideoMAEModel
 
     detector = load_detector("videomae", videomae, 4)
@@ -148,7 +148,7 @@ def test_videomae_refuses_other_folders(tmp_path):
 
 
 def test_videomae_needs_all_the_weights_of_its_config(videomae, tmp_path):
-    """transformers would fill what is missing at random."""
+    """Missing weights are refused, because transformers would fill them at random."""
     folder = Path(shutil.copytree(videomae, tmp_path / "deeper"))
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 2'))

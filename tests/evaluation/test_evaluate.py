@@ -1,4 +1,4 @@
-"""`kit evaluate`, on a tiny trained pair: the same command gives the same number, whatever stops or feeds it."""
+"""`kit evaluate`, on a tiny trained pair: the same command gives the same result, also after interruptions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL = [
 
 @pytest.fixture
 def evaluate(tmp_path, videomae):
-    """Runs the verb; returns its exit status."""
+    """A function that runs the verb and returns its exit status."""
 
     def go(*words: str, protocol: str = "shapes", name: str = "out", without: set = frozenset()) -> int:
         small = [word for word in SMALL if word not in without and not (without and "detector" in word)]
@@ -45,7 +45,7 @@ def read(tmp_path):
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory) -> Path:
-    """Seven videos of 6 frames."""
+    """A folder of seven videos of 6 frames."""
     folder = tmp_path_factory.mktemp("videos")
     for n in range(7):
         write_video(Shapes("val", frames=6, height=32, width=32, seed=4)[n]["video"], folder / f"ball_{n:03d}.mp4", 12)
@@ -128,7 +128,7 @@ def test_each_fold_has_samples_of_its_own(evaluate, pair, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
 def test_an_interrupted_run_goes_on(evaluate, read, pair, kind, monkeypatch, tmp_path):
-    """Stopped in the second fold: the first is not done again, and the result is that of an uninterrupted run."""
+    """A run stopped in the second fold does not repeat the first, and gives the result of an uninterrupted run."""
     words = [f"ckpt={getattr(pair, kind)}", "batch_size=2", *(["metrics=[frechet,psnr,ssim]"] * (kind == "tokenizer"))]
     assert evaluate(*words, name="whole") == 0
     candidate = Reconstructions if kind == "tokenizer" else Samples
@@ -185,7 +185,7 @@ def test_videos_against_videos(evaluate, read, videos, tmp_path):
 
 
 def test_given_reconstructions_in_pairs(evaluate, read, videos, tmp_path):
-    """Their own copies: no error at all; against another order of the same files, some."""
+    """Copies of the real videos have no error; with two of them swapped they have."""
     copies = Path(shutil.copytree(videos, tmp_path / "copies"))
     words = [f"real={videos}", "paired=true", "protocol.real.start=first", "protocol.real.clips=7", "protocol.samples=7"]
     measured = "metrics=[frechet,psnr,ssim]"
@@ -209,7 +209,7 @@ def test_lpips_is_labelled_by_its_kind(evaluate, read, pair, shared):
 
 
 def test_crops_and_captions_are_part_of_the_protocol(evaluate, read, videos, tmp_path):
-    """Of the same files: other captions are other prompts."""
+    """Captions added to the same files, or random crops, change the protocol's hash."""
     copies = Path(shutil.copytree(videos, tmp_path / "copies"))
     words = [f"real={copies}", f"videos={videos}"]
     assert evaluate(*words, protocol="folder", name="a") == 0
@@ -221,7 +221,7 @@ def test_crops_and_captions_are_part_of_the_protocol(evaluate, read, videos, tmp
 
 
 def test_other_files_of_the_same_names_and_sizes_are_not_taken_from_the_cache(evaluate, read, tmp_path, videos):
-    """As of uncompressed video; here the last byte tells them apart."""
+    """Files that differ only in content, here in the last byte, have another fingerprint."""
     copies = Path(shutil.copytree(videos, tmp_path / "copies"))
     assert evaluate(f"real={copies}", f"videos={videos}", protocol="folder", name="a") == 0
     for path in copies.glob("*.mp4"):
@@ -241,7 +241,7 @@ def test_damaged_statistics_are_computed_again(evaluate, read, videos):
 
 
 def test_a_generator_of_classes(evaluate, read, pair, tmp_path, capsys):
-    """On UCF-101's layout, with its lists; and on other classes, which it refuses."""
+    """Evaluates a class-conditional generator on UCF-101's layout; refuses data with other classes."""
     root = tmp_path / "UCF-101"
     for n in range(101):
         for group in (1, 2):

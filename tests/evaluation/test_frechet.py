@@ -1,4 +1,4 @@
-"""Fréchet distance: against an independent library, by hand, and however the clips come."""
+"""Fréchet distance: against an independent library, by hand, and for any order and grouping of the clips."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kit.evaluation.frechet import Gaussian, Nested, frechet_distance, root
 
 
 def features(clips: int, size: int, seed: int, shift: float = 0.0) -> torch.Tensor:
-    """(clips, size), correlated, as a detector's are."""
+    """Returns random features (clips, size), correlated as a detector's are."""
     rng = torch.Generator().manual_seed(seed)
     mix = torch.randn(size, size, generator=torch.Generator().manual_seed(99)) / size**0.5
     return torch.randn(clips, size, generator=rng) @ mix * (1 + shift) + shift
@@ -25,7 +25,7 @@ def gaussian(values: torch.Tensor) -> Gaussian:
 
 
 class Given(nn.Module):
-    """Hands torchmetrics the features themselves, dressed as pictures."""
+    """A feature extractor for torchmetrics that returns its input: features given as pictures."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -37,7 +37,7 @@ class Given(nn.Module):
 
 @pytest.mark.parametrize(("clips", "size"), [(300, 40), (60, 100), (500, 400)])
 def test_equals_torchmetrics(clips, size):
-    """Also with fewer clips than features, where covariances are singular."""
+    """It also does with fewer clips than features, where covariances are singular."""
     a, b = features(clips, size, 0), features(clips, size, 1, shift=0.1)
     library = FrechetInceptionDistance(Given(size), normalize=True).set_dtype(torch.float64)
     library.update(a.double()[:, :, None, None], real=True)
@@ -46,7 +46,7 @@ def test_equals_torchmetrics(clips, size):
 
 
 def test_by_hand_in_one_dimension():
-    """(m - n)^2 + (s - t)^2."""
+    """With means m, n and standard deviations s, t the distance is (m - n)^2 + (s - t)^2."""
     a, b = torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [9.0]])
     expected = (1 - 6) ** 2 + (2**0.5 - 18**0.5) ** 2
     assert frechet_distance(gaussian(a), gaussian(b)) == pytest.approx(expected, rel=1e-12)

@@ -1,4 +1,4 @@
-"""A protocol names all that a number depends on, and its hash changes with any of it."""
+"""Protocols: everything that a score depends on is part of the hash."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_seed_is_that_of_the_command_line():
 
 
 def test_real_statistics_are_kept_apart(protocol):
-    """By fold where folds differ, by detector; what concerns samples only makes no difference."""
+    """Their hash depends on the detector, and on the fold if folds have different clips, but not on the samples."""
     assert protocol.real_hash(0, "a") != protocol.real_hash(1, "a") != protocol.real_hash(1, "b")
     assert protocol.resolved(samples=3, seed=5, folds=9).real_hash(0, "a") == protocol.real_hash(0, "a")
     still = protocol.resolved(real=replace(protocol.real, start="middle"))

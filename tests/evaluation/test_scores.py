@@ -1,4 +1,4 @@
-"""Scores by hand: what is measured on frames, kept, and summed up."""
+"""Scores against values computed by hand: measured on frames, kept, and averaged."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ print(used() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_does_not_grow_with_the_clips():
-    """It did, by 5 MB a clip, under `keep_freed_memory` and with what is kept of each clip as tensors."""
+    """With `keep_freed_memory` and scores kept as tensors it grew by 5 MB a clip."""
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True, cwd=ROOT)
     assert float(done.stdout) < 20, f"{done.stdout} MB more after 128 clips"
 

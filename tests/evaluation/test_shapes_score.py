@@ -1,4 +1,4 @@
-"""The reader of shapes clips: right on real and degraded clips, at chance where pixels and captions are unrelated."""
+"""The reader of shapes clips: right on real and degraded clips, at chance if pixels and captions are unrelated."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def accuracy(data: Shapes, clips: int, change=lambda video, n: video, caption=No
 
 
 def degrade(video: torch.Tensor, n: int, blur: float = 1.0) -> torch.Tensor:
-    """What a lossy autoencoder does: blur (in 1/64 sides), colour cast, block artefacts, noise and 8-bit rounding."""
+    """Degrades a clip as a lossy autoencoder does: blur (in 1/64 sides), colour cast, block artefacts, noise, 8-bit rounding."""
     rng = torch.Generator().manual_seed(n)
     _, frames, height, width = video.shape
     kernel = torch.exp(-0.5 * (torch.arange(-5, 6) / blur * 64 / min(height, width)) ** 2)
@@ -51,14 +51,14 @@ def degrade(video: torch.Tensor, n: int, blur: float = 1.0) -> torch.Tensor:
 
 
 def any_caption(n: int) -> str:
-    """A caption drawn evenly from the whole grammar, whatever clip n shows."""
+    """Draws a caption uniformly from the whole grammar, whatever clip n shows."""
     rng = np.random.default_rng((7, n))
     values = (str(rng.choice(list(options))) for options in (COLOURS, SHAPES, MOTIONS, BACKGROUNDS))
     return Attributes(*values).caption()
 
 
 def within_chance(found: float, chance: float, clips: int, sigmas: float = 4) -> bool:
-    """Whether a fraction right is what guessing gives, within `sigmas` deviations of the binomial distribution."""
+    """Returns whether an accuracy is that of guessing, within `sigmas` standard deviations of the binomial distribution."""
     return abs(found - chance) <= sigmas * math.sqrt(chance * (1 - chance) / clips)
 
 
@@ -78,7 +78,7 @@ def test_held_out_clips_are_read_right():
 
 
 def test_clips_of_every_combination_are_read_right():
-    """The held-out tenth leaves out many pairs of shape and motion; training has them."""
+    """Uses training clips: the held-out tenth of the combinations lacks many pairs of shape and motion."""
     assert min(accuracy(Shapes(split="train"), 150).values()) >= 0.98
 
 
@@ -171,7 +171,7 @@ def test_flat_clips_do_not_crash(value, shape):
 
 
 def disc(xs: torch.Tensor, ys: torch.Tensor, radii: torch.Tensor, colour: tuple[int, int, int]) -> torch.Tensor:
-    """A flat disc before dark grey, drawn without the data set: xs, ys, radii (T,) in sides of 64 pixels."""
+    """Draws a flat disc on dark grey, without the data set: xs, ys, radii (T,) as shares of the side of 64 pixels."""
     grid = (torch.arange(64) + 0.5) / 64
     near = (grid - xs[:, None, None]) ** 2 + (grid[:, None] - ys[:, None, None]) ** 2 < radii[:, None, None] ** 2
     return torch.where(near, torch.tensor(colour).view(3, 1, 1, 1), torch.tensor(45)) / 127.5 - 1
@@ -195,7 +195,7 @@ SECONDS = torch.arange(17) / 8
     ],
 )
 def test_discs_drawn_by_hand(motion, xs, ys, radii):
-    """Independent of how the data set draws and moves."""
+    """The clips do not depend on how the data set draws and moves shapes."""
     video = disc(*(torch.as_tensor(part) + 0 * SECONDS for part in (xs, ys, radii)), colour=(220, 50, 40))
     assert read_clip(video) == Reading("red", "ball", motion, "on a dark background")
 
@@ -211,14 +211,14 @@ def test_discs_drawn_by_hand(motion, xs, ys, radii):
     ],
 )
 def test_motion_follows_the_pixels(motion, axis, mirrored):
-    """Mirrored in space or run backwards, the same pixels show another motion."""
+    """A clip flipped in space or time shows another motion."""
     video = clip_of(motion)
     assert read_clip(video).motion == motion
     assert read_clip(video.flip(axis)).motion == mirrored
 
 
 def test_frame_rate_tells_speed():
-    """A bounce seen at a quarter of its speed is none."""
+    """A bounce at a quarter of its speed is not read as bouncing."""
     video = clip_of("bouncing")
     assert read_clip(video, fps=8.0).motion == "bouncing"
     assert read_clip(video[:, :5].repeat_interleave(4, 1)[:, :17], fps=8.0).motion != "bouncing"
@@ -240,7 +240,7 @@ def test_jumping_about_is_no_motion():
 
 
 def test_what_is_gone_most_of_the_time_has_no_motion():
-    """Nor has a speck that stays."""
+    """A still speck has no motion either."""
     still = torch.full((17,), 0.5)
     video = disc(still, still, torch.where(torch.arange(17) < 6, 0.15, 0.0), (220, 50, 40))
     video[:, :, :2, :2] = video[:, :1, 32:33, 32:33]
@@ -248,7 +248,7 @@ def test_what_is_gone_most_of_the_time_has_no_motion():
 
 
 def test_specks_are_left_out():
-    """Stray pixels of the shape's own colour in the upper quarter, elsewhere in every frame."""
+    """The upper quarter has stray pixels of the shape's own colour, at other places in every frame."""
     video = disc(0.75 - 0.22 * SECONDS, 0.5 + 0 * SECONDS, 0.15 + 0 * SECONDS, (220, 50, 40))
     specks = torch.rand(17, 64, 64, generator=torch.Generator().manual_seed(0)) < 0.1
     specks[:, 16:] = False

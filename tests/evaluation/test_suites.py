@@ -1,4 +1,4 @@
-"""Prompt suites made, interrupted, resumed and refused; VBench's results read back, its scores against the paper's table."""
+"""Prompt suites: made, interrupted, resumed and refused."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ HOW = dict(seed=5, batch_size=3, fps=8)
 
 
 def fake(prompts: list[str], seeds: list[int]) -> torch.Tensor:
-    """Clips of noise, each drawn with its seed. What else is in the batch shows too, as it may with bfloat16."""
+    """Returns clips of noise, each drawn from its seed; the rest of the batch changes them too, as it may with bfloat16."""
     company = 0.1 * len(set(seeds))
     return torch.stack([torch.rand(3, 5, 16, 16, generator=torch.Generator().manual_seed(seed)) * company for seed in seeds])
 
 
 class Counted:
-    """`fake` with a count of its calls, interrupted at call number `stop`."""
+    """`fake` that counts its calls and raises KeyboardInterrupt in call number `stop`."""
 
     def __init__(self, stop: int = 0):
         self.calls, self.stop = 0, stop
@@ -60,7 +60,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def decoded(path: Path) -> int:
-    """Frames that can be decoded."""
+    """Returns the number of frames that can be decoded."""
     with av.open(str(path)) as container:
         return sum(1 for _ in container.decode(video=0))
 
@@ -77,7 +77,7 @@ def test_prompts_of_a_text_file(tmp_path):
 
 
 def test_prompts_of_vbench(tmp_path):
-    """A prompt for temporal flickering wants more videos, also where another dimension names it first."""
+    """A prompt for temporal flickering needs more videos, also if another dimension lists it first."""
     entries = [
         {"prompt_en": "a bird", "dimension": ["color"], "auxiliary_info": {"color": {"color": "red"}}},
         {"prompt_en": "alley ", "dimension": ["scene", "background_consistency"]},
@@ -117,7 +117,7 @@ def test_missing_prompt_file_and_no_videos(tmp_path):
 
 
 def test_names_are_those_that_vbench_looks_for():
-    """Two of its own list."""
+    """Uses two prompts of VBench's list."""
     ukiyo = "A beautiful coastal beach in spring, waves lapping on sand by Hokusai, in the style of Ukiyo"
     assert video_name(ukiyo, 0) == f"{ukiyo}-0.mp4"
     assert video_name("A 3D model of a 1800s victorian house.", 4) == "A 3D model of a 1800s victorian house.-4.mp4"
@@ -188,7 +188,7 @@ def test_a_batch_stopped_in_its_middle_is_completed_alike(tmp_path):
 
 
 def test_more_videos_of_a_prompt_are_added(tmp_path):
-    """A model of much motion needs more to pick still ones from."""
+    """VBench picks still videos; a model with much motion needs more to pick from."""
     few = contents(write_suite(fake, PROMPTS, tmp_path, SETTINGS, **HOW))
     more = contents(write_suite(fake, [Prompt(p.text, 4) for p in PROMPTS], tmp_path, SETTINGS, **HOW))
     assert few.items() <= more.items() and len(more) == 12
@@ -246,13 +246,13 @@ def test_videos_of_unknown_origin_are_kept(tmp_path):
 
 
 def test_the_same_clip_gives_the_same_file(tmp_path):
-    """x264's macroblock tree gave several in ten at this size."""
+    """With x264's macroblock tree ten runs gave several different files at this size."""
     clip = Shapes("val", frames=17)[3]["video"]
     assert len({write_video(clip, tmp_path / "a.mp4", 8).read_bytes() for _ in range(12)}) == 1
 
 
 def test_no_half_written_video_has_its_final_name(tmp_path, monkeypatch):
-    """Neither while frames are written nor after an error among them."""
+    """It does not exist under its name while frames are written, nor after an error."""
     seen = []
 
     def from_ndarray(*args, **kwargs):

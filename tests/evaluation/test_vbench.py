@@ -16,12 +16,12 @@ def written(path: Path, value) -> Path:
 
 
 def result(score) -> list:
-    """One dimension's, as VBench writes it."""
+    """Returns the result of one dimension in VBench's format."""
     return [score, [{"video_path": "videos/a cat-0.mp4", "video_results": score}]]
 
 
 def paper(model: str) -> dict[str, float]:
-    """Raw scores, as fractions."""
+    """Returns a model's raw scores from the paper's table, as fractions."""
     return {name: PAPER[name][PAPER_MODELS.index(model)] / 100 for name in DIMENSIONS}
 
 

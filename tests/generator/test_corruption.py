@@ -1,4 +1,4 @@
-"""Cross-Frame Error Correction: the law of the flips, and what the generator then reads and should say."""
+"""Cross-Frame Error Correction: the flip probabilities, and the generator's inputs and targets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def feature_of(schedule: ScaleSchedule, batch: int = 2, d: int = 6) -> torch.Ten
 
 
 def assert_uniform(x: torch.Tensor, low: float, high: float):
-    """Range, mean and variance of U(low, high), within 5 standard errors."""
+    """Checks range, mean and variance of samples of U(low, high), within 5 standard errors."""
     width = high - low
     assert x.min() >= low - 1e-6 and x.max() <= high + 1e-6
     assert abs(x.mean() - (low + high) / 2) < 5 * width / 12**0.5 / len(x) ** 0.5
@@ -35,7 +35,7 @@ def assert_uniform(x: torch.Tensor, low: float, high: float):
 @pytest.mark.parametrize("inherit", [False, True])
 @pytest.mark.parametrize("law", [dict(), dict(p_min=0.05, p_max=0.2, delta=0.04)], ids=["paper", "other"])
 def test_rates_follow_the_law_in_every_block(law, inherit):
-    """U(p_min + delta f, p_max + delta f), but for the first block of a later frame when rates are inherited."""
+    """Rates are U(p_min + delta f, p_max + delta f), except for the first block of a later frame if rates are inherited."""
     law = FlipLaw(**law, inherit=inherit)
     rates = law.draw(SCHEDULE, draws_of(N))
     assert rates.shape == (N, 3, 3)
@@ -51,7 +51,8 @@ def test_paper_is_the_default():
 
 @pytest.mark.parametrize("scales", [1, 3])
 def test_first_block_of_a_frame_inherits_from_the_last_one_before(scales):
-    """(f, 0) ~ U(rate of (f - 1, K - 1), p_max + delta f): its place in that range is uniform, whatever the rate."""
+    """The rate of (f, 0) is U(rate of (f - 1, K - 1), p_max + delta f): its place in that range is uniform and independent of
+    it."""
     schedule = ScaleSchedule(4, SCHEDULE.grids[:scales])
     rates = FlipLaw().draw(schedule, draws_of(N))
     for f in range(1, 4):
@@ -69,7 +70,7 @@ def test_rates_are_drawn_for_each_block_and_sample():
 
 
 def test_rates_end_at_one_half():
-    """A bit flipped more often than not would tell the truth again."""
+    """A bit that is flipped with a probability above 1/2 would carry information again."""
     rates = FlipLaw(p_max=0.45, delta=0.2).draw(ScaleSchedule(5, SCHEDULE.grids), draws_of(N))
     assert rates.max() <= 0.5
     assert rates[:, 1].max() > 0.49
@@ -83,7 +84,7 @@ def test_rates_come_from_the_generator():
 
 
 def expected_sequence(feature: torch.Tensor, schedule: ScaleSchedule, rates: torch.Tensor, inherit: str = "first"):
-    """Inputs and targets by a walk over (sample, frame, scale), for rates of 0 (keep) and 1 (flip)."""
+    """Computes inputs and targets in a loop over (sample, frame, scale), for rates of 0 (keep) and 1 (flip)."""
     d, inputs, targets = feature.shape[1], [], []
     for b in range(len(feature)):
         total = torch.zeros(1, d, *schedule.grid)
@@ -106,7 +107,7 @@ def expected_sequence(feature: torch.Tensor, schedule: ScaleSchedule, rates: tor
 @pytest.mark.parametrize("inherit", ["first", "all"])
 @pytest.mark.parametrize("seed", range(4))
 def test_inputs_and_targets_are_the_walk_with_flipped_bits(seed, inherit):
-    """Each block flipped wholly or not at all: targets are taken against flipped sums, and inputs are those sums."""
+    """Each block is flipped completely or not at all: inputs are sums of flipped bits, and targets are taken against them."""
     feature = feature_of(SCHEDULE)
     rates = (draws_of(2, seed).rand(3, 3) < 0.5).float()
     inputs, targets, _ = training_sequence(feature, SCHEDULE, rates, draws_of(2), inherit)
@@ -132,7 +133,7 @@ def test_without_flips_the_sequence_is_clean(rates):
 
 
 def test_a_margin_is_what_a_wrong_bit_costs():
-    """4 a |r| of squared error, with codes +-a; tried on the finest scale's bits. Flips before it change the residual."""
+    """With codes +-a and residual r a wrong bit costs 4 a |r| of squared error; tried on the finest scale, also after flips."""
     d, n = 6, SCHEDULE.tokens_per_frame
     feature = feature_of(SCHEDULE, batch=1, d=d)
     finest = torch.arange(SCHEDULE.length) % n >= n - 12
@@ -152,13 +153,13 @@ def test_a_margin_is_what_a_wrong_bit_costs():
 
 
 def assert_rate(flips: torch.Tensor, rate: torch.Tensor):
-    """Flips (..., n) measured against a rate for each row, within 5 standard errors."""
+    """Checks the share of flips in each row of (..., n) against its rate, within 5 standard errors."""
     bound = 5 * (rate * (1 - rate) / flips.shape[-1]).sqrt() + 1e-6
     assert ((flips.float().mean(-1) - rate).abs() <= bound).all()
 
 
 def test_measured_flips_match_their_rates_in_every_block(monkeypatch):
-    """In each frame and scale, counted where the bits enter the sum."""
+    """Flips are counted in each frame and scale, where the bits enter the sum."""
     seen = []
 
     def spy(*args):
@@ -175,7 +176,7 @@ def test_measured_flips_match_their_rates_in_every_block(monkeypatch):
 
 
 def test_flipped_bits_are_what_the_next_frame_reads():
-    """With one scale, block (f + 1, 0) reads the very bits of frame f as they were flipped."""
+    """With one scale, block (f + 1, 0) reads exactly the flipped bits of frame f."""
     schedule = ScaleSchedule(4, ((12, 12),))
     feature = feature_of(schedule, batch=3, d=16)
     rates = FlipLaw(p_max=0.4, delta=0.02).draw(schedule, draws_of(3))

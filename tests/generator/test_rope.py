@@ -1,4 +1,4 @@
-"""Multi-scale Temporal RoPE: where tokens sit, and what turning does to attention scores."""
+"""Multi-scale Temporal RoPE: positions of tokens, and the effect of rotation on attention scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SMALL = ScaleSchedule(2, ((1, 1), (2, 2)))
 
 
 def test_positions_written_out():
-    """Condition of 5 tokens at (i, i, i); then (f, y, x) + 5 on the raw grid of each scale."""
+    """The 5 condition tokens are at (i, i, i), the others at (f, y, x) + 5 on the raw grid of each scale."""
     assert positions(SMALL, 5).tolist() == [
         [0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3], [4, 4, 4],
         [5, 5, 5],
@@ -51,7 +51,7 @@ def test_unknown_align_is_refused():
 
 @pytest.mark.parametrize("head_dim, shares", [(64, (8, 12, 12)), (80, (10, 15, 15)), (128, (16, 24, 24)), (8, (1, 1, 2))])
 def test_every_pair_belongs_to_one_axis(head_dim, shares):
-    """Moving along one axis turns that axis's pairs alone, and all three together turn all of them."""
+    """A shift along one axis rotates only that axis's pairs of channels; the three axes together have all pairs."""
     turned = []
     for axis in torch.eye(3):
         cos, sin = rotary_table(axis[None], head_dim)

@@ -1,4 +1,4 @@
-"""Sampling: the cache against the full forward, guidance, temperature, seeds, and given history."""
+"""Sampling: the cache against the full forward pass, guidance, temperature, seeds, and given history."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Everything that goes through the cached generator: list of (f, k, input, logits)."""
+    """Records (f, k, input, logits) of every block that goes through the cached generator."""
     calls, blocks = [], CachedGenerator.blocks
 
     def spy(self, f, first, totals, before):
@@ -40,7 +40,7 @@ def seen(monkeypatch):
 
 
 def sample(model, prompts=PROMPTS, seeds=(0, 1), schedule=SCHEDULE, history=None, **how) -> torch.Tensor:
-    """Bits (B, L, d) of whole clips; `how` as for `Sampling`."""
+    """Samples bits (B, L, d) of whole clips; `how` as for `Sampling`."""
     frames = sample_frames(model, schedule, list(prompts), list(seeds), Sampling(**how), history)
     return torch.cat([frame.bits for frame in frames], 1)
 
@@ -48,10 +48,10 @@ def sample(model, prompts=PROMPTS, seeds=(0, 1), schedule=SCHEDULE, history=None
 def inputs_from(
     bits: torch.Tensor, schedule: ScaleSchedule = SCHEDULE, inherit: str = "first", history: str = "scales"
 ) -> torch.Tensor:
-    """What every block reads, built from the finished bits: partial sums of its frame, or all of the frame before.
+    """Builds the inputs of all blocks from the finished bits: partial sums of a block's frame, or the sum of the frame before.
 
-    With `all` the frame before stands beside every block's sum, zero for the first frame. With history `full` the finished
-    sum of each frame but the last follows its blocks.
+    With `inherit` `all` the sum of the frame before, zero for the first frame, is appended to every input. With `history`
+    `full` the finished sum of each frame but the last follows its blocks.
     """
     partial = [bits_to_feature(bits, schedule, scales=k + 1) for k in range(schedule.scales)]
     nothing, inputs = torch.zeros_like(partial[-1][:, :, 0]), []
@@ -66,7 +66,7 @@ def inputs_from(
 
 
 def full_logits(model, bits: torch.Tensor, dropped: bool = False, prompts=PROMPTS, schedule=SCHEDULE) -> torch.Tensor:
-    """Logits (B, L, d) of the masked forward over the whole clip."""
+    """Computes logits (B, L, d) in one masked forward pass over the whole clip."""
     condition = model.condition(list(prompts), torch.full((len(prompts),), dropped))
     return model(inputs_from(bits, schedule, **model.config.reads), schedule, condition)
 
@@ -83,7 +83,7 @@ def random_bits(tokens: int, batch: int = 2, d: int = 4) -> torch.Tensor:
 @pytest.mark.parametrize("align, inherit", [("grid", "first"), ("center", "first"), ("sequence", "all"), ("grid", "none")])
 @pytest.mark.parametrize("history", ["scales", "full"])
 def test_cached_logits_are_those_of_the_full_forward(make_generator, seen, window, guidance, align, inherit, history):
-    """At every (frame, scale), conditioned and unconditioned rows alike."""
+    """They agree at every (frame, scale), in conditioned and unconditioned rows."""
     model = make_generator(window=window, align=align, inherit=inherit, history=history)
     bits = sample(model, guidance=guidance)
     rows = [full_logits(model, bits)] + ([] if guidance.neutral else [full_logits(model, bits, dropped=True)])
@@ -96,7 +96,7 @@ def test_cached_logits_are_those_of_the_full_forward(make_generator, seen, windo
 
 @pytest.mark.parametrize("history", ["scales", "full"])
 def test_a_smaller_clip_has_the_first_scales(make_generator, seen, history):
-    """The cache is right there too, and a history block is told from the scale that the clip has not."""
+    """The cache is right for fewer scales too, and a history block is not taken for a scale that the clip does not have."""
     model, small = make_generator(history=history, align="center"), replace(SCHEDULE, grids=SCHEDULE.grids[:-1])
     bits = sample(model, schedule=small)
     expected = full_logits(model, bits, schedule=small)
@@ -117,7 +117,7 @@ def test_a_larger_clip_than_the_model_knows_is_refused(make_generator):
 @pytest.mark.parametrize("inherit", ["first", "all", "none"])
 @pytest.mark.parametrize("history", ["scales", "full"])
 def test_a_given_frame_goes_through_in_one_pass(make_generator, seen, monkeypatch, window, inherit, history, given):
-    """Its logits and those of what follows are the full forward's; only the frames to make take a pass for each scale."""
+    """All logits equal the full forward pass; a given frame takes one pass, a frame to make one pass per scale."""
     model, bits = make_generator(window=window, inherit=inherit, history=history), random_bits(SCHEDULE.length)
     passes, run = [], CachedGenerator._run
     monkeypatch.setattr(CachedGenerator, "_run", lambda self, *args: passes.append(args) or run(self, *args))
@@ -144,7 +144,7 @@ def test_cached_logits_in_mixed_precision(make_generator, seen, window, history)
 
 @pytest.mark.parametrize("history", ["scales", "full"])
 def test_window_matters(make_generator, history):
-    """The comparisons above are not of models that see nothing anyway."""
+    """The window changes logits, so the comparisons above are meaningful."""
     bits = random_bits(SCHEDULE.length)
     models = [make_generator(window=window, history=history) for window in (None, 2, 1, 0)]
     logits = [full_logits(model, bits)[:, SCHEDULE.frame(4)] for model in models]
@@ -153,7 +153,7 @@ def test_window_matters(make_generator, history):
 
 @pytest.mark.parametrize("inherit", ["first", "all", "none"])
 def test_training_and_sampling_read_the_same_inputs(make_generator, seen, inherit):
-    """The bits of a real feature as history: exactly what the trainer feeds for that feature."""
+    """With the bits of a real feature as history the sampler reads exactly the inputs that training uses for that feature."""
     feature = torch.randn(2, 4, 5, 2, 3, generator=torch.Generator().manual_seed(3))
     inputs, bits, _ = training_sequence(feature, SCHEDULE, None, None, inherit)
     assert torch.equal(sample(make_generator(inherit=inherit), history=bits), bits)
@@ -166,7 +166,7 @@ def test_training_and_sampling_read_the_same_inputs(make_generator, seen, inheri
 @pytest.mark.parametrize("history", ["scales", "full"])
 @pytest.mark.parametrize("inherit", ["first", "all"])
 def test_bits_of_a_block_move_later_logits_only(make_generator, inherit, history):
-    """From the bits through what the blocks read to the logits, for every block."""
+    """Flipped bits of a block change the logits of later blocks only, for every block."""
     model, bits = make_generator(inherit=inherit, history=history), random_bits(SCHEDULE.length)
     clean = full_logits(model, bits)
     for b in SCHEDULE.blocks:
@@ -179,7 +179,7 @@ def test_bits_of_a_block_move_later_logits_only(make_generator, inherit, history
 
 @pytest.mark.parametrize("history, kept", [("scales", SCHEDULE.tokens_per_frame), ("full", 6)])
 def test_cache_does_not_grow_with_the_clip(make_generator, monkeypatch, history, kept):
-    """With a window, its size and the keys a block attends to are those of window + 1 frames, however long the clip."""
+    """With a window, its size and the keys that a block attends to are those of window + 1 frames for any length of clip."""
     made, attended, layer = [], [], Cache.layer
 
     def spy(self, index):
@@ -209,7 +209,7 @@ def test_cache_does_not_grow_with_the_clip(make_generator, monkeypatch, history,
 
 
 def test_rising_guidance_of_the_paper():
-    """The first scale goes from 1 to 5 over the frames; within each frame gamma goes on to 10."""
+    """Gamma of the first scale goes from 1 to 5 over the frames; within each frame gamma rises to 10."""
     schedule = ScaleSchedule.square(5, (1, 2, 3, 4, 6, 8))
     first = [RISING.gamma(f, 0, schedule) for f in range(5)]
     assert first == pytest.approx([1, 2, 3, 4, 5])
@@ -220,7 +220,7 @@ def test_rising_guidance_of_the_paper():
 
 
 def test_falling_guidance_of_the_paper():
-    """From 5 at the first block to 3 at the last one, in equal steps."""
+    """Gamma goes from 5 at the first block to 3 at the last one, in equal steps."""
     gammas = [FALLING.gamma(b.f, b.k, SCHEDULE) for b in SCHEDULE.blocks]
     assert gammas[0] == pytest.approx(5) and gammas[-1] == pytest.approx(3)
     assert [b - a for a, b in zip(gammas, gammas[1:])] == pytest.approx([-2 / 14] * 14)
@@ -272,7 +272,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
 @pytest.mark.parametrize("logit", [-2.0, 0.0, 1.0])
 def test_bits_are_drawn_at_the_temperature(temperature, logit):
-    """Share of ones: sigmoid(logit / temperature), within 5 standard errors."""
+    """The share of ones is sigmoid(logit / temperature), within 5 standard errors."""
     n = 20_000
     share = draw_bits(torch.full((1, n, 1), logit), temperature, 1.0, generators(0)).float().mean().item()
     p = 1 / (1 + torch.tensor(-logit / temperature).exp().item())
@@ -280,7 +280,7 @@ def test_bits_are_drawn_at_the_temperature(temperature, logit):
 
 
 def test_temperature_ends_at_greedy_and_at_noise():
-    """Degenerate logits: sure bits stay sure at any usual temperature, and a huge one makes them a coin."""
+    """Bits with extreme logits are certain at usual temperatures, and random at a huge one."""
     logits = torch.where(random_bits(5000, batch=1), 30.0, -30.0)
     for temperature in (0.0, 1e-3, 1.0):
         assert torch.equal(draw_bits(logits, temperature, 1.0, generators(0)), logits > 0)
@@ -305,7 +305,7 @@ def test_impossible_sampling_is_refused(value, message):
 
 @pytest.mark.parametrize("top_p, likeliest, others", [(1.0, 0.54, 0.10), (0.9, 0.60, 0.03), (0.5, 0.99, 0.0)])
 def test_top_p_keeps_to_the_likeliest_codes(top_p, likeliest, others):
-    """Two bits of .9 and .6 make codes of .54, .36, .06 and .04: of the nucleus of .9 the last two are no part."""
+    """Bits with p = .9 and .6 make codes with .54, .36, .06 and .04; the last two are not in the nucleus of .9."""
     p = torch.tensor([0.9, 0.6])
     bits = draw_bits((p / (1 - p)).log().expand(1, 20_000, 2), 1.0, top_p, generators(0))[0]
     assert abs(bits.all(-1).float().mean() - likeliest) < 0.03
@@ -326,7 +326,7 @@ def test_top_p_minds_only_the_bits_that_a_scale_has(make_generator, monkeypatch)
 
 
 def test_top_p_weighs_the_bits_of_a_token_together():
-    """Many coins: no code is likelier than another, so a nucleus of codes leaves each bit a coin."""
+    """If all codes are equally likely, each bit stays random in a nucleus of codes."""
     bits = draw_bits(torch.zeros(1, 2000, 16), 1.0, 0.3, generators(0))
     assert abs(bits.float().mean() - 0.5) < 5 * 0.5 / bits.numel() ** 0.5
 
@@ -353,7 +353,7 @@ def test_temperature_zero_is_greedy_and_needs_no_seed(make_generator):
 
 @pytest.mark.parametrize("guidance", [Guidance(), RISING], ids=["free", "guided"])
 def test_a_clip_depends_on_its_own_seed_alone(make_generator, guidance):
-    """The same in any batch and at any place in it."""
+    """It is the same in any batch and at any place in it."""
     model = make_generator()
     both = sample(model, guidance=guidance)
     for i in range(2):
@@ -388,7 +388,7 @@ def test_a_frame_is_its_bits_and_their_sum(make_generator):
 @pytest.mark.parametrize("guidance", [Guidance(), RISING], ids=["free", "guided"])
 @pytest.mark.parametrize("given", [1, 3, 5])
 def test_history_is_kept_and_continued(make_generator, window, guidance, given):
-    """Given bits come back; every later greedy bit is the sign of the full forward's (guided) logit for that clip."""
+    """Given bits come back; every later greedy bit is the sign of the full forward pass's (guided) logit for that clip."""
     model = make_generator(window=window)
     history = random_bits(given * SCHEDULE.tokens_per_frame)
     bits = sample(model, guidance=guidance, temperature=0.0, history=history)

@@ -62,7 +62,7 @@ def test_what_cannot_start(pair, tmp_path, capsys, words, message):
 
 
 def test_a_continued_run_keeps_its_own_weights(pair, tmp_path):
-    """And does not ask any more for those it started from."""
+    """It does not need the checkpoint it started from any more."""
     assert start(pair, tmp_path, "optimizer.lr=1e-2") == 0
     last = tmp_path / "tuned" / "checkpoints" / "last.ckpt"
     before = weights(last)

@@ -1,4 +1,4 @@
-"""The transformer: causality over blocks, conditions, sizes, and that it can be moved and reloaded."""
+"""The transformer: causality over blocks, conditions, sizes, moving to another device, reloading."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def no_grad():
 
 
 def touched(a: torch.Tensor, b: torch.Tensor, schedule: ScaleSchedule) -> list[bool]:
-    """For each block, whether any of its tokens' logits differ by more than rounding."""
+    """Returns for each block whether any of its logits differ by more than rounding."""
     difference = (a - b).abs().amax((0, 2))
     assert not ((difference > 1e-5) & (difference < 1e-4)).any()  # nothing between rounding and a real change
     return [bool((difference[b.slice] > 1e-5).any()) for b in schedule.blocks]
 
 
 def test_a_block_moves_its_own_and_later_logits_and_no_earlier_ones(make_generator):
-    """Over all pairs of blocks."""
+    """Checks all pairs of blocks."""
     model, inputs = make_generator(), inputs_of()
     condition = model.condition(["a red ball"])
     clean = model(inputs, SCHEDULE, condition)
@@ -88,7 +88,7 @@ def test_a_masked_frame_is_unseen_by_later_frames(make_generator):
 
 @pytest.mark.parametrize("part, reached", [(0, [0]), (1, [0]), (2, [0]), (3, [1, 2])])
 def test_with_full_history_later_frames_see_the_finished_frame_alone(make_generator, part, reached):
-    """One layer, no inherited feature: which frames' logits move with part of frame 0, a scale or its history block."""
+    """With one layer and no inherited feature: which frames' logits change with a scale or the history block of frame 0."""
     model = make_generator(layers=1, history="full", inherit="none")
     layout, condition = model.layout(SCHEDULE), model.condition(["a red ball"])
     inputs = torch.randn(1, layout.length - 6, 4, generator=torch.Generator().manual_seed(0)) / 2
@@ -110,7 +110,7 @@ def test_batch_is_samples_side_by_side(make_generator, condition):
 
 
 def test_scales_of_one_place_are_told_apart(make_generator):
-    """Blocks (f, 0) and the first token of (f, 1) sit at one position: the scale embedding must separate them."""
+    """Block (f, 0) and the first token of (f, 1) have the same position: the scale embedding must separate them."""
     model = make_generator()
     x = model.embed(torch.zeros(1, 2, 4), torch.tensor([0, 1]))
     assert not torch.allclose(x[:, 0], x[:, 1])
@@ -128,7 +128,7 @@ def test_first_block_reads_the_learned_start(make_generator):
 
 
 def test_a_new_model_has_no_opinion():
-    """Zero logits: its first loss is one bit per bit."""
+    """All its logits are 0, so its first loss is one bit per bit."""
     model = Generator(GeneratorConfig(2, 32, 2, 4, 3))
     assert not model(inputs_of(), SCHEDULE, model.condition(["a red ball"])).any()
 
@@ -136,7 +136,7 @@ def test_a_new_model_has_no_opinion():
 @pytest.mark.parametrize("window", [None, 1])
 @pytest.mark.parametrize("kept", [None, torch.tensor([[True] * 3, [False, True, False]])], ids=["all", "masked"])
 def test_training_and_inference_compute_the_same(make_generator, window, kept):
-    """With gradients the attention may take another route; logits stay."""
+    """With gradients the attention may use another code path; logits stay the same."""
     model, inputs = make_generator(window=window), inputs_of(batch=2)
     condition = model.condition(["a red ball", "a star"])
     expected = model(inputs, SCHEDULE, condition, kept)
@@ -147,7 +147,7 @@ def test_training_and_inference_compute_the_same(make_generator, window, kept):
 
 
 def test_every_weight_learns(make_generator):
-    """The loss of one batch reaches all parameters."""
+    """All parameters get a gradient from the loss of one batch."""
     model, inputs = make_generator(), inputs_of(batch=2)
     with torch.enable_grad():
         condition = model.condition(["a red", "a star"], torch.tensor([False, True]))
@@ -208,7 +208,7 @@ def test_empty_text_is_no_condition(make_generator):
 
 
 def read_on_a_rank(rank: int, folder: str):
-    """What a process of a distributed training does with its captions; DDP then gives it the buffers of rank 0."""
+    """Encodes captions on one rank of a distributed training, where DDP later copies the buffers of rank 0 to all."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     encoder = WordEncoder(8, 3, 64).train()
     encoder([["a red ball", "blue"], ["a star", "on sand"]][rank])
@@ -240,7 +240,7 @@ def test_conditions_read_their_part_of_a_batch(make_generator):
 
 
 def test_what_has_no_class_is_unconditional(make_generator):
-    """As items without a label are, which must not take the last class's."""
+    """Items without a label (-1) must not get the embedding of the last class."""
     condition = make_generator(condition=CLASSES).condition
     names = condition.prompts({"label": torch.tensor([1, -1])})
     assert names == ["jump", ""] and condition.notes("") == ["no class: clips of any kind"]
@@ -295,7 +295,7 @@ def test_presets_of_the_paper_have_its_sizes(size, parameters):
 
 @pytest.mark.parametrize("size", sorted(path.stem for path in (CONF / "size").glob("*.yaml")))
 def test_every_preset_runs_on_another_device(size):
-    """On the meta device: no table or mask is left behind where the model was built."""
+    """It runs on the meta device, so no table or mask stays on the device where the model was built."""
     values = composed(f"size/{size}")
     sides, bits = values["tokenizer"]["scales"], values["tokenizer"]["bits"]
     schedule = ScaleSchedule.square(2, sides)
@@ -307,7 +307,7 @@ def test_every_preset_runs_on_another_device(size):
 
 
 def test_training_goes_on_with_what_a_validation_asked_for_first(make_generator):
-    """Places and masks of a schedule are kept; those made in inference mode could not be trained with."""
+    """Cached positions and masks of a schedule must not be inference tensors, which training cannot use."""
     schedule = ScaleSchedule(2, ((1, 1), (3, 5)))  # that no other test has
     model, inputs = make_generator().requires_grad_(), inputs_of(schedule)
     with torch.inference_mode():
@@ -339,7 +339,7 @@ def test_weights_and_plain_config_are_the_whole_model(make_generator):
 
 @pytest.mark.parametrize("condition, prompts", [(ConditionConfig(), ["a red ball", ""]), (CLASSES, ["run", "jump"])])
 def test_new_condition_tokens_are_of_one_size(condition, prompts):
-    """Words, places without a word, no condition at all, and classes; the size is that of a pretrained encoder's states."""
+    """Tokens of words, padding, dropped conditions and classes have the size of a pretrained encoder's states."""
     torch.manual_seed(0)
     config = GeneratorConfig(layers=1, width=192, heads=3, bits=4, scales=2, condition=condition)
     condition = Generator(config).condition
@@ -352,7 +352,7 @@ VARIANTS = [{}, {"window": 1}, {"history": "full"}, {"history": "full", "window"
 
 
 def gradients(model: Generator, kept: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Of a loss that every logit moves, and the logits."""
+    """Returns the gradients of a loss that depends on every logit, and the logits."""
     schedule = SCHEDULE
     layout = model.layout(schedule)
     tokens = schedule.length + (layout.length - schedule.length) // schedule.frames * (schedule.frames - 1)
@@ -377,7 +377,7 @@ def test_attention_by_frames_is_attention_over_all(make_generator, variant, kept
 
 
 def test_what_is_recomputed_is_what_was(make_generator):
-    """To the last bit, and less is kept for the backward pass."""
+    """With `recompute` logits and gradients are the same to the last bit, and less is kept for the backward pass."""
     model, kept = make_generator(), torch.tensor([[True, False, True], [True, True, True]])
     sizes, found = [], []
     for model.recompute in (False, True):
@@ -390,7 +390,7 @@ def test_what_is_recomputed_is_what_was(make_generator):
 
 
 def test_norms_are_the_same_in_every_precision():
-    """Also of small numbers, which an epsilon of the type's precision would flatten."""
+    """This holds for small numbers too, which an epsilon of bfloat16's precision would reduce."""
     x = torch.randn(4, 64) * 0.02
     exact = RMSNorm(64)(x)
     torch.testing.assert_close(exact.pow(2).mean(-1), torch.ones(4), atol=5e-3, rtol=0)

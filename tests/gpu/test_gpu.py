@@ -1,4 +1,4 @@
-"""On a CUDA GPU: make test-gpu. What is equal on a CPU is equal there, and a GPU computes what the CPU does."""
+"""Tests on a CUDA GPU (make test-gpu): equivalences that hold on a CPU hold there, and results are those of the CPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def trained(root: Path, name: str, conf: str, *words: str) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[Path, Path]:
-    """Checkpoints of a tokenizer and a generator trained in bfloat16, the generator compiled."""
+    """Checkpoints of a tokenizer and a compiled generator, trained in bfloat16."""
     root = tmp_path_factory.mktemp("gpu")
     tokenizer = trained(root, "tokenizer", "stage1_tokenizer", "recipe.tokenizer.steps=150") / "checkpoints" / "last.ckpt"
     words = [f"tokenizer_ckpt={tokenizer}", "recipe.generator.steps=60", "callbacks.compile.least_steps=0"]
@@ -51,13 +51,13 @@ def pair(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def first_losses(pair, root: Path, name: str, *words: str) -> torch.Tensor:
-    """Of a training of 6 steps with flips, masks and dropped conditions, without a warm-up."""
+    """Returns the losses of a training of 6 steps with flips, masks and dropped conditions, without a warm-up."""
     words = ["recipe.generator.steps=6", "optimizer.warmup=0", "callbacks.video_logger.clips=0", *words]
     return torch.tensor(losses(trained(root, name, "stage2_generator", f"tokenizer_ckpt={pair[0]}", *words)))
 
 
 def test_a_pair_trained_there_has_no_fault(pair):
-    """Cached = whole, alone = in a batch, frame by frame = whole."""
+    """The self-check passes: cached = whole, alone = in a batch, frame by frame = whole."""
     generator, tokenizer = load_generator(pair[1])
     clips = [Shapes("train", 5, 32, 32)[n] for n in range(6)]
     video = torch.stack([clip["video"] for clip in clips]).cuda()
@@ -67,7 +67,7 @@ def test_a_pair_trained_there_has_no_fault(pair):
 
 @pytest.mark.parametrize("words", [{}, {"history": "full"}, {"window": 1}], ids=str)
 def test_a_clip_is_the_same_in_any_batch(words, make_generator):
-    """To the bit, in float32."""
+    """Bits are the same in float32."""
     model = make_generator(**words).cuda()
 
     def sample(which: list[int]) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_a_clip_in_chunks_is_the_whole(make_tokenizer):
 
 
 def test_losses_are_those_of_the_cpu(pair, tmp_path):
-    """In float32; in bfloat16, compiled or not, near them."""
+    """Losses are equal in float32 and near in bfloat16, compiled or not."""
     cpu = first_losses(pair, tmp_path, "cpu", "trainer.accelerator=cpu", "trainer.precision=32-true")
     assert len(cpu) == 6
     gpu = first_losses(pair, tmp_path, "gpu", "trainer.precision=32-true")
@@ -102,7 +102,7 @@ def test_losses_are_those_of_the_cpu(pair, tmp_path):
 
 
 def test_sharded_training_is_that_of_one_process(pair, tmp_path):
-    """FSDP2 over NCCL, of one device: losses, and a checkpoint that is read as any other."""
+    """FSDP2 over NCCL with one device gives the same losses, and a checkpoint that loads as any other."""
     words = ["callbacks.compile=null", "optimizer.name=adamw"]
     alone = first_losses(pair, tmp_path, "alone", "trainer.precision=32-true", *words)
     try:
@@ -129,7 +129,7 @@ LEAN = ["callbacks.compile=null", "callbacks.checkpoint=null", "callbacks.last=n
     "conf, words", [("stage1_tokenizer", []), ("stage2_generator", []), ("stage2_generator", ["recompute=true"])], ids=str
 )
 def test_memory_is_as_on_paper(conf, words, tmp_path):
-    """Within a tenth, in bfloat16, not compiled."""
+    """The estimate is within a tenth of the measured memory, in bfloat16, not compiled."""
     codec = tmp_path / "codec.ckpt"
     values = composed("stage1_tokenizer", "size=tiny").tokenizer
     save_tokenizer(Tokenizer(TokenizerConfig(**plain(values))), {"frames": 17, "height": 64, "width": 64, "fps": 12}, codec)

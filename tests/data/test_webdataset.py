@@ -1,4 +1,4 @@
-"""WebDataset shards are folders of clips by another way."""
+"""WebDataset shards: the same clips as from a folder, and errors."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from kit.cli import main
-from kit.data import shards
+from kit.data import webdataset
 from kit.data.buckets import Bucket, BucketClips
 from kit.data.clips import FolderClips
 from kit.data.shapes import Shapes
-from kit.data.shards import ShardClips, list_shards
+from kit.data.webdataset import ShardClips, list_shards
 from kit.files import written_aside
 from kit.media import write_video
 from tests.fixtures import CLIP, QUICK, TOKENIZER
@@ -94,9 +94,9 @@ def test_splits_share_no_clip_and_epochs_go_shard_by_shard(packed):
     epochs = [[train.file(9 * epoch + i) for i in range(9)] for epoch in range(4)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(train.files)
-        assert len(list(itertools.groupby(train.places[name].shard for name in epoch))) == 3
+        assert len(list(itertools.groupby(train.members[name].shard for name in epoch))) == 3
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert len({train.places[epoch[0]].shard for epoch in epochs + [[train.file(9 * e)] for e in range(4, 20)]}) == 3
+    assert len({train.members[epoch[0]].shard for epoch in epochs + [[train.file(9 * e)] for e in range(4, 20)]}) == 3
 
 
 def test_a_lost_shard_moves_no_clip_of_the_others_to_another_split(packed):
@@ -109,14 +109,14 @@ def test_a_lost_shard_moves_no_clip_of_the_others_to_another_split(packed):
 
 
 def test_processes_that_begin_together_find_the_same(packed, monkeypatch):
-    """The ranks of a training, with nothing in kit's cache folder yet, and a disk that takes its time."""
+    """Ranks of a training start at once with an empty cache folder and a slow disk."""
 
     def write_slowly(path, value):
         with written_aside(path) as aside:
             aside.write_text(json.dumps(value))
             time.sleep(0.2)
 
-    monkeypatch.setattr(shards, "write_json", write_slowly)
+    monkeypatch.setattr(webdataset, "write_json", write_slowly)
     with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
         found = [pool.submit(files_of, str(packed)) for _ in range(4)]
         assert [future.result() for future in found] == [ShardClips(packed, "all", **SHAPE).files] * 4
@@ -132,7 +132,7 @@ def test_no_room_for_an_index_is_no_damage_of_a_shard(packed, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(shards, "write_json", full)
+    monkeypatch.setattr(webdataset, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
         ShardClips(packed, "all", **SHAPE)
 
@@ -146,7 +146,7 @@ def test_workers_give_the_same_items(packed):
 
 
 def test_shards_in_object_storage_and_by_pattern(packed):
-    """Of fsspec's storages the one in memory."""
+    """Uses the in-memory storage of fsspec."""
     storage = fsspec.filesystem("memory")
     for path in packed.iterdir():
         storage.pipe(f"/bucket/{path.name}", path.read_bytes())
@@ -159,7 +159,7 @@ def test_shards_in_object_storage_and_by_pattern(packed):
 
 def test_a_shard_is_read_through_once(packed, monkeypatch):
     ShardClips(packed, "all", **SHAPE)
-    monkeypatch.setattr(shards.tarfile, "open", lambda *a, **k: pytest.fail("read through again"))
+    monkeypatch.setattr(webdataset.tarfile, "open", lambda *a, **k: pytest.fail("read through again"))
     ShardClips(packed, "all", **SHAPE)
     monkeypatch.undo()
     monkeypatch.setenv("KIT_CACHE", str(packed.parent / "cache"))
@@ -172,7 +172,7 @@ def test_damage_costs_what_is_damaged(packed):
     expected = whole[5]["video"]
     cut, changed = packed / "train-0.tar", packed / "train-1.tar"
     cut.write_bytes(cut.read_bytes()[:1000])
-    place = whole.places[whole.files[4]]
+    place = whole.members[whole.files[4]]
     contents = bytearray(changed.read_bytes())
     contents[place.offset : place.offset + place.size] = bytes(place.size)
     changed.write_bytes(contents)
@@ -186,12 +186,12 @@ def test_damage_costs_what_is_damaged(packed):
 
 @pytest.mark.parametrize("call", ["info", "open"])
 def test_a_shard_that_cannot_be_reached_is_not_left_out(packed, monkeypatch, call):
-    """Another time it may be, or by another process of the training, which would have other clips."""
+    """It raises an error: another process might reach the shard, and would then train on other clips."""
 
     def times_out(*_, **__):
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr(shards, "list_shards", lambda _: [str(packed / "train-0.tar")])
+    monkeypatch.setattr(webdataset, "list_shards", lambda _: [str(packed / "train-0.tar")])
     monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, call, times_out)
     with pytest.raises(OSError, match=r"cannot reach the shard .*train-0.tar \(TimeoutError: no answer\); try again"):
         ShardClips(packed, "all", **SHAPE)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from kit.shards import Keys, load_shares, mapped
+from kit.sharded_checkpoint import Keys, load_shares, mapped
 from kit.values import check_whole_number
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, in the CPU memory of the first process
@@ -33,7 +33,7 @@ class ShardedStrategy(ModelParallelStrategy):
         replicas: number of groups of processes, one per machine, say. Each group shards all weights (HSDP): weights are
             gathered within a group, and only gradients are averaged across groups.
         checkpoints: `whole`, gathered by the first process into one file, as without sharding; `sharded`, each process
-            writes its own share, see `kit.shards`.
+            writes its own share, see `kit.sharded_checkpoint`.
     Raises:
         ValueError: for another type or kind of checkpoints, or replicas that do not divide the processes.
     """

@@ -1,4 +1,4 @@
-"""Sharded training on two processes is that of one: losses, averages, checkpoints, and going on with another number."""
+"""Sharded training on two processes equals that on one: losses, averages, checkpoints, resuming with another number."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 from callbacks import EMA
 from kit.checkpoint import read_checkpoint
 from kit.cli import main
+from kit.fsdp import ShardedStrategy, local
 from kit.machine import can_compile
 from kit.run import build_data, build_generator_module, build_trainer
-from kit.sharding import ShardedStrategy, local
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed
 from tests.test_training import losses
 
@@ -39,7 +39,7 @@ STAGES = [  # with clipped and accumulated gradients, images, frozen parts, flip
 
 
 def fit(root: Path, name: str, tokenizer: Path | None, *words: str, conf: str = "stage2_generator") -> Path:
-    """Trains in processes of its own; returns the run's folder. Without a tokenizer it trains one."""
+    """Trains a generator in other processes, or a tokenizer if none is given; returns the run's folder."""
     model = TOKENIZER if tokenizer is None else [*GENERATOR, f"tokenizer_ckpt={tokenizer}"]
     small = [word for word in [*CLIP, *QUICK, *model] if not word.startswith(("trainer.devices", "data.batch_size"))]
     run = [f"root={root}", f"name={name}", "optimizer.warmup=2", "callbacks.last.every=100"]
@@ -54,12 +54,12 @@ def averages(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_near(x: torch.Tensor, expected: torch.Tensor):
-    """As a whole: where a gradient is next to nothing, rounding decides which way Adam and Muon go."""
+    """Compares norms, not elements: for gradients near 0 rounding decides the direction of a step of Adam or Muon."""
     assert (x.float() - expected.float()).norm() <= 3e-2 * expected.float().norm()
 
 
 def assert_alike(found: dict, expected: dict):
-    """Checkpoints in weights, averages, and optimizers."""
+    """Checks that two checkpoints have nearly equal weights, averages and optimizer states."""
     for key in ("state_dict", "ema"):
         assert found[key].keys() == expected[key].keys()
         for name, tensor in expected[key].items():
@@ -77,15 +77,15 @@ def assert_alike(found: dict, expected: dict):
 
 @pytest.fixture(scope="module")
 def runs(pair, tmp_path_factory) -> tuple[Path, Path]:
-    """Of one process and of two, which leave their checkpoints in shards, in three stages."""
+    """Folders of two runs in three stages: on one process, and on two with sharded checkpoints."""
     root = tmp_path_factory.mktemp("sharded")
-    sizes = f"+callbacks.sizes={{_target_:tests.test_sharding.AverageSizes,folder:{root}}}"
+    sizes = f"+callbacks.sizes={{_target_:tests.test_fsdp.AverageSizes,folder:{root}}}"
     ways = {"one": ONE, "two": [*IN_SHARDS, sizes]}
     return tuple(fit(root, n, pair.tokenizer, *way, *STAGES, conf="progressive") for n, way in ways.items())
 
 
 class AverageSizes(L.Callback):
-    """Writes for each process how many numbers of the moving averages it holds, and how many there are."""
+    """Writes for each process how many elements of the moving averages it holds, and how many there are."""
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
@@ -114,7 +114,7 @@ def test_checkpoints_are_alike(runs):
 
 
 def test_what_it_leaves_is_looked_at_and_sampled(runs, tmp_path):
-    """In shards, and as the one file that is made of them: the same video."""
+    """The sharded checkpoint and the consolidated file give the same video."""
     media = runs[1] / "media"
     assert len(list(media.glob("step*.png"))) == len(list((runs[0] / "media").glob("step*.png"))) > 0
     stages = {f"{name}.{kind}" for name in ("last", "low", "some", "all") for kind in ("ckpt", "shards")}
@@ -128,7 +128,7 @@ def test_what_it_leaves_is_looked_at_and_sampled(runs, tmp_path):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(pair, tmp_path):
-    """In shards or not: 1 -> 2, 2 -> 1 and 2 -> 2, each as that of one goes on."""
+    """Runs resumed on 1 -> 2, 2 -> 1 and 2 -> 2 processes, from shards or one file, continue as on one process."""
     words = ["optimizer.name=muon", "callbacks.video_logger.clips=0"]
     for name, way in (("one", ONE), ("two", IN_SHARDS), ("alone", ALONE)):
         fit(tmp_path, name, pair.tokenizer, *way, *words, "recipe.generator.steps=3")
@@ -147,7 +147,7 @@ def test_a_run_goes_on_with_another_number_of_processes(pair, tmp_path):
 
 
 def test_bfloat16_is_near(pair, tmp_path, runs):
-    """Weights gathered as bfloat16, kept and reduced as float32."""
+    """Weights are gathered in bfloat16, and stored and reduced in float32."""
     run = fit(tmp_path, "bf16", pair.tokenizer, *TWO, "trainer.strategy.param_dtype=bfloat16", *STAGES, conf="progressive")
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(runs[0])), atol=2e-3, rtol=0)
     assert all(w.dtype == torch.float32 for w in averages(run).values())
@@ -155,7 +155,7 @@ def test_bfloat16_is_near(pair, tmp_path, runs):
 
 @pytest.mark.skipif(not can_compile(), reason="torch.compile does not work here")
 def test_compiled_layers_train_as_those_of_one_process_without(pair, tmp_path):
-    """Longer runs compile them, and so what recomputes and gathers them; here with clipped gradients."""
+    """Compiled sharded layers with recomputing and clipped gradients give the losses of one process without compiling."""
     words = ["optimizer.name=adamw", "recipe.generator.steps=3", "trainer.gradient_clip_val=0.05", "data.image_share=0"]
     expected = fit(tmp_path, "one", pair.tokenizer, *ONE, *words, "callbacks.compile.least_steps=-1")
     found = fit(tmp_path, "compiled", pair.tokenizer, *TWO, *words, "callbacks.compile.least_steps=0")
@@ -171,8 +171,10 @@ SHARED = [word for word in TWO if not word.startswith("recompute")]
 
 
 def test_a_tokenizer_and_its_discriminators_train_as_in_one_process_and_go_on_in_another_number(tmp_path):
-    """Each begins before the discriminators' turn, which comes after two steps of the six, and goes on in the other's way; at
-    first checkpoints are whole."""
+    """A run on one process and a sharded one agree, then each is resumed in the other's way.
+
+    The first two of six steps are before the discriminators' start; their checkpoints are one file.
+    """
     metrics = ["train/loss", "train/entropy", "val/psnr"]
     ways = {"one": ONE, "two": SHARED}
 
@@ -206,7 +208,7 @@ def test_choices_are_told(word):
 
 
 def test_groups_of_processes_that_each_hold_all_weights_train_as_one(pair, tmp_path):
-    """HSDP: 2 x 2 processes, under Muon and clipped gradients, in loss and averages."""
+    """HSDP on 2 x 2 processes, with Muon and clipped gradients, has the losses and averages of one process."""
     words = ["optimizer.name=muon", "callbacks.video_logger.clips=0", "trainer.gradient_clip_val=0.05"]
     four = [*TWO[:3], IN_SHARDS[-1], "trainer.devices=4", "data.batch_size=1", "trainer.strategy.replicas=2"]
     ways = {"one": ONE, "four": four}
@@ -230,7 +232,7 @@ def test_groups_must_be_of_one_size():
 
 
 def test_processes_part_at_the_end_and_can_meet_again(pair, tmp_path):
-    """One that ended while threads of gloo run could be aborted."""
+    """The process group is closed at the end: a process that ends while threads of gloo run could be aborted."""
     words = [*CLIP, *QUICK, *GENERATOR, f"tokenizer_ckpt={pair.tokenizer}", "trainer=fsdp", "recipe.generator.steps=1"]
     for name in ("first", "second"):
         assert main(["fit", "conf=stage2_generator", *words, f"root={tmp_path}", f"name={name}"]) == 0

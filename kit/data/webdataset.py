@@ -36,7 +36,7 @@ from kit.machine import cache_folder
 WORDS = (".txt", ".json", ".cls")  # files that hold the caption or class of a clip
 
 
-class Place(NamedTuple):
+class Member(NamedTuple):
     """Where the bytes of a clip lie, and its caption and class, if its shard has them."""
 
     shard: str
@@ -76,7 +76,7 @@ def unreachable(shard: str, error: Exception) -> OSError:
 
 
 def index_of(shard: str) -> dict[str, list]:
-    """Index of a shard: file name -> the values of its `Place`, without the shard.
+    """Index of a shard: file name -> the values of its `Member`, without the shard.
 
     It is kept in kit's cache folder as long as the shard keeps its size and time.
 
@@ -153,7 +153,7 @@ class ShardClips(FolderClips):
         root: see `list_shards`.
     """
 
-    places: dict[str, Place] = field(init=False, repr=False, default_factory=dict)
+    members: dict[str, Member] = field(init=False, repr=False, default_factory=dict)
     counts: tuple[int, ...] = field(init=False, repr=False, default=())  # this split's files in each shard
 
     def _names(self) -> list[str]:
@@ -164,43 +164,43 @@ class ShardClips(FolderClips):
             except BrokenShard as error:
                 warnings.warn(f"the shard {shard} is broken: {error}. It is left out; check or replace it.", stacklevel=4)
                 continue
-            found = {f"{shard}/{name}": Place(shard, *place) for name, place in index.items()}
-            self.places |= {name: place for name, place in found.items() if name.lower().endswith(wanted)}
-        if not self.places:
+            found = {f"{shard}/{name}": Member(shard, *values) for name, values in index.items()}
+            self.members |= {name: member for name, member in found.items() if name.lower().endswith(wanted)}
+        if not self.members:
             raise FileNotFoundError(f"data.root={self.root}: no clips in its shards; they end in {', '.join(wanted)}")
-        return list(self.places)
+        return list(self.members)
 
     def _files_of_split(self, names: list[str]) -> list[str]:
         """Splits each shard on its own, so that a shard that is lost or added moves no clip of another."""
         held_out = set()
-        for shard, files in itertools.groupby(names, lambda name: self.places[name].shard):
+        for shard, files in itertools.groupby(names, lambda name: self.members[name].shard):
             first = zlib.crc32(PurePosixPath(shard).name.encode()) % self.val_every  # of small shards some hold one out
             held_out |= set(list(files)[first :: self.val_every])
         return split_files(names, self.split, held_out)
 
     def _begin_records(self) -> None:
         super()._begin_records()
-        shards = itertools.groupby(self.files, lambda name: self.places[name].shard)
+        shards = itertools.groupby(self.files, lambda name: self.members[name].shard)
         self.counts = tuple(len(list(files)) for _, files in shards)
 
     def _labels_of(self, names: list[str]) -> dict[str, str]:
-        labels = {name: self.places[name].label for name in names}
+        labels = {name: self.members[name].label for name in names}
         return labels if all(labels.values()) else {}
 
     def _captions_of(self, names: list[str]) -> dict[str, str]:
-        return {name: self.places[name].caption for name in names if self.places[name].caption is not None}
+        return {name: self.members[name].caption for name in names if self.members[name].caption is not None}
 
     def _order_of(self, epoch: int) -> np.ndarray:
         return _order(self.seed, epoch, self.counts)
 
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:
-        place, path = self.places[name], self.path_of(name)
+        member, path = self.members[name], self.path_of(name)
         with tempfile.NamedTemporaryFile(suffix=path.suffix) as file:
             try:
-                with fsspec.open(place.shard, "rb") as shard:
-                    shard.seek(place.offset)
-                    file.write(shard.read(place.size))
+                with fsspec.open(member.shard, "rb") as shard:
+                    shard.seek(member.offset)
+                    file.write(shard.read(member.size))
                     file.flush()
             except Exception as error:  # each storage has kinds of its own
                 raise UnreadableVideo(path, f"{type(error).__name__}: {error}", self.backend) from error
@@ -214,6 +214,6 @@ class ShardClips(FolderClips):
 
     def listing(self) -> list[str]:
         def within(name: str) -> str:  # the shard's own name and what is in it, wherever it lies
-            return name[len(self.places[name].shard.rpartition("/")[0]) + 1 :]
+            return name[len(self.members[name].shard.rpartition("/")[0]) + 1 :]
 
-        return [f"{within(name)} {self.places[name].size}" for name in self.files]
+        return [f"{within(name)} {self.members[name].size}" for name in self.files]

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-import kit.shards
+import kit.sharded_checkpoint
 from kit.checkpoint import TrainingCheckpointIO, save_training
 from kit.cli import main
 from kit.files import contents_hash, load_checked, save_checked
-from kit.sharding import ShardedStrategy, as_shared, whole
-from kit.shards import load_shares, load_whole, mapped, save_shards
+from kit.fsdp import ShardedStrategy, as_shared, whole
+from kit.sharded_checkpoint import load_shares, load_whole, mapped, save_shards
 
 START = "forkserver"  # imports once for all of them
 
@@ -76,17 +76,20 @@ def saves(path: Path):
     fails("File too large")
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    write, kit.shards.save_checked = kit.shards.save_checked, lambda *_: pytest.fail("the others do not write")
+    write, kit.sharded_checkpoint.save_checked = (
+        kit.sharded_checkpoint.save_checked,
+        lambda *_: pytest.fail("the others do not write"),
+    )
     if dist.get_rank() == 0:
-        kit.shards.save_checked = no_room
+        kit.sharded_checkpoint.save_checked = no_room
     fails("No space left")
-    kit.shards.save_checked = write
-    kit.shards.file_sha256 = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    kit.sharded_checkpoint.save_checked = write
+    kit.sharded_checkpoint.file_sha256 = lambda _: os.kill(os.getpid(), signal.SIGKILL)
     save_training(shared_out(contents(3)), path)
 
 
 def no_room(_, path: Path):
-    raise kit.shards.not_saved(path, OSError(28, "No space left on device"))
+    raise kit.sharded_checkpoint.not_saved(path, OSError(28, "No space left on device"))
 
 
 def goes_on(path: Path):
@@ -199,7 +202,7 @@ def test_shards_that_are_not_what_was_saved_are_refused(saved, tmp_path, damage,
 def test_an_index_that_was_changed_is_refused(saved, tmp_path):
     path = copied(saved, tmp_path)
     index = torch.load(path, weights_only=True)
-    index["shards"]["place"] = "b"
+    index["shards"]["slot"] = "b"
     torch.save(index, path)
     with pytest.raises(ValueError, match="last.ckpt is damaged"):
         load_whole(path)

@@ -2,7 +2,7 @@
 
 A sharded checkpoint is a file and a folder that belong together: `last.ckpt`, the index, and `last.shards`. The index is an
 ordinary checkpoint, except that sharded tensors are on the meta device and that it records where their parts are. It is
-written last, and shards are part of a checkpoint only if the index names their place: of the two places in the folder, a
+written last, and shards are part of a checkpoint only if the index names their slot: of the two slots in the folder, a
 save goes to the one that the index does not name, so that a kill or a full disk leaves the previous save intact.
 
 `torch.distributed.checkpoint` writes and reads the shards. It would read the locations of their parts from `.metadata`, a
@@ -41,8 +41,8 @@ from kit.files import disk_errors, file_sha256, load_checked, not_saved, save_ch
 T = TypeVar("T")
 Keys = tuple[str | int, ...]  # keys of a tensor in a checkpoint, the outermost first
 Take = Callable[[Keys, Tensor], Tensor]  # returns a replacement for a tensor; for one on the meta device, a tensor to fill
-SHARDS = "shards"  # entry of an index: the place in the folder, its files' SHA-256, the parts of each tensor
-PLACES = ("a", "b")  # subfolders that saves alternate between
+SHARDS = "shards"  # entry of an index: the slot in the folder, its files' SHA-256, the parts of each tensor
+SLOTS = ("a", "b")  # subfolders that saves alternate between
 ALIGNED = 64  # bytes; tensors of any type may begin at a multiple of it
 
 
@@ -114,12 +114,12 @@ def save_shards(checkpoint: dict, path: Path):
         return torch.empty(x.shape, dtype=x.dtype, device="meta")
 
     index = mapped(checkpoint, part)
-    place = first(lambda: _cleared(path))
-    folder = folder_of(path) / place
+    slot = first(lambda: _cleared(path))
+    folder = folder_of(path) / slot
     try:
         metadata = _written(shared, folder, path)
         files = everywhere(lambda: {f.name: file_sha256(f) for f in sorted(folder.glob(f"__{dist.get_rank()}_*"))})
-        shards = {"place": place, "files": {k: v for each in files for k, v in each.items()}, "parts": _parts(metadata)}
+        shards = {"slot": slot, "files": {k: v for each in files for k, v in each.items()}, "parts": _parts(metadata)}
 
         def finish():
             if missing := [name for name in shards["files"] if not (folder / name).is_file()]:
@@ -130,7 +130,7 @@ def save_shards(checkpoint: dict, path: Path):
     except OSError:
         first(lambda: shutil.rmtree(folder, ignore_errors=True))
         raise
-    first(lambda: shutil.rmtree(folder_of(path) / _other(place), ignore_errors=True))
+    first(lambda: shutil.rmtree(folder_of(path) / _other(slot), ignore_errors=True))
 
 
 def _written(tensors: dict[str, Tensor], folder: Path, path: Path) -> Metadata:
@@ -149,31 +149,31 @@ def _name(keys: Keys) -> str:
 
 
 def _cleared(path: Path) -> str:
-    """Returns the place that the last checkpoint does not use, emptied of what a killed save has left."""
+    """Returns the slot that the last checkpoint does not use, emptied of what a killed save has left."""
     taken = None
     if path.is_file() and folder_of(path).is_dir():
         try:
-            taken = load_checked(path, mmap=True).get(SHARDS, {}).get("place")
+            taken = load_checked(path, mmap=True).get(SHARDS, {}).get("slot")
         except ValueError:  # a broken checkpoint, which cannot be loaded anyway
             pass
-    place = _other(taken)
-    if (folder_of(path) / place).exists():
-        shutil.rmtree(folder_of(path) / place)
-    return place
+    slot = _other(taken)
+    if (folder_of(path) / slot).exists():
+        shutil.rmtree(folder_of(path) / slot)
+    return slot
 
 
-def _other(place: str | None) -> str:
-    return next(p for p in PLACES if p != place)
+def _other(slot: str | None) -> str:
+    return next(s for s in SLOTS if s != slot)
 
 
 def _parts(metadata: Metadata) -> dict[str, list[tuple]]:
     """Lists the parts of each tensor as plain values: offsets and sizes in it; file, first byte and number of bytes."""
     found = {}
     for name, tensor in metadata.state_dict_metadata.items():
-        places = [metadata.storage_data[MetadataIndex(name, chunk.offsets)] for chunk in tensor.chunks]
+        storage = [metadata.storage_data[MetadataIndex(name, chunk.offsets)] for chunk in tensor.chunks]
         found[name] = [
-            (list(chunk.offsets), list(chunk.sizes), place.relative_path, place.offset, place.length)
-            for chunk, place in zip(tensor.chunks, places, strict=True)
+            (list(chunk.offsets), list(chunk.sizes), stored.relative_path, stored.offset, stored.length)
+            for chunk, stored in zip(tensor.chunks, storage, strict=True)
         ]
     return found
 
@@ -240,7 +240,7 @@ def _filled(
 
     if shards is None:
         return mapped(contents, one)
-    folder = folder_of(path) / shards["place"]
+    folder = folder_of(path) / shards["slot"]
     run(lambda: _check(path, {folder / name: shards["files"][name] for name in list(shards["files"])[rank::ranks]}))
     filled = mapped(contents, one)
     run(lambda: _fill(taken, _Reader(folder, given, shards["parts"])))
