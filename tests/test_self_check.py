@@ -99,7 +99,7 @@ def test_a_cache_that_loses_a_frame(found, monkeypatch):
 
     def lose(self, f):
         start(self, f)
-        self.keys[..., self.condition : self.places.start, :] = 0
+        self.keys[..., self.condition : self.current.start, :] = 0
 
     monkeypatch.setattr(Cache, "start_frame", lose)
     assert found() - HARDLY_LEARNED == {"cache"}
