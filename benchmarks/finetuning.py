@@ -46,7 +46,7 @@ def small(videos: Tensor) -> Tensor:
 
 
 def nearest(videos: Tensor, clips: Tensor, names: list[int]) -> dict[str, float]:
-    """Returns the share of videos whose own clip, given by `names`, is the nearest of all clips, and among the five nearest."""
+    """Returns the share of videos whose own clip, given by `names`, is the nearest of all, and among the five nearest."""
     order = torch.cdist(small(videos), small(clips)).argsort(dim=1)[:, :5]
     right = order == torch.tensor(names)[:, None]
     return {"top1": round(right[:, 0].float().mean().item(), 3), "top5": round(right.any(1).float().mean().item(), 3)}

@@ -100,7 +100,7 @@ def split(args: list[str]) -> tuple[str | None, list[str]]:
     return (names[-1] if names else None), [a for a in args if not a.startswith("conf=")]
 
 
-WORDS = ("words", "overrides", "tokenizer_overrides", "generator_overrides")  # keys of doctor and demo: words for another conf
+WORDS = ("words", "overrides", "tokenizer_overrides", "generator_overrides")  # of doctor and demo: words for another conf
 
 
 def quoted(word: str, sweep: bool = False) -> str:

@@ -94,7 +94,7 @@ def disk_errors() -> Iterator[None]:
 
 
 def not_saved(path: Path, cause: OSError) -> OSError:
-    """Builds the error for a file that could not be saved: the reason, the free space, and whether the previous file exists."""
+    """Builds the error for a file that could not be saved, with the reason, free space, and whether an old file exists."""
     room = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free there)" if path.parent.is_dir() else ""
     before = "; the one before it is whole" if path.exists() else ""
     return OSError(f"{path} could not be saved: {cause.strerror or cause}{room}{before}")

@@ -65,7 +65,7 @@ def reconstruct_file(tokenizer: Loaded, path: str | Path, frames: int | None, fo
         as `open_clip_file`; UnreadableVideo also in the middle of the file: then no mp4 is left behind.
     """
     model = tokenizer.model.to(device())
-    clip = open_clip_file(path, frames, tokenizer.clip["fps"] if model.config.temporal else 0)  # a tokenizer of images has no frame rate
+    clip = open_clip_file(path, frames, tokenizer.clip["fps"] if model.config.temporal else 0)  # images have no rate
     own = clip.size
     size = scaled_size(*own, model.config.shorter_side)
     print(f"{path}: {fitting_note(model, own, len(clip))}")

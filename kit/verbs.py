@@ -231,7 +231,7 @@ def reconstruct(cfg: DictConfig) -> dict:
 
 
 def reconstruct_held_out(tokenizer: Loaded, cfg: DictConfig) -> list[dict]:
-    """Reconstructs held-out clips; writes reconstruction.png, and mp4s of the first `shown`. Returns as `reconstruct_file`."""
+    """Reconstructs held-out clips; writes reconstruction.png and mp4s of the first `shown`. Returns as `reconstruct_file`."""
     data = data_for(cfg, tokenizer, cfg.frames)
     video = held_out(data)["video"]
     rows, by_scale, _ = per_scale(tokenizer, video, cfg.batch_size)

@@ -9,7 +9,7 @@ from kit.data.shapes import Shapes
 
 
 class Gated(Shapes):
-    """Shapes whose training clips from number `at` on wait for the file `gate`; when one is read, it writes `gate`.reached."""
+    """Shapes whose training clips from number `at` on wait for the file `gate`; reading one writes `gate`.reached."""
 
     def __init__(self, *args, gate: str, at: int, **kwargs):
         super().__init__(*args, **kwargs)

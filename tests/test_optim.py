@@ -1,4 +1,4 @@
-"""Muon, AdamW and the learning rate's course."""
+"""Muon, AdamW and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def matrix(m: int, n: int, seed: int = 0) -> torch.Tensor:
 
 
 def run(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: int, first: int = 0):
-    """Steps along random gradients, the same for the same step and place."""
+    """Makes steps with random gradients, which depend only on the step and on the parameter's index."""
     for step in range(first, first + steps):
         for i, p in enumerate(parameters):
             p.grad = torch.randn(p.shape, generator=rng(100 * step + i))
@@ -32,7 +32,7 @@ def run(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps:
 
 @pytest.mark.parametrize("m, n", [(16, 16), (8, 40), (40, 8), (1, 12), (12, 1), (24, 96)])
 def test_orthogonalise_keeps_singular_vectors_and_levels_singular_values(m, n):
-    """Jordan's coefficients bring every singular value that is not tiny to 1 within a third."""
+    """Jordan's coefficients bring every singular value that is not tiny to within a third of 1."""
     u, _, vt = torch.linalg.svd(matrix(m, n), full_matrices=False)
     values = torch.linspace(1.0, 0.2, min(m, n))
     y = orthogonalise(u @ values.diag() @ vt)
@@ -61,7 +61,7 @@ def test_low_rank_matrices_stay_finite_and_bounded(x, scale):
 
 
 def test_matrices_together_are_those_one_by_one():
-    """Of several shapes, some the transpose of others."""
+    """The matrices have several shapes, some the transpose of others."""
     matrices = [matrix(m, n, seed) for seed, (m, n) in enumerate([(8, 20), (20, 8), (6, 6), (8, 20), (30, 4), (6, 6)])]
     for together, alone in zip(orthogonalise_all(matrices), map(orthogonalise, matrices), strict=True):
         torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
@@ -74,7 +74,7 @@ def test_matrices_together_are_those_one_by_one():
 @pytest.mark.parametrize("m, n", [(16, 16), (12, 40), (40, 12)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_muon_agrees_with_torch_on_matrices(m, n, weight_decay):
-    """Ten steps; torch iterates in bfloat16, so within 3 % of the way gone."""
+    """After ten steps they agree within 3 % of the distance moved; torch iterates in bfloat16."""
     start = matrix(m, n)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     run(Muon([ours], [], lr=0.02, weight_decay=weight_decay), [ours], 10)
@@ -85,7 +85,7 @@ def test_muon_agrees_with_torch_on_matrices(m, n, weight_decay):
 
 @pytest.mark.parametrize("shape", [(8, 4, 3, 3, 3), (4, 8, 1, 2, 2)])
 def test_a_kernel_moves_as_a_matrix_of_outputs_by_the_rest(shape):
-    """In any memory layout."""
+    """This holds in any memory layout."""
     start = torch.randn(shape, generator=rng())
     flat = nn.Parameter(start.flatten(1).clone())
     run(Muon([flat], [], lr=0.02, weight_decay=0.1), [flat], 3)
@@ -100,7 +100,7 @@ def test_a_kernel_moves_as_a_matrix_of_outputs_by_the_rest(shape):
 
 
 def test_a_muon_step_is_as_large_as_one_of_adam():
-    """Root mean square 0.2 lr, whatever the gradient's size and the matrix's shape."""
+    """Its root mean square is 0.2 lr, for any gradient size and matrix shape."""
     for m, n in ((64, 64), (32, 128), (128, 32)):
         p = nn.Parameter(torch.zeros(m, n))
         p.grad = matrix(m, n) * 1e-3
@@ -144,7 +144,7 @@ def test_step_calls_its_closure():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_resumed_run_is_the_uninterrupted_one(name):
-    """Bit for bit, through a file, learning rate included."""
+    """State saved to a file and loaded gives the same weights to the last bit, and the same learning rate."""
 
     def build():
         torch.manual_seed(0)

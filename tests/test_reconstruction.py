@@ -1,4 +1,4 @@
-"""`reconstruct video=FILE`: any length and size, in chunks, scored as if it were whole."""
+"""`reconstruct video=FILE`: any length and size, in chunks, with the scores of the whole clip."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.conftest import randomise
 
 @pytest.fixture
 def tokenizer(tmp_path) -> Loaded:
-    """16 pixels the shorter side, of random weights; frames at the file's own rate."""
+    """A tokenizer of random weights with a shorter side of 16 pixels; frames are taken at the file's own rate."""
     model = Tokenizer(TokenizerConfig(bits=4, scales=(1, 2, 4), patch=2, widths=(8, 16), blocks=1))
     return Loaded(randomise(model), {"frames": 5, "height": 16, "width": 16, "fps": 0}, tmp_path / "x.ckpt", 0, "")
 
@@ -58,7 +58,7 @@ def test_each_frame_of_a_file_comes_back(tokenizer, tmp_path, frames, size, code
 
 
 def test_scores_are_those_of_the_whole_clip(tokenizer, tmp_path, monkeypatch):
-    """Of a clip that needs no padding, in chunks that do not divide it, against `per_scale`."""
+    """Scores of a clip that needs no padding, in chunks that do not divide it, equal those of `per_scale`."""
     monkeypatch.setattr(read, "CHUNK", 3)
     path = write_video(moving(13, 16, 24), tmp_path / "a.mp4", 8)
     for frames in (None, 5):
@@ -80,7 +80,7 @@ def test_scores_add_up():
 
 
 def test_the_contact_sheet_shows_the_first_and_the_last_frame(tokenizer, tmp_path):
-    """Of 40 frames, each brighter than the one before; 8 columns, 4 rows."""
+    """The clip has 40 frames, each brighter than the one before; the sheet has 8 columns and 4 rows."""
     video = torch.linspace(-1, 1, 40)[None, :, None, None].expand(3, -1, 16, 16)
     reconstruct_file(tokenizer, write_video(video, tmp_path / "a.mp4", 8), None, tmp_path / "out")
     sheet = np.asarray(Image.open(tmp_path / "out" / "reconstruction.png").convert("L")).astype(int)

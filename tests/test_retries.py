@@ -1,4 +1,4 @@
-"""Runs that lose their loss or a worker: they go back to the last checkpoint and past what was lost."""
+"""Runs that lose a loss or a loader worker: they resume from the last checkpoint and leave out the lost batch."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tests.interrupted import ROOT, STEPS, last, said, same, stopped_midway
 
 
 def progress_of(state: dict) -> dict:
-    """In the data, without the data's settings and the stages' names."""
+    """Returns the progress from a DataModule's state, without its settings and the stages' names."""
     return {key: value for key, value in state.items() if key not in ("settings", "names")}
 
 
 class Poisoned(Shapes):
-    """Shapes whose clip 22 is no numbers."""
+    """Shapes whose training clip 22 is NaN."""
 
     def __getitem__(self, n):
         item = super().__getitem__(n)
@@ -42,7 +42,7 @@ POISONED = ["data.source._target_=tests.test_retries.Poisoned", "recipe.tokenize
 
 
 def test_a_lost_loss_goes_back_and_past_its_batch(tmp_path, monkeypatch):
-    """Batch 5 has the clip; the last checkpoint is of step 4."""
+    """Batch 5 has the NaN clip; the last checkpoint is of step 4."""
     seen = []
     monkeypatch.setattr(
         "callbacks.LastCheckpoint.on_train_batch_start", lambda *a: seen.append(a[3]["n"][0].item()), raising=False
@@ -66,7 +66,7 @@ def test_a_lost_loss_goes_back_and_past_its_batch(tmp_path, monkeypatch):
 
 
 def test_a_stage_leaves_out_a_batch_of_its_own(tmp_path):
-    """The last checkpoint is of the stage before the one whose batch is lost."""
+    """A batch of the second stage is lost when the last checkpoint is of the first."""
     stages = "stages={first:{steps:4},second:{steps:7,data:{batch_size:16}}}"
     switch = "+callbacks.stage_switch={_target_:callbacks.StageSwitch,folder:'${folder}/checkpoints',monitor:val/psnr}"
     with pytest.warns(UserWarning, match="without that batch"):
@@ -102,12 +102,12 @@ def test_a_worker_that_dies_is_made_up_for(whole, tmp_path):
 
 
 def worker_of(process: subprocess.Popen) -> int:
-    """A child of a training, which is a worker of its loader."""
+    """Returns the process id of a loader worker of a training."""
     return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1])
 
 
 def test_what_no_retry_mends_is_raised(tmp_path):
-    """Nothing to go on from, no retry left, or an error of another kind."""
+    """This holds if there is no checkpoint to resume from, no retry left, or the error is of another kind."""
     path, calls = tmp_path / "last.ckpt", []
 
     def fails(error, resume, places):
@@ -139,7 +139,7 @@ def test_what_no_retry_mends_is_raised(tmp_path):
 
 
 def announce(queue):
-    """As a loader's worker does: the tensor itself is fetched later."""
+    """Puts a tensor into a queue as a loader worker does: the reader fetches the tensor itself later."""
     queue.put(torch.zeros(3))
     time.sleep(60)
 
@@ -159,7 +159,7 @@ def test_worker_that_dies_before_its_tensors_are_fetched_is_a_dead_one():
 
 
 def test_exploding_loss_is_as_bad_as_none(tmp_path, monkeypatch):
-    """By a guard that has seen a hundred losses of 0.5; on a good one their mean goes on."""
+    """The guard has seen a hundred losses of 0.5; a normal loss updates their mean, an exploding one raises."""
     trainer = SimpleNamespace(
         world_size=1, global_rank=0, global_step=3, datamodule=SimpleNamespace(position_of=lambda n: (0, n)),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=SimpleNamespace(ready=8)))),
@@ -185,7 +185,7 @@ def test_exploding_loss_is_as_bad_as_none(tmp_path, monkeypatch):
 
 
 def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
-    """Of batch 2, clips 16 to 23 over both."""
+    """Batch 2 has clips 16 to 23, distributed over both; clip 22 is NaN."""
     alone = [word for word in CLIP if word != "trainer.devices=1"]
     words = [f"root={tmp_path}", "name=run", *alone, *TOKENIZER, *QUICK, *STEPS, *POISONED, "trainer.devices=2"]
     command = [sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", *words]
@@ -201,7 +201,7 @@ def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
 
 
 def test_an_error_ends_the_process_although_workers_are_left(tmp_path):
-    """They heed no SIGTERM, by which Python would end them."""
+    """Workers ignore SIGTERM, with which Python would end them."""
     code = (
         "from kit.data.datamodule import leave_sigterm_to_the_trainer as init; from torch.utils.data import DataLoader\n"
         "left = iter(DataLoader(range(9), num_workers=1, worker_init_fn=init)); next(left)\n"

@@ -14,13 +14,13 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 @pytest.fixture
 def tiny_pair(make_generator, make_tokenizer):
-    """A generator and the tokenizer whose bits it speaks, with the schedule of 17 frames of 8 x 12 pixels."""
+    """A generator, its tokenizer, and the schedule of 17 frames of 8 x 12 pixels."""
     tokenizer = make_tokenizer(scales=(1, 2))
     return make_generator(scales=2), tokenizer, tokenizer.schedule(17, 8, 12)
 
 
 def sampled_bits(model, schedule, how: Sampling, history: torch.Tensor | None = None) -> torch.Tensor:
-    """(2, L, d) of whole clips of PROMPTS."""
+    """Samples bits (2, L, d) of whole clips for PROMPTS."""
     return torch.cat([frame.bits for frame in sample_frames(model, schedule, PROMPTS, [0, 1], how, history)], 1)
 
 
@@ -37,7 +37,7 @@ def test_streamed_pixels_are_those_of_the_whole_feature(tiny_pair):
 
 @pytest.mark.parametrize("frames", [1, 9, 17])
 def test_given_pixels_come_back_as_the_tokenizer_sees_them(tiny_pair, frames):
-    """Image-to-video (one frame) and continuation."""
+    """This holds for image-to-video (one frame) and continuation."""
     model, tokenizer, schedule = tiny_pair
     start = torch.rand(2, 3, frames, 8, 12, generator=torch.Generator().manual_seed(2)) * 2 - 1
     video = sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], Sampling(temperature=0.0), start)
@@ -77,7 +77,7 @@ def test_impossible_windows_are_refused(values, message):
 
 @pytest.mark.parametrize("overlap", [1, 5, None])
 def test_a_long_video_is_windows_that_go_on_from_each_other(tiny_pair, overlap):
-    """Each window, made alone from the pixels before it, is what the stream shows; shown once, in any batch."""
+    """The stream equals windows that are each made from the pixels before; frames come once, and any batch gives the same."""
     model, tokenizer, schedule = tiny_pair
     how = Sampling(RISING, overlap=overlap)
     pieces = list(stream_video(model, tokenizer, schedule, PROMPTS, [0, 1], 41, how))
@@ -100,7 +100,7 @@ def test_a_long_video_in_one_sequence(tiny_pair):
 
 
 def test_each_window_costs_the_same(tiny_pair):
-    """Blocks between frames shown: those of a window, however many came before."""
+    """The number of blocks between frames does not depend on how many windows came before."""
     model, tokenizer, schedule = tiny_pair
     blocks, counts = [0], []
     stream = stream_video(model, tokenizer, schedule, PROMPTS, [0, 1], 81, on_block=lambda: blocks.append(0))

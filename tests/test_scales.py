@@ -1,4 +1,4 @@
-"""The scale schedule: counts, order and places of blocks."""
+"""The scale schedule: number, order and offsets of blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_other_lengths_are_refused_with_the_nearest_good_ones(frames, hint):
 
 
 def test_ucf_example_of_the_paper():
-    """5 frames x scales 1 2 3 4 6 8: 30 steps, 5 * (1 + 4 + 9 + 16 + 36 + 64) tokens."""
+    """5 frames x scales 1 2 3 4 6 8 give 30 steps and 5 * (1 + 4 + 9 + 16 + 36 + 64) tokens."""
     assert UCF.scales == 6
     assert len(UCF.blocks) == 30
     assert UCF.tokens_per_frame == 130
@@ -34,7 +34,7 @@ def test_ucf_example_of_the_paper():
 
 
 def test_text_to_video_grid_is_not_square():
-    """384 x 672 pixels: 24 x 42; every scale keeps the aspect ratio as well as whole cells allow."""
+    """384 x 672 pixels give a grid of 24 x 42; every scale keeps the aspect ratio as well as whole cells allow."""
     schedule = ScaleSchedule.square(9, (1, 2, 4, 8, 12, 24), grid=(24, 42))
     assert schedule.grids == ((1, 2), (2, 4), (4, 7), (8, 14), (12, 21), (24, 42))
     assert len(schedule.blocks) == 9 * 6
@@ -63,7 +63,7 @@ def test_a_frame_slice_holds_its_blocks():
 
 
 def test_coordinates_written_out():
-    """(f, k, y, x) of each token, rows first."""
+    """Each token has (f, k, y, x); rows come first."""
     frame = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [2, 0, 0], [2, 0, 1], [2, 1, 0], [2, 1, 1], [2, 2, 0], [2, 2, 1]]
     assert TALL.coordinates.tolist() == [[f, *token] for f in range(2) for token in frame]
     assert TALL.coordinates.dtype == torch.int64
@@ -89,7 +89,7 @@ def test_history_repeats_the_finest_grid_after_each_frame():
 
 
 def test_schedules_are_values():
-    """Equal content is equal and hashable, whatever sequence type the grids came in."""
+    """Schedules of equal content are equal and hashable, whatever sequence type the grids have."""
     same = ScaleSchedule(2, [[1, 1], [2, 1], [3, 2]])
     assert same == TALL and hash(same) == hash(TALL)
     assert same.block(0, 1) == Block(0, 1, 2, 1, 1, 3)

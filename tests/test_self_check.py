@@ -1,4 +1,4 @@
-"""The self-check of `inspect`: all is well with a healthy model, and each fault is found where it is."""
+"""The self-check of `inspect`: a healthy model passes, and each fault is found by its own check."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ HARDLY_LEARNED = {"tokenizer", "conditioning"}  # by the tiny pair, in 150 and 5
 
 @pytest.fixture
 def found(pair):
-    """Names of the checks that find a fault in the tiny pair, which is trained too briefly to know captions."""
+    """A function that runs the self-check of the tiny pair, which hardly knows captions, and returns the names of failed
+    checks."""
     generator, tokenizer = load_generator(pair.generator)
     clips = [Shapes("train", 5, 32, 32)[n] for n in range(6)]
     video = torch.stack([clip["video"] for clip in clips])
@@ -43,7 +44,7 @@ def test_a_healthy_model_has_no_fault(found):
     "detail, ok", [((0.3, 0.7, 0.9), True), ((0.3, 0.9, 0.7), False), ((0.0, 0.0, 0.1), False), ((0.9, 0.9, 0.9), True)]
 )
 def test_scales_must_add_to_the_picture(detail, ok):
-    """Of each scale, how much it shows of what differs from one colour."""
+    """`detail` is the share of the picture's deviation from its mean colour that each number of scales shows."""
     video, schedule = torch.rand(2, 3, 5, 8, 8) * 2 - 1, ScaleSchedule(2, ((1, 1), (1, 2), (2, 2)))
     colour = video.mean(dim=(2, 3, 4), keepdim=True)
     tokenizer = SimpleNamespace(decode_bits=lambda bits, schedule, scales: colour + detail[scales - 1] * (video - colour))
@@ -67,7 +68,7 @@ def test_a_generator_that_knows_nothing(found):
 
 
 def test_a_generator_before_any_training(found):
-    """All its logits are 0: it has learned nothing, and that is all there is to tell."""
+    """With all logits 0 only the checks of what was learned fail."""
     torch.nn.init.zeros_(found.generator.head.weight)
     assert found() - HARDLY_LEARNED <= {"bits", "conditioning"} and "bits" in found()
 
@@ -81,7 +82,8 @@ def test_prompts_that_are_not_heeded(found):
 
 @pytest.mark.parametrize("prompts", [["yes", "no"] * 4, ["yes"] * 4 + ["no"] * 4, ["yes"] * 7 + ["no"]])
 def test_prompts_that_are_heeded(prompts):
-    """Of a model that knows each clip's first bit from its prompt, whatever their order; and by too few nothing is said."""
+    """The model predicts a clip's bits from its prompt; the check passes for any order of clips, and too few clips tell
+    nothing."""
     schedule = ScaleSchedule(1, ((1, 1),))
     bits = torch.tensor([prompt == "yes" for prompt in prompts])[:, None, None].expand(-1, 1, 4)
 
@@ -91,6 +93,14 @@ def test_prompts_that_are_heeded(prompts):
     model.condition = lambda words, dropped: torch.tensor([[1.0 if w == "yes" else -1.0] for w in words]) * ~dropped[:, None]
     assert check_conditioning(model, None, bits, prompts, schedule).ok
     assert not check_conditioning(model, None, ~bits, prompts, schedule).ok
+
+    def condition(words, dropped):  # without a prompt the history says as much, or more
+        sure = torch.where(dropped, 1.0 if as_well else 3.0, 1.0)[:, None]
+        return sure * torch.tensor([[1.0 if w == "yes" else -1.0] for w in words])
+
+    model.condition = condition
+    for as_well in (True, False):
+        assert check_conditioning(model, None, bits, prompts, schedule).ok == as_well
     assert "too few" in check_conditioning(model, None, ~bits[:2], prompts[:2], schedule).found
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints in shards: each process writes and reads its own, a save is whole or leaves no trace, one file of them."""
+"""Sharded checkpoints: each process writes and reads its own shard, a failed save leaves no trace, consolidation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START = "forkserver"  # imports once for all of them
 
 
 def contents(step: int) -> dict:
-    """As a training of this step would save: with rows for all processes or for some, and bytes that do not align."""
+    """Returns a checkpoint as of a training at this step: some tensors have rows for all processes, some for few."""
     weights = {
         "w": torch.arange(21e3).view(7000, 3) + step,
         "b": torch.tensor([step + 0.5]),
@@ -44,7 +44,7 @@ def shared_out(checkpoint: dict) -> dict:
 
 
 def processes(number: int, act, path: Path):
-    """Calls `act(path)` in so many processes at once."""
+    """Calls `act(path)` in `number` processes at once."""
     torch.multiprocessing.get_context(START).set_forkserver_preload(["lightning.pytorch", "torch.distributed.checkpoint"])
     torch.multiprocessing.start_processes(_process, (number, act, path), number, start_method=START)
 
@@ -57,7 +57,7 @@ def _process(rank: int, number: int, act, path: Path):
 
 
 def saves(path: Path):
-    """Step 1 in shards, and whole as a strategy gathers it; then saves that fail on one process or after all have written."""
+    """Saves step 1 in shards and as one file; then tries saves that fail on one process or after all have written."""
     checkpoint = shared_out(contents(1))
     strategy = SimpleNamespace(in_shards=False, is_global_zero=dist.get_rank() == 0)
     gathered = ShardedStrategy.as_saved(strategy, checkpoint)
@@ -93,7 +93,7 @@ def no_room(_, path: Path):
 
 
 def goes_on(path: Path):
-    """From step 1, in another number of processes, to steps 4 and 5; also from the file of step 1."""
+    """Loads step 1 in another number of processes, from shards and from one file, then saves steps 4 and 5."""
     expected, now = contents(1), shared_out(contents(0))
 
     def like(keys):
@@ -124,7 +124,7 @@ def flip(file: Path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """Of step 1: the saves after it failed, the last because the processes were killed."""
+    """The sharded checkpoint of step 1; later saves failed, the last because the processes were killed."""
     path = tmp_path_factory.mktemp("shards") / "last.ckpt"
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
         processes(2, saves, path)
@@ -137,7 +137,7 @@ def copied(saved: Path, folder: Path) -> Path:
 
 
 def test_a_save_that_fails_or_is_killed_leaves_the_one_before(saved):
-    """Of all processes; what was written in vain is still there after the kill."""
+    """Shards of all processes are whole; the files of the killed save are still there."""
     assert contents_hash(load_whole(saved)) == contents_hash(contents(1))
     assert len(list((saved.parent / "last.shards").glob("b/__*"))) == 2
 

@@ -1,4 +1,4 @@
-"""Trainings in stages: where each step lies, what changes with a stage and what stays, and how they stop and go on."""
+"""Trainings in stages: which stage a step belongs to, what a stage changes, and how they stop and resume."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_each_stage_has_its_clips_and_its_learning_rate(whole):
 
 @pytest.mark.parametrize("step", [2, 4, 5, 7])
 def test_a_resumed_run_knows_its_stage_and_its_place(step, whole, pair, tmp_path, monkeypatch):
-    """Stopped within a stage and at its end, the rest is the uninterrupted run's to the last bit."""
+    """A run stopped within a stage or at its end, and resumed, equals an uninterrupted run to the last bit."""
     words = [*PLAN, "callbacks.last.every=1"]
     interrupt_after(step + 1, monkeypatch)
     assert fit_stages(tmp_path, pair.tokenizer, *words) == 1
@@ -152,7 +152,7 @@ def test_other_steps_of_a_stage_that_is_over_change_nothing(whole, pair, tmp_pat
 
 @pytest.mark.parametrize("step", [4, 6])
 def test_a_stage_that_is_shortened_below_where_it_was_costs_the_others_no_step(step, pair, tmp_path, monkeypatch):
-    """Within it, it ends; behind it, nothing changes."""
+    """A run that is in the stage ends it at once; for a run that is past it nothing changes."""
     interrupt_after(step, monkeypatch)
     assert fit_stages(tmp_path, pair.tokenizer, *PLAN, "callbacks.last.every=1") == 1
     monkeypatch.undo()
@@ -162,7 +162,7 @@ def test_a_stage_that_is_shortened_below_where_it_was_costs_the_others_no_step(s
 
 
 def test_a_stage_can_end_on_a_plateau(pair, tmp_path, monkeypatch, caplog):
-    """With next to no learning rate validations are alike but for rounding; resumed, the end stays where it was."""
+    """With a tiny learning rate validations do not improve, so the stage ends; a resumed run keeps its end."""
     plan = ["+stages.stuck={steps:40,lr:1.0e-30,patience:2}", "+stages.then={steps:3,data:{frames:9}}"]
     words = [*plan, "trainer.val_check_interval=2", "callbacks.last.every=1"]
     assert fit_stages(tmp_path, pair.tokenizer, *words, name="whole") == 0

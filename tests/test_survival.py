@@ -1,4 +1,4 @@
-"""Runs that are killed, told to end, or out of disk: what is saved, and how they go on."""
+"""Runs that are killed, terminated, or out of disk space: what is saved, and how they resume."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.interrupted import STEPS, last, said, same, started, stopped_midway, 
 
 
 def test_killed_while_saving_it_goes_on_to_the_same_weights(whole, tmp_path):
-    """It saves at each step. benchmarks/survival.py does this 50 times."""
+    """The run saves at each step. benchmarks/survival.py does this 50 times."""
     folder = last(tmp_path).parent
     process = started(tmp_path, "callbacks.last.every=1")
     wait_for(lambda: last(tmp_path).is_file() and any(folder.glob(".*part*")), process)
@@ -38,7 +38,7 @@ def test_killed_while_saving_it_goes_on_to_the_same_weights(whole, tmp_path):
 
 @pytest.mark.parametrize("accumulate, workers", [(1, 1), (3, 0)])
 def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, accumulate, workers):
-    """With all its processes, as schedulers tell it."""
+    """All processes of the run get SIGTERM, as from a scheduler."""
     every = ["callbacks.last.every=1000", f"data.workers={workers}"]
     with stopped_midway(tmp_path, f"optimizer.accumulate={accumulate}", *every) as process:
         os.killpg(process.pid, signal.SIGTERM)
@@ -68,7 +68,7 @@ def test_what_sigterm_did_before_it_does_again(tmp_path):
 
 
 def fill(folder: Path):
-    """Leaves a file system 1 MB, enough for logs and too little for a checkpoint."""
+    """Fills a file system up to 1 MB, which is enough for logs but not for a checkpoint."""
     with open(folder / "filler", "wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - 2**20)
 
@@ -86,7 +86,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("may_fail", [1, 1000])
 def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, small_disk, may_fail):
-    """The run stops as configured, or goes on and saves once there is room."""
+    """The run stops after the configured number of failures, or continues and saves once there is space."""
     with stopped_midway(small_disk, "callbacks.last.every=2", f"callbacks.last.may_fail={may_fail}") as process:
         fill(small_disk)
     if may_fail == 1000:
@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, small_disk, may_fai
 
 @pytest.mark.parametrize("may_fail", [0, 1])
 def test_a_failed_save_of_another_callback_is_not_forgotten(tmp_path, monkeypatch, may_fail):
-    """A stage's end, of which nothing is left, and then a `last.ckpt` that goes well."""
+    """The checkpoint at a stage's end fails, then `last.ckpt` succeeds: the failure still counts, once."""
     monkeypatch.setattr("kit.checkpoint.save_training", save := MagicMock(side_effect=[OSError("no room"), None, None]))
     io, last = TrainingCheckpointIO(), LastCheckpoint(str(tmp_path), every=1, may_fail=may_fail)
     strategy = SimpleNamespace(checkpoint_io=io, broadcast=lambda value: value)
@@ -127,7 +127,7 @@ def test_a_failed_save_of_another_callback_is_not_forgotten(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_failure_that_was_let_pass_does_not_fail_a_later_save(tmp_path, monkeypatch, failures):
-    """The last save of a training may not fail; that those before it did is over."""
+    """The last save of a training may not fail, but failures before it are forgiven."""
     outcomes = [OSError("no room")] * failures + [None]
     monkeypatch.setattr("kit.checkpoint.save_training", MagicMock(side_effect=outcomes))
     io, last = TrainingCheckpointIO(), LastCheckpoint(str(tmp_path), every=1, may_fail=2)
@@ -141,7 +141,7 @@ def test_a_failure_that_was_let_pass_does_not_fail_a_later_save(tmp_path, monkey
 
 
 def test_a_folder_that_cannot_be_synced_loses_no_save(tmp_path, monkeypatch):
-    """As on some network file systems: the file is in its place all the same."""
+    """Some network file systems cannot sync a folder; the file is in place all the same."""
     sync = os.fsync
 
     def files_alone(descriptor):
@@ -174,7 +174,7 @@ def test_a_run_from_another_ones_end_has_a_checkpoint_of_its_own(pair, tmp_path)
 
 
 def test_failed_save_leaves_what_was_there(tmp_path):
-    """As on a full disk: the process may not write files of more than 64 KiB."""
+    """A limit of 64 KiB for files stands for a full disk."""
     path = tmp_path / "last.ckpt"
     save_checked({"step": 1}, path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -200,7 +200,7 @@ def test_a_flipped_bit_of_a_checkpoint_is_found(pair, tmp_path):
 
 
 def test_saves_take_no_more_than_their_share_of_the_time(tmp_path, monkeypatch):
-    """Of steps of a second, where a save takes two: every step without a share, every ninth with a fifth of the time."""
+    """Steps take a second and saves two: with share 1 every step is saved, with share 0.2 every eighth."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(last_checkpoint.time, "monotonic", lambda: clock.now)
     saved = []

@@ -1,4 +1,4 @@
-"""Runs that stop and go on, weights that are averaged, losses that are no numbers, checkpoints that survive."""
+"""Runs that stop and resume, averaged weights, NaN losses, checkpoints."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ compile_layer = torch.nn.Module.compile
 
 
 def losses(folder: Path, start: int = 0, metric: str = "train/loss") -> list[float]:
-    """The training loss of each step, or another metric, as logged by the n-th start of a run."""
+    """Reads the training loss of each step, or another metric, as logged by start number `start` of a run."""
     rows = csv.DictReader((folder / "logs" / f"version_{start}" / "metrics.csv").open())
     return [float(row[metric]) for row in rows if row[metric]]
 
 
 def interrupt_after(step: int, monkeypatch):
-    """As Ctrl-C would, once that many steps are done and logged."""
+    """Interrupts trainings as Ctrl-C does, once `step` steps are done and logged."""
 
     def stop(self, trainer, *_):
         if trainer.global_step == step:
@@ -76,7 +76,7 @@ def test_resumed_run_gives_the_uninterrupted_loss_to_the_last_bit(part, compiled
 
 @pytest.mark.skipif(not can_compile(), reason="torch.compile has no C++ compiler here")
 def test_compiled_layers_train_alike(pair, tmp_path):
-    """Up to rounding, over batches of clips and of images and validations; afterwards nothing stays compiled."""
+    """Losses are equal up to rounding, over batches of clips and images and validations; nothing stays compiled."""
 
     def fit(name, least_steps):
         joint = ["trainer.precision=32-true", "data.image_share=0.5"]
@@ -239,7 +239,7 @@ def test_ranks_share_the_stream_without_overlap():
 
 
 def test_each_rank_validates_as_many_clips():
-    """Sharded ranks wait for each other in each batch."""
+    """The numbers must be equal, because sharded ranks wait for each other in every batch."""
     data = ClipDataModule(partial(Shapes), 1, 16, 16, 8.0, batch_size=2, val_clips=64, workers=0)
     cpu = SimpleNamespace(root_device=torch.device("cpu"))
     for ranks in (1, 3, 5):
@@ -264,7 +264,7 @@ def batches(sampler, n):
 
 @pytest.mark.parametrize("share", [0.25, 0.3, 1.0])
 def test_images_and_clips_are_streams_of_their_own(share):
-    """A share of the batches holds first frames; each stream is whole, and a later beginning goes on in both."""
+    """A share of the batches holds first frames; no item of either stream is left out, also if a stream begins later."""
     stream = batches(StreamSampler(2, 0, 0, 1, 17, share, 6), 40)
     images, clips = ([b for b in stream if b[0][1] == frames] for frames in (1, 17))
     assert len(images) == int(40 * share) and {len(b) for b in images} == {6} and {len(b) for b in clips} <= {2}
@@ -274,8 +274,8 @@ def test_images_and_clips_are_streams_of_their_own(share):
 
 
 def test_images_and_video_jointly(pair, tmp_path, caplog):
-    """Every other batch holds as many images as a batch of clips has latent frames: the loss of the whole is in between, and
-    it is the same whether clips are encoded ahead or as they come."""
+    """Every other batch holds as many images as a batch of clips has latent frames, with the losses of runs on clips and on
+    images alone; clips encoded ahead and during training give the same."""
 
     def fit(name, *words):
         steps = [f"name={name}", "recipe.generator.steps=6", "trainer.precision=32-true", "optimizer.lr=0"]

@@ -135,7 +135,7 @@ def test_what_models_show_is_of_one_process_and_of_some_clips(verb, pair, tmp_pa
 
 
 def demo_words(root: Path, *generator: str) -> list[str]:
-    """The demo in a reduced form."""
+    """Returns the words of a reduced demo."""
     lists = {"overrides": [*CLIP, *TOKENIZER, *QUICK], "generator_overrides": [*GENERATOR, *generator],
              "tokenizer_overrides": ["recipe.tokenizer.steps=4"]}  # fmt: skip
     lists = [f"{key}=[" + ",".join(f"'{value}'" for value in values) + "]" for key, values in lists.items()]
@@ -143,7 +143,7 @@ def demo_words(root: Path, *generator: str) -> list[str]:
 
 
 def test_other_clips_than_those_held_out_are_told(tmp_path, capsys, caplog):
-    """A tokenizer of one's own clips, scored on `shapes`, or on another choice of what is held out."""
+    """A tokenizer trained on a folder of clips is scored on `shapes`, or with another choice of held-out clips."""
     for n in range(6):
         write_video(Shapes(frames=5, height=32, width=32)[n]["video"], tmp_path / "clips" / f"{n}.mp4", 8)
     data = ["data=clips", f"data.root={tmp_path / 'clips'}"]
@@ -163,8 +163,8 @@ def test_reconstructions_of_another_call_do_not_stay(pair, tmp_path):
 
 
 def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tmp_path):
-    """In a reduced form: killed with all its processes once the generator has saved a step, started again with the same
-    words, and once more, with nothing left to train."""
+    """A reduced demo is killed with all its processes once the generator has saved a step, then started again with the same
+    words, and once more with nothing left to train."""
     saves = ["callbacks.last.every=5", "callbacks.last.share=1"]
     words, folder = demo_words(tmp_path, "recipe.generator.steps=60", *saves), tmp_path / "demo"
     last = folder / "generator" / "checkpoints" / "last.ckpt"

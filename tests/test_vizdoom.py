@@ -1,4 +1,4 @@
-"""`kit prepare vizdoom`: real clips, each a function of its number and the seed alone, however they are rendered."""
+"""`kit prepare vizdoom`: each clip depends only on its number and the seed, however the work is divided."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A clip of each action on each map, rendered by one worker."""
+    """A folder with a clip of each action on each map, rendered by one worker."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         return prepare_vizdoom(COUNT, SMALL, workers=1)
@@ -68,7 +68,7 @@ def test_clips_have_captions_and_the_action_or_the_map_as_class(folder):
 
 @rendering
 def test_each_clip_moves_as_its_action_says(folder):
-    """Turning left, what is seen moves to the right; walking backward, it shrinks to the centre."""
+    """Each clip has motion; when the player turns left the picture moves to the right, and the other way round."""
     clips = FolderClips(folder, split="all", frames=9, height=32, width=48)
     for n, name in enumerate(clips.files):
         least = vizdoom.LEAST_FLASH if name.startswith("shoot") else vizdoom.LEAST_MOTION
@@ -77,7 +77,7 @@ def test_each_clip_moves_as_its_action_says(folder):
 
 
 def shift(clips: FolderClips, action: str) -> float:
-    """By how many pixels the clips' frames move to the right, on average, from frame to frame."""
+    """Returns by how many pixels per frame the pictures of an action's clips move to the right, on average."""
     found = []
     for n, name in enumerate(clips.files):
         if name.startswith(action):
@@ -96,7 +96,7 @@ def _difference(video: torch.Tensor, by: int) -> float:
 
 @rendering
 def test_pictures_are_in_colour_and_not_empty(folder):
-    """The field's slime is green, the arena's sand is more red than blue."""
+    """The slime of the field is green, the sand of the arena is more red than blue."""
     clips = FolderClips(folder, split="all", frames=9, height=32, width=48)
     for n, name in enumerate(clips.files):
         video = clips[n]["video"]
@@ -145,7 +145,7 @@ def test_other_forms_and_seeds_have_other_folders():
 
 @contextmanager
 def preparing(tmp_path, clips: int) -> Iterator[psutil.Process]:
-    """`prepare vizdoom` with two workers, in a session of its own, once both were started and so many clips are there."""
+    """Runs `prepare vizdoom` with two workers in its own session; yields once both run and `clips` clips are made."""
     words = [sys.executable, "-m", "kit", "prepare", "vizdoom", f"n={COUNT}", *WORDS, "workers=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "said", "w") as said:
@@ -170,7 +170,7 @@ def workers_of(running: psutil.Process) -> list[psutil.Process]:
 
 
 def session(number: int) -> list[psutil.Process]:
-    """The processes of a session: the command, its workers and their engines."""
+    """Lists the processes of a session: the command, its workers and their engines."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -180,14 +180,14 @@ def session(number: int) -> list[psutil.Process]:
 
 
 def is_over(number: int) -> bool:
-    """Whether all processes of a session end within some seconds."""
+    """Returns whether all processes of a session end within 60 seconds."""
     _, alive = psutil.wait_procs(session(number), timeout=60)
     return not alive
 
 
 @rendering
 def test_two_workers_that_are_stopped_make_what_one_makes(folder, tmp_path):
-    """By Ctrl-C, which a terminal sends to the group in front; nobody is left behind."""
+    """They are stopped by Ctrl-C, which a terminal sends to the foreground group; no process is left behind."""
     with preparing(tmp_path, clips=2) as running:
         os.killpg(running.pid, signal.SIGINT)
         assert running.wait(120) == 1 and is_over(running.pid)
@@ -209,7 +209,7 @@ def test_workers_are_stopped_before_their_first_clip_too(tmp_path):
 @rendering
 @pytest.mark.parametrize("victim", ["worker", "engine"])
 def test_a_process_that_dies_ends_the_others(tmp_path, victim):
-    """Such as one for which memory does not suffice."""
+    """A process may die, for example, if memory runs out."""
     with preparing(tmp_path, clips=2) as running:
         if victim == "worker":
             workers_of(running)[0].kill()
@@ -235,7 +235,7 @@ def test_signals_are_noted_while_the_block_runs(number):
 
 @rendering
 def test_a_clip_that_cannot_be_had_is_told(monkeypatch):
-    """Two minutes of walking forward: there is a wall before."""
+    """Two minutes of walking forward are impossible, because a wall is in the way."""
     monkeypatch.setattr(vizdoom, "ATTEMPTS", 3)
     form = Form(frames=60, height=32, width=32, tics=70, seed=0)
     with started("maze", form, armed=False) as game, pytest.raises(ValueError, match="in 3 attempts .* take 120.0 s"):

@@ -345,7 +345,7 @@ def test_a_tokenizer_trains_in_buckets(tokenizer):
 
 @pytest.mark.parametrize("encoded", [0, 9])
 def test_a_run_in_buckets_goes_on_to_the_last_bit(encoded, folder, tokenizer, generator, tmp_path, monkeypatch, caplog):
-    """A stopped and resumed run has the same losses as one that was not stopped, with clips encoded during training or ahead."""
+    """A stopped and resumed run has the losses of an uninterrupted one, with clips encoded during training or ahead."""
     words = [
         *BOTH, f"recipe.generator.encoded_clips={encoded}", "recipe.generator.steps=8", "data.image_share=0.25",
         "callbacks.last.every=1",

@@ -29,7 +29,7 @@ def test_small_folders_still_have_a_val_split():
 
 
 def test_pictures_do_not_move_the_held_out_videos():
-    """Pictures beside videos leave the split of the videos as it is, because image and video tokenizers train on one folder."""
+    """Pictures do not change the split of videos beside them: image and video tokenizers may train on one folder."""
     videos, pictures = [f"{i:02d}.mp4" for i in range(20)], [f"{i:02d}_still.PNG" for i in range(7)]
     held_out = held_out_of(videos, 5)
     assert len(held_out) == 4 and held_out_of(sorted(videos + pictures), 5) == held_out | {"04_still.PNG"}

@@ -36,7 +36,7 @@ def accuracy(data: Shapes, clips: int, change=lambda video, n: video, caption=No
 
 
 def degrade(video: torch.Tensor, n: int, blur: float = 1.0) -> torch.Tensor:
-    """Degrades a clip as a lossy autoencoder does: blur (in 1/64 sides), colour cast, block artefacts, noise, 8-bit rounding."""
+    """Degrades a clip like a lossy autoencoder: blur (in 1/64 sides), colour cast, block artefacts, noise, 8-bit rounding."""
     rng = torch.Generator().manual_seed(n)
     _, frames, height, width = video.shape
     kernel = torch.exp(-0.5 * (torch.arange(-5, 6) / blur * 64 / min(height, width)) ** 2)

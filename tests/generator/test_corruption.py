@@ -133,7 +133,7 @@ def test_without_flips_the_sequence_is_clean(rates):
 
 
 def test_a_margin_is_what_a_wrong_bit_costs():
-    """With codes +-a and residual r a wrong bit costs 4 a |r| of squared error; tried on the finest scale, also after flips."""
+    """With codes +-a and residual r wrong bits cost 4 a |r| of squared error; tried on the finest scale, also after flips."""
     d, n = 6, SCHEDULE.tokens_per_frame
     feature = feature_of(SCHEDULE, batch=1, d=d)
     finest = torch.arange(SCHEDULE.length) % n >= n - 12

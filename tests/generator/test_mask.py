@@ -72,7 +72,7 @@ def test_truth_table_written_out():
 
 
 def may_see_with_history(query: tuple[int, int], key: tuple[int, int], window: int | None) -> bool:
-    """Does the same with full history, where block (f, 3) repeats frame f and is the only block of it that later frames see."""
+    """Does the same for full history: block (f, 3) repeats frame f and is the only block of it that later frames see."""
     if key[0] == CONDITION or query[0] == CONDITION:
         return key[0] == CONDITION
     if query[1] == 3:  # a history block

@@ -48,7 +48,7 @@ def sample(model, prompts=PROMPTS, seeds=(0, 1), schedule=SCHEDULE, history=None
 def inputs_from(
     bits: torch.Tensor, schedule: ScaleSchedule = SCHEDULE, inherit: str = "first", history: str = "scales"
 ) -> torch.Tensor:
-    """Builds the inputs of all blocks from the finished bits: partial sums of a block's frame, or the sum of the frame before.
+    """Builds the inputs of all blocks from finished bits: partial sums of a block's frame, or the sum of the frame before.
 
     With `inherit` `all` the sum of the frame before, zero for the first frame, is appended to every input. With `history`
     `full` the finished sum of each frame but the last follows its blocks.

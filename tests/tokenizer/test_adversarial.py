@@ -1,4 +1,4 @@
-"""Adversarial and perceptual training of the tokenizer: each loss by hand, turns, weights, schedules, resume."""
+"""Adversarial and perceptual training of the tokenizer: each loss by hand, order of steps, weights, schedules, resume."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_module(*overrides: str, steps: int = 10, kind: type[TokenizerModule] = 
 
 
 class Recorder(L.Callback):
-    """What each batch logged, and the weights after it."""
+    """Records what each batch logged, and the weights after it."""
 
     def __init__(self):
         self.logged, self.weights = [], []
@@ -113,7 +113,7 @@ def test_perceptual_loss_is_the_mean_over_frames(shared):
 
 
 def test_some_frames_are_drawn_of_each_clip_by_its_number():
-    """And so by nothing else of the batch, or on another device."""
+    """The draw does not depend on the rest of the batch or on the device."""
     video = torch.randn(2, 3, 5, 4, 4)
     assert some_frames(5, None, Draws(0, [0])) is some_frames(5, 9, Draws(0, [0])) is None
     assert chosen_frames(video, None) is video
@@ -168,7 +168,7 @@ def test_every_term_is_logged_raw_and_weighted():
 
 
 def test_losses_of_a_step_are_those_of_its_tensors():
-    """The first iteration, computed again outside."""
+    """The losses logged by the first iteration equal those computed here."""
     module = make_module()
     batch = torch.utils.data.default_collate([Shapes("train", 5, 16, 16, 8.0)[n] for n in range(2)])
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_the_perceptual_term_compares_with_the_clips(shared, monkeypatch):
 
 
 def test_two_processes_train_adversarially_as_one(tmp_path):
-    """With the adaptive weight: the pulls are those of all clips."""
+    """The adaptive weight uses the gradients of all clips."""
     words = [*ADVERSARIAL, "loss.adversarial.adaptive=true", "data.batch_size=4", "optimizer.name=adamw", "optimizer.clip=1"]
     ddp = "+trainer.strategy=ddp_find_unused_parameters_true"
     for name, more in (("one", []), ("two", ["trainer.devices=2", "data.batch_size=2", ddp])):
@@ -261,7 +261,7 @@ def test_two_processes_train_adversarially_as_one(tmp_path):
 
 
 def test_iterations_count_once_and_the_discriminators_wait_for_their_turn():
-    """With a start at 40 % and a rise over 40 % of ten iterations; learning rates follow iterations too."""
+    """Discriminators start at 40 % of ten iterations, their weight rises over 40 %; learning rates follow iterations too."""
     module = make_module("loss.adversarial.start=0.4", "loss.adversarial.warmup=0.4")
     recorder = train(module, 10)
     assert recorder.trainer.global_step == 10 == len(recorder.logged)
@@ -296,7 +296,7 @@ def test_adaptive_weight_scales_the_adversarial_term():
 
 
 def test_accumulated_batches_are_one_large_batch():
-    """Of the terms that are means over clips; entropy is one over the batch."""
+    """This holds for the losses that are means over clips; the entropy is of the whole batch, and is left out here."""
     words = ["loss.entropy_weight=0", "optimizer.clip=null", "optimizer.name=adamw", "loss.adversarial.lecam=0"]
     whole = train(make_module(*words), 3, batch_size=4)
     parts = train(make_module(*words, "optimizer.accumulate=2"), 3, batch_size=2)
@@ -308,7 +308,7 @@ def test_accumulated_batches_are_one_large_batch():
 
 
 def test_validation_leaves_accumulated_gradients_alone():
-    """Lightning would set them to zero before it: here a validation falls between the two batches of an iteration."""
+    """Lightning would zero them before a validation, which comes here between the two batches of an iteration."""
     words = ["optimizer.accumulate=2"]
     without = train(make_module(*words), 3)
     within = train(make_module(*words), 3, limit_val_batches=1, val_check_interval=3, check_val_every_n_epoch=None)
@@ -323,7 +323,7 @@ def test_values_that_make_no_sense():
 
 
 def test_gradients_are_clipped_each_for_itself():
-    """With plain gradient descent of rate 1 the change of the weights is the clipped gradient."""
+    """With plain gradient descent at rate 1 the change of the weights is the clipped gradient."""
     module = make_module("optimizer.clip=0.01")
 
     def plain_descent():
@@ -403,7 +403,7 @@ def test_lightnings_own_words_are_answered(tmp_path, capsys, word):
 
 
 class Automatic(TokenizerModule):
-    """The same without discriminators, in Lightning's hands."""
+    """The module without discriminators, under Lightning's automatic optimization."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -423,7 +423,7 @@ class Automatic(TokenizerModule):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_manual_optimization_is_the_automatic_one(precision):
-    """To the last bit: backward and update outside of autocast, clipping and schedule at the same places."""
+    """Weights are equal to the last bit: backward, update, clipping and schedule come at the same points."""
     words = ["loss.adversarial.weight=0", "optimizer.warmup=2"]
     manual = train(make_module(*words), 5, precision=precision).weights[-1]
     automatic = train(make_module(*words, kind=Automatic), 5, precision=precision, gradient_clip_val=1.0).weights[-1]

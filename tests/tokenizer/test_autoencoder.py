@@ -1,4 +1,4 @@
-"""The shortcuts around what changes resolution or channels: what is left of each layer when its convolution says nothing."""
+"""Shortcuts around layers that change resolution or channels: the output of a layer whose convolution gives 0."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_channels_are_averaged_repeated_or_left_out():
 
 @pytest.mark.parametrize("inputs, outputs", [(4, 4), (4, 8), (6, 3), (3, 5), (8, 2)])
 def test_silent_resampling_keeps_what_it_can(inputs, outputs):
-    """Each 2 x 2 places become neighbouring channels, and the reverse."""
+    """Each 2 x 2 pixels become neighbouring channels, and the reverse."""
     x = torch.randn(2, inputs, 3, 4, 6)
     down = silent(Downsample(inputs, outputs))(x)
     cells = x.unflatten(3, (2, 2)).unflatten(5, (3, 2)).permute(0, 1, 4, 6, 2, 3, 5).flatten(1, 3)  # (B, C * 4, T, h, w)
@@ -42,7 +42,7 @@ def test_silent_resampling_keeps_what_it_can(inputs, outputs):
 
 
 def test_bits_of_a_fresh_tokenizer_are_balanced_at_every_scale():
-    """The latent's shortcut has mean 0."""
+    """The shortcut into the latent has mean 0."""
     torch.manual_seed(0)
     tokenizer = Tokenizer(TokenizerConfig(bits=16, scales=(1, 2, 4), patch=4, widths=(48, 96)))
     video = torch.stack([Shapes("train", 5, 32, 32)[n]["video"] for n in range(24)])
@@ -52,7 +52,7 @@ def test_bits_of_a_fresh_tokenizer_are_balanced_at_every_scale():
 
 
 def test_bfloat16_stays_bfloat16_to_the_end():
-    """A shortcut must not make all that follows float32."""
+    """A shortcut must not turn the activations after it into float32."""
     tokenizer, seen = Tokenizer(TokenizerConfig(bits=8, scales=(1, 2), patch=4, widths=(16, 32))), set()
     for module in tokenizer.modules():
         if isinstance(module, (ResBlock, Downsample, Upsample, FromLatent)):

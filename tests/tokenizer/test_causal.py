@@ -1,4 +1,4 @@
-"""Time flows one way: latent frames know the past only, and chunks give what the whole clip gives."""
+"""Causality: latent frames depend on the past only, and a clip in chunks gives the result of the whole clip."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def video_of(frames: int = FRAMES, batch: int = 1, height: int = 8, width: int =
 
 
 def group_of(j: int) -> int:
-    """The latent frame of pixel frame j: the first is alone, then four by four."""
+    """Returns the latent frame of pixel frame j: the first is alone, then come groups of four."""
     return (j + 3) // 4
 
 
@@ -29,7 +29,7 @@ def tokenizer(make_tokenizer):
 
 
 def changed_frames(a: torch.Tensor, b: torch.Tensor) -> list[bool]:
-    """Along time of (B, C, T, H, W)."""
+    """Returns for each frame of (B, C, T, H, W) whether the two videos differ."""
     return [not torch.allclose(x, y, **CLOSE) for x, y in zip(a.unbind(2), b.unbind(2))]
 
 
@@ -67,7 +67,7 @@ def test_an_image_is_the_first_frame_of_a_video(tokenizer):
 
 @pytest.mark.parametrize("latents", [(1, 1, 1, 1, 1), (1, 4), (2, 3), (3, 1, 1), (5,)], ids=str)
 def test_chunk_by_chunk_is_the_whole(tokenizer, latents):
-    """Encoder and decoder with a stream; chunks are given in latent frames."""
+    """Encodes and decodes with a stream; `latents` are the chunks' numbers of latent frames."""
     video = video_of()
     feature = tokenizer.encode(video)
     pixels = [4 * n for n in latents]
@@ -104,7 +104,7 @@ def test_a_stream_does_not_grow(tokenizer):
 
 @pytest.mark.parametrize("kernel", [(1, 1, 1), (3, 3, 3), (2, 1, 3), (4, 3, 1)])
 def test_convolution_repeats_the_first_frame_before_the_first(kernel):
-    """Equal to an ordinary convolution of the clip with its first frame in front."""
+    """It equals an ordinary convolution of the clip with copies of its first frame in front."""
     conv = CausalConv3d(2, 3, kernel)
     x = torch.randn(1, 2, 6, 5, 4)
     past = kernel[0] - 1
@@ -134,7 +134,7 @@ def test_fold_keeps_frames_and_patches_together():
 
 
 def test_a_still_video_has_still_features_and_repeats_itself(tokenizer):
-    """Every latent frame is that of the image, so every group of four decodes alike."""
+    """Every latent frame equals that of the image, so all groups of four frames are decoded alike."""
     image = video_of(1)
     feature = tokenizer.encode(image.expand(-1, -1, FRAMES, -1, -1))
     torch.testing.assert_close(feature, tokenizer.encode(image).expand_as(feature), **CLOSE)
@@ -162,7 +162,7 @@ def test_sizes_need_not_be_square(tokenizer, height, width, grids):
 
 
 def test_decoding_the_coarse_scales_only(tokenizer):
-    """Fewer scales give the shape of the clip, and another picture."""
+    """Fewer scales give a clip of the same shape and another picture."""
     video = video_of(5)
     bits, schedule = tokenizer.bits(video), tokenizer.schedule_of(video)
     coarse, fine = tokenizer.decode_bits(bits, schedule, scales=1), tokenizer.decode_bits(bits, schedule)
@@ -206,7 +206,7 @@ def test_wrong_pixels_are_refused(make_tokenizer, video, message):
 
 @pytest.mark.parametrize("inputs, outputs, kernel", [(192, 128, (1, 1, 1)), (64, 192, (3, 3, 3)), (32, 256, (1, 3, 3))])
 def test_bfloat16_gradients_do_not_depend_on_what_memory_held(inputs, outputs, kernel):
-    """3D kernels of these shapes read beyond their data on CPUs with AMX: NaN there became NaN gradients."""
+    """On CPUs with AMX, 3D kernels of these shapes read beyond their data, where NaN gave NaN gradients."""
     keep_freed_memory()
     conv = CausalConv3d(inputs, outputs, kernel).to(memory_format=torch.channels_last)
     x = torch.randn(1, inputs, 5, 32, 32)

@@ -1,6 +1,6 @@
-"""Infinity's tokenizer of images: its weights find their places, and our modules compute what its modules compute.
+"""Infinity's image tokenizer: its weights load, and our modules compute what its modules compute.
 
-The weights are random here: nothing of what Infinity published could be fetched.
+The weights are random here: the published ones could not be downloaded.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def block(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 
 
 def encode(w: dict[str, Tensor], x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, d, h, w)"""
+    """Encodes as Infinity does: (B, 3, H, W) -> (B, d, h, w)."""
     x = conv(w, "encoder.conv_in", x)
     for i in range(len(INFINITY["widths"])):
         for j in range(INFINITY["blocks"]):
@@ -60,7 +60,7 @@ def encode(w: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def decode(w: dict[str, Tensor], x: Tensor) -> Tensor:
-    """(B, d, h, w) -> (B, 3, H, W)"""
+    """Decodes as Infinity does: (B, d, h, w) -> (B, 3, H, W)."""
     x = conv(w, "decoder.conv_in", x)
     x = block(w, "decoder.mid.block_2", block(w, "decoder.mid.block_1", x))
     for i in reversed(range(len(INFINITY["widths"]))):
@@ -72,7 +72,7 @@ def decode(w: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, grids: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
-    """(B, d, h, w) -> the sum of the residual maps, and all bits (B, L, d); trilinear with one frame, as Infinity's."""
+    """Quantises (B, d, h, w) as Infinity does, trilinear with one frame: the sum of the residual maps, and bits (B, L, d)."""
     residual, total, bits = x[:, :, None], 0.0, []
     for grid in grids:
         part = F.interpolate(residual, (1, *grid), mode="area")
@@ -120,7 +120,7 @@ def test_the_config_comes_from_the_file(image):
 
 @pytest.mark.parametrize(("bits", "levels"), [(16, 5), (32, 5), (64, 5), (14, 4)])
 def test_names_and_shapes_at_the_published_sizes(bits, levels):
-    """Each of ours has one of theirs, of the same shape but for time, and none is left over."""
+    """Each weight of ours has a weight of theirs of the same shape, apart from time, and none of theirs is left over."""
     widths = PUBLISHED["widths"][:levels]
     config = TokenizerConfig(bits, SCALES, "infinity", 1, widths, PUBLISHED["blocks"], amplitude=None, temporal=False)
     with torch.device("meta"):
@@ -132,7 +132,7 @@ def test_names_and_shapes_at_the_published_sizes(bits, levels):
 
 
 def test_some_names_by_hand():
-    """As PyTorch prints them for the modules of flux_vqgan.py."""
+    """The names are those that PyTorch prints for the modules of flux_vqgan.py."""
     shapes = infinity_shapes(32, **PUBLISHED)
     assert shapes["encoder.down.1.block.0.nin_shortcut.conv.weight"] == (256, 128, 1, 1)
     assert shapes["encoder.down.3.downsample.conv.conv.weight"] == (512, 512, 3, 3)
@@ -145,7 +145,7 @@ def test_some_names_by_hand():
 
 
 def change(path, **entries):
-    """Puts tensors into a file's weights; None takes one out."""
+    """Sets tensors in a file of weights; None removes one."""
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["vae"] = {name: w for name, w in (checkpoint["vae"] | entries).items() if w is not None}
     torch.save(checkpoint, path)
@@ -194,7 +194,7 @@ def test_a_still_video_is_the_image(image, video):
 
 
 def test_time_is_learned_from_there(video):
-    """Every weight has a gradient, those of the past too, which start at zero."""
+    """Every weight has a gradient, also the slices for past frames, which start at zero."""
     clip = torch.rand(1, 3, 5, 64, 64) * 2 - 1
     (video.train()(clip)[0] - clip).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in video.parameters())

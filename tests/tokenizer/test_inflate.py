@@ -1,4 +1,4 @@
-"""A video tokenizer that starts as an image tokenizer shows still videos as that shows images."""
+"""A video tokenizer inflated from an image tokenizer reconstructs still videos as that reconstructs images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_still_video_is_the_image(image, video):
 
 @torch.no_grad()
 def test_moving_video_is_the_image_of_each_groups_last_frame(image, video):
-    """Nothing of the past is looked at yet."""
+    """At the start the past has no influence."""
     clip = torch.rand(1, 3, 9, 16, 16) * 2 - 1
     feature = video.encode(clip)
     for latent, frame in enumerate((0, 4, 8)):
@@ -53,7 +53,7 @@ def test_moving_video_is_the_image_of_each_groups_last_frame(image, video):
 
 
 def test_time_is_learned_from_there(video):
-    """Slices that start at zero have gradients."""
+    """The slices for past frames, which start at zero, have gradients."""
     video.train()
     clip = torch.rand(1, 3, 9, 16, 16) * 2 - 1
     (video(clip)[0] - clip).square().mean().backward()
@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_named(image, video):
 
 
 def test_images_then_video_by_command(tmp_path, capsys, caplog):
-    """Stage 0 on a folder of pictures, one of them broken; stage 1 from its checkpoint."""
+    """Trains stage 0 on a folder of pictures, one of them broken, then stage 1 from its checkpoint."""
     for n in range(6):
         Image.fromarray(to_uint8(Shapes("train", 1, 40, 32)[n]["video"])[0]).save(tmp_path / f"{n}.png")
     (tmp_path / "0.png").write_bytes(b"no picture")
@@ -119,7 +119,7 @@ def test_training_goes_on_from_given_weights_with_other_losses(tmp_path, capsys)
 
 
 def test_pictures_of_other_kinds(tmp_path):
-    """What is transparent is white; sixteen bits are refused rather than shown white."""
+    """Transparent pixels are white; pictures of sixteen bits are refused, since they would be read as white."""
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("L", (8, 8), 100).save(tmp_path / "grey.png")
     Image.new("I;16", (8, 8), 30000).save(tmp_path / "deep.png")

@@ -41,7 +41,7 @@ def feature_for(schedule: ScaleSchedule, batch: int = 2, d: int = 5) -> torch.Te
 
 
 def area(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Area resize of (d, h, w), cell by cell: the mean of all that a cell touches."""
+    """Resizes (d, h, w) by area, cell by cell: the mean of all pixels that a cell touches."""
     (h, w), (hk, wk) = x.shape[1:], grid
     rows = [(i * h // hk, -(-(i + 1) * h // hk)) for i in range(hk)]
     columns = [(j * w // wk, -(-(j + 1) * w // wk)) for j in range(wk)]
@@ -49,7 +49,7 @@ def area(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def walk_frame(feature: torch.Tensor, grids, disturb=lambda k, y, x, bits: bits):
-    """The pyramid of one frame (d, h, w) token by token: lists of labels, of bits that entered the sum, and of sums."""
+    """Computes the pyramid of a frame (d, h, w) token by token: for each scale labels, bits entering the sum, and the sum."""
     d, h, w = feature.shape
     total, labels, entered, totals = torch.zeros_like(feature), [], [], []
     for k, grid in enumerate(grids):
@@ -70,7 +70,7 @@ def walk_frame(feature: torch.Tensor, grids, disturb=lambda k, y, x, bits: bits)
 
 @pytest.mark.parametrize("d", [1, 5, 48])
 def test_bits_survive_their_code(d):
-    """Random tokens, and the all-zero and all-one ones that token readers tend to refuse."""
+    """Converts random tokens to codes and back, and those with all bits 0 or all 1, which token readers tend to refuse."""
     bits = torch.cat([noise(20, d) > 0, torch.zeros(1, d, dtype=torch.bool), torch.ones(1, d, dtype=torch.bool)])
     code = to_code(bits)
     torch.testing.assert_close(code.norm(dim=1), torch.ones(22))
@@ -95,7 +95,7 @@ def test_with_one_scale_every_clip_survives_the_feature():
 @each_schedule
 @pytest.mark.parametrize("flips", [False, True])
 def test_pyramid_is_the_walk_of_the_method(schedule, flips):
-    """Labels, entered bits and running sums, with and without disturbed bits in the sum."""
+    """Labels, entered bits and running sums are equal, with and without flipped bits in the sum."""
     frames = frames_of(feature_for(schedule))
     N, d = frames.shape[:2]
     flip = [noise(N, h * w, d, seed=k) > 0.7 for k, (h, w) in enumerate(schedule.grids)]
@@ -125,7 +125,7 @@ def test_a_flip_changes_later_labels_and_no_earlier_ones():
 
 @each_schedule
 def test_the_sum_of_the_bits_is_the_sum_of_the_walk(schedule):
-    """What the encoder's side adds up is what the decoder's side reads, after every scale."""
+    """After every scale the decoder's sum of bits equals the encoder's."""
     feature = feature_for(schedule)
     steps = list(pyramid(frames_of(feature), schedule))
     bits = feature_to_bits(feature, schedule)
@@ -137,7 +137,7 @@ def test_the_sum_of_the_bits_is_the_sum_of_the_walk(schedule):
 
 @each_schedule
 def test_frames_and_clips_are_coded_on_their_own(schedule):
-    """Frame-major order: the tokens of (clip, frame) are those of that frame coded alone."""
+    """The tokens of a frame equal those of that frame coded alone; tokens are in frame-major order."""
     feature = feature_for(schedule)
     bits = feature_to_bits(feature, schedule)
     assert bits.shape == (2, schedule.length, 5) and bits.dtype == torch.bool
@@ -196,7 +196,7 @@ def test_training_path_decodes_the_bits(trained_on):
 
 
 def test_gradient_passes_straight_through_the_bits(trained_on):
-    """The feature gets the decoder's gradient at the quantised feature, unchanged."""
+    """The gradient at the feature is the decoder's gradient at the quantised feature, unchanged."""
     model, _, output, features, steps = trained_on
     weight = noise(*output.shape)
     quantised = clip_of(steps[-1].total.detach(), 2).requires_grad_()
@@ -233,7 +233,7 @@ def test_reconstruction_loss_by_hand():
 
 
 def test_commitment_loss_by_hand():
-    """d = 2; to the final sum (0, 2) the squared distances are 1 and 0: 2 * 0.5."""
+    """With d = 2 and the final sum (0, 2) the squared distances are 1 and 0, which gives 2 * 0.5."""
     feature = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
     totals = torch.zeros(1, 2, 1, 1), torch.tensor([0.0, 2.0]).view(1, 2, 1, 1)
     assert commitment_loss(feature, [step_of(feature, t) for t in totals]).item() == pytest.approx(1.0)

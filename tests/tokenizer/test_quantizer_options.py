@@ -1,4 +1,4 @@
-"""Choices about the quantizer: fewer bits on coarse scales, stochastic depth, learned amplitude, entropy schedule."""
+"""Options of the quantizer: fewer bits on coarse scales, stochastic depth, learned amplitude, entropy schedule."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_bit_use_has_no_value_where_there_is_no_bit():
 
 
 def test_by_command(tmp_path):
-    """All options at once: train, look at the bits' use, train a generator on it, inspect, sample."""
+    """With all options at once: trains, looks at bit use, trains a generator on it, inspects, samples."""
     options = ["tokenizer.scale_bits=[2,4,8]", "tokenizer.learned_amplitude=true", "loss.entropy_weight_end=0"]
     depth = ["scale_dropout.last=1", "scale_dropout.p=0.2"]
     assert fit_tokenizer(tmp_path, *options, *depth, "recipe.tokenizer.steps=6", "trainer.val_check_interval=3") == 0
@@ -239,7 +239,7 @@ def test_by_command(tmp_path):
 
 
 def test_samples_have_no_bit_that_a_scale_lacks(make_generator):
-    """And they are those of the full forward: greedy, each is its logits' sign where the scale has the bit."""
+    """Greedy samples are the signs of the full forward pass's logits for bits that the scale has, else 0."""
     model = make_generator(bits=6, scales=3)
     greedy = torch.cat([frame.bits for frame in sample_frames(model, FEWER, ["a"], [0], Sampling(temperature=0.0))], 1)
     inputs, _, _ = training_sequence(bits_to_feature(greedy, FEWER), FEWER, None, None, model.config.inherit)

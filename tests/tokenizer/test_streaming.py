@@ -1,4 +1,4 @@
-"""Any length, size and chunking: each output frame is that of the whole clip, padded by hand."""
+"""Clips of any length, size and chunking: each output frame equals that of the whole clip, padded by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def joined(chunks) -> torch.Tensor:
 
 
 def whole(tokenizer: Tokenizer, clip: torch.Tensor) -> torch.Tensor:
-    """Of a clip that is padded here, row by row and frame by frame."""
+    """Reconstructs a whole clip, padded here row by row and frame by frame."""
     frames, height, width = clip.shape[1:]
     while (clip.shape[1] - 1) % tokenizer.encoder.tau:
         clip = torch.cat([clip, clip[:, -1:]], dim=1)
@@ -41,7 +41,7 @@ def whole(tokenizer: Tokenizer, clip: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(params=[True, False], ids=["video", "images"])
 def tokenizer(request):
-    """4 x 4 pixels per cell, 8 pixels the shorter side."""
+    """A tokenizer with 4 x 4 pixels per cell and a shorter side of 8 pixels."""
     shape = dict(bits=4, scales=(1, 2), patch=2, widths=(8, 16), blocks=1)
     return randomise(Tokenizer(TokenizerConfig(**shape, temporal=request.param)))
 
@@ -81,7 +81,7 @@ def test_50_x_70_on_a_tokenizer_of_64():
 
 
 def test_frames_come_with_what_each_number_of_scales_holds(tokenizer):
-    """Each is what its first k scales decode to, and the frames are the given ones."""
+    """Outputs are what the first k scales decode to, and come with the given frames."""
     clip = clip_of(9)
     frames, outputs = zip(*stream_scales(tokenizer, chunked(clip, (4, 5)), [1, 2]))
     assert torch.equal(joined(frames), clip)
@@ -98,7 +98,7 @@ def test_frames_come_with_what_each_number_of_scales_holds(tokenizer):
 
 
 def test_a_group_is_coded_when_it_is_complete(tokenizer):
-    """Not later: nothing is asked for beyond it, and no frame is held back."""
+    """No frame beyond a group is read before the group comes out, and no frame is held back."""
     asked = []
 
     def frames():
@@ -111,7 +111,7 @@ def test_a_group_is_coded_when_it_is_complete(tokenizer):
 
 
 def test_what_is_held_does_not_grow(tokenizer):
-    """Bytes of all tensors that Python knows, after each chunk but the first."""
+    """Counts the bytes of all tensors that Python knows, after each chunk but the first."""
 
     def held() -> int:
         storages = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
@@ -133,7 +133,7 @@ def test_regrouped_frames_are_whole_groups_up_to_the_last(lengths):
 
 
 def test_no_gradients_are_kept(tokenizer):
-    """Each chunk would keep the graph of all before it."""
+    """With gradients each chunk would keep the graph of all chunks before it."""
     tokenizer.requires_grad_(True)
     assert not any(output.requires_grad for output in reconstruct_stream(tokenizer, clip_of(9).split(3, dim=1)))
 
