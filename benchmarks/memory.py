@@ -55,7 +55,8 @@ def train(cfg: DictConfig) -> int:
 
 def main(conf: str, *words: str):
     cfg = composed(conf, [*words, *QUIET])
-    train(composed(conf, [*words, *QUIET, *SMALL]))
+    whole = [word for word in words if not word.startswith("fits=")]  # the small batch is not split
+    train(composed(conf, [*whole, *QUIET, *SMALL]))
     measured = train(cfg)
     device, data = "cuda" if torch.cuda.is_available() else "cpu", stages_of(cfg)[0][2]
     _, most = memory_of(cfg, data, device, bfloat16="bf16" in cfg.trainer.precision)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -253,6 +254,12 @@ def silence():
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(worth_telling)
 
 
+def remove_config_alone(folder: Path):
+    """Removes the folder of a refused command if it holds nothing but the config that hydra wrote there."""
+    if folder.is_dir() and [path.name for path in folder.iterdir()] == ["config"]:
+        shutil.rmtree(folder)
+
+
 def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
     """Composes the config and calls the verb; prints errors that a user can fix without a traceback.
 
@@ -262,6 +269,7 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
         the exit status, see `main`.
     """
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import InstantiationException
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
@@ -272,10 +280,14 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
     here = os.getpid()
     conf, own = path.stem, [] if path.parent == CONF else [f"--config-dir={CONF}"]  # searched after the conf's own folder
 
+    def fail(message: str, error: Exception):
+        print(message, file=sys.stderr)
+        failures.append(error)
+        remove_config_alone(Path(HydraConfig.get().runtime.output_dir))
+
     def task(cfg):
         if wrong := wrong_kinds(cfg, path, overrides):
-            print("\n".join(f"kit {verb}: {told}" for told in wrong), file=sys.stderr)
-            failures.append(ValueError(*wrong))
+            fail("\n".join(f"kit {verb}: {told}" for told in wrong), ValueError(*wrong))
             return
         # Lightning starts further ranks with this command line.
         sys.argv = [sys.argv[0], verb, f"conf={path if own else conf}", *overrides]
@@ -285,15 +297,13 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
         except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
             found = re.search(r"Missing mandatory value: (\S+)", str(error))
             key = found[1] if found else error.full_key
-            print(f"kit {verb}: {key} is missing; give {key}=...", file=sys.stderr)
-            failures.append(error)
+            fail(f"kit {verb}: {key} is missing; give {key}=...", error)
         except (*MENDABLE, InstantiationException, MisconfigurationException) as error:
             cause = error.__cause__ if isinstance(error, InstantiationException) else error
             mendable = isinstance(cause, (*MENDABLE, MisconfigurationException))
             if os.environ.get("KIT_TRACEBACK") or not mendable or os.getpid() != here:
                 raise  # in another process, a job of hydra's launcher, to the main process, which prints it
-            print(f"kit {verb}: {cause}\n(KIT_TRACEBACK=1 shows where)", file=sys.stderr)
-            failures.append(error)
+            fail(f"kit {verb}: {cause}\n(KIT_TRACEBACK=1 shows where)", error)
 
     for told in misspelt_in(path) if own else ():
         print(f"kit {verb}: note: {path.name}: {told}", file=sys.stderr)
