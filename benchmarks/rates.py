@@ -92,7 +92,7 @@ def main(folder: Path, real: Path, steps: int, only: str, picture: str, words: l
         schedule = tokenizer.schedule_of(video)
         spent = schedule.bits_per_frame(bits)
         pictures, truth = (x.transpose(1, 2).flatten(0, 1) for x in (output, video))
-        jpeg = [jpeg_at(v, spent * schedule.frames / FRAMES) for v in video]
+        jpeg = [jpeg_at(v, spent * schedule.latent_frames / FRAMES) for v in video]
         found = {
             "rate": latent, "d": bits, "words": words, "tokens": schedule.tokens_per_frame, "bits_per_latent_frame": spent,
             "kbit_per_s": round(spent * FPS / 4 / 1000, 1), "psnr": round(psnr(output, video).item(), 2),

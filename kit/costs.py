@@ -51,7 +51,7 @@ def generator_cost(
     with torch.device("meta"):
         model, codec, video = Generator(generator), Tokenizer(tokenizer), torch.zeros(1, 3, frames, height, width)
         model.recompute = recompute
-        history = schedule.grid[0] * schedule.grid[1] * (schedule.frames - 1) if generator.history == "full" else 0
+        history = schedule.grid[0] * schedule.grid[1] * (schedule.latent_frames - 1) if generator.history == "full" else 0
         condition = torch.zeros(1, model.condition.length, generator.width)
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, tokens + history, generator.inputs), schedule, condition).sum().backward()

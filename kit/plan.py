@@ -126,7 +126,7 @@ def memory_of(
         words = {"n": range(clips), "caption": [""] * clips, "label": [-1] * clips, "given": torch.zeros(clips)}
         if encoded:
             grid = values.schedule(*shape)
-            return {"feature": torch.zeros(clips, values.bits, grid.frames, *grid.grid, device=where), **words}
+            return {"feature": torch.zeros(clips, values.bits, grid.latent_frames, *grid.grid, device=where), **words}
         return {"video": torch.zeros(clips, 3, *shape, device=where), **words}
 
     return training_memory(build, batch, device, bfloat16, bool(cfg.callbacks.get("ema")), accumulate_of(cfg))

@@ -83,10 +83,10 @@ def stream_video(
     Yields:
         (B, 3, n, H, W), the frames in their order.
     """
-    longest, overlap = how.window(pixel_frames(schedule.frames), frames)
+    longest, overlap = how.window(pixel_frames(schedule.latent_frames), frames)
     recent: deque[Tensor] = deque(maxlen=latent_frames(overlap))
     for number, length in enumerate(windows(frames, longest, overlap)):
-        part = schedule.with_frames(latent_frames(length))
+        part = schedule.with_latent_frames(latent_frames(length))
         those = [seed_of(seed, number) if number else seed for seed in seeds]
         again = overlap if number else 0  # frames of this window that were yielded already
         given = torch.cat(list(recent), dim=2)[:, :, -overlap:] if number else history

@@ -62,7 +62,7 @@ class ScaleSchedule:
     """Schedule of a clip: F latent frames, each of K scales (VideoAR eq. 5).
 
     Args:
-        frames: F, number of latent frames.
+        latent_frames: F, number of latent frames.
         grids: (h_k, w_k) from coarse to fine; the last one is the latent grid (h, w).
         bits: d_k, how many of a token's d bits, its first ones, each scale has; empty: all d. The other bits are False, add
             nothing to the sum, and are not predicted.
@@ -70,7 +70,7 @@ class ScaleSchedule:
         ValueError: if there is no frame or no scale, the grids shrink, or `bits` is not one positive number per scale.
     """
 
-    frames: int
+    latent_frames: int
     grids: tuple[tuple[int, int], ...]
     bits: tuple[int, ...] = ()
 
@@ -79,15 +79,19 @@ class ScaleSchedule:
         object.__setattr__(self, "bits", tuple(self.bits))
         if self.bits and (len(self.bits) != len(self.grids) or min(self.bits) < 1):
             raise ValueError(f"each of the {len(self.grids)} scales needs 1 bit or more, got {self.bits}")
-        if self.frames < 1 or not self.grids:
-            raise ValueError(f"a schedule needs at least one frame and one scale, got {self.frames} and {self.grids}")
+        if self.latent_frames < 1 or not self.grids:
+            raise ValueError(f"a schedule needs at least one frame and one scale, got {self.latent_frames} and {self.grids}")
         for (h, w), (next_h, next_w) in zip(self.grids, self.grids[1:]):
             if next_h < h or next_w < w:
                 raise ValueError(f"scales must grow from coarse to fine, got {self.grids}")
 
     @classmethod
     def square(
-        cls, frames: int, sides: list[int] | tuple[int, ...], grid: tuple[int, int] | None = None, bits: tuple[int, ...] = ()
+        cls,
+        latent_frames: int,
+        sides: list[int] | tuple[int, ...],
+        grid: tuple[int, int] | None = None,
+        bits: tuple[int, ...] = (),
     ):
         """Builds a schedule from one side per scale; on a non-square latent `grid` the other side follows its aspect ratio.
 
@@ -99,7 +103,7 @@ class ScaleSchedule:
         short = min(h, w)
         if short != sides[-1]:
             raise ValueError(f"the last scale {sides[-1]} must be the shorter side of the latent grid {h} x {w}")
-        return cls(frames, tuple((max(1, round(s * h / short)), max(1, round(s * w / short))) for s in sides), bits)
+        return cls(latent_frames, tuple((max(1, round(s * h / short)), max(1, round(s * w / short))) for s in sides), bits)
 
     @property
     def scales(self) -> int:
@@ -123,7 +127,7 @@ class ScaleSchedule:
     @property
     def length(self) -> int:
         """L, tokens of the whole clip, without the condition."""
-        return self.frames * self.tokens_per_frame
+        return self.latent_frames * self.tokens_per_frame
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -132,24 +136,24 @@ class ScaleSchedule:
 
     def _walk(self) -> Iterator[Block]:
         start = 0
-        for f in range(self.frames):
+        for f in range(self.latent_frames):
             for k, (h, w) in enumerate(self.grids):
                 yield Block(f, k, h, w, start, start + h * w)
                 start += h * w
 
     def block(self, f: int, k: int) -> Block:
         """Returns block (f, k). Raises IndexError outside the schedule."""
-        if not (0 <= f < self.frames and 0 <= k < self.scales):
-            raise IndexError(f"no block ({f}, {k}) among {self.frames} frames of {self.scales} scales")
+        if not (0 <= f < self.latent_frames and 0 <= k < self.scales):
+            raise IndexError(f"no block ({f}, {k}) among {self.latent_frames} frames of {self.scales} scales")
         return self.blocks[f * self.scales + k]
 
     def frame(self, f: int) -> slice:
         """Returns the slice of all tokens of frame f."""
         return slice(f * self.tokens_per_frame, (f + 1) * self.tokens_per_frame)
 
-    def with_frames(self, frames: int) -> ScaleSchedule:
+    def with_latent_frames(self, latent_frames: int) -> ScaleSchedule:
         """Returns a schedule of the same scales with another number of latent frames."""
-        return replace(self, frames=frames)
+        return replace(self, latent_frames=latent_frames)
 
     @functools.lru_cache(64)  # noqa: B019 (small and frozen)
     def with_history(self) -> ScaleSchedule:
@@ -158,7 +162,7 @@ class ScaleSchedule:
         This history block carries the frame's finished sum and is not predicted. The last frame's, which no frame reads, is
         left out of the sequence.
         """
-        return ScaleSchedule(self.frames, (*self.grids, self.grid))
+        return ScaleSchedule(self.latent_frames, (*self.grids, self.grid))
 
     def used_bits(self, d: int) -> torch.Tensor:
         """Returns which bits of each token its scale has, (L, d) bool."""
@@ -183,4 +187,4 @@ class ScaleSchedule:
 
     def __str__(self) -> str:
         scales = " ".join(f"{h}x{w}" if h != w else f"{h}" for h, w in self.grids)
-        return f"{self.frames} latent frames x scales {scales} = {self.length} tokens in {len(self.blocks)} steps"
+        return f"{self.latent_frames} latent frames x scales {scales} = {self.length} tokens in {len(self.blocks)} steps"

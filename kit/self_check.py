@@ -72,7 +72,7 @@ def check_streaming(tokenizer: Tokenizer, bits: Tensor, schedule: ScaleSchedule)
     """Checks that frames decoded one after another, as in sampling, equal the clip decoded whole."""
     whole, stream, pieces = tokenizer.decode_bits(bits, schedule), {}, []
     feature = bits_to_feature(bits, schedule)
-    for f in range(schedule.frames):
+    for f in range(schedule.latent_frames):
         pieces.append(tokenizer.decode(feature[:, :, f : f + 1], stream))
     difference = (torch.cat(pieces, dim=2).clamp(-1, 1) - whole).abs().max().item()
     found = f"decoded frame by frame: pixels differ by {difference:.1e}"
@@ -159,7 +159,7 @@ def check_positions(model: Generator, inputs: Tensor, logits: Tensor, prompts: l
         return Check("positions", True, "not tried: all logits are the same, as before any training", "")
     shifted, stretched = ((moved(*how) - logits).abs().max().item() / spread for how in ((1.0, SHIFT), (2.0, 0.0)))
     found = f"all moved: logits differ by {shifted:.1e} of their spread; time stretched: by {stretched:.1e}"
-    ok = shifted < ROUNDING * 10 and (stretched > ROUNDING * 10 or schedule.frames == 1)
+    ok = shifted < ROUNDING * 10 and (stretched > ROUNDING * 10 or schedule.latent_frames == 1)
     return Check("positions", ok, found, "positions are absolute, or not seen")
 
 

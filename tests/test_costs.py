@@ -26,7 +26,7 @@ def test_a_generators_step_is_six_operations_a_weight_and_token_and_attention(fr
     assert cost.tokens == TOKENIZER.schedule(frames, side, side).length
     weights = sum(p.numel() for p in model.layers.parameters())
     S, schedule = model.condition.length, TOKENIZER.schedule(frames, side, side)
-    by_frame = S * S + sum(schedule.tokens_per_frame * (S + schedule.frame(f).stop) for f in range(schedule.frames))
+    by_frame = S * S + sum(schedule.tokens_per_frame * (S + schedule.frame(f).stop) for f in range(schedule.latent_frames))
     seen = tokens**2 if tokens <= SHORT else by_frame
     expected = 6 * weights * tokens + 12 * GENERATOR.layers * GENERATOR.width * seen
     assert cost.flops == pytest.approx(expected, rel=0.01)

@@ -96,7 +96,7 @@ def test_a_long_video_in_one_sequence(tiny_pair):
     model, tokenizer, schedule = tiny_pair
     how = Sampling(extend="positions")
     video = torch.cat(list(stream_video(model, tokenizer, schedule, PROMPTS, [0, 1], 33, how)), 2)
-    assert torch.equal(video, sample_clips(model, tokenizer, schedule.with_frames(9), PROMPTS, [0, 1], how))
+    assert torch.equal(video, sample_clips(model, tokenizer, schedule.with_latent_frames(9), PROMPTS, [0, 1], how))
 
 
 def test_each_window_costs_the_same(tiny_pair):

@@ -58,7 +58,7 @@ def test_blocks_fill_the_sequence_frame_by_frame_and_from_coarse_to_fine(schedul
 
 
 def test_a_frame_slice_holds_its_blocks():
-    for f in range(UCF.frames):
+    for f in range(UCF.latent_frames):
         assert UCF.frame(f) == slice(UCF.block(f, 0).start, UCF.block(f, 5).stop)
 
 
@@ -77,15 +77,15 @@ def test_coordinates_agree_with_blocks():
 
 
 def test_with_frames_keeps_the_scales():
-    longer = UCF.with_frames(9)
-    assert longer.grids == UCF.grids and longer.frames == 9 and longer.length == 9 * 130
+    longer = UCF.with_latent_frames(9)
+    assert longer.grids == UCF.grids and longer.latent_frames == 9 and longer.length == 9 * 130
     assert longer.blocks[:30] == UCF.blocks
 
 
 def test_history_repeats_the_finest_grid_after_each_frame():
     longer = TALL.with_history()
-    assert longer.grids == (*TALL.grids, TALL.grid) and longer.frames == TALL.frames
-    assert longer.length == TALL.length + TALL.frames * 6
+    assert longer.grids == (*TALL.grids, TALL.grid) and longer.latent_frames == TALL.latent_frames
+    assert longer.length == TALL.length + TALL.latent_frames * 6
 
 
 def test_schedules_are_values():

@@ -43,7 +43,7 @@ class FlipLaw:
 
     def draw(self, schedule: ScaleSchedule, draws: Draws) -> Tensor:
         """Draws flip probabilities (B, F, K)."""
-        F, K = schedule.frames, schedule.scales
+        F, K = schedule.latent_frames, schedule.scales
         step = self.delta * torch.arange(F, dtype=torch.float32)[None, :, None]
         low, high = (self.p_min + step).clamp(max=MOST), (self.p_max + step).clamp(max=MOST)
         u = draws.rand(F, K)

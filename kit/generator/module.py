@@ -42,7 +42,7 @@ def accuracy_by_block(right: Tensor, schedule: ScaleSchedule) -> Tensor:
     """Returns the share of right bits in each frame and scale, (F, K). right: (B, L, d) bool."""
     bits = schedule.bits or (right.shape[-1],) * schedule.scales
     shares = torch.stack([right[:, b.slice, : bits[b.k]].float().mean() for b in schedule.blocks])
-    return shares.view(schedule.frames, schedule.scales)
+    return shares.view(schedule.latent_frames, schedule.scales)
 
 
 class GeneratorModule(L.LightningModule):
@@ -128,7 +128,7 @@ class GeneratorModule(L.LightningModule):
         draws = Draws(self.seed, batch["n"])
         rates = self.law.draw(schedule, draws)
         sequence = training_sequence(feature, schedule, rates, draws, **self.model.config.reads)
-        kept = draw_kept_frames(schedule.frames, self.frame_mask, draws)
+        kept = draw_kept_frames(schedule.latent_frames, self.frame_mask, draws)
         dropped = draws.rand() < self.drop_condition
         condition = self.model.condition(self.model.condition.prompts(batch), dropped)
         logits = self.model(sequence.inputs, schedule, condition, kept)

@@ -57,7 +57,7 @@ class Guidance:
 
     def gamma(self, f: int, k: int, schedule: ScaleSchedule) -> float:
         """The guidance of block (f, k)."""
-        F, K = schedule.frames, schedule.scales
+        F, K = schedule.latent_frames, schedule.scales
         if self.kind == "constant":
             return self.first
         if self.kind == "falling":
@@ -136,7 +136,7 @@ class Cache:
         config, (h, w) = model.config, schedule.grid
         self.condition, self.full = model.condition.length, config.history == "full"
         self.finished = h * w if self.full else schedule.tokens_per_frame  # tokens that a finished frame keeps
-        past = schedule.frames - 1  # frames that the last frame can see
+        past = schedule.latent_frames - 1  # frames that the last frame can see
         self.window = past if config.window is None else min(config.window, past)
         length = self.condition + self.window * self.finished + schedule.tokens_per_frame
         shape = (config.layers, rows, config.heads, length, config.width // config.heads)
@@ -370,7 +370,7 @@ def sample_frames(
         raise ValueError(f"this generator speaks {model.config.scales} scales, the schedule has {schedule.scales}")
     given = 0 if history is None else given_frames(history, schedule, len(prompts))
     sampler = FrameSampler(model, schedule, prompts, seeds, how, on_block)
-    for f in range(schedule.frames):
+    for f in range(schedule.latent_frames):
         yield sampler.read(f, history[:, schedule.frame(f)]) if f < given else sampler.sample(f)
 
 
@@ -381,9 +381,9 @@ def given_frames(history: Tensor, schedule: ScaleSchedule, clips: int) -> int:
         ValueError: if they are not those of as many clips, not whole, or more than the schedule has.
     """
     frames, rest = divmod(history.shape[1], schedule.tokens_per_frame)
-    if len(history) != clips or rest or frames > schedule.frames:
+    if len(history) != clips or rest or frames > schedule.latent_frames:
         raise ValueError(
-            f"history must be bits ({clips}, tokens, d) of up to {schedule.frames} whole frames of "
+            f"history must be bits ({clips}, tokens, d) of up to {schedule.latent_frames} whole frames of "
             f"{schedule.tokens_per_frame} tokens, got {tuple(history.shape)}"
         )
     return frames

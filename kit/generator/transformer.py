@@ -250,5 +250,7 @@ class Generator(nn.Module):
                 x = layer(x, rotary, views)
         x = x[:, S:]
         if layout is not schedule:  # history blocks predict nothing
-            x = torch.cat([x[:, layout.frame(f)][:, : schedule.tokens_per_frame] for f in range(schedule.frames)], dim=1)
+            x = torch.cat(
+                [x[:, layout.frame(f)][:, : schedule.tokens_per_frame] for f in range(schedule.latent_frames)], dim=1
+            )
         return self.read(x)

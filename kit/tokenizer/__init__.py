@@ -196,7 +196,7 @@ class Tokenizer(nn.Module):
         """
         features = frames_of(self.encode(video))
         schedule = self.schedule_of(video)
-        kept = None if kept is None else kept.repeat_interleave(schedule.frames, 0)
+        kept = None if kept is None else kept.repeat_interleave(schedule.latent_frames, 0)
         steps = list(pyramid(features, schedule, kept=kept))
         straight_through = features + (steps[-1].total - features).detach()
         return self.decode(clip_of(straight_through, video.shape[0])), features, steps

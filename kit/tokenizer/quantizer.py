@@ -138,7 +138,7 @@ def bits_to_feature(bits: Tensor, schedule: ScaleSchedule, scales: int | None = 
     """
     if bits.shape[1] != schedule.length:
         raise ValueError(f"the schedule has {schedule.length} tokens ({schedule}), got bits of shape {tuple(bits.shape)}")
-    frames = bits.unflatten(1, (schedule.frames, -1)).flatten(0, 1)
+    frames = bits.unflatten(1, (schedule.latent_frames, -1)).flatten(0, 1)
     total, start = 0.0, 0
     for k, (h, w) in enumerate(schedule.grids[:scales]):
         total = total + residual_map(frames[:, start : start + h * w], k, schedule)

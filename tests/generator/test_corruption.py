@@ -21,7 +21,7 @@ def draws_of(clips: int, seed: int = 0) -> Draws:
 
 
 def feature_of(schedule: ScaleSchedule, batch: int = 2, d: int = 6) -> torch.Tensor:
-    return torch.randn(batch, d, schedule.frames, *schedule.grid, generator=torch.Generator().manual_seed(7)) * 0.6
+    return torch.randn(batch, d, schedule.latent_frames, *schedule.grid, generator=torch.Generator().manual_seed(7)) * 0.6
 
 
 def assert_uniform(x: torch.Tensor, low: float, high: float):
@@ -88,7 +88,7 @@ def expected_sequence(feature: torch.Tensor, schedule: ScaleSchedule, rates: tor
     d, inputs, targets = feature.shape[1], [], []
     for b in range(len(feature)):
         total = torch.zeros(1, d, *schedule.grid)
-        for f in range(schedule.frames):
+        for f in range(schedule.latent_frames):
             here = feature[b : b + 1, :, f]
             context = before = total  # block (f, 0) reads the flipped sum of frame f - 1
             total = torch.zeros_like(total)

@@ -27,7 +27,7 @@ def module_of(pair, *words: str):
 def test_the_loss_by_hand(pair, scales, bits):
     module = module_of(pair, f"loss.scale_weights={scales}", f"loss.bit_weights={bits}")
     schedule = module.schedule
-    sequence = training_sequence(torch.randn(2, 8, schedule.frames, *schedule.grid), schedule, None, None)
+    sequence = training_sequence(torch.randn(2, 8, schedule.latent_frames, *schedule.grid), schedule, None, None)
     logits = torch.randn(sequence.targets.shape)
     sizes = torch.tensor([b.h * b.w for b in schedule.blocks for _ in range(b.h * b.w)])
     weights = (sizes.max() / sizes) ** POWERS[scales]
@@ -41,12 +41,12 @@ def test_given_frames_are_not_to_be_predicted(pair):
     """Logits of given frames have no gradient; those of other frames have the same gradient as without given frames."""
     module = module_of(pair, "data.frames=13")
     schedule = module.schedule
-    sequence = training_sequence(torch.randn(3, 8, schedule.frames, *schedule.grid), schedule, None, None)
+    sequence = training_sequence(torch.randn(3, 8, schedule.latent_frames, *schedule.grid), schedule, None, None)
     logits = torch.randn(sequence.targets.shape, requires_grad=True)
 
     def gradient(given):
         (found,) = torch.autograd.grad(module.bit_loss(logits, sequence, schedule, given), logits)
-        return found.unflatten(1, (schedule.frames, -1))
+        return found.unflatten(1, (schedule.latent_frames, -1))
 
     everywhere, found = gradient(None), gradient(torch.tensor([0, 1, 3]))
     assert torch.equal(gradient(torch.zeros(3, dtype=torch.long)), everywhere)
@@ -66,7 +66,7 @@ def test_a_training_step_by_hand(pair):
     schedule = module.tokenizer.schedule_of(batch["video"])
     rates = module.law.draw(schedule, draws)
     sequence = training_sequence(feature, schedule, rates, draws, **model.config.reads)
-    kept = draw_kept_frames(schedule.frames, 0.4, draws)
+    kept = draw_kept_frames(schedule.latent_frames, 0.4, draws)
     dropped = draws.rand() < 0.4
     clean = training_sequence(feature, schedule, None, None, **model.config.reads)
 

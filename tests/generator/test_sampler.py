@@ -55,10 +55,10 @@ def inputs_from(
     """
     partial = [bits_to_feature(bits, schedule, scales=k + 1) for k in range(schedule.scales)]
     nothing, inputs = torch.zeros_like(partial[-1][:, :, 0]), []
-    for f in range(schedule.frames):
+    for f in range(schedule.latent_frames):
         before = partial[-1][:, :, f - 1] if f else nothing
         totals = [nothing if inherit == "none" else before, *(part[:, :, f] for part in partial)]
-        grids = [*schedule.grids, schedule.grid] if history == "full" and f + 1 < schedule.frames else schedule.grids
+        grids = [*schedule.grids, schedule.grid] if history == "full" and f + 1 < schedule.latent_frames else schedule.grids
         for total, grid in zip(totals, grids):
             read = torch.cat([total, before], 1) if inherit == "all" else total
             inputs.append(F.interpolate(read, grid, mode="area").flatten(2).transpose(1, 2))
@@ -122,7 +122,7 @@ def test_a_given_frame_goes_through_in_one_pass(make_generator, seen, monkeypatc
     passes, run = [], CachedGenerator._run
     monkeypatch.setattr(CachedGenerator, "_run", lambda self, *args: passes.append(args) or run(self, *args))
     made = sample(model, history=bits[:, : given * SCHEDULE.tokens_per_frame], guidance=RISING)
-    assert len(passes) == 1 + given + (SCHEDULE.frames - given) * SCHEDULE.scales
+    assert len(passes) == 1 + given + (SCHEDULE.latent_frames - given) * SCHEDULE.scales
     expected = torch.cat([full_logits(model, made), full_logits(model, made, dropped=True)])
     logits = torch.cat([part for *_, part in seen], 1)
     torch.testing.assert_close(logits, expected, **CLOSE)
@@ -197,7 +197,7 @@ def test_cache_does_not_grow_with_the_clip(make_generator, monkeypatch, history,
     model = make_generator(window=2, history=history)
     for frames in (3, 7, 20):
         made.clear(), attended.clear()
-        sample(model, schedule=SCHEDULE.with_frames(frames))
+        sample(model, schedule=SCHEDULE.with_latent_frames(frames))
         caches = {id(cache): cache for cache in made}
         assert len(caches) == 1
         most = 3 + 2 * kept + SCHEDULE.tokens_per_frame

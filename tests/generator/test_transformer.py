@@ -355,7 +355,7 @@ def gradients(model: Generator, kept: torch.Tensor | None) -> dict[str, torch.Te
     """Returns the gradients of a loss that depends on every logit, and the logits."""
     schedule = SCHEDULE
     layout = model.layout(schedule)
-    tokens = schedule.length + (layout.length - schedule.length) // schedule.frames * (schedule.frames - 1)
+    tokens = schedule.length + (layout.length - schedule.length) // schedule.latent_frames * (schedule.latent_frames - 1)
     inputs = torch.randn(2, tokens, model.config.inputs, generator=torch.Generator().manual_seed(1))
     model.zero_grad()
     with torch.enable_grad():

@@ -155,7 +155,7 @@ def test_clips_of_a_batch_do_not_meet(tokenizer):
 def test_sizes_need_not_be_square(tokenizer, height, width, grids):
     video = video_of(5, height=height, width=width)
     schedule = tokenizer.schedule_of(video)
-    assert schedule.grids == grids and schedule.frames == 2
+    assert schedule.grids == grids and schedule.latent_frames == 2
     assert tokenizer.encode(video).shape == (1, 4, 2, height // 4, width // 4)
     assert tokenizer.bits(video).shape == (1, schedule.length, 4)
     assert tokenizer.reconstruct(video).shape == video.shape

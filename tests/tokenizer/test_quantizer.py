@@ -37,7 +37,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def feature_for(schedule: ScaleSchedule, batch: int = 2, d: int = 5) -> torch.Tensor:
-    return noise(batch, d, schedule.frames, *schedule.grid)
+    return noise(batch, d, schedule.latent_frames, *schedule.grid)
 
 
 def area(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -143,9 +143,9 @@ def test_frames_and_clips_are_coded_on_their_own(schedule):
     assert bits.shape == (2, schedule.length, 5) and bits.dtype == torch.bool
     back = bits_to_feature(bits, schedule)
     assert back.shape == feature.shape and back.dtype == torch.float32
-    alone = schedule.with_frames(1)
+    alone = schedule.with_latent_frames(1)
     for b in range(2):
-        for f in range(schedule.frames):
+        for f in range(schedule.latent_frames):
             one = feature_to_bits(feature[b : b + 1, :, f : f + 1], alone)
             assert torch.equal(bits[b : b + 1, schedule.frame(f)], one)
             torch.testing.assert_close(back[b : b + 1, :, f : f + 1], bits_to_feature(one, alone))

@@ -49,7 +49,7 @@ def test_the_schedule_knows_which_bits_there_are():
     assert used[1].tolist() == [True] * 3 + [False] * 3
     assert FEWER.bits_per_frame(6) == 2 + 3 * 4 + 6 * 16
     assert ScaleSchedule(2, GRIDS).bits_per_frame(6) == 21 * 6 and ScaleSchedule(2, GRIDS).used_bits(6).all()
-    assert FEWER.with_frames(7).bits == FEWER.bits
+    assert FEWER.with_latent_frames(7).bits == FEWER.bits
     with pytest.raises(ValueError, match="each of the 3 scales needs 1 bit or more"):
         ScaleSchedule(2, GRIDS, (2, 6))
     for wrong in ((2, 3, 7), (2, 6), (0, 3, 6), (2, 3, 3), (7, 3, 6)):
