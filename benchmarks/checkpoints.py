@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
 
+from kit.build import generator_values, plain
 from kit.checkpoint import save_training
 from kit.fsdp import ShardedStrategy
 from kit.generator.transformer import Generator, GeneratorConfig
-from kit.run import generator_values, plain
 from kit.sharded_checkpoint import consolidate
 from kit.tokenizer import TokenizerConfig
 from runs import composed, parted

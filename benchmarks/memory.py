@@ -21,8 +21,8 @@ if __name__ == "__main__" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # rea
 import torch
 from omegaconf import DictConfig
 
+from kit.build import BUILDERS, build_data, build_trainer, tokenizer_config
 from kit.plan import memory_of, stages_of
-from kit.run import BUILDERS, build_data, build_trainer, tokenizer_config
 from runs import composed
 
 QUIET = (

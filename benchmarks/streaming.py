@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
+from kit.build import plain
 from kit.checkpoint import Loaded
 from kit.machine import fast_bfloat16
 from kit.media import video_writer
 from kit.reconstruction import reconstruct_file
-from kit.run import plain
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from runs import composed
 

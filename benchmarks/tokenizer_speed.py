@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from kit.build import plain
 from kit.machine import keep_freed_memory
-from kit.run import plain
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from runs import composed
 

@@ -19,9 +19,10 @@ import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from kit.build import accumulate_of
 from kit.costs import generator_cost, tokenizer_cost
 from kit.plan import generator_config
-from kit.run import accumulate_of, fit
+from kit.run import fit
 from kit.tokenizer import TokenizerConfig
 from runs import composed
 

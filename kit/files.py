@@ -8,10 +8,12 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -42,6 +44,31 @@ def replacing(folder: Path, pattern: str) -> Iterator[None]:
     for path, written in before.items():
         if path.stat().st_mtime_ns == written:
             path.unlink()
+
+
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Locks a run's folder while the block runs; warns if the file system has no locks.
+
+    Only rank 0 takes the lock, so further ranks of the same command may enter.
+
+    Raises:
+        FileExistsError: if another command holds the lock.
+    """
+    path = folder / ".lock"
+    with ExitStack() as stack:
+        if rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0":
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(FileLock(path, timeout=0))
+                stack.callback(path.unlink, missing_ok=True)
+            except Timeout as error:
+                raise FileExistsError(
+                    f"another process is at work in {folder}; wait for it, or give another name="
+                ) from error
+            except (NotImplementedError, OSError) as error:
+                rank_zero_warn(f"{folder} cannot be locked ({error}): see to it yourself that one process alone is there")
+        yield
 
 
 HASH = "sha256"  # key of the hash in a file written by `save_checked`

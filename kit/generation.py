@@ -16,13 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kit import __version__
+from kit.build import plain
 from kit.checkpoint import Loaded, load_generator
 from kit.data.read import open_clip_file
-from kit.files import file_sha256, read_json, read_text, write_json
+from kit.files import file_sha256, read_json, read_text, sole_user, write_json
 from kit.generator.sampler import Sampling
 from kit.machine import autocast, device, exact_float32
 from kit.media import contact_sheet, spread, video_writer
-from kit.run import plain, sole_user
 from kit.sampling import stream_video, windows
 from kit.scales import TAU, latent_frames
 from kit.values import check_whole_number

@@ -8,14 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
-from kit.data.buckets import read_shape
-from kit.data.cache import CachedClips
-from kit.generator.condition import ConditionConfig
-from kit.generator.module import GeneratorModule
-from kit.generator.transformer import GeneratorConfig
-from kit.memory import training_memory
-from kit.run import (
+from kit.build import (
     accumulate_of,
     batch_size_of,
     generator_module,
@@ -24,6 +17,13 @@ from kit.run import (
     tokenizer_config,
     tokenizer_module,
 )  # fmt: skip
+from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
+from kit.data.buckets import read_shape
+from kit.data.cache import CachedClips
+from kit.generator.condition import ConditionConfig
+from kit.generator.module import GeneratorModule
+from kit.generator.transformer import GeneratorConfig
+from kit.memory import training_memory
 from kit.scales import latent_frames
 from kit.stages import StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig

@@ -1,213 +1,39 @@
-"""Builds and runs a training from a config: data, module, callbacks, loggers, trainer, fit."""
+"""A training run from a config: its folder, where it goes on from, the clips it encodes, and the fit."""
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
-from filelock import FileLock, Timeout
-from hydra.utils import instantiate
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from omegaconf import DictConfig
 
-from kit.checkpoint import TrainingCheckpointIO, check_resume, load_tokenizer
-from kit.data.buckets import Bucket, read_shape
+from kit.build import (
+    BUILDERS,
+    accumulate_of,
+    build_data,
+    build_stages,
+    build_trainer,
+    check_sharded_tokenizer,
+    of_stage,
+    plain,
+    plan_of,
+    tokenizer_config,
+)
+from kit.checkpoint import check_resume
 from kit.data.cache import CachedClips, describe, write_cache
 from kit.data.datamodule import ClipDataModule
 from kit.data.staged import StagedClips
+from kit.files import sole_user
 from kit.fsdp import ShardedStrategy, find_unused
 from kit.generator.module import GeneratorModule
-from kit.generator.pretrained import find_encoder
 from kit.machine import fast_float32_products, keep_freed_memory
 from kit.retries import BatchPosition, noticing_dead_workers, with_retries
-from kit.scales import latent_frames
-from kit.stages import Stage, StagePlan
 from kit.start import start
-from kit.tokenizer import Tokenizer, TokenizerConfig
-from kit.tokenizer.module import TokenizerModule
-from kit.values import check_whole_number, equal_parts
-
-
-def plain(node: DictConfig) -> dict:
-    """Converts a config node to plain values, resolved; checkpoints hold nothing else."""
-    return OmegaConf.to_container(node, resolve=True)
-
-
-def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> ClipDataModule:
-    """Builds the DataModule that `data` describes.
-
-    Args:
-        tokenizer: gives the number of tokens of a clip, for `data.batch_tokens`; None: `data.batch_tokens` is ignored.
-    Raises:
-        ValueError: if `data.batch_tokens` is less than one clip, the tokenizer cannot take a bucket's clips, or
-            `data.images` lacks the folder of its cache; else as `check_batch_parts` and `ClipDataModule`.
-    """
-    check_batch_parts(cfg)
-    values = {k: v for k, v in plain(cfg.data).items() if k not in ("root", "batch_tokens")}
-    images = values.pop("images", None)
-    if images and images["root"] == "???":
-        raise ValueError("data.images.root is missing: the folder of the cache that holds the pictures")
-    if images and images["root"] is not None and (values["image_share"] or not cfg.get("stages")):
-        values["images"] = images  # a stage that has no batches of images ignores them
-    if values.get("buckets"):
-        values["buckets"] = [bucket._asdict() for bucket in buckets_of(cfg, tokenizer)]
-    if tokenizer is not None:
-        values["batch_size"] = batch_size_of(cfg.data, tokenizer, values["frames"], values["height"], values["width"])
-    return instantiate(values)
-
-
-def check_batch_parts(cfg: DictConfig):
-    """Checks that the batches of a step add up to the recipe's, if `fits` splits that into parts.
-
-    Raises:
-        ValueError: if the number of clips in a part, or of parts in a step, was set to another value.
-    """
-    if not (recipe := cfg.get("recipe")):
-        return
-    key, recipe = f"recipe.{cfg.module}", recipe[cfg.module]
-    parts = equal_parts(recipe.batch_size, recipe.at_once)
-    given = "batch_tokens" if cfg.data.get("batch_tokens") else "batch_size"
-    if parts > 1 and accumulate_of(cfg) != parts * recipe.accumulate:
-        raise ValueError(
-            f"{accumulate_of(cfg)} batches are accumulated, but {key}.at_once={recipe.at_once} (fits=) splits "
-            f"{key}.batch_size={recipe.batch_size} into {parts}: give {key}.accumulate, which counts whole ones"
-        )
-    if parts > 1 and (given == "batch_tokens" or cfg.data.batch_size != recipe.batch_size // parts):
-        raise ValueError(
-            f"data.{given}={cfg.data[given]}, but {key}.at_once={recipe.at_once} (fits=) splits {key}.batch_size="
-            f"{recipe.batch_size} into {parts}, and a step would have {parts} times as many clips: give {key}.batch_size, or "
-            f"{key}.at_once=null and {key}.accumulate"
-        )
-
-
-def batch_size_of(data: Mapping, tokenizer: TokenizerConfig, frames: int, height: int, width: int) -> int:
-    """Returns the number of clips of a shape in a batch on one device.
-
-    Args:
-        data: the config's `data`, with `batch_size` and `batch_tokens`.
-    Raises:
-        ValueError: if `batch_tokens` is less than one clip; else as `TokenizerConfig.schedule`.
-    """
-    budget = data["batch_tokens"]
-    if budget is None:
-        return data["batch_size"]
-    schedule = tokenizer.schedule(frames, height, width)
-    if budget < schedule.length:
-        raise ValueError(f"data.batch_tokens={budget}; a clip has {schedule.length}: {schedule}")
-    return budget // schedule.length
-
-
-def buckets_of(cfg: DictConfig, tokenizer: TokenizerConfig | None) -> list[Bucket]:
-    """Reads the shapes in `data.buckets` and works out their batch sizes. Raises ValueError as `build_data`."""
-    buckets = []
-    for text in cfg.data.get("buckets") or []:
-        shape, batch_size = read_shape(text), cfg.data.batch_size
-        try:
-            latent_frames(shape[0])
-            if tokenizer is not None:
-                tokenizer.schedule(*shape)
-                batch_size = batch_size_of(cfg.data, tokenizer, *shape)
-        except ValueError as error:
-            raise ValueError(f"data.buckets, {text}: {error}") from error
-        buckets.append(Bucket(*shape, batch_size))
-    return buckets
-
-
-def of_stage(cfg: DictConfig, stage: Stage) -> DictConfig:
-    """Returns the config with the values that a stage sets in `data`.
-
-    Raises:
-        ValueError: if the stage sets a key that `data` does not have.
-    """
-    try:
-        return OmegaConf.merge(cfg, {"data": dict(stage.data)})
-    except OmegaConfBaseException as error:
-        raise ValueError(f"stages.{stage.name}.data: {str(error).splitlines()[0]}") from error
-
-
-def plan_of(cfg: DictConfig) -> StagePlan:
-    """Reads the stages of a training that has them.
-
-    Raises:
-        ValueError: if the callback that switches stages is missing; else as `StagePlan.of`.
-    """
-    if not cfg.callbacks.get("stage_switch"):
-        raise ValueError("stages need the callback that moves on: callbacks.stage_switch as in conf/progressive.yaml")
-    return StagePlan.of(plain(cfg.stages))
-
-
-def build_stages(cfg: DictConfig, plan: StagePlan, tokenizer: TokenizerConfig) -> StagedClips:
-    """Builds the data of all stages at once, so that errors in a later one are found at the start.
-
-    Raises:
-        ValueError: if the tokenizer cannot take a stage's clips, or a generator's stages have different classes.
-    """
-    parts = [build_data(of_stage(cfg, stage), tokenizer) for stage in plan.stages]
-    for part in parts:
-        tokenizer.schedule(part.frames, part.height, part.width)
-    classes = {part.classes for part in parts}
-    if len(classes) > 1 and cfg.module == "generator":
-        raise ValueError(f"the stages' data have other classes: {'; '.join(', '.join(c) or 'none' for c in classes)}")
-    return StagedClips(plan, parts, [stage.steps * accumulate_of(cfg) for stage in plan.stages])
-
-
-def accumulate_of(cfg: DictConfig) -> int:
-    """Returns the number of batches on each device per optimizer step; under manual optimization the module accumulates
-    them."""
-    return cfg.optimizer.get("accumulate", cfg.trainer.accumulate_grad_batches)
-
-
-def tokenizer_config(cfg: DictConfig) -> TokenizerConfig:
-    """Returns the config of the tokenizer to train, or of the one whose bits the generator is trained on.
-
-    Raises:
-        ValueError: if a generator is to be trained and `tokenizer_ckpt` is null; else as `TokenizerConfig.from_dict` or
-            `load_tokenizer`.
-    """
-    if cfg.module == "tokenizer":
-        return TokenizerConfig.from_dict(plain(cfg.tokenizer))
-    if cfg.tokenizer_ckpt is None:
-        raise ValueError("tokenizer_ckpt=null: a generator is trained on a tokenizer's bits; give its checkpoint")
-    return load_tokenizer(cfg.tokenizer_ckpt).model.config
-
-
-def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerModule:
-    """Builds the module that trains a tokenizer on the clips of `data`.
-
-    Raises:
-        ValueError: if the trainer is set to accumulate or clip gradients, which the module does itself, or to float16, or the
-            data has batches of images; else as `TokenizerModule`.
-    """
-    if cfg.trainer.accumulate_grad_batches != 1 or cfg.trainer.gradient_clip_val is not None:
-        raise ValueError("the tokenizer accumulates and clips by itself: use optimizer.accumulate= and optimizer.clip=")
-    if str(cfg.trainer.precision).startswith("16"):
-        raise ValueError(f"trainer.precision={cfg.trainer.precision}: the tokenizer trains in bf16-mixed or 32-true")
-    if data.image_share:
-        raise ValueError(
-            "data.image_share is for generators; conf=stage0_image_tokenizer trains a tokenizer on images, and init=inflate "
-            "goes on from it with video"
-        )
-    return tokenizer_module(cfg, data.clip)
-
-
-def tokenizer_module(cfg: DictConfig, clip: dict) -> TokenizerModule:
-    """Builds the module that trains a tokenizer on clips of one shape.
-
-    Args:
-        clip: `frames`, `height`, `width`, `fps`.
-    Raises:
-        as `TokenizerModule`.
-    """
-    return TokenizerModule(
-        plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), clip, cfg.trainer.max_steps, plain(cfg.scale_dropout),
-        cfg.seed,
-    )  # fmt: skip
+from kit.values import check_whole_number
 
 
 def encoded_clips_of(cfg: DictConfig, *parts: str) -> Path:
@@ -229,38 +55,6 @@ def choice_of(source: DictConfig) -> dict:
         return {key: chosen(v) if isinstance(v, dict) else v for key, v in values.items() if key not in others}
 
     return chosen(plain(source))
-
-
-def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorModule:
-    tokenizer, condition = load_tokenizer(cfg.tokenizer_ckpt), condition_of(plain(cfg.condition), data)
-    return generator_module(cfg, data.clip, condition, tokenizer.model, tokenizer.hash, str(tokenizer.path.resolve()))
-
-
-def generator_values(cfg: DictConfig, tokenizer: TokenizerConfig, condition: dict) -> dict:
-    """Collects the values of a `GeneratorConfig` from a training's config.
-
-    Args:
-        tokenizer: config of the tokenizer whose bits it is trained on. condition: values of its `ConditionConfig`.
-    """
-    return {
-        **plain(cfg.generator), "bits": tokenizer.bits, "scales": len(tokenizer.scales), "window": cfg.window,
-        "history": cfg.history, "align": cfg.align, "condition": condition,
-    }  # fmt: skip
-
-
-def generator_module(
-    cfg: DictConfig, clip: dict, condition: dict, tokenizer: Tokenizer, tokenizer_hash: str, tokenizer_path: str
-) -> GeneratorModule:
-    """Builds the module that trains a generator on clips of one shape.
-
-    Args:
-        condition: values of its `ConditionConfig`. clip, tokenizer, tokenizer_hash, tokenizer_path: see `GeneratorModule`.
-    """
-    return GeneratorModule(
-        generator_values(cfg, tokenizer.config, condition), plain(cfg.correction), cfg.frame_mask, cfg.drop_condition,
-        plain(cfg.loss), plain(cfg.optimizer), clip, cfg.trainer.max_steps, cfg.seed, tokenizer_hash=tokenizer_hash,
-        tokenizer_path=tokenizer_path, tokenizer=tokenizer, recompute=cfg.recompute,
-    )  # fmt: skip
 
 
 def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: GeneratorModule):
@@ -311,62 +105,6 @@ def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):
                 )
 
 
-def condition_of(condition: dict, data: ClipDataModule) -> dict:
-    """Returns the values of a `ConditionConfig` for this data. Warns if the data has neither captions nor classes.
-
-    Args:
-        condition: values of the config's `condition`. Its kind `auto` becomes `class` if the data has classes and no
-            captions, else `text`. A pretrained text encoder is looked up.
-    Raises:
-        ValueError: if `length` exceeds what the text encoder reads; else as `find_encoder`.
-    """
-    kind = condition["kind"]
-    if not data.classes and not data.captioned:
-        rank_zero_warn(
-            "the clips have neither captions nor classes: the generator learns without words. Captions go into captions.csv "
-            "(file,caption) in the folder or a .txt beside each file; classes are folders, or names such as jump_001.mp4"
-        )
-    if kind == "auto":
-        kind = "class" if data.classes and not data.captioned else "text"
-    if kind == "text" and condition["encoder"] is not None:
-        name = condition["encoder"]
-        encoder = find_encoder(str(Path(name).resolve()) if Path(name).is_dir() else name, condition["revision"])
-        longest = encoder.longest
-        if longest is not None and condition["length"] > longest:
-            raise ValueError(
-                f"condition.length={condition['length']}; the text encoder {encoder.name} reads {longest} tokens at most"
-            )
-        condition |= {"encoder": encoder.name, "revision": encoder.revision, "channels": encoder.channels}
-    return {**condition, "kind": kind, "classes": list(data.classes) if kind == "class" else []}
-
-
-BUILDERS = {"tokenizer": build_tokenizer_module, "generator": build_generator_module}
-
-
-def check_length(trainer: DictConfig):
-    """Checks that the trainer has a number of steps and uses the whole data.
-
-    Raises:
-        ValueError: if `max_steps` is not a whole number of 1 or more, which the learning rate and the number of encoded clips
-            depend on, or if `limit_train_batches` is set, which would repeat the same batches.
-    """
-    check_whole_number("trainer.max_steps", trainer.max_steps, 1)
-    if trainer.get("limit_train_batches") is not None:
-        raise ValueError(
-            f"trainer.limit_train_batches={trainer.limit_train_batches}: the data has no end, and the same batches would "
-            f"come again and again; shorten a training by recipe.*.steps, or say that they shall: trainer.overfit_batches"
-        )
-
-
-def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """Builds the Lightning trainer with its loggers and callbacks. Raises ValueError as `check_length`."""
-    check_length(cfg.trainer)
-    loggers = [instantiate(c) for c in (cfg.get("logger") or {}).values()]
-    logged = set() if loggers else {"learning_rate"}  # callbacks that fail without a logger
-    callbacks = [instantiate(c) for name, c in cfg.callbacks.items() if c and name not in logged]
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[TrainingCheckpointIO()])
-
-
 def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
     """Returns the checkpoint to resume from, see `ckpt` in conf/fit.yaml; None: start anew.
 
@@ -405,50 +143,10 @@ def fit(cfg: DictConfig) -> L.Trainer:
         return with_retries(lambda *where: train(cfg, *where), resume, last, cfg.retries)
 
 
-@contextmanager
-def sole_user(folder: Path) -> Iterator[None]:
-    """Locks a run's folder while the block runs; warns if the file system has no locks.
-
-    Only rank 0 takes the lock, so further ranks of the same command may enter.
-
-    Raises:
-        FileExistsError: if another command holds the lock.
-    """
-    path = folder / ".lock"
-    with ExitStack() as stack:
-        if rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0":
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(FileLock(path, timeout=0))
-                stack.callback(path.unlink, missing_ok=True)
-            except Timeout as error:
-                raise FileExistsError(
-                    f"another process is at work in {folder}; wait for it, or give another name="
-                ) from error
-            except (NotImplementedError, OSError) as error:
-                rank_zero_warn(f"{folder} cannot be locked ({error}): see to it yourself that one process alone is there")
-        yield
-
-
 @rank_zero_only  # the other processes wait for rank 0 before they encode
 def remove_encoded_clips(folder: Path):
     for path in folder.glob("encoded_clips*"):
         shutil.rmtree(path)
-
-
-def check_sharded_tokenizer(module: TokenizerModule):
-    """Checks that a tokenizer can be trained with sharded weights (trainer=fsdp).
-
-    Raises:
-        ValueError: if it learns its amplitude, a single number that cannot be sharded, or has the adaptive adversarial
-            weight, which needs an unsharded weight of the decoder.
-    """
-    for key, asked in (
-        ("tokenizer.learned_amplitude", module.model.config.learned_amplitude),
-        ("loss.adversarial.adaptive", module.discriminator is not None and module.loss["adversarial"]["adaptive"]),
-    ):
-        if asked:
-            raise ValueError(f"trainer=fsdp cannot train with {key}=true; set it to false, or use trainer=default")
 
 
 def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[BatchPosition] = ()) -> L.Trainer:

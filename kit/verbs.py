@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from kit import sharded_checkpoint
+from kit.build import build_data, plain
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.cache import describe, read_manifest, write_cache
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_accuracy
-from kit.files import replacing, write_json
+from kit.files import replacing, sole_user, write_json
 from kit.generation import file_stem, sample_videos
 from kit.generator.corruption import teacher_forced
 from kit.generator.module import accuracy_by_block
@@ -29,7 +30,7 @@ from kit.machine import autocast, device, inference_precision
 from kit.media import clip_by_clip, contact_sheet, write_video
 from kit.pixels import psnr
 from kit.reconstruction import Scores, reconstruct_file
-from kit.run import build_data, choice_of, plain, sole_user
+from kit.run import choice_of
 from kit.sampling import sample_clips
 from kit.self_check import Check, self_check
 from kit.values import check_whole_number

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from kit.build import BUILDERS, build_data
 from kit.data.numbered import Numbered
 from kit.draws import Draws
-from kit.run import BUILDERS, build_data
 from tests.fixtures import CLIP, GENERATOR, TOKENIZER, composed
 
 

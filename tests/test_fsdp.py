@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from callbacks import EMA
+from kit.build import build_data, build_generator_module, build_trainer
 from kit.checkpoint import read_checkpoint
 from kit.cli import main
 from kit.fsdp import ShardedStrategy, local
 from kit.machine import can_compile
-from kit.run import build_data, build_generator_module, build_trainer
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed
 from tests.test_training import losses
 

@@ -15,10 +15,10 @@ from PIL import Image
 from kit.checkpoint import load_generator
 from kit.cli import main
 from kit.data.shapes import Shapes
+from kit.files import sole_user
 from kit.generation import check_length, file_stem, history_of, sample_videos, stream_samples
 from kit.generator.sampler import Guidance, Sampling
 from kit.media import write_video
-from kit.run import sole_user
 from kit.sampling import sample_clips
 from kit.tokenizer import Tokenizer
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from kit.build import accumulate_of, generator_module, tokenizer_module
 from kit.generator.condition import ConditionConfig
 from kit.generator.transformer import Generator
 from kit.memory import Held, Pretence, stepper
 from kit.plan import generator_config, memory_of, stages_of
-from kit.run import accumulate_of, generator_module, tokenizer_module
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from tests.fixtures import composed
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from callbacks import EMA, LossGuard
+from kit.build import plain
 from kit.checkpoint import read_checkpoint
 from kit.cli import main
 from kit.data.batches import StreamSampler
@@ -20,7 +21,6 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.data.staged import StagedClips
 from kit.machine import can_compile
-from kit.run import plain
 from kit.stages import StagePlan
 from kit.tokenizer.module import TokenizerModule
 from tests.fixtures import CLIP, GENERATOR, TOKENIZER, composed, fit_generator, fit_tokenizer

@@ -20,9 +20,8 @@ from PIL import Image
 from kit.checkpoint import load_generator, load_tokenizer, model_hash, read_checkpoint
 from kit.cli import main
 from kit.data.shapes import Shapes
-from kit.files import load_checked, save_checked
+from kit.files import load_checked, save_checked, sole_user
 from kit.media import write_video
-from kit.run import sole_user
 from kit.verbs import per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
 

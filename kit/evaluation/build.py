@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from omegaconf import DictConfig
 
+from kit.build import plain
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.clips import FolderClips
 from kit.data.shapes import Shapes
@@ -17,7 +18,6 @@ from kit.generator.condition import ConditionConfig
 from kit.generator.sampler import Sampling
 from kit.machine import check_precision
 from kit.perceptual import Perceptual, load_perceptual
-from kit.run import plain
 from kit.scales import whole_groups
 
 METRICS = ("frechet", "psnr", "ssim", "lpips", "captions")

@@ -24,10 +24,9 @@ from kit.evaluation.protocol import Protocol, digest
 from kit.evaluation.report import Shown, best_median_worst, read_result, result_lines, write_report
 from kit.evaluation.run_suite import evaluate_suite
 from kit.evaluation.scores import LPIPS, PSNR, SSIM, CaptionScore, FrechetScore, Score
-from kit.files import load_checked, save_checked
+from kit.files import load_checked, save_checked, sole_user
 from kit.machine import cache_folder, device, exact_float32, installed_version
 from kit.pixels import to_8_bits
-from kit.run import sole_user
 from kit.values import differences
 
 SAVE_EVERY = 30  # seconds; a kill loses the clips scored since

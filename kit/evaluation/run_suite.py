@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from kit.build import plain
 from kit.checkpoint import load_generator
 from kit.data.read import read_clip_file
 from kit.evaluation.candidates import Samples
@@ -13,12 +14,11 @@ from kit.evaluation.protocol import digest
 from kit.evaluation.report import words_of, write_page
 from kit.evaluation.suites import read_prompts, video_name, write_suite
 from kit.evaluation.vbench import read_vbench_results, vbench_scores, vbench_table
-from kit.files import read_json, write_json, written_aside
+from kit.files import read_json, sole_user, write_json, written_aside
 from kit.generation import check_length, notes_on
 from kit.generator.sampler import Sampling
 from kit.machine import check_precision, exact_float32
 from kit.media import contact_sheet
-from kit.run import plain, sole_user
 from kit.values import check_whole_number
 
 SHOWN = 8  # videos on the page and the contact sheet

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from kit.build import buckets_of
 from kit.cli import main
 from kit.data import heads
 from kit.data.batches import BucketSampler
@@ -24,7 +25,6 @@ from kit.doctor import problems
 from kit.files import read_json
 from kit.media import write_video
 from kit.plan import costs
-from kit.run import buckets_of
 from kit.tokenizer import TokenizerConfig
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed
 from tests.test_training import batches, interrupt_after, losses

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from kit.build import plain
 from kit.confs import CONF
 from kit.evaluation.protocol import Network, Protocol, Real
-from kit.run import plain
 from kit.values import differences
 from tests.fixtures import composed
 

@@ -25,10 +25,10 @@ from kit.evaluation.suites import (
     video_table,
     write_suite,
 )
+from kit.files import sole_user
 from kit.generation import sample_videos
 from kit.generator.sampler import Guidance, Sampling
 from kit.media import write_video
-from kit.run import sole_user
 from kit.sampling import seed_of
 
 PROMPTS = [Prompt("a cat", 2), Prompt("a dog, close-up", 3), Prompt("in/out", 2)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kit.build import BUILDERS, build_data
 from kit.checkpoint import load_generator
 from kit.data.shapes import Shapes
 from kit.draws import Draws
 from kit.generator.corruption import training_sequence
 from kit.generator.mask import draw_kept_frames
 from kit.generator.module import POWERS, accuracy_by_block
-from kit.run import BUILDERS, build_data
 from kit.scales import ScaleSchedule
 from tests.fixtures import CLIP, GENERATOR, TOKENIZER, composed
 

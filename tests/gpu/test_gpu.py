@@ -9,13 +9,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from kit.build import plain
 from kit.checkpoint import load_generator, read_checkpoint, save_tokenizer
 from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.generator.sampler import Sampling, sample_frames
 from kit.machine import exact_float32
 from kit.plan import memory_of, stages_of
-from kit.run import fit, plain
+from kit.run import fit
 from kit.scales import ScaleSchedule
 from kit.self_check import self_check
 from kit.tokenizer import Tokenizer, TokenizerConfig

@@ -16,12 +16,12 @@ import torch
 from torch.nn import functional as F
 
 from callbacks import LossGuard
+from kit.build import plain
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.draws import Draws
 from kit.perceptual import load_perceptual
-from kit.run import plain
 from kit.tokenizer.discriminator import Discriminator, PatchDiscriminator
 from kit.tokenizer.losses import (
     adaptive_weight,

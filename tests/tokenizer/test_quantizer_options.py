@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from kit.build import plain
 from kit.cli import main
 from kit.draws import Draws
 from kit.generator.corruption import FlipLaw, training_sequence
 from kit.generator.module import accuracy_by_block, scale_weights
 from kit.generator.sampler import Sampling, sample_frames
 from kit.inspection import bit_use
-from kit.run import plain
 from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.losses import entropy_loss
