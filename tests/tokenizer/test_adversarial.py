@@ -155,7 +155,7 @@ def test_discriminators_learn_to_tell_noise_from_flat_clips():
 
 
 def test_every_term_is_logged_raw_and_weighted():
-    recorder = train(make_module("loss.commitment_weight=0.5", "loss.motion_weight=2"), 2)
+    recorder = train(make_module("loss.commitment_weight=0.5", "loss.motion_weight=2", "loss.entropy_weight=0.01"), 2)
     logged = recorder.logged[-1]
     weights = {"reconstruction": 1.0, "motion": 2.0, "commitment": 0.5, "entropy": 0.01}
     weights |= {"adversarial": 0.1, "discriminator": 1.0, "lecam": 0.001}
