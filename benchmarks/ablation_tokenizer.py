@@ -21,7 +21,7 @@ VARIANTS = {
     "default": [],
     "amplitude=null": ["tokenizer.amplitude=null"],
     "learned_amplitude": ["tokenizer.learned_amplitude=true"],
-    "entropy .01": ["loss.entropy_weight=0.01"],
+    "no entropy loss": ["loss.entropy_weight=0"],
     "entropy .1 to 0": ["loss.entropy_weight=0.1", "loss.entropy_weight_end=0"],
     "scale dropout": ["scale_dropout.last=2", "scale_dropout.p=0.1"],
     "scale_bits": ["tokenizer.scale_bits=[4,8,16,16]"],
