@@ -269,14 +269,15 @@ def check_length(trainer: DictConfig):
 
     Raises:
         ValueError: if `max_steps` is not a whole number of 1 or more, which the learning rate and the number of encoded clips
-            depend on, or if `limit_train_batches` is set, which would repeat the same batches.
+            depend on, or if `limit_train_batches` or `overfit_batches` is set, which need data that ends.
     """
     check_whole_number("trainer.max_steps", trainer.max_steps, 1)
-    if trainer.get("limit_train_batches") is not None:
-        raise ValueError(
-            f"trainer.limit_train_batches={trainer.limit_train_batches}: the data has no end, and the same batches would "
-            f"come again and again; shorten a training by recipe.*.steps, or say that they shall: trainer.overfit_batches"
-        )
+    for key in ("limit_train_batches", "overfit_batches"):
+        if trainer.get(key):
+            raise ValueError(
+                f"trainer.{key}={trainer[key]}: the data has no end to take a part of; shorten a training by recipe.*.steps, "
+                f"or try it out with debug=smoke"
+            )
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:

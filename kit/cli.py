@@ -255,8 +255,9 @@ def silence():
 
 
 def remove_config_alone(folder: Path):
-    """Removes the folder of a refused command if it holds nothing but the config that hydra wrote there."""
-    if folder.is_dir() and [path.name for path in folder.iterdir()] == ["config"]:
+    """Removes the folder of a refused command if it holds nothing but the files that hydra wrote there."""
+    hydras = {folder / "config" / f"{name}.yaml" for name in ("config", "hydra", "overrides")}
+    if folder.is_dir() and set(folder.rglob("*")) <= {folder / "config", *hydras}:
         shutil.rmtree(folder)
 
 

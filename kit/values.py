@@ -29,7 +29,7 @@ def check_whole_number(key: str, value: int | None, least: int, optional: bool =
     Raises:
         ValueError: if not, naming its key.
     """
-    if not (value is None and optional) and not (isinstance(value, int) and value >= least):
+    if not (value is None and optional) and (type(value) is not int or value < least):
         raise ValueError(f"{key}={value}; expected a whole number of {least} or more")
 
 

@@ -446,3 +446,13 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback():
     words = f"{sys.executable} -m kit evaluate --help | head -n 1"
     done = subprocess.run(words, cwd=ROOT, shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("python -m kit evaluate") and done.stderr == ""
+
+
+def test_a_refused_command_removes_its_own_folder_and_nothing_else(tmp_path, capsys):
+    """A folder of that name may have been the user's, with a config of theirs."""
+    words = ["generate", f"root={tmp_path}", "name=mine", "prompt=x"]
+    assert main(words) == 1 and not (tmp_path / "mine").exists()
+    (tmp_path / "mine" / "config").mkdir(parents=True)
+    (tmp_path / "mine" / "config" / "own.yaml").write_text("a: 1")
+    assert main(words) == 1 and (tmp_path / "mine" / "config" / "own.yaml").read_text() == "a: 1"
+    assert "give ckpt=PATH" in capsys.readouterr().err

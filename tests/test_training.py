@@ -130,6 +130,7 @@ def test_a_training_ends_after_its_time_and_goes_on(tmp_path):
     [
         (["recipe.tokenizer.steps=-1"], "trainer.max_steps=-1; expected a whole number of 1 or more"),
         (["+trainer.limit_train_batches=3"], "trainer.limit_train_batches=3: the data has no end"),
+        (["+trainer.overfit_batches=1"], "trainer.overfit_batches=1: the data has no end"),
     ],
 )
 def test_lengths_that_mean_something_else_are_told(words, told, tmp_path, capsys):
