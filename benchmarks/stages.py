@@ -2,8 +2,9 @@
 
     python benchmarks/stages.py FOLDER TOKENIZER [ways=staged,long,short] [seeds=0,1,2] [key=value ...]
 
-`staged` is conf=progressive; `long` trains only on the clips of its last stage, `short` on those of the stage before, each
-for as many steps as cost the same floating point operations (`kit.costs`). Each is scored on held-out captions by `evaluate
+`staged` is conf=progressive; `long` trains only on clips of the shape of its last stage, `short` on those of the stage before,
+each with as many images among them as conf=stage2_generator has, for as many steps as cost the same floating point operations
+(`kit.costs`). Each is scored on held-out captions by `evaluate
 protocol=shapes` at 17, 33 and 65 frames; clips longer than those trained on are made by frame re-encoding. FOLDER keeps runs
 and scores; a stopped benchmark continues there. Further words go to `fit`. Prints one JSON line for each run.
 """
@@ -15,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from kit.costs import generator_cost, stage_cost
 from kit.plan import generator_config, stages_of
@@ -26,32 +27,29 @@ from runs import composed, kit, parted
 LENGTHS, CLIPS = (17, 33, 65), 128  # frames and clips that are scored
 
 
-def flops_of_stages(words: list[str]) -> tuple[list[float], list[float], list[dict]]:
-    """Returns for each stage the floating point operations of all its steps, those of one of its clips, and its data."""
-    cfg = composed("progressive", words)
+SHAPE = ("frames", "height", "width", "batch_size")  # what `long` and `short` take from a stage's data
+
+
+def flops_of(cfg: DictConfig, data: dict, steps: int) -> float:
+    """Returns the floating point operations of `steps` steps on clips of the config's `data`."""
     tokenizer = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
-    generator = generator_config(cfg, tokenizer)
-    whole, each, data = [], [], []
-    for _, steps, given in stages_of(cfg):
-        size = (given["height"], given["width"])
-        clip, image = (generator_cost(generator, tokenizer, frames, *size, encoded=True) for frames in (given["frames"], 1))
-        latents = latent_frames(given["frames"])
-        whole.append(stage_cost(clip, image, steps * given["batch_size"], given["image_share"], latents).flops)
-        each.append(clip.flops)
-        data.append(given)
-    return whole, each, data
+    generator, size = generator_config(cfg, tokenizer), (data["height"], data["width"])
+    clip, image = (generator_cost(generator, tokenizer, frames, *size, encoded=True) for frames in (data["frames"], 1))
+    return stage_cost(clip, image, steps * data["batch_size"], data["image_share"], latent_frames(data["frames"])).flops
 
 
 def words_of(way: str, words: list[str]) -> list[str]:
-    """Returns the words for `fit` that choose a way."""
+    """Returns the words for `fit` that train a way; `words` are those that all ways were told."""
     if way == "staged":
-        return ["conf=progressive"]
-    whole, each, data = flops_of_stages(words)
-    stage = {"long": -1, "short": -2}[way]
-    given = data[stage]
-    steps = round(sum(whole) / each[stage] / given["batch_size"])
-    clips = [f"data.{key}={given[key]}" for key in ("frames", "height", "width", "batch_size", "image_share")]
-    return ["conf=stage2_generator", f"recipe.generator.steps={steps}", *clips]
+        return ["conf=progressive", *words]
+    plan, words = composed("progressive", words), [word for word in words if "stages" not in word]
+    stages = stages_of(plan)
+    last = stages[{"long": -1, "short": -2}[way]][2]
+    clips = [f"data.{key}={last[key]}" for key in SHAPE]
+    one = composed("stage2_generator", [*clips, *words])
+    whole = sum(flops_of(plan, data, steps) for _, steps, data in stages)
+    each = flops_of(one, OmegaConf.to_container(one.data), 1)
+    return ["conf=stage2_generator", f"recipe.generator.steps={round(whole / each)}", *clips, *words]
 
 
 def scores(folder: Path, ckpt: Path, name: str, frames: int) -> dict:
@@ -78,23 +76,14 @@ def main(folder: Path, tokenizer: str, *words: str):
     for seed in chosen.get("seeds", "0,1,2").split(","):
         for way in chosen.get("ways", "staged,long,short").split(","):
             name = f"{way}_{seed}"
-            told = words_of(way, [word for word in rest if not word.startswith("callbacks")])
+            told = words_of(way, rest)
             begin = time.monotonic()
             run = [f"name={name}", f"root={folder}", f"seed={seed}", f"tokenizer_ckpt={tokenizer}", "ckpt=last"]
-            kit(
-                "fit",
-                *told,
-                *run,
-                "callbacks.video_logger.clips=0",
-                *([word for word in rest if way == "staged" or "stages" not in word]),
-            )
+            kit("fit", *told, *run, "callbacks.video_logger.clips=0")
             seconds = round(time.monotonic() - begin)
             ckpt = folder / name / "checkpoints" / "last.ckpt"
             found = {str(n): scores(folder, ckpt, f"{name}_{n}_frames", n) for n in LENGTHS}
-            print(
-                json.dumps({"way": way, "seed": int(seed), "frames": found, "seconds": seconds, "fit": told, "words": rest}),
-                flush=True,
-            )
+            print(json.dumps({"way": way, "seed": int(seed), "frames": found, "seconds": seconds, "fit": told}), flush=True)
 
 
 if __name__ == "__main__":
