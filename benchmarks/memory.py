@@ -1,4 +1,4 @@
-"""Compares the estimated memory of a training (`kit.plan.memory_of`) with what it takes on this machine.
+"""Compares the estimated memory of a training (`kit.planning.plan.memory_of`) with what it takes on this machine.
 
     python benchmarks/memory.py CONF [key=value ...]
 
@@ -22,7 +22,7 @@ import torch
 from omegaconf import DictConfig
 
 from kit.build import BUILDERS, build_data, build_trainer, tokenizer_config
-from kit.plan import memory_of, stages_of
+from kit.planning.plan import memory_of, stages_of
 from runs import composed
 
 QUIET = (

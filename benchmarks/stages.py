@@ -2,11 +2,11 @@
 
     python benchmarks/stages.py FOLDER TOKENIZER [ways=staged,long,short] [seeds=0,1,2] [key=value ...]
 
-`staged` is conf=progressive; `long` trains only on clips of the shape of its last stage, `short` on those of the stage before,
-each with as many images among them as conf=stage2_generator has, for as many steps as cost the same floating point operations
-(`kit.costs`). Each is scored on held-out captions by `evaluate
-protocol=shapes` at 17, 33 and 65 frames; clips longer than those trained on are made by frame re-encoding. FOLDER keeps runs
-and scores; a stopped benchmark continues there. Further words go to `fit`. Prints one JSON line for each run.
+`staged` is conf=progressive; `long` trains only on clips of the shape of its last stage, `short` of the stage before, each
+with as many images as conf=stage2_generator has, for as many steps as cost the same floating point operations
+(`kit.planning.costs`). Each is scored on held-out captions by `evaluate protocol=shapes` at 17, 33 and 65 frames; clips
+longer than those trained on are made by frame re-encoding. FOLDER keeps runs and scores; a stopped benchmark continues
+there. Further words go to `fit`, those about stages to `staged` alone. Prints one JSON line for each run.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from kit.costs import generator_cost, stage_cost
-from kit.plan import generator_config, stages_of
+from kit.planning.costs import generator_cost, stage_cost
+from kit.planning.plan import generator_config, stages_of
 from kit.scales import latent_frames
 from kit.tokenizer import TokenizerConfig
 from runs import composed, kit, parted
 
 LENGTHS, CLIPS = (17, 33, 65), 128  # frames and clips that are scored
-
-
 SHAPE = ("frames", "height", "width", "batch_size")  # what `long` and `short` take from a stage's data
 
 

@@ -3,7 +3,7 @@
     python benchmarks/training_speed.py steps=N CONF [key=value ...] [-- CONF [key=value ...]] ...
 
 One device, clips of one shape and no images. Prints one JSON line for each training of N steps: the median rate of the later
-half, memory, and the model's operations per second (`kit.costs`) as a share of a GPU's peak.
+half, memory, and the model's operations per second (`kit.planning.costs`) as a share of a GPU's peak.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from kit.build import accumulate_of
-from kit.costs import generator_cost, tokenizer_cost
-from kit.plan import generator_config
+from kit.planning.costs import generator_cost, tokenizer_cost
+from kit.planning.plan import generator_config
 from kit.run import fit
 from kit.tokenizer import TokenizerConfig
 from runs import composed

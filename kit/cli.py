@@ -36,8 +36,8 @@ VERBS = {
     "inspect": Verb("kit.verbs:inspect", "inspect", "what each scale's bits hold, and how well they are predicted"),
     "cache": Verb("kit.verbs:cache", "cache", "encode clips once, for generators to train on"),
     "consolidate": Verb("kit.verbs:consolidate", "consolidate", "one file of a checkpoint in shards"),
-    "prepare": Verb("kit.prepare:prepare", "prepare", "make what kit cannot ship: i3d, infinity, fluent_emoji, vizdoom"),
-    "doctor": Verb("kit.doctor:doctor", "doctor", "what this machine can run"),
+    "prepare": Verb("kit.prepare.run:prepare", "prepare", "make what kit cannot ship: i3d, infinity, fluent_emoji, vizdoom"),
+    "doctor": Verb("kit.planning.doctor:doctor", "doctor", "what this machine can run"),
     "demo": Verb("kit.demo:demo", "demo", "train, generate and score on the embedded data, a quarter of an hour on 2 cores"),
 }  # fmt: skip
 

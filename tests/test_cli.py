@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from kit.build import build_data, build_trainer
 from kit.cli import FREE_TEXT, PATHS, VERBS, main, options_first, quoted, register_resolvers
 from kit.confs import CONF, confs
-from kit.doctor import training_config
 from kit.generator.transformer import Generator, GeneratorConfig
+from kit.planning.doctor import training_config
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_generator, fit_tokenizer
 

@@ -21,10 +21,10 @@ from kit.data.clips import FolderClips, frame_numbers, most_frames
 from kit.data.datamodule import ClipDataModule
 from kit.data.heads import Head, read_heads
 from kit.data.shapes import Shapes
-from kit.doctor import problems
 from kit.files import read_json
 from kit.media import write_video
-from kit.plan import costs
+from kit.planning.doctor import problems
+from kit.planning.plan import costs
 from kit.tokenizer import TokenizerConfig
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed
 from tests.test_training import batches, interrupt_after, losses

@@ -15,7 +15,7 @@ from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.generator.sampler import Sampling, sample_frames
 from kit.machine import exact_float32
-from kit.plan import memory_of, stages_of
+from kit.planning.plan import memory_of, stages_of
 from kit.run import fit
 from kit.scales import ScaleSchedule
 from kit.self_check import self_check

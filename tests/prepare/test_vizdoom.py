@@ -17,13 +17,25 @@ import psutil
 import pytest
 import torch
 
-from kit import vizdoom
 from kit.cli import main
 from kit.data.clips import FolderClips
 from kit.machine import cache_folder
-from kit.vizdoom import ACTIONS, MAPS, Form, caption, form_of, motion, name_of, prepare_vizdoom, render, shares, started
+from kit.prepare import vizdoom
+from kit.prepare.vizdoom import (
+    ACTIONS,
+    MAPS,
+    Form,
+    caption,
+    form_of,
+    motion,
+    name_of,
+    prepare_vizdoom,
+    render,
+    shares,
+    started,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = Form(frames=9, height=32, width=48, tics=4, seed=0)
 WORDS = ["frames=9", "height=32", "width=48", "fps=8.75"]  # the same
 COUNT = len(ACTIONS) * len(MAPS)  # each action on each map

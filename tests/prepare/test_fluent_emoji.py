@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kit import fluent_emoji
 from kit.cli import main
 from kit.data.clips import FolderClips
 from kit.data.decode import open_video
-from kit.fluent_emoji import FPS, FRAMES, SIDE, TARBALL, animation, caption, prepare_fluent_emoji
 from kit.machine import cache_folder
+from kit.prepare import fluent_emoji
+from kit.prepare.fluent_emoji import FPS, FRAMES, SIDE, TARBALL, animation, caption, prepare_fluent_emoji
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LEVELS = [5 * n for n in range(30)]
 
 
@@ -259,7 +259,7 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
     frames = [rng.integers(0, 256, (96, 96, 4), np.uint8) for _ in range(FRAMES)]
     path = package(tmp_path / "emoji.tgz", dict.fromkeys(codes, webp(frames)))
     code = (
-        f"from pathlib import Path; from kit import fluent_emoji; fluent_emoji.INTEGRITY = {hash_of(path)!r}; "
+        f"from pathlib import Path; from kit.prepare import fluent_emoji; fluent_emoji.INTEGRITY = {hash_of(path)!r}; "
         f"fluent_emoji.prepare_fluent_emoji(Path({str(path)!r}))"
     )
     running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})

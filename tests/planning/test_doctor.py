@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from kit.build import accumulate_of
 from kit.cli import main
 from kit.confs import CONF
-from kit.plan import costs
+from kit.planning.plan import costs
 from kit.values import batches_of, equal_parts, part_of
 from tests.fixtures import TOKENIZER, composed, fit_tokenizer
 
