@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from kit.confs import CONF, confs, describe, first_comment, located, misspelt, misspelt_in, trains, wrong_kinds
+from kit.confs import CONF, confs, describe, first_comment, located, misspelt_in, refused, trains, wrong_kinds
 from kit.data.decode import UnreadableVideo
 
 
@@ -150,8 +150,9 @@ def at_commas(text: str) -> list[str]:
 VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 
 
-def options_first(words: list[str]) -> list[str]:
-    """Moves hydra's own options before the overrides: hydra does not find options that come between overrides."""
+def options_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """Parts hydra's own options, with their values, from the overrides: hydra does not find options that come between
+    overrides."""
     options, overrides, rest = [], [], iter(words)
     for word in rest:
         if not word.startswith("-"):
@@ -160,7 +161,7 @@ def options_first(words: list[str]) -> list[str]:
         options.append(word)
         if word in VALUED:
             options += [value for value in [next(rest, None)] if value is not None]
-    return options + overrides
+    return options, overrides
 
 
 def readable(word: str) -> bool:
@@ -291,7 +292,7 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
             fail("\n".join(f"kit {verb}: {told}" for told in wrong), ValueError(*wrong))
             return
         # Lightning starts further ranks with this command line.
-        sys.argv = [sys.argv[0], verb, f"conf={path if own else conf}", *overrides]
+        sys.argv = [sys.argv[0], verb, f"conf={path if own else conf}", *options, *overrides]
         try:
             set_threads(cfg.threads)
             resolve(VERBS[verb].function)(cfg)
@@ -308,16 +309,18 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
 
     for told in misspelt_in(path) if own else ():
         print(f"kit {verb}: note: {path.name}: {told}", file=sys.stderr)
-    sweep = bool({"-m", "--multirun"} & set(overrides))
-    overrides = [quoted(word, sweep) for word in options_first(overrides)]
-    sys.argv = [sys.argv[0], f"--config-name={conf}", *own, *overrides]
+    options, words = options_and_overrides(overrides)
+    sweep = bool({"-m", "--multirun"} & set(options))
+    overrides = [quoted(word, sweep) for word in words]
+    if told := refused(path, overrides, sweep):
+        print(f"kit {verb}: {told}", file=sys.stderr)
+        return 1
+    sys.argv = [sys.argv[0], f"--config-name={conf}", *own, *options, *overrides]
     try:
         hydra.main(version_base="1.3", config_path=str(path.parent), config_name=conf)(task)()
     except KeyboardInterrupt:  # caught here, not in `task`, so that it ends a whole --multirun
         print(f"\nkit {verb}: interrupted", file=sys.stderr)
         return 1
     except SystemExit as stop:  # from hydra, which has printed why, or from Lightning after an interrupt
-        for told in misspelt(path, overrides) if stop.code == 1 and not failures else ():
-            print(f"kit {verb}: {told}", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else 1
     return 1 if failures else 0

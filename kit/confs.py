@@ -4,6 +4,7 @@ with words of a command that do not fit them."""
 from __future__ import annotations
 
 import difflib
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -171,13 +172,57 @@ def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
     return told
 
 
-def misspelt(conf: Path, overrides: list[str]) -> list[str]:
-    """Reports the words whose key the config does not have but that resembles one it has."""
-    chosen, keys = sorted_out(conf, overrides)
+def refused(conf: Path, words: list[str], sweep: bool = False) -> str | None:
+    """Says why a conf does not compose with words as hydra takes them; None if it does, or if hydra has to say why.
+
+    Args:
+        sweep: whether key=a,b stands for several runs; the first value counts.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+
+    def of_one_run(word: str) -> str:
+        override = OverridesParser.create().parse_override(word)
+        values = override.sweep_string_iterator() if override.is_discrete_sweep() else iter(())
+        return next((f"{word.split('=')[0]}={value}" for value in values), word)
+
+    if any(word.startswith("hydra.searchpath") for word in words):
+        return None
+    words = [word for word in words if not word.startswith("hydra")]
     try:
-        return nearest(keys, leaves(compose(conf, chosen)))
-    except Exception:  # reported elsewhere
-        return []
+        words = [of_one_run(word) for word in words] if sweep else words
+        compose(conf, words)
+    except MissingConfigException as error:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        if not group or not error.options:
+            return None
+        return f"no {group}={name}; choose from {', '.join(error.options)}"
+    except ConfigCompositionException as error:
+        found = re.match(r"Could not override '(.+)'", str(error))
+        return unknown_key(conf, words, found[1]) if found else str(error).strip()
+    except HydraException as error:
+        said = re.sub(r"\s*See https://hydra.cc\S* for details", "", str(error)).strip().replace("\n", ": ")
+        return f"{said}; expected key=value, a value with brackets, braces or commas within in quotes"
+    except Exception:  # such as a broken file
+        return None
+    return None
+
+
+OPEN = ("trainer.", "logger.", "callbacks.", "stages.")  # beginnings of keys that others may be added to
+
+
+def unknown_key(conf: Path, words: list[str], key: str) -> str:
+    """Says what key is most like one that the config has not, or else which keys it has there."""
+    from omegaconf import OmegaConf
+
+    cfg = compose(conf, sorted_out(conf, words)[0])
+    above = key.rpartition(".")[0]
+    while above and not OmegaConf.is_dict(OmegaConf.select(cfg, above)):
+        above = above.rpartition(".")[0]
+    like = nearest([key], [known for known in leaves(cfg) if not key.startswith(f"{known}.")])
+    keys = ", ".join(map(str, OmegaConf.select(cfg, above) if above else cfg))
+    told = like[0] if like else f"no key {key}; {f'{above} has' if above else 'there are'} {keys}"
+    return f"{told}; +{key}=... adds it" if key.startswith(OPEN) else told
 
 
 def misspelt_in(conf: Path) -> list[str]:

@@ -407,6 +407,8 @@ def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
     height, width = file.size
     if height * clip["width"] != width * clip["height"]:
         print(f"note: {path} is {width} x {height}: scaled, and cut in the centre to {clip['width']} x {clip['height']}")
+    if file.video.transparent:
+        print(f"note: transparent areas of {path} become white")
     return file.read(clip["height"], clip["width"]), {"given_sha256": file_sha256(path)}
 
 

@@ -397,15 +397,18 @@ def test_explains_bad_files(pair, tmp_path, capsys):
 
 
 def test_notes_tell_what_is_done_with_odd_input(pair, tmp_path, capsys):
-    Image.new("RGB", (40, 30), "orange").save(tmp_path / "wide.png")
+    Image.new("RGBA", (40, 30), (255, 165, 0, 128)).save(tmp_path / "wide.png")
     words = [f"image={tmp_path / 'wide.png'}", "prompt=a red zeppelin", "frames=9", "extend=positions"]
     assert run(pair, tmp_path, *words) == 0
     told = capsys.readouterr().out
     assert "never seen in training, so without a meaning: zeppelin" in told
     assert "wide.png is 40 x 30: scaled, and cut in the centre to 32 x 32" in told
+    assert "note: transparent areas of" in told
     assert "9 frames in one sequence, 5 were trained" in told
-    assert run(pair, tmp_path, "prompt=", "frames=9", "overlap=1", name="empty") == 0
+    Image.new("RGBA", (40, 30), "orange").save(tmp_path / "wide.png")
+    assert run(pair, tmp_path, f"image={tmp_path / 'wide.png'}", "prompt=", "frames=9", "overlap=1", name="empty") == 0
     told = capsys.readouterr().out
+    assert "transparent" not in told
     assert "the prompt is empty" in told and "9 frames, 5 at a time, each time from the last 1 on" in told
     assert run(pair, tmp_path, f"prompt={PROMPT}", "negative=x", "guidance.first=1", name="neutral") == 0
     assert "negative has no effect without guidance" in capsys.readouterr().out

@@ -57,7 +57,8 @@ class UnreadableVideo(RuntimeError):
 class Decoder(ABC):
     """An opened video file.
 
-    Attributes: path; fps, the average number of frames per second. `len` is the number of frames.
+    Attributes: path; fps, the average number of frames per second; transparent, whether parts were, which are white now.
+    `len` is the number of frames.
     Class attributes: module, what is imported; package, what pip installs for it.
     """
 
@@ -65,6 +66,7 @@ class Decoder(ABC):
     package: ClassVar[str]
     path: Path
     fps: float
+    transparent: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -255,6 +257,7 @@ class PictureDecoder(Decoder):
             if picture.mode.startswith("I"):
                 raise ValueError("it has 16 bits a pixel, expected 8")  # its conversion to RGBA would be white
             upright = ImageOps.exif_transpose(picture).convert("RGBA")
+            self.transparent = upright.getextrema()[-1][0] < 255
             self._pixels = np.array(Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright))[..., :3]
 
     def __len__(self) -> int:
