@@ -22,15 +22,17 @@ class LossGuard(L.Callback):
     Args:
         folder: where `lost_loss_step<N>.pt` goes, written by the first process with a bad loss.
         explosion: a loss is bad if its size exceeds the running mean of the losses' sizes this many times, once there are
-            100; None: any finite loss is good. In adversarial training the losses of both sides count alike.
+            100 in this stage; None: any finite loss is good. In adversarial training the losses of both sides count alike.
     """
 
     def __init__(self, folder: str, explosion: float | None = None):
         self.folder, self.explosion, self.batch = Path(folder), explosion, None
-        self.mean, self.count = 0.0, 0
+        self.stage, self.mean, self.count = 0, 0.0, 0
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.batch = batch
+        if (stage := batch.get("stage", 0)) != self.stage:  # losses of different clips do not compare
+            self.stage, self.mean, self.count = stage, 0.0, 0
 
     def on_before_backward(self, trainer, module, loss):
         size = abs(loss.item())
@@ -71,7 +73,7 @@ class LossGuard(L.Callback):
         return trainer.strategy.all_gather(flag).flatten().tolist()
 
     def state_dict(self) -> dict:
-        return {"mean": self.mean, "count": self.count}
+        return {"stage": self.stage, "mean": self.mean, "count": self.count}
 
     def load_state_dict(self, state: dict):
-        self.mean, self.count = state["mean"], state["count"]
+        self.stage, self.mean, self.count = state.get("stage", 0), state["mean"], state["count"]

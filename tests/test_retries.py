@@ -183,6 +183,10 @@ def test_exploding_loss_is_as_bad_as_none(tmp_path, monkeypatch):
         guard.on_before_backward(trainer, None, torch.tensor(2.1))
     assert not any(tmp_path.iterdir())
 
+    guard.on_train_batch_start(trainer, None, {"n": torch.arange(2), "stage": 1}, 8)
+    guard.on_before_backward(trainer, None, torch.tensor(2.1))
+    assert guard.state_dict() == {"stage": 1, "mean": pytest.approx(2.1), "count": 1}, "a stage's losses are its own"
+
 
 def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
     """Batch 2 has clips 16 to 23, distributed over both; clip 22 is NaN."""
