@@ -13,6 +13,7 @@ from kit.generator.sampler import Sampling, sample_frames
 from kit.generator.transformer import Generator
 from kit.scales import ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer import Tokenizer
+from kit.tokenizer.causal import Stream
 from kit.tokenizer.quantizer import feature_to_bits
 
 
@@ -40,7 +41,7 @@ def stream_clips(
         if given.grids != schedule.grids:
             raise ValueError(f"history has the scales {given.grids}, the clip to make {schedule.grids}: resize it")
         bits = feature_to_bits(tokenizer.encode(history), given)
-    stream: dict = {}
+    stream = Stream()
     for frame in sample_frames(model, schedule, prompts, seeds, how, bits, on_block):
         yield tokenizer.decode(frame.feature[:, :, None], stream).clamp(-1, 1)
 

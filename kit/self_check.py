@@ -17,6 +17,7 @@ from kit.machine import exact_float32
 from kit.pixels import psnr
 from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
+from kit.tokenizer.causal import Stream
 from kit.tokenizer.quantizer import bits_to_feature
 
 ROUNDING = 2e-3  # largest difference, in standard deviations of the logits, between two float32 computations of one value
@@ -70,7 +71,7 @@ def check_tokenizer(tokenizer: Tokenizer, video: Tensor, bits: Tensor, schedule:
 
 def check_streaming(tokenizer: Tokenizer, bits: Tensor, schedule: ScaleSchedule) -> Check:
     """Checks that frames decoded one after another, as in sampling, equal the clip decoded whole."""
-    whole, stream, pieces = tokenizer.decode_bits(bits, schedule), {}, []
+    whole, stream, pieces = tokenizer.decode_bits(bits, schedule), Stream(), []
     feature = bits_to_feature(bits, schedule)
     for f in range(schedule.latent_frames):
         pieces.append(tokenizer.decode(feature[:, :, f : f + 1], stream))

@@ -13,7 +13,7 @@ from kit.data.buckets import BucketClips
 Batch = list[tuple[int, int]]  # (clip number, how many of its frames)
 
 
-class Stream(Sampler[Batch], ABC):
+class EndlessSampler(Sampler[Batch], ABC):
     """Endless batches of one rank, from a given one on. A batch holds either clips or images; each kind is a stream of its
     own.
 
@@ -47,13 +47,13 @@ class Stream(Sampler[Batch], ABC):
         return [(batch * size + j) * self.ranks + self.rank for j in range(size)]
 
 
-class StreamSampler(Stream):
+class StreamSampler(EndlessSampler):
     """Batches of clips of one shape.
 
     With m batches of images before it, batch i holds clips [i - m, i - m + 1) * batch_size * ranks, whole, or the first
     frames of clips [m, m + 1) * image_batch * ranks, over all ranks.
 
-    Args: frames: of a clip. image_batch: images in a batch of them, on a rank. Other arguments: see `Stream`.
+    Args: frames: of a clip. image_batch: images in a batch of them, on a rank. Other arguments: see `EndlessSampler`.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class StreamSampler(Stream):
         return [(n, self.frames) for n in self.numbers(number, self.batch_size)]
 
 
-class BucketSampler(Stream):
+class BucketSampler(EndlessSampler):
     """Batches of one bucket each, the same bucket on all ranks.
 
     Each bucket has two streams, its clips and its images. Whose turn it is, and how far its stream is, are functions of the
     batch's number.
 
-    Args: pictures: source of the images; None: the first frames of the clips. Other arguments: see `Stream`.
+    Args: pictures: source of the images; None: the first frames of the clips. Other arguments: see `EndlessSampler`.
     """
 
     def __init__(

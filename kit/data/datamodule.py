@@ -151,7 +151,7 @@ class ClipDataModule(ClipsOnDevice):
         return self._loader(Numbered(self.train, self.images), self.encoded, batch_sampler=stream)
 
     def _encode(self):
-        images = int(self.batches * self.image_share)  # batches of images, as `Stream` counts them
+        images = int(self.batches * self.image_share)  # batches of images, as `EndlessSampler` counts them
         clips = self.batches - images
         if self.images is None:
             self.train = self._encoded(self.train, self.bucket, clips, images)

@@ -133,7 +133,8 @@ class Encoder(nn.Module):
 
     def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """Encodes a video (B, 3, T, H, W) in [-1, 1] as its feature (B, d, F, h, w)."""
-        x = self.stem(fold(video, self.tau, self.patch, _started(self, stream)))
+        started = stream is not None and stream.started(self)
+        x = self.stem(fold(video, self.tau, self.patch, started))
         for i, level in enumerate(self.levels):
             if i:
                 x = self.downs[i - 1](x)
@@ -173,11 +174,5 @@ class Decoder(nn.Module):
             for block in level:
                 x = block(x, stream)
         x = self.head(F.silu(self.norm(x)), stream)
-        return unfold(x, self.tau, self.patch, _started(self, stream))
-
-
-def _started(module: nn.Module, stream: Stream | None) -> bool:
-    """Returns whether the stream has passed through `module` before, and records that it has now."""
-    if stream is None:
-        return False
-    return stream.setdefault(module, False) or bool(stream.update({module: True}))
+        started = stream is not None and stream.started(self)
+        return unfold(x, self.tau, self.patch, started)

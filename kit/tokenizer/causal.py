@@ -12,7 +12,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-Stream = dict  # module -> its temporal context; pass the same one for every chunk of a clip, a new one for every clip
+
+class Stream(dict):
+    """Maps each module to what it has to remember of a clip that is coded chunk by chunk.
+
+    Pass the same stream for every chunk of a clip, a new one for every clip.
+    """
+
+    def started(self, module: nn.Module) -> bool:
+        """Returns whether a chunk has passed through `module` before, and records that one has now."""
+        before = module in self
+        self[module] = None
+        return before
 
 
 def each_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

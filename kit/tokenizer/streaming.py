@@ -84,7 +84,7 @@ def stream_scales(tokenizer: Tokenizer, chunks: Iterable[Tensor], scales: Collec
         ValueError: as `check_pixels`, `coded_size` and `regrouped`.
     """
     tau, done = tokenizer.encoder.tau, 0
-    stream: Stream = {}
+    stream = Stream()
     for frames in regrouped(chunks, tau):
         check_pixels(frames[None])
         n, height, width = frames.shape[1:]

@@ -7,7 +7,7 @@ import torch
 
 from kit.machine import keep_freed_memory
 from kit.tokenizer import TokenizerConfig
-from kit.tokenizer.causal import CausalConv3d, fold, unfold
+from kit.tokenizer.causal import CausalConv3d, Stream, fold, unfold
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 FRAMES = 17
@@ -72,7 +72,7 @@ def test_chunk_by_chunk_is_the_whole(tokenizer, latents):
     feature = tokenizer.encode(video)
     pixels = [4 * n for n in latents]
     pixels[0] -= 3
-    encoding, decoding = {}, {}
+    encoding, decoding = Stream(), Stream()
     chunks = [tokenizer.encode(chunk, encoding) for chunk in video.split(pixels, dim=2)]
     assert [chunk.shape[2] for chunk in chunks] == list(latents)
     torch.testing.assert_close(torch.cat(chunks, 2), feature, **CLOSE)
@@ -84,13 +84,13 @@ def test_chunk_by_chunk_is_the_whole(tokenizer, latents):
 def test_encoder_and_decoder_may_share_a_stream_and_a_new_stream_is_a_new_clip(tokenizer):
     video = video_of()
     for _ in range(2):
-        stream: dict = {}
+        stream = Stream()
         chunks = [tokenizer.decode(tokenizer.encode(v, stream), stream) for v in video.split([1, 4, 4, 8], dim=2)]
         torch.testing.assert_close(torch.cat(chunks, 2), tokenizer.decode(tokenizer.encode(video)), **CLOSE)
 
 
 def test_a_stream_does_not_grow(tokenizer):
-    stream: dict = {}
+    stream = Stream()
 
     def held() -> int:
         return sum(x.untyped_storage().nbytes() for x in stream.values() if isinstance(x, torch.Tensor))

@@ -16,6 +16,7 @@ from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.media import to_uint8
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.tokenizer.causal import Stream
 from kit.tokenizer.infinity_weights import SCALES, infinity_name, load_infinity
 from kit.tokenizer.inflate import inflate
 from kit.tokenizer.quantizer import bits_to_feature, feature_to_bits
@@ -212,7 +213,7 @@ def test_chunk_by_chunk_is_the_whole(latents):
     assert feature.shape == (1, 8, 3, 4, 4) and not torch.allclose(feature[:, :, 1], feature[:, :, 2], **CLOSE)
     pixels = [4 * n for n in latents]
     pixels[0] -= 3
-    stream: dict = {}
+    stream = Stream()
     chunks = [tokenizer.encode(chunk, stream) for chunk in clip.split(pixels, dim=2)]
     torch.testing.assert_close(torch.cat(chunks, 2), feature, **CLOSE)
     outputs = [tokenizer.decode(chunk, stream) for chunk in feature.split(list(latents), dim=2)]
