@@ -61,7 +61,7 @@ def demo(cfg: DictConfig) -> dict:
     metrics = {**scores, "train_seconds": sum(seconds.values()), "train_seconds_by_part": seconds}
     write_json(folder / "metrics.json", metrics)
     shutil.copy(folder / "scores" / "contact_sheet.png", folder / "contact_sheet.png")
-    for video in (folder / "scores" / "videos").glob("*.mp4"):
+    for video in (folder / "scores" / "samples").glob("*.mp4"):
         shutil.copy(video, folder / "videos" / video.name)
     print(summary(folder, tokenizer, generator, metrics))
     return metrics

@@ -127,6 +127,14 @@ class Job:
         except (OSError, ValueError):
             return False
 
+    def differs(self, settings: dict) -> bool:
+        """Returns whether the settings of a sidecar make another video; checkpoints may have moved."""
+        return any(
+            settings.get(name) != value
+            for name, value in self.sidecar["settings"].items()
+            if name not in ("ckpt", "tokenizer")
+        )
+
 
 def generate(cfg: DictConfig) -> list[Path]:
     """Writes an mp4 for each prompt and seed, and a contact sheet, to the run's folder.
@@ -167,19 +175,26 @@ def generate(cfg: DictConfig) -> list[Path]:
         for prompt in prompts
         for seed in seeds
     ]
-    check_paths(jobs)
+    check_paths(jobs, values["settings"])
     with sole_user(folder):
         return make_videos(jobs, generator, tokenizer, values, history, how)
 
 
-def check_paths(jobs: list[Job]):
+def check_paths(jobs: list[Job], settings: str | None):
     """Checks that each video gets a file of its own.
 
+    Args:
+        settings: the JSON that settings were taken from.
     Raises:
         ValueError: if two prompts would share a file, or a video or the contact sheet would overwrite the picture or video
-            that the videos are made from.
+            that the videos are made from, or the one whose settings they take.
     """
     given = {jobs[0].settings[key]: key for key in ("image", "video") if jobs[0].settings[key]}
+    for job in jobs if settings else ():
+        if job.sidecar_path.resolve() == Path(settings).resolve() and job.differs(read_json(Path(settings))["settings"]):
+            raise ValueError(
+                f"settings={settings} and its video would be overwritten by a variant; give another name= or seed="
+            )
     for path in [sheet_path(jobs), *(job.path for job in jobs)]:
         if key := given.get(str(path.resolve())):
             raise ValueError(f"{key}={path} would be overwritten by what is made of it; give another name=")
@@ -353,7 +368,7 @@ def prompts_of(values: dict, kind: str) -> tuple[str, list[str]]:
         return wanted, list(dict.fromkeys(line for line in lines if line))
     if values[wanted] is None and kind == "class":
         raise ValueError("this generator was trained on classes: give label=")
-    return wanted, [str(values[wanted] or "")]
+    return wanted, ["" if values[wanted] is None else str(values[wanted])]
 
 
 def notes_on(prompts: list[str], how: Sampling, notes: Callable[[str], list[str]]) -> list[str]:
@@ -437,6 +452,8 @@ def check_length(tokenizer: Loaded, size: tuple[int, int, int], history: Tensor 
     windows(frames, longest, overlap)
     tokenizer.model.schedule(min(frames, longest), *size[1:])
     taken = 0 if history is None else history.shape[1]
+    if taken >= longest == 1 and how.extend == "reencode":
+        raise ValueError("this generator makes pictures, of one frame: it cannot go on from one; leave out image= and video=")
     if taken >= longest and how.extend == "reencode":
         least = max(1, longest - TAU)
         told = f"{taken} frames are given, but this generator makes clips of {longest}"

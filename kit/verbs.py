@@ -95,7 +95,7 @@ def held_out(data: ClipDataModule) -> dict:
 def validate(cfg: DictConfig) -> dict:
     """Scores a checkpoint on held-out clips, and prints the metrics.
 
-    Writes metrics.json and contact_sheet.png to the run's folder, for a generator also mp4s of samples.
+    Writes metrics.json and contact_sheet.png to the run's folder, for a generator also mp4s in `samples`.
 
     Returns:
         the metrics.
@@ -103,7 +103,7 @@ def validate(cfg: DictConfig) -> dict:
         as `sole_user`, `data_for`, `check_videos` and `check_classes`.
     """
     folder = Path(cfg.folder)
-    with sole_user(folder), replacing(folder / "videos", "*.mp4"):
+    with sole_user(folder), replacing(folder / "samples", "*_seed*.mp4"):
         metrics = validate_tokenizer(cfg) if kind_of(cfg.ckpt) == "tokenizer" else validate_generator(cfg)
         write_json(folder / "metrics.json", metrics)
     print(json.dumps(metrics, indent=2))
@@ -158,7 +158,7 @@ def validate_generator(cfg: DictConfig) -> dict:
     groups = clip_by_clip({"real": video, "reconstruction": output, "sample": samples}, cfg.shown)
     contact_sheet(groups, list(prompts)[: cfg.shown], folder / "contact_sheet.png")
     for i, (prompt, sample) in enumerate(zip(prompts, samples[: cfg.shown])):
-        write_video(sample, folder / "videos" / f"{file_stem(prompt)}_seed{seeds[i]}.mp4", generator.clip["fps"])
+        write_video(sample, folder / "samples" / f"{file_stem(prompt)}_seed{seeds[i]}.mp4", generator.clip["fps"])
     metrics = {
         "clips": len(video),
         **reconstruction_metrics(output, batch, data),

@@ -16,7 +16,7 @@ from kit.checkpoint import load_generator
 from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.files import sole_user
-from kit.generation import check_length, file_stem, history_of, sample_videos, stream_samples
+from kit.generation import check_length, file_stem, history_of, prompts_of, sample_videos, stream_samples
 from kit.generator.sampler import Guidance, Sampling
 from kit.media import write_video
 from kit.sampling import sample_clips
@@ -166,6 +166,20 @@ def test_the_command_line_goes_before_the_settings(pair, tmp_path, capsys):
     assert contents(tmp_path / "again") == contents(tmp_path / "by_hand") and len(contents(tmp_path / "again")) == 2
     made = json.loads((tmp_path / "again" / "a_blue_star_seed1.json").read_text())["settings"]
     assert (made["seed"], made["top_p"], made["guidance"]["last"]) == (1, 0.9, 2.0)
+
+
+def test_a_variant_does_not_take_the_place_of_its_original(pair, tmp_path, capsys):
+    assert run(pair, tmp_path, f"prompt={PROMPT}") == 0
+    before, path = contents(tmp_path / "out"), next((tmp_path / "out").glob("*.json"))
+    again = ["generate", f"settings={path}", f"root={tmp_path}", "name=out"]
+    assert main([*again, "temperature=0.5"]) == 1
+    assert "would be overwritten by a variant; give another name=" in capsys.readouterr().err
+    assert main(again) == 0 and main([*again, "seed=9"]) == 0 and before.items() <= contents(tmp_path / "out").items()
+
+
+def test_a_label_may_be_the_number_0():
+    values = {"prompt": None, "label": 0, "prompts": None}
+    assert prompts_of(values, "class") == ("label", ["0"])
 
 
 def test_settings_of_other_models_are_refused(pair, tmp_path, capsys):

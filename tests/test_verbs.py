@@ -112,10 +112,13 @@ def test_inspect_and_validate(pair, tmp_path):
     metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     assert set(metrics["caption_accuracy"]) == {"colour", "shape", "motion", "background", "all"}
     assert metrics["reconstruction_psnr_db"] > 10 and metrics["sample_seconds"] > 0
-    assert len(list((tmp_path / "scores" / "videos").glob("*.mp4"))) == 2
+    assert len(list((tmp_path / "scores" / "samples").glob("*.mp4"))) == 2
 
+    (tmp_path / "scores" / "videos").mkdir()
+    (tmp_path / "scores" / "videos" / "a_suite-0.mp4").touch()
     assert run("validate", pair, tmp_path, "clips=4", "shown=1", "seed=5", "name=scores") == 0
-    assert [path.stem[-5:] for path in (tmp_path / "scores" / "videos").glob("*.mp4")] == ["seed5"], "of this call alone"
+    assert (tmp_path / "scores" / "videos" / "a_suite-0.mp4").is_file(), "what other verbs have made stays"
+    assert [path.stem[-5:] for path in (tmp_path / "scores" / "samples").glob("*.mp4")] == ["seed5"], "of this call alone"
 
     assert run("validate", pair, tmp_path, "clips=4", "name=tok", model="tokenizer") == 0
     metrics = json.loads((tmp_path / "tok" / "metrics.json").read_text())

@@ -141,7 +141,7 @@ class DecordDecoder(Decoder):
         self.path = path
         with _reporting(path, "decord"):
             _require_content(path)
-            self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+            self._reader = decord.VideoReader(str(path.absolute()), ctx=decord.cpu(0), num_threads=1)
             self.fps = _valid_rate(self._reader.get_avg_fps())
 
     def __len__(self) -> int:
@@ -186,7 +186,7 @@ class PyAVDecoder(Decoder):
         self.path = path
         with _reporting(path, "pyav"):
             _require_content(path)
-            with av.open(str(path)) as container:
+            with av.open(str(path.absolute())) as container:
                 stream = _video_stream(container)
                 packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
                 self.fps = _valid_rate(stream.average_rate or stream.guessed_rate)
@@ -237,7 +237,7 @@ class PyAVDecoder(Decoder):
     def _decode(self, seek_to: int | None = None) -> Iterator[av.VideoFrame]:
         import av
 
-        with av.open(str(self.path)) as container:
+        with av.open(str(self.path.absolute())) as container:  # absolute: `10:30.mp4` alone reads as a protocol
             stream = _video_stream(container)
             stream.codec_context.thread_count = 1  # parallelism belongs to the loader's workers
             if seek_to is not None:

@@ -15,12 +15,15 @@ from kit.files import read_text, written_aside
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v")
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json")
+RUN = "*/config/overrides.yaml"  # what lies in the folder of each of kit's runs
 LABEL_SOURCES = ("auto", "folder", "filename", "none")
 LEADING_WORDS = r"^(?P<label>.+?)_+\d+$"  # jumping_jack_00000004 -> jumping_jack
 
 
 def list_videos(root: Path, pictures: bool = False) -> list[str]:
     """Lists the video files (and pictures, if `pictures`) in a folder and its subfolders: sorted posix paths relative to it.
+
+    Folders of kit's runs below it are passed over: what a run logs there is no data.
 
     Raises:
         FileNotFoundError: if the folder does not exist or holds none.
@@ -29,10 +32,13 @@ def list_videos(root: Path, pictures: bool = False) -> list[str]:
         raise FileNotFoundError(f"root={str(root)!r} is not a folder; set `root` to a folder of video files")
     names = glob.glob("**/*", root_dir=root, recursive=True)  # follows links to folders, passes over hidden files
     suffixes = SUFFIXES + PICTURES * pictures
-    videos = sorted(Path(name).as_posix() for name in names if name.lower().endswith(suffixes))
+    paths = [PurePosixPath(name) for name in sorted(Path(name).as_posix() for name in names)]
+    runs = {path.parents[1] for path in paths if path.match(RUN)}
+    videos = [str(path) for path in paths if path.name.lower().endswith(suffixes) and runs.isdisjoint(path.parents)]
     if not videos:
         what = "no video or picture" if pictures else "no video"
-        raise FileNotFoundError(f"root={str(root)!r} holds {what}; expected files ending in {', '.join(suffixes)}")
+        but = f" but those of runs of kit, such as {min(runs)}" if runs else ""
+        raise FileNotFoundError(f"root={str(root)!r} holds {what}{but}; expected files ending in {', '.join(suffixes)}")
     return videos
 
 

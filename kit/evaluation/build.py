@@ -14,6 +14,7 @@ from kit.evaluation.candidates import Candidate, GivenVideos, Reconstructions, S
 from kit.evaluation.clips import fingerprint, real_source
 from kit.evaluation.detectors import Detector, UnfitClips, load_detector
 from kit.evaluation.protocol import Network, Protocol
+from kit.generation import check_length, notes_on
 from kit.generator.condition import ConditionConfig
 from kit.generator.sampler import Sampling
 from kit.machine import check_precision
@@ -76,8 +77,12 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
     check_fit(generator.clip, generator.model.config.condition, protocol, source)
     check_size(tokenizer, shape)
+    how = Sampling.of(plain(cfg))
+    check_length(tokenizer, (whole_groups(shape[0]), *shape[1:]), None, how, generator.clip["frames"])
+    for note in notes_on([], how, generator.model.condition.notes):
+        print(f"note: {note}")
     protocol = protocol.resolved(samples=protocol.samples or protocol.real.clips)
-    return Samples(generator, tokenizer, Sampling.of(plain(cfg)), cfg.precision, shape), protocol
+    return Samples(generator, tokenizer, how, cfg.precision, shape), protocol
 
 
 def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes) -> tuple[GivenVideos, Protocol]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ TITLES = {
     "lpips": ("LPIPS", "", 4), "caption_accuracy": ("caption accuracy", "", 4),
     "caption_accuracy_of_real": ("caption accuracy of real clips", "", 4),
 }  # fmt: skip
+SHOWN, CLIPS = ("best", "median", "worst"), "clips"  # clips shown to people; their folder in the evaluation's
 SETTLED = 1.05  # Fréchet distance of half the clips over that of all; up to this, their number hardly matters
 
 
@@ -68,7 +68,7 @@ def best_median_worst(errors: dict[str, list[float]]) -> dict[str, int]:
     """
     by = next(name for name in ("psnr", "ssim", "lpips", "frechet", "captions") if name in errors)
     order = sorted(range(len(errors[by])), key=errors[by].__getitem__)
-    return {"best": order[0], "median": order[(len(order) - 1) // 2], "worst": order[-1]}
+    return dict(zip(SHOWN, (order[0], order[(len(order) - 1) // 2], order[-1]), strict=True))
 
 
 def curves(result: dict) -> list[dict]:
@@ -98,14 +98,16 @@ class Shown(NamedTuple):
 def write_report(result: dict, shown: list[Shown], folder: Path, fps: float):
     """Writes contact_sheet.png, the shown clips as mp4, report.html and, last, evaluation.json, all of one result."""
     (folder / "evaluation.json").unlink(missing_ok=True)
-    shutil.rmtree(folder / "clips", ignore_errors=True)
+    for title in SHOWN:
+        for path in (folder / CLIPS).glob(f"{title}_*.mp4"):
+            path.unlink()
     headings = [f"{clip.title}: {clip.text}" for clip in shown]
     contact_sheet([clip.rows for clip in shown], headings, folder / "contact_sheet.png")
     clips = []
     for heading, clip in zip(headings, shown):
         videos = []
         for row, video in clip.rows.items():
-            path = write_video(video, folder / "clips" / f"{clip.title}_{row}.mp4", fps)
+            path = write_video(video, folder / CLIPS / f"{clip.title}_{row}.mp4", fps)
             videos.append({"row": row, "file": path.relative_to(folder).as_posix()})
         clips.append({"heading": heading, "videos": videos})
     table = [(title_of(n, m), number(n, m), details(n, m)) for n, m in result["metrics"].items()]

@@ -21,7 +21,7 @@ from kit.evaluation.build import Tools, build_candidate, build_protocol, build_t
 from kit.evaluation.candidates import Candidate, GivenVideos, RealClips, Reconstructions
 from kit.evaluation.clips import DrawnClips, FileClips, collate, real_clips
 from kit.evaluation.protocol import Protocol, digest
-from kit.evaluation.report import Shown, best_median_worst, read_result, result_lines, write_report
+from kit.evaluation.report import CLIPS, Shown, best_median_worst, read_result, result_lines, write_report
 from kit.evaluation.run_suite import evaluate_suite
 from kit.evaluation.scores import LPIPS, PSNR, SSIM, CaptionScore, FrechetScore, Score
 from kit.files import load_checked, save_checked, sole_user
@@ -187,12 +187,28 @@ def compare(cfg: DictConfig) -> dict:
     """Scores clips against real ones."""
     if cfg.prompts is not None or cfg.results is not None:
         raise ValueError("prompts= and results= are for prompt suites, protocol=vbench or protocol=prompts")
+    check_folders(cfg)
     # Without `keep_freed_memory`: small values kept of each clip, between large blocks that come and go, would grow the heap.
     protocol, source = build_protocol(cfg)
     candidate, protocol = build_candidate(cfg, protocol, source)
     tools, protocol = build_tools(cfg, protocol, candidate, source)
     with sole_user(Path(cfg.folder)):
         return score(cfg, protocol, source, candidate, tools)
+
+
+def check_folders(cfg: DictConfig):
+    """Checks that the evaluation's folder and the folders of clips are not within each other.
+
+    Raises:
+        ValueError: if what the evaluation writes would count as clips, or would take their place.
+    """
+    folder = Path(cfg.folder).resolve()
+    for key in ("videos", "real"):
+        given = None if cfg[key] is None else Path(cfg[key]).resolve()
+        if given and (folder.is_relative_to(given) or given.is_relative_to(folder / CLIPS)):
+            raise ValueError(
+                f"{key}={cfg[key]} and the evaluation's folder {folder} are within each other; give another name="
+            )
 
 
 def score(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes, candidate: Candidate, tools: Tools) -> dict:

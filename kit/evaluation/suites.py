@@ -165,7 +165,11 @@ def _claim(folder: Path, settings: dict):
     """Writes suite.json, or compares it if there is one. Raises: ValueError if the folder has videos of other settings."""
     path = folder / "suite.json"
     settings = json.loads(json.dumps(settings))  # as JSON returns them
-    if path.exists():
+    begun = any((folder / "videos").glob("[!.]*.mp4"))
+    if path.exists() and not begun:
+        (folder / "videos.json").unlink(missing_ok=True)
+        write_json(path, settings)
+    elif path.exists():
         found = read_json(path)
         for key in sorted(settings | found):
             if settings.get(key) != found.get(key):

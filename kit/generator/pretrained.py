@@ -130,13 +130,24 @@ class PretrainedEncoder(nn.Module):
     def __init__(self, name: str, revision: str, channels: int, length: int):
         super().__init__()
         self.channels, self.length = channels, length
-        key = hashlib.sha256(f"{revision or name} {length}".encode()).hexdigest()[:16]
+        source = functools.cache(lambda: self._source(name, revision))
+        place = Path(os.environ.get(MOVED) or name)
+        found = folder_revision(place) if place.is_dir() else ""  # it may hold another encoder than the commit asked for
+        key = hashlib.sha256(f"{revision or name} {found} {channels} {length}".encode()).hexdigest()[:16]
         self.store = cache_folder() / "text" / f"{key}.sqlite"
-        source = functools.cache(lambda: find_encoder(name, revision))
         self.tokenizer = functools.cache(lambda: open_tokenizer(source()))
         self.model = functools.cache(lambda: open_model(source()).to(device()))
         self.states = functools.lru_cache(KEPT)(self._states)
         self.anchor = nn.Buffer(torch.zeros(0), persistent=False)  # tells the device that the module is on
+
+    def _source(self, name: str, revision: str) -> EncoderSource:
+        """Finds the encoder. Raises ValueError if its states have other channels; else as `find_encoder`."""
+        source = find_encoder(name, revision)
+        if source.channels != self.channels:
+            raise ValueError(
+                f"the text encoder {source.name} has {source.channels} channels, expected {self.channels}: it is another one"
+            )
+        return source
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         x = torch.zeros(len(texts), self.length, self.channels)

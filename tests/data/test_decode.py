@@ -287,3 +287,11 @@ def test_missing_package_names_what_to_install(monkeypatch, backend, module, pac
 def test_nonsensical_frame_rates_are_refused(fps):
     with pytest.raises(ValueError, match="frame rate"):
         decode._valid_rate(fps)
+
+
+@both_backends
+def test_a_name_may_have_a_colon(tmp_path, monkeypatch, backend):
+    """FFmpeg takes what comes before a colon for a protocol."""
+    write(tmp_path / "10-30.mp4", ramp(48, 80)[:3]).rename(tmp_path / "10:30.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert open_video("10:30.mp4", backend).frames([0, 2]).shape == (2, 48, 80, 3)

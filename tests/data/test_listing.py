@@ -21,6 +21,16 @@ def test_split_is_by_file_disjoint_and_stable(videos):
     assert {train.file(n) for n in range(50)} == set(train.files)
 
 
+def test_what_runs_of_kit_log_is_no_data(tmp_path):
+    for name in ("a.mp4", "b/c.mp4", "runs/x/media/step.mp4", "runs/x/config/overrides.yaml", "config/overrides.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert list_videos(tmp_path) == ["a.mp4", "b/c.mp4"]
+    assert list_videos(tmp_path / "runs" / "x") == ["media/step.mp4"], "a run that is asked for by name"
+    with pytest.raises(FileNotFoundError, match="holds no video but those of runs of kit, such as x"):
+        list_videos(tmp_path / "runs")
+
+
 def test_small_folders_still_have_a_val_split():
     for names in (["a.mp4", "b.mp4"], ["a.mp4", "b.png"], ["a.png", "b.png"]):
         held_out = held_out_of(names, 5)

@@ -52,6 +52,24 @@ def videos(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("key", ["videos", "real"])
+def test_the_report_and_the_clips_keep_apart(evaluate, videos, tmp_path, capsys, key):
+    """Clips in the evaluation's folder would be replaced by the report's, and those would be scored as clips."""
+    other = {"videos": "real", "real": "videos"}[key]
+    for place in (tmp_path / "out" / "clips", tmp_path / "out", tmp_path):
+        shutil.copytree(videos, place, dirs_exist_ok=True)
+        before = sorted(tmp_path.rglob("*.mp4"))
+        assert evaluate(f"{key}={place}", f"{other}={videos}", protocol="folder") == 1
+        assert f"{key}={place} and the evaluation's folder" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*.mp4")) == before
+
+
+def test_a_length_that_cannot_be_made_is_told_before_the_real_clips_are_scored(evaluate, pair, capsys):
+    words = ["protocol.frames=9", "overlap=5"]
+    assert evaluate(f"ckpt={pair.generator}", *words, without={"protocol.frames=4"}) == 1
+    assert "overlap=5" in capsys.readouterr().err and not (cache_folder() / "real").exists()
+
+
 def test_a_tokenizer(evaluate, read, pair, tmp_path, capsys):
     assert evaluate(f"ckpt={pair.tokenizer}", "metrics=[frechet,psnr,ssim,captions]") == 0
     result = read()

@@ -25,7 +25,7 @@ from kit.evaluation.suites import (
     video_table,
     write_suite,
 )
-from kit.files import sole_user
+from kit.files import read_json, sole_user
 from kit.generation import sample_videos
 from kit.generator.sampler import Guidance, Sampling
 from kit.media import write_video
@@ -237,6 +237,17 @@ def test_videos_of_another_suite_are_kept(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         write_suite(fake, **dict(folder=tmp_path, prompts=PROMPTS, settings=SETTINGS, **HOW) | change)
     assert contents(tmp_path) == before
+
+
+def test_a_suite_without_a_video_may_still_change(tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_suite(interrupted, PROMPTS, tmp_path, SETTINGS, **HOW)
+    write_suite(fake, PROMPTS[:1], tmp_path, {**SETTINGS, "temperature": 0.5}, **HOW)
+    assert read_json(tmp_path / "suite.json")["temperature"] == 0.5
+    assert {v["prompt"] for v in read_json(tmp_path / "videos.json").values()} == {PROMPTS[0].text}
 
 
 def test_videos_of_unknown_origin_are_kept(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Words
 from tokenizers import models, pre_tokenizers, processors
 from transformers import (
@@ -116,6 +117,20 @@ def test_another_revision_is_refused(bert):
     encoder_of(bert, revision="a" * 40)([CAPTION])  # a commit of the hub, which a folder does not have
     (bert / "tokenizer_config.json").write_text("{}")
     assert folder_revision(bert) != revision
+
+
+def test_the_states_of_a_wrong_folder_are_its_own(bert, tmp_path, monkeypatch):
+    """A folder has no commit of the hub to compare; once it is the right one again, so are the states."""
+    right, wrong = encoder_of(bert, revision="a" * 40), save(tmp_path / "wrong", "bert")
+    expected = right([CAPTION])[0]
+    weights = wrong / "model.safetensors"
+    save_file({name: value + 0.1 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    monkeypatch.setenv("KIT_TEXT_ENCODER", str(wrong))
+    assert not torch.equal(encoder_of("hub/bert", revision="a" * 40)([CAPTION])[0], expected)
+    with pytest.raises(ValueError, match="has 32 channels, expected 64: it is another one"):
+        PretrainedEncoder("hub/bert", "a" * 40, 64, 12)([CAPTION])
+    monkeypatch.setenv("KIT_TEXT_ENCODER", str(bert))
+    assert torch.equal(encoder_of("hub/bert", revision="a" * 40)([CAPTION])[0], expected)
 
 
 def test_a_broken_cache_is_named(bert, cache):
