@@ -8,15 +8,15 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from kit.confs import CONF, confs, describe, first_comment, located, misspelt_in, refused, trains, wrong_kinds
+from kit.confs import CONF, confs, describe, first_comment, keep_config, located, misspelt_in, refused, trains, wrong_kinds
 from kit.data.decode import UnreadableVideo
 
 
@@ -255,13 +255,6 @@ def silence():
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(worth_telling)
 
 
-def remove_config_alone(folder: Path):
-    """Removes the folder of a refused command if it holds nothing but the files that hydra wrote there."""
-    hydras = {folder / "config" / f"{name}.yaml" for name in ("config", "hydra", "overrides")}
-    if folder.is_dir() and set(folder.rglob("*")) <= {folder / "config", *hydras}:
-        shutil.rmtree(folder)
-
-
 def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
     """Composes the config and calls the verb; prints errors that a user can fix without a traceback.
 
@@ -285,7 +278,8 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
     def fail(message: str, error: Exception):
         print(message, file=sys.stderr)
         failures.append(error)
-        remove_config_alone(Path(HydraConfig.get().runtime.output_dir))
+        with suppress(OSError):  # unless it is empty
+            Path(HydraConfig.get().runtime.output_dir).rmdir()
 
     def task(cfg):
         if wrong := wrong_kinds(cfg, path, overrides):
@@ -296,6 +290,8 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
         try:
             set_threads(cfg.threads)
             resolve(VERBS[verb].function)(cfg)
+            if verb != "fit":  # which does so at its start
+                keep_config(cfg)
         except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
             found = re.search(r"Missing mandatory value: (\S+)", str(error))
             key = found[1] if found else error.full_key

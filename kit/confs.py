@@ -76,6 +76,19 @@ def compose(path: Path, words: Iterable[str] = (), beside_it: Path | None = None
         restore_gh_from_backup(around)
 
 
+def keep_config(cfg: DictConfig):
+    """Writes a composed config, and the words of the command line, to `config` in the run's folder."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from kit.files import written_aside
+
+    words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    for name, values in {"config": cfg, "overrides": OmegaConf.create(words)}.items():
+        with written_aside(Path(cfg.folder) / "config" / f"{name}.yaml") as aside:
+            OmegaConf.save(values, aside)
+
+
 def beside(path: Path, name: str) -> Path:
     """Returns the path of a config that the one at `path` is built on: in the same folder if it exists there, else kit's."""
     own = path.parent / f"{name}.yaml"

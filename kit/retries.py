@@ -77,7 +77,7 @@ def with_retries(train: Callable[[Path | None, list[BatchPosition]], T], resume:
         try:
             return train(resume, lost)
         except (LostLoss, DeadWorker) as error:
-            resume = last if written(last) != before else resume
+            resume = last if written(last) not in (None, before) else resume
             if resume is None or not left:
                 raise
             lost = lost + [error.position] if isinstance(error, LostLoss) else lost

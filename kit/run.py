@@ -24,6 +24,7 @@ from kit.build import (
     tokenizer_config,
 )
 from kit.checkpoint import check_resume
+from kit.confs import keep_config
 from kit.data.cache import CachedClips, describe, write_cache
 from kit.data.datamodule import ClipDataModule
 from kit.data.staged import StagedClips
@@ -118,13 +119,13 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
     if cfg.ckpt is not None:
         if not Path(cfg.ckpt).is_file():
             raise FileNotFoundError(f"ckpt={cfg.ckpt}: no such checkpoint; ckpt=last continues the run in {cfg.folder}")
-    own = cfg.ckpt is not None and Path(cfg.ckpt).resolve().parent == last.resolve().parent
-    if last.exists() and not own and not cfg.overwrite:
+    resume = None if cfg.ckpt is None else Path(cfg.ckpt)
+    if last.exists() and not goes_on(cfg, resume) and not cfg.overwrite:
         raise FileExistsError(
             f"{cfg.folder} already holds a trained run; continue it with ckpt=last, keep it with another name=..., or "
             f"replace it with overwrite=true"
         )
-    return None if cfg.ckpt is None else Path(cfg.ckpt)
+    return resume
 
 
 def fit(cfg: DictConfig) -> L.Trainer:
@@ -137,10 +138,22 @@ def fit(cfg: DictConfig) -> L.Trainer:
     """
     with sole_user(Path(cfg.folder)):
         resume = checkpoint_to_resume(cfg)
-        if resume is None and cfg.ckpt != "last":  # encode anew: the source files may have changed
-            remove_encoded_clips(Path(cfg.folder))
         last = Path(cfg.folder) / "checkpoints" / "last.ckpt"
         return with_retries(lambda *where: train(cfg, *where), resume, last, cfg.retries)
+
+
+def goes_on(cfg: DictConfig, resume: Path | None) -> bool:
+    """Returns whether a checkpoint to resume from is one of the run's own folder."""
+    return resume is not None and resume.resolve().parent == (Path(cfg.folder) / "checkpoints").resolve()
+
+
+@rank_zero_only
+def take_folder(cfg: DictConfig, resume: Path | None):
+    """Makes the run's folder that of the training which begins now: its config, and no last checkpoint of another run, which
+    a restart with ckpt=last would take for its own."""
+    keep_config(cfg)
+    if not goes_on(cfg, resume):
+        (Path(cfg.folder) / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
 
 
 @rank_zero_only  # the other processes wait for rank 0 before they encode
@@ -175,6 +188,8 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[BatchPosit
         rank_zero_info(f"  {note}")
     check_cache(data, module)
     if cfg.module == "generator" and cfg.encoded_clips:
+        if cfg.ckpt != "last" and not goes_on(cfg, resume):  # encode anew: the source files may have changed
+            remove_encoded_clips(Path(cfg.folder))
         encode_ahead(cfg, data, module)
     trainer = build_trainer(cfg)
     if module.kind == "tokenizer" and isinstance(trainer.strategy, ShardedStrategy):
@@ -185,6 +200,7 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[BatchPosit
             "adversarial training on several devices needs trainer.strategy=ddp_find_unused_parameters_true (with a + before "
             "it), or trainer.devices=1"
         )
+    take_folder(cfg, resume)
     with fast_float32_products(), noticing_dead_workers():
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return trainer

@@ -280,7 +280,9 @@ def cache(cfg: DictConfig) -> Path:
         raise ValueError(
             "a cache holds clips of one shape, not of data.buckets; leave them out, or let `fit` encode them: encoded_clips=N"
         )
-    tokenizer, data, folder = load_tokenizer(cfg.tokenizer_ckpt), build_data(cfg), Path(cfg.folder)
+    tokenizer, folder, cfg = load_tokenizer(cfg.tokenizer_ckpt), Path(cfg.folder), cfg.copy()
+    cfg.data.update({key: tokenizer.clip[key] for key in ("frames", "height", "width") if cfg.data[key] is None})
+    data = build_data(cfg)
     check_videos(data)
     sources, clips = {"train": data.train, "val": data.val}, {"train": cfg.clips, "val": cfg.val_clips}
     about = describe(data.clip, tokenizer.model, tokenizer.hash, choice_of(cfg.data.source), sources)

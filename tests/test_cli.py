@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -459,6 +460,27 @@ def test_options_reach_the_model(pair, tmp_path):
     assert saved["correction"]["p_max"] == 0.1
 
 
+def test_a_refused_training_leaves_the_folder_as_it_is(pair, tmp_path, capsys):
+    """What is kept there of the composed config stays that of the run in it."""
+    assert fit_generator(tmp_path, "debug=smoke", tokenizer=pair.tokenizer) == 0
+    folder = tmp_path / "generator"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert "debug=smoke" in (folder / "config" / "overrides.yaml").read_text()
+    for words in (["optimizer.lr=9"], ["overwrite=true", "data.frames=6"], ["ckpt=last", "data.frames=6"]):
+        assert fit_generator(tmp_path, "debug=smoke", *words, tokenizer=pair.tokenizer) == 1
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_takes_the_folder_of_another_does_not_go_on_from_it(pair, tmp_path, monkeypatch):
+    """Killed before its first checkpoint and started again with ckpt=last it begins anew."""
+    assert fit_generator(tmp_path, "debug=smoke", tokenizer=pair.tokenizer) == 0
+    last = tmp_path / "generator" / "checkpoints" / "last.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.Trainer.fit", MagicMock(side_effect=KeyboardInterrupt))
+        assert fit_generator(tmp_path, "debug=smoke", "overwrite=true", tokenizer=pair.tokenizer) != 0
+    assert not last.exists() and "overwrite" in (last.parents[1] / "config" / "overrides.yaml").read_text()
+
+
 def test_a_reader_that_has_seen_enough_gets_no_traceback():
     words = f"{sys.executable} -m kit evaluate --help | head -n 1"
     done = subprocess.run(words, cwd=ROOT, shell=True, capture_output=True, text=True)
@@ -466,7 +488,7 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback():
 
 
 def test_a_refused_command_removes_its_own_folder_and_nothing_else(tmp_path, capsys):
-    """A folder of that name may have been the user's, with a config of theirs."""
+    """A folder of that name may have been the user's."""
     words = ["generate", f"root={tmp_path}", "name=mine", "prompt=x"]
     assert main(words) == 1 and not (tmp_path / "mine").exists()
     (tmp_path / "mine" / "config").mkdir(parents=True)
