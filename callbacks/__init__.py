@@ -7,6 +7,9 @@ from callbacks.guard import LossGuard
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.stage_switch import StageSwitch
 from callbacks.summary import RunSummary
+from callbacks.timer import StepTimer
 from callbacks.video_logger import VideoLogger
 
-__all__ = ["CodeUse", "CompileLayers", "EMA", "LastCheckpoint", "LossGuard", "RunSummary", "StageSwitch", "VideoLogger"]
+__all__ = [
+    "CodeUse", "CompileLayers", "EMA", "LastCheckpoint", "LossGuard", "RunSummary", "StageSwitch", "StepTimer", "VideoLogger",
+]  # fmt: skip

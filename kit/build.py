@@ -129,7 +129,12 @@ def plan_of(cfg: DictConfig) -> StagePlan:
     """
     if not cfg.callbacks.get("stage_switch"):
         raise ValueError("stages need the callback that moves on: callbacks.stage_switch as in conf/progressive.yaml")
-    return StagePlan.of(plain(cfg.stages))
+    stages = plain(cfg.stages)
+    if most := cfg.get("stage_steps"):
+        for stage in stages.values():
+            if stage and "steps" in stage:
+                stage["steps"] = min(stage["steps"], most)
+    return StagePlan.of(stages)
 
 
 def build_stages(cfg: DictConfig, plan: StagePlan, tokenizer: TokenizerConfig) -> StagedClips:
@@ -284,9 +289,11 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     """Builds the Lightning trainer with its loggers and callbacks. Raises ValueError as `check_length`."""
     check_length(cfg.trainer)
     loggers = [instantiate(c) for c in (cfg.get("logger") or {}).values()]
+    parts, interval = accumulate_of(cfg), cfg.trainer.get("val_check_interval")
+    every = {"val_check_interval": -(-interval // parts) * parts} if isinstance(interval, int) else {}  # after whole steps
     logged = set() if loggers else {"learning_rate"}  # callbacks that fail without a logger
     callbacks = [instantiate(c) for name, c in cfg.callbacks.items() if c and name not in logged]
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[TrainingCheckpointIO()])
+    return instantiate(cfg.trainer, **every, callbacks=callbacks, logger=loggers, plugins=[TrainingCheckpointIO()])
 
 
 def check_sharded_tokenizer(module: TokenizerModule):

@@ -62,6 +62,8 @@ class TrainingCheckpointIO(TorchCheckpointIO):
         return load_whole(Path(path))  # the receiver moves tensors to their devices
 
     def remove_checkpoint(self, path: str | os.PathLike):
+        if self.failed:  # Lightning removes an older checkpoint for the sake of the new one, which is not there
+            return
         super().remove_checkpoint(path)
         remove_shards(Path(path))
 

@@ -43,9 +43,12 @@ VERBS = {
 
 
 FREE_TEXT = (
-    "prompt", "label", "negative", "settings", "image", "video", "videos", "real", "prompts", "data.root", "data.images.root",
+    "prompt", "label", "negative", "settings", "image", "video", "videos", "real", "prompts",
 )  # fmt: skip
-PATHS = ("ckpt", "out", "tokenizer", "condition.encoder", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source")
+PATHS = (
+    "ckpt", "out", "tokenizer", "condition.encoder", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source",
+    "data.root", "data.images.root",
+)  # fmt: skip
 
 # Errors that a user can fix; printed without a traceback.
 MENDABLE = (ValueError, OSError, ImportError, MemoryError, UnreadableVideo)
@@ -118,6 +121,7 @@ def quoted(word: str, sweep: bool = False) -> str:
     if key in WORDS and text[:1] == "[" and text[-1:] == "]":
         return f"{key}=[{','.join(as_text(part) for part in at_commas(text[1:-1]))}]"
     free = key in FREE_TEXT or (key in PATHS and not (sweep and "," in text))
+    free = free or key == "name" and bool(re.fullmatch(r"[-+.\w]*\d[-+.\w]*", text))  # 2024_01_15 is no number
     free = free or bool(text) and text[0] not in "[{" and not readable(word)
     if not equals or not free:
         return word

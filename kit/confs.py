@@ -252,7 +252,9 @@ def misspelt_in(conf: Path) -> list[str]:
         alone = Path(folder).resolve() / conf.name
         alone.write_text(yaml.safe_dump(defaults))
         try:
-            return nearest(leaves(OmegaConf.create(values)), leaves(compose(alone, beside_it=conf.parent)))
+            known = leaves(compose(alone, beside_it=conf.parent))
+            keys = [key for key in leaves(OmegaConf.create(values)) if not key.startswith("stages.")]  # names of one's own
+            return nearest(keys, known)
         except Exception:  # reported elsewhere
             return []
 

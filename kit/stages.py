@@ -68,7 +68,7 @@ class StagePlan:
                 continue
             if not isinstance(stage, Mapping) or "steps" not in stage:
                 raise ValueError(f"stages.{name} needs steps, how many optimizer steps it has")
-            stages.append(from_values(Stage, stage, f"stages.{name}", name=name))
+            stages.append(from_values(Stage, stage, f"stages.{name}", name=str(name)))
         if not stages:
             raise ValueError("stages: none is left; give one with its steps, or stages=null for a training without")
         return cls(tuple(stages))

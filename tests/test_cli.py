@@ -107,6 +107,27 @@ def test_a_training_says_nothing_that_is_no_users_business(pair, tmp_path, caplo
     assert not [str(w.message) for w in recwarn if "LeafSpec" in str(w.message) or "eval mode" in str(w.message)]
 
 
+def test_validations_come_between_two_steps():
+    """`best.ckpt` would else hold the gathered gradients of some of a step's batches, which resuming loses."""
+    for words, interval in (
+        ([], 250),
+        (["trainer.accumulate_grad_batches=4"], 252),
+        (["trainer.val_check_interval=8"], 8),
+    ):
+        assert build_trainer(composed("stage2_generator", *words)).val_check_interval == interval
+
+
+def test_shapes_need_a_rate(tmp_path, capsys):
+    assert main(["fit", "conf=stage1_tokenizer", "size=tiny", "data.fps=0", "name=x", f"root={tmp_path}"]) == 1
+    assert "fps=0; shapes are drawn" in capsys.readouterr().err
+
+
+def test_a_users_stages_are_no_misspelt_keys(own_conf, capfd):
+    own_conf.write_text("defaults: [progressive, _self_]\nstages: {low: {steps: 5, data: {frames: 5}}, mine: {steps: 2}}\n")
+    assert main(["fit", f"conf={own_conf}", "--cfg", "job"]) == 0
+    assert "note" not in capfd.readouterr().err
+
+
 def test_conf_takes_a_file_built_on_one_of_kits(own_conf, capfd):
     assert main(["fit", f"conf={own_conf}", "--cfg", "job", "--resolve"]) == 0
     cfg = OmegaConf.create(capfd.readouterr().out)
@@ -382,6 +403,14 @@ def test_files_may_have_any_names(key):
     assert parse(quoted(f"{key}=~/a")).value() == str(Path("~/a").expanduser())
     for word in ("data.buckets=[17x96x160,17x160x96", "seed=1,2", "name=s${seed}"):
         assert quoted(word) == word, "what is no text stays as it is"
+
+
+def test_folders_may_be_swept_and_a_name_is_no_number():
+    parse = OverridesParser.create().parse_override
+    assert parse(quoted("data.root=/a,/b", sweep=True)).is_sweep_override()
+    assert parse(quoted("data.root=/a,/b")).value() == "/a,/b"
+    for name in ("2024_01_15", "1e3", "007", "run-3.5"):
+        assert parse(quoted(f"name={name}")).value() == name
 
 
 def test_hydras_options_may_stand_anywhere(capsys):

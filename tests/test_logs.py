@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import errno
 from functools import partial
 from unittest.mock import patch
 
@@ -11,6 +13,7 @@ import torch
 from kit.data.datamodule import ClipDataModule
 from kit.data.staged import StagedClips
 from kit.generator.module import GeneratorModule
+from kit.logs import CSVLogger
 from kit.tokenizer.module import TokenizerModule
 from tests.fixtures import fit_generator, fit_tokenizer
 from tests.test_training import losses
@@ -32,6 +35,28 @@ def test_what_is_not_written_is_not_made(part, pair, tmp_path):
         assert fit(tmp_path, *words, name="run") == 0
     assert seen.count("train/loss") == 7 and seen.count(kept) == 2
     assert len(losses(tmp_path / "run", metric=kept)) == len(losses(tmp_path / "run")) == 2
+
+
+def test_a_full_disk_keeps_the_log_and_its_rows(tmp_path, monkeypatch):
+    """The second save brings a new column, the third more rows of it; neither has room at first."""
+    log = CSVLogger(tmp_path, "logs")
+    path = tmp_path / "logs" / "version_0" / "metrics.csv"
+
+    class Full(csv.DictWriter):
+        def writerows(self, rows):
+            self.writer.writerow(["half a row"])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step, metrics in enumerate([{"a": 1.0}, {"a": 2.0, "b": 3.0}, {"b": 4.0}]):
+        log.log_metrics(metrics, step)
+        before = path.read_text() if path.exists() else ""
+        with monkeypatch.context() as patched:
+            patched.setattr("csv.DictWriter", Full)
+            with pytest.warns(UserWarning, match="metrics.csv could not be written: No space left.*; 1 rows are kept"):
+                log.save()
+        assert (path.read_text() if path.exists() else "") == before
+        log.save()
+    assert path.read_text().splitlines() == ["a,b,step", "1.0,,0", "2.0,3.0,1", ",4.0,2"]
 
 
 @pytest.mark.parametrize("kind", [ClipDataModule, StagedClips])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from callbacks import StageSwitch
+from kit.build import plan_of
 from kit.checkpoint import load_generator, read_checkpoint
 from kit.cli import main
 from kit.stages import Stage, StagePlan, locate, starts
@@ -49,6 +50,15 @@ def test_a_step_is_located_among_stages():
     assert starts(lengths) == [0, 3, 4, 6]
     assert [locate(lengths, i) for i in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)]
     assert locate(lengths, 6) is None
+
+
+def test_stages_may_be_numbered():
+    assert [stage.name for stage in StagePlan.of({1: {"steps": 3}, 2: {"steps": 4}}).stages] == ["1", "2"]
+
+
+def test_stages_can_be_tried_out():
+    plan = plan_of(composed("progressive", "debug=smoke"))
+    assert [stage.name for stage in plan.stages] == ["low", "high", "long"] and plan.steps == 6
 
 
 def test_plan_from_plain_values():

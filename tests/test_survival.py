@@ -51,6 +51,18 @@ def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, accumulate, wor
         assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
 
 
+def test_out_of_time_it_ends_between_two_steps(tmp_path, monkeypatch):
+    """Time is over after the fourth batch; a step has three."""
+
+    def remaining(timer, trainer):
+        trainer.should_stop = trainer.fit_loop.epoch_loop.batch_progress.total.processed >= 4
+
+    monkeypatch.setattr("lightning.pytorch.callbacks.Timer._check_time_remaining", remaining)
+    assert fit_tokenizer(tmp_path, *STEPS, "optimizer.accumulate=3", "trainer.max_time=00:01:00:00", name="run") == 0
+    saved = read_checkpoint(last(tmp_path), "tokenizer")
+    assert (saved["global_step"], saved["ClipDataModule"]["batches_done"]) == (2, 6)
+
+
 def test_two_trainings_do_not_share_a_folder(whole, tmp_path, capsys):
     with stopped_midway(tmp_path) as process:
         for words in (["ckpt=last"], ["overwrite=true"]):
@@ -102,6 +114,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, small_disk, may_fai
     (small_disk / "filler").unlink()
     assert started(small_disk).wait() == 0
     assert same(read_checkpoint(last(small_disk), "tokenizer"), whole)
+
+
+def test_the_best_checkpoint_stays_until_the_next_one_is_saved(tmp_path):
+    """Lightning removes the old one after a save that, for all it knows, has succeeded."""
+    old, io = tmp_path / "best_step=20.ckpt", TrainingCheckpointIO()
+    for failed, kept in ((1, True), (0, False)):
+        old.touch()
+        io.failed = failed
+        io.remove_checkpoint(old)
+        assert old.exists() == kept
 
 
 @pytest.mark.parametrize("may_fail", [0, 1])

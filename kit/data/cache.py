@@ -140,7 +140,9 @@ def _claim(folder: Path, about: dict, clips: dict[str, int]):
         if found["about"] != about:
             keys = [key for key in about if found["about"].get(key) != about[key]]
             told = "; ".join(f"{key}: {found['about'].get(key)}, asked for {about[key]}" for key in keys)
-            raise ValueError(f"{folder} holds other clips ({told}); choose another folder with name=..., or remove this one")
+            raise ValueError(
+                f"{folder} holds other clips ({told}); choose another with name=..., or remove it: they are encoded anew"
+            )
         if found["clips"] != clips or not all(is_whole(folder / file.name, file) for file in files_of(clips)):
             write_json(path, {"about": about, "clips": clips})  # without hashes: not finished until `_finish` adds them
 

@@ -91,6 +91,14 @@ class Clip(NamedTuple):
     size: tuple[int, int]
 
 
+def size_of(path: Path) -> int:
+    """Returns the bytes of a file; -1 if it is gone, as one behind a broken link: whoever reads it will tell."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
 @dataclass(eq=False)
 class FolderClips(Dataset):
     """Data set of video files: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}.
@@ -178,7 +186,10 @@ class FolderClips(Dataset):
 
     def _captions_of(self, names: list[str]) -> dict[str, str]:
         table = self.captions or next(filter(Path.is_file, map(self.root.joinpath, CAPTION_FILES)), None)
-        return read_captions(Path(table), names) if table else captions_beside(self.root, names)
+        if not table:
+            return captions_beside(self.root, names)
+        others = list_videos(self.root, pictures=True) if self.root.is_dir() else []  # pictures, where videos are read
+        return read_captions(Path(table), names, others)
 
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:
@@ -203,7 +214,7 @@ class FolderClips(Dataset):
 
     def listing(self) -> list[str]:
         """`NAME BYTES` of each file of the split; together with `said` it identifies the clips of a cache."""
-        return [f"{name} {(self.root / name).stat().st_size}" for name in self.files]
+        return [f"{name} {size_of(self.root / name)}" for name in self.files]
 
     def said(self) -> list[dict]:
         """`words` of each file of the split, in the order of `listing`."""

@@ -35,11 +35,20 @@ def list_videos(root: Path, pictures: bool = False) -> list[str]:
     paths = [PurePosixPath(name) for name in sorted(Path(name).as_posix() for name in names)]
     runs = {path.parents[1] for path in paths if path.match(RUN)}
     videos = [str(path) for path in paths if path.name.lower().endswith(suffixes) and runs.isdisjoint(path.parents)]
+    if odd := [name for name in videos if not is_utf8(name)]:
+        told = f"{len(odd)} files of {root} with names that are no UTF-8 are left out, such as {ascii(odd[0])}; rename them"
+        warnings.warn(told, stacklevel=4)
+        videos = [name for name in videos if is_utf8(name)]
     if not videos:
         what = "no video or picture" if pictures else "no video"
         but = f" but those of runs of kit, such as {min(runs)}" if runs else ""
         raise FileNotFoundError(f"root={str(root)!r} holds {what}{but}; expected files ending in {', '.join(suffixes)}")
     return videos
+
+
+def is_utf8(name: str) -> bool:
+    """Returns whether the name of a file can be written to logs and checkpoints."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def held_out_of(names: Sequence[str], every: int) -> set[str]:
@@ -108,10 +117,11 @@ def _filename_label(name: str, pattern: str) -> str:
         raise ValueError(f"filename_pattern={pattern!r}: {error}; expected one such as {LEADING_WORDS!r}") from error
 
 
-def read_captions(path: Path, names: Sequence[str]) -> dict[str, str]:
+def read_captions(path: Path, names: Sequence[str], others: Sequence[str] = ()) -> dict[str, str]:
     """Reads captions from a table with one row for each of `names`: name -> caption.
 
     Args:
+        others: further files that the table may have rows for.
         path: csv with the columns, or jsonl with the keys, `file` and `caption`; or json, a list of such rows or an object
             of file: caption. `file` is the name, with or without its suffix.
     Raises:
@@ -131,7 +141,8 @@ def read_captions(path: Path, names: Sequence[str]) -> dict[str, str]:
         captions[file] = caption
 
     keys = {name: name if name in captions else str(PurePosixPath(name).with_suffix("")) for name in names}
-    if unknown := sorted(captions.keys() - set(keys.values())):
+    allowed = {*others, *(str(PurePosixPath(name).with_suffix("")) for name in others)}
+    if unknown := sorted(captions.keys() - set(keys.values()) - allowed):
         example = f"such as {unknown[0]!r}; expected paths relative to the data folder, such as {names[0]!r}"
         raise ValueError(f"{path} has captions for {len(unknown)} files that are not there, {example}")
     if missing := [name for name, key in keys.items() if key not in captions]:

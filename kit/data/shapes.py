@@ -268,6 +268,8 @@ class Shapes(Dataset):
     captioned = True
 
     def __post_init__(self):
+        if not self.fps > 0:
+            raise ValueError(f"fps={self.fps}; shapes are drawn, they have no rate of their own: give one above 0")
         if not isinstance(self.late, int | float) or not 0 <= self.late <= 1:
             raise ValueError(f"late={self.late}; expected a share from 0 to 1")
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from kit.data.clips import FolderClips
+from kit.data.heads import read_heads
 from kit.data.listing import LEADING_WORDS, captions_beside, held_out_of, label_files, list_videos, split_files
 from tests.data.videos import write, write_bad
 
@@ -29,6 +32,33 @@ def test_what_runs_of_kit_log_is_no_data(tmp_path):
     assert list_videos(tmp_path / "runs" / "x") == ["media/step.mp4"], "a run that is asked for by name"
     with pytest.raises(FileNotFoundError, match="holds no video but those of runs of kit, such as x"):
         list_videos(tmp_path / "runs")
+
+
+def test_names_that_are_no_utf8_are_left_out(tmp_path):
+    for name in (b"a.mp4", b"caf\xe9.mp4"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).touch()
+    with pytest.warns(UserWarning, match=r"1 files of .* names that are no UTF-8 are left out, such as 'caf\\udce9.mp4'"):
+        assert list_videos(tmp_path) == ["a.mp4"]
+
+
+def test_a_table_may_have_captions_of_pictures_too(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write(tmp_path / name, count=2)
+    Image.new("RGB", (32, 32)).save(tmp_path / "p0.png")
+    write_captions(tmp_path / "captions.csv", {"a.mp4": "x", "b": "y", "p0": "z"})
+    for frames, name, caption in ((2, "b.mp4", "y"), (1, "p0.png", "z")):
+        assert FolderClips(tmp_path, frames=frames, split="all").words(name)["caption"] == caption
+
+
+def test_a_broken_link_counts_as_unreadable(tmp_path, monkeypatch):
+    """Its listing, which heads and caches are made from, says so too."""
+    monkeypatch.setenv("KIT_CACHE", str(tmp_path / ".cache"))
+    for name in ("a.mp4", "b.mp4"):
+        write(tmp_path / name, count=2)
+    (tmp_path / "c.mp4").symlink_to("/missing.mp4")
+    clips = FolderClips(tmp_path, frames=1, split="all", height=32, width=32)
+    assert clips.listing()[-1] == "c.mp4 -1"
+    assert sorted(read_heads(clips)) == ["a.mp4", "b.mp4"] and [path.name for path in clips.skipped] == ["c.mp4"]
 
 
 def test_small_folders_still_have_a_val_split():
