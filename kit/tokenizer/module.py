@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from kit.draws import Draws
@@ -88,6 +89,13 @@ class TokenizerModule(L.LightningModule):
             strategy.shard(self.model, [self.model.encoder, self.model.decoder])
             if self.discriminator is not None:
                 strategy.shard(self.discriminator, self.discriminator.parts)
+
+    def on_train_start(self):
+        if self.discriminator is not None and self.optimizers()[1].optimizer.state and self.global_step < self.start:
+            rank_zero_warn(
+                f"the adversarial loss pauses until iteration {self.start} of {self.steps}: loss.adversarial.start is a "
+                f"share of the training, which had fewer iterations before"
+            )
 
     def training_step(self, batch: dict, index: int):
         video = batch["video"]

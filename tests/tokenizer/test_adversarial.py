@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -359,6 +360,10 @@ def test_an_adversarial_run_resumes_to_the_last_bit(tmp_path, monkeypatch):
         patched.setattr(LossGuard, "on_train_batch_end", stop, raising=False)
         assert fit_tokenizer(tmp_path / "resumed", *words, name="run") == 1
     assert fit_tokenizer(tmp_path / "resumed", *words, "ckpt=last", name="run") == 0
+    longer = ["recipe.tokenizer.steps=10", "loss.adversarial.start=0.9", "ckpt=last"]
+    shutil.copytree(tmp_path / "resumed", tmp_path / "longer")
+    with pytest.warns(UserWarning, match="the adversarial loss pauses until iteration 9 of 10"):
+        assert fit_tokenizer(tmp_path / "longer", *words, *longer, name="run") == 0
     whole, resumed = losses(tmp_path / "whole" / "run", 0), losses(tmp_path / "resumed" / "run", 1)
     assert resumed == whole[-len(resumed) :] and len(resumed) >= 5
     a, b = (read_checkpoint(tmp_path / n / "run" / "checkpoints" / "last.ckpt", "tokenizer") for n in ("whole", "resumed"))
