@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -125,16 +126,13 @@ def plan_of(cfg: DictConfig) -> StagePlan:
     """Reads the stages of a training that has them.
 
     Raises:
-        ValueError: if the callback that switches stages is missing; else as `StagePlan.of`.
+        ValueError: if the callback that switches stages is missing, or `stage_steps` is below 1; else as `StagePlan.of`.
     """
     if not cfg.callbacks.get("stage_switch"):
         raise ValueError("stages need the callback that moves on: callbacks.stage_switch as in conf/progressive.yaml")
-    stages = plain(cfg.stages)
-    if most := cfg.get("stage_steps"):
-        for stage in stages.values():
-            if stage and "steps" in stage:
-                stage["steps"] = min(stage["steps"], most)
-    return StagePlan.of(stages)
+    plan, most = StagePlan.of(plain(cfg.stages)), cfg.get("stage_steps")
+    check_whole_number("stage_steps", most, 1, optional=True)
+    return plan if most is None else StagePlan(tuple(replace(stage, steps=min(stage.steps, most)) for stage in plan.stages))
 
 
 def build_stages(cfg: DictConfig, plan: StagePlan, tokenizer: TokenizerConfig) -> StagedClips:

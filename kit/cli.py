@@ -151,7 +151,8 @@ def at_commas(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+ELSEWHERE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")  # hydra's: other confs than kit's
+VALUED = ("--cfg", "-c", "--package", "-p", *ELSEWHERE)
 
 
 def options_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
@@ -312,7 +313,8 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
     options, words = options_and_overrides(overrides)
     sweep = bool({"-m", "--multirun"} & set(options))
     overrides = [quoted(word, sweep) for word in words]
-    if told := refused(path, overrides, sweep):
+    elsewhere = any(option.split("=")[0] in ELSEWHERE for option in options)
+    if not elsewhere and (told := refused(path, overrides, sweep)):
         print(f"kit {verb}: {told}", file=sys.stderr)
         return 1
     sys.argv = [sys.argv[0], f"--config-name={conf}", *own, *options, *overrides]

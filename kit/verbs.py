@@ -274,14 +274,17 @@ def cache(cfg: DictConfig) -> Path:
     Returns:
         the folder of the cache.
     Raises:
-        ValueError: if the clips come from a cache already, or in buckets; else as `write_cache`.
+        ValueError: if the clips come from a cache already or in buckets, or their shape is no whole numbers; else as
+            `write_cache`.
     """
     if cfg.data.get("buckets"):
         raise ValueError(
             "a cache holds clips of one shape, not of data.buckets; leave them out, or let `fit` encode them: encoded_clips=N"
         )
     tokenizer, folder, cfg = load_tokenizer(cfg.tokenizer_ckpt), Path(cfg.folder), cfg.copy()
-    cfg.data.update({key: tokenizer.clip[key] for key in ("frames", "height", "width") if cfg.data[key] is None})
+    for key in ("frames", "height", "width"):
+        check_whole_number(f"data.{key}", cfg.data[key], 1, optional=True)
+        cfg.data[key] = cfg.data[key] or tokenizer.clip[key]
     data = build_data(cfg)
     check_videos(data)
     sources, clips = {"train": data.train, "val": data.val}, {"train": cfg.clips, "val": cfg.val_clips}

@@ -405,6 +405,13 @@ def test_files_may_have_any_names(key):
         assert quoted(word) == word, "what is no text stays as it is"
 
 
+def test_confs_may_lie_where_hydras_option_says(tmp_path, capfd):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("defaults: [shapes]\nval_clips: 5\n")
+    assert main(["fit", "conf=stage1_tokenizer", "data=mine", "--config-dir", str(tmp_path), "--cfg", "job"]) == 0
+    assert OmegaConf.create(capfd.readouterr().out).data.val_clips == 5
+
+
 def test_folders_may_be_swept_and_a_name_is_no_number():
     parse = OverridesParser.create().parse_override
     assert parse(quoted("data.root=/a,/b", sweep=True)).is_sweep_override()

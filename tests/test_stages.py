@@ -59,6 +59,9 @@ def test_stages_may_be_numbered():
 def test_stages_can_be_tried_out():
     plan = plan_of(composed("progressive", "debug=smoke"))
     assert [stage.name for stage in plan.stages] == ["low", "high", "long"] and plan.steps == 6
+    for wrong in ("0", "abc"):
+        with pytest.raises(ValueError, match=f"stage_steps={wrong}; expected a whole number of 1 or more"):
+            plan_of(composed("progressive", f"stage_steps={wrong}"))
 
 
 def test_plan_from_plain_values():

@@ -264,6 +264,18 @@ def test_a_cache_needs_no_videos_and_validates_alike(pair, tmp_path, capsys):
         assert "holds encoded clips; give the videos" in capsys.readouterr().err
 
 
+def test_a_cache_has_the_tokenizers_shape_and_a_training_on_it_the_caches(pair, tmp_path, capsys):
+    """Whatever size of clips a preset is for."""
+    words = ["cache", f"root={tmp_path}", f"tokenizer_ckpt={pair.tokenizer}", "clips=2", "val_clips=2", "data.workers=0"]
+    assert main(words) == 0
+    clip = load_tokenizer(pair.tokenizer).clip
+    for preset in ("size=tiny", "size=small", "size=L"):
+        data = composed("stage2_generator", preset, "data=cached", f"data.root={tmp_path / 'cache'}").data
+        assert (data.frames, data.height, data.width) == (clip["frames"], clip["height"], clip["width"]) == (5, 32, 32)
+    assert main([*words, "data.height=abc"]) == 1
+    assert "data.height=abc; expected a whole number" in capsys.readouterr().err
+
+
 def test_wrong_use_of_a_cache_is_told(pair, tmp_path, capsys):
     cached = ["data=cached", f"data.root={tmp_path}", f"root={tmp_path}", *QUICK]
     assert main(["fit", "conf=stage2_generator", f"tokenizer_ckpt={pair.tokenizer}", *cached]) == 1
