@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from kit.confs import CONF, confs, describe, first_comment, keep_config, located, misspelt_in, refused, trains, wrong_kinds
+from kit.confs import CONF, confs, describe, first_comment, keep_config, located, misspelt_in, refused, trains, wrong_words
 from kit.data.decode import UnreadableVideo
 
 
@@ -287,7 +287,7 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
             Path(HydraConfig.get().runtime.output_dir).rmdir()
 
     def task(cfg):
-        if wrong := wrong_kinds(cfg, path, overrides):
+        if wrong := wrong_words(cfg, path, overrides):
             fail("\n".join(f"kit {verb}: {told}" for told in wrong), ValueError(*wrong))
             return
         # Lightning starts further ranks with this command line.

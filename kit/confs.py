@@ -162,6 +162,18 @@ def sorted_out(conf: Path, overrides: list[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if chooses(word)], [word.split("=")[0] for word in words if not chooses(word)]
 
 
+def wrong_words(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
+    """Reports the words of a command whose values are of a wrong kind, or that its other words leave without effect."""
+    return [*wrong_kinds(cfg, conf, overrides), *idle_beside_stages(cfg, overrides)]
+
+
+def idle_beside_stages(cfg: DictConfig, overrides: list[str]) -> list[str]:
+    """Reports words that set a number of steps where stages have their own."""
+    keys = [word.split("=")[0] for word in overrides] if cfg.get("stages") else []
+    idle = [key for key in keys if re.fullmatch(r"trainer\.max_steps|recipe\.\w+\.steps", key)]
+    return [f"{key} counts nothing beside stages; give stages.NAME.steps, or stage_steps for all of them" for key in idle]
+
+
 def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
     """Reports the words that give a text where the config has a number, or one value where it has several."""
     from omegaconf import OmegaConf

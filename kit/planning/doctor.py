@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kit import machine
 from kit.build import build_data, build_trainer, of_stage, plain, plan_of
-from kit.confs import CONF, compose, confs, located, refused, trains, wrong_kinds
+from kit.confs import CONF, compose, confs, located, refused, trains, wrong_words
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.perceptual import GET_VGG16, load_perceptual, vgg16_path
@@ -108,7 +108,7 @@ def training_config(name: str, words: Sequence[str] = ()) -> DictConfig:
         OmegaConf.resolve(cfg)
     except Exception as error:  # whatever hydra or omegaconf raise, it is the config's problem
         raise ValueError(refused(path, list(words)) or f"does not compose: {error}") from error
-    if wrong := wrong_kinds(cfg, path, list(words)):
+    if wrong := wrong_words(cfg, path, list(words)):
         raise ValueError("; ".join(wrong))
     return cfg
 
