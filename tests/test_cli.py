@@ -237,7 +237,7 @@ def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
         (["fit", "conf=stage1_tokenizer", "data.batch_size=0"], "data.batch_size=0; expected a whole number of 1 or more"),
         (["fit", "conf=stage1_tokenizer", "data.workers=2.5"], "data.workers=2.5; expected a whole number of 0 or more"),
         (["fit", "conf=stage1_tokenizer", "data.image_share=3"], "data.image_share=3; expected a share from 0 to 1"),
-        (["fit", "conf=progressive", "trainer.max_steps=9"], "trainer.max_steps counts nothing beside stages; give stages.NAME"),
+        (["fit", "conf=progressive", "trainer.max_steps=9"], "trainer.max_steps counts nothing beside stages; give stages."),
         (["fit", "conf=progressive", "recipe.generator.steps=9"], "recipe.generator.steps counts nothing beside stages"),
     ],
 )

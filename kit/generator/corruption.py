@@ -16,7 +16,7 @@ from kit.draws import Draws
 from kit.generator.transformer import Generator
 from kit.machine import onto
 from kit.scales import ScaleSchedule
-from kit.tokenizer.quantizer import frames_of, next_input, pyramid, sequence_of
+from kit.tokenizer.quantizer import block_input, frames_of, pyramid, sequence_of
 
 MOST = 0.5  # a bit flipped more often than not would carry information again
 
@@ -88,12 +88,10 @@ def training_sequence(
     steps = list(pyramid(frames_of(feature), schedule, None if rates is None else flip))
     finished = steps[-1].total.unflatten(0, (B, F))
     before = torch.cat([torch.zeros_like(finished[:, :1]), finished[:, :-1]], dim=1).flatten(0, 1)
-    first = torch.zeros_like(before) if inherit == "none" else before
-    totals, grids = [first, *(step.total for step in steps[:-1])], schedule.grids
+    totals, grids = [before, *(step.total for step in steps)], schedule.grids  # the last: of the history block
     if history == "full":
-        totals, grids = [*totals, steps[-1].total], schedule.with_history().grids
-    beside = before if inherit == "all" else None
-    inputs = [next_input(total, grid, beside) for total, grid in zip(totals, grids, strict=True)]
+        grids = schedule.with_history().grids
+    inputs = [block_input(k, total, before, grid, inherit) for k, (total, grid) in enumerate(zip(totals, grids))]
     sequence = sequence_of(inputs, B)
     if history == "full":  # no frame reads the last frame's history block
         sequence = sequence[:, : -inputs[-1].shape[1]]

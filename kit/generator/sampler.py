@@ -19,7 +19,7 @@ from kit.generator.mask import View
 from kit.generator.transformer import Generator
 from kit.machine import onto
 from kit.scales import TAU, ScaleSchedule, latent_frames, pixel_frames
-from kit.tokenizer.quantizer import next_input, residual_map
+from kit.tokenizer.quantizer import block_input, residual_map
 from kit.values import from_values
 
 DRAWS = 32  # candidate draws of a token's bits, of which `top_p` takes one
@@ -220,17 +220,15 @@ class CachedGenerator:
 
         This is for given frames, whose totals are all known. Otherwise as `block`.
         """
-        config, blocks = self.model.config, [self.layout.block(f, first + i) for i in range(len(totals))]
-        if first == 0:
-            totals = [torch.zeros_like(before) if config.inherit == "none" else before, *totals[1:]]
-            self.cache.start_frame(f)
-        beside = before if config.inherit == "all" else None
-        inputs = [next_input(total, (b.h, b.w), beside) for total, b in zip(totals, blocks, strict=True)]
+        inherit, blocks = self.model.config.inherit, [self.layout.block(f, first + i) for i in range(len(totals))]
+        inputs = [block_input(b.k, total, before, (b.h, b.w), inherit) for total, b in zip(totals, blocks, strict=True)]
         begin, sizes = blocks[0].start, [b.h * b.w for b in blocks]
-        if first == 0 and self.cache.history.stop:
-            begin = self.layout.block(f - 1, self.schedule.scales).start
-            inputs.insert(0, next_input(before, self.schedule.grid, self.earlier if config.inherit == "all" else None))
         if first == 0:
+            self.cache.start_frame(f)
+            if self.cache.history.stop:
+                past = self.layout.block(f - 1, self.schedule.scales)
+                begin = past.start
+                inputs.insert(0, block_input(past.k, before, self.earlier, self.schedule.grid, inherit))
             self.earlier = before
         scale = onto(self.model.scales_of(self.layout)[begin : blocks[-1].stop], before.device)
         x = self.model.embed(torch.cat(inputs, dim=1), scale, first=blocks[0].stop if begin == 0 else 0)

@@ -198,7 +198,7 @@ class Generator(nn.Module):
         """Embeds the inputs of blocks as tokens.
 
         Args:
-            inputs: (B, tokens, d), or 2 d if all blocks inherit: what the blocks read (`quantizer.next_input`).
+            inputs: (B, tokens, d), or 2 d if all blocks inherit: what the blocks read (`quantizer.block_input`).
             scale: (tokens,) index of each token's scale embedding, from `scales_of`.
             first: how many leading tokens belong to block (0, 0), which reads the learned start instead.
         Returns:

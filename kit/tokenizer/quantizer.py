@@ -55,19 +55,20 @@ def up(x: Tensor, grid: Grid) -> Tensor:
     return F.interpolate(x, grid, mode="bilinear", align_corners=False) if x.shape[-2:] != grid else x
 
 
-def next_input(total: Tensor, grid: Grid, before: Tensor | None = None) -> Tensor:
-    """Returns what a block reads, in training and sampling: the running sum, resized to the block's grid (VideoAR eq. 6).
+def block_input(k: int, total: Tensor, before: Tensor, grid: Grid, inherit: str) -> Tensor:
+    """Returns what block (f, k) reads, in training and in sampling: sums, resized to the block's grid (VideoAR eq. 6).
 
     Args:
-        total: (N, d, h, w), sum of the residual maps known so far (of the frame before, for a frame's first block).
-        before: (N, d, h, w), finished sum of the frame before, for a generator in which all blocks read it too.
+        total: (N, d, h, w), sum of the frame's residual maps 0 to k - 1; not read for k = 0.
+        before: (N, d, h, w), finished sum of the frame before; zero for the first frame.
+        inherit: which blocks read `before`, see `GeneratorConfig`.
     Returns:
-        (N, h_k * w_k, d), or 2 d with `before`
+        (N, h_k * w_k, d), or 2 d if `inherit` is `all`
     """
-    x = down(total, grid)
-    if before is not None:
-        x = torch.cat([x, down(before, grid)], dim=1)
-    return x.flatten(2).transpose(1, 2)
+    if k == 0:
+        total = torch.zeros_like(before) if inherit == "none" else before
+    sums = [total, before] if inherit == "all" else [total]
+    return torch.cat([down(each, grid) for each in sums], dim=1).flatten(2).transpose(1, 2)
 
 
 def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from kit.generator.corruption import training_sequence
 from kit.generator.sampler import Cache, CachedGenerator, Frame, Guidance, Sampling, draw_bits, sample_frames
 from kit.scales import ScaleSchedule
-from kit.tokenizer.quantizer import bits_to_feature, next_input
+from kit.tokenizer.quantizer import bits_to_feature
 from tests.fixtures import CLOSE, PROMPTS, RISING
 
 SCHEDULE = ScaleSchedule(5, ((1, 1), (2, 2), (2, 3)))
@@ -22,17 +22,13 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Records (f, k, input, logits) of every block that goes through the cached generator."""
+    """Records (f, k, logits) of every block that goes through the cached generator."""
     calls, blocks = [], CachedGenerator.blocks
 
     def spy(self, f, first, totals, before):
         logits = blocks(self, f, first, totals, before)
-        config = self.model.config
-        beside = before if config.inherit == "all" else None
-        sizes = self.schedule.tokens_per_scale[first : first + len(totals)]
-        for k, (total, part) in enumerate(zip(totals, logits.split(sizes, dim=1), strict=True), start=first):
-            total = 0 * total if k == 0 and config.inherit == "none" else total
-            calls.append((f, k, next_input(total, self.schedule.grids[k], beside), part))
+        parts = logits.split(self.schedule.tokens_per_scale[first : first + len(totals)], dim=1)
+        calls.extend((f, k, part) for k, part in enumerate(parts, start=first))
         return logits
 
     monkeypatch.setattr(CachedGenerator, "blocks", spy)
@@ -87,10 +83,9 @@ def test_cached_logits_are_those_of_the_full_forward(make_generator, seen, windo
     model = make_generator(window=window, align=align, inherit=inherit, history=history)
     bits = sample(model, guidance=guidance)
     rows = [full_logits(model, bits)] + ([] if guidance.neutral else [full_logits(model, bits, dropped=True)])
-    expected, inputs = torch.cat(rows), inputs_from(bits, inherit=inherit)
+    expected = torch.cat(rows)
     assert [(f, k) for f, k, *_ in seen] == [(b.f, b.k) for b in SCHEDULE.blocks]
-    for b, (_, _, read, logits) in zip(SCHEDULE.blocks, seen):
-        torch.testing.assert_close(read, inputs[:, b.slice].repeat(len(rows), 1, 1), **CLOSE)
+    for b, (*_, logits) in zip(SCHEDULE.blocks, seen):
         torch.testing.assert_close(logits, expected[:, b.slice], **CLOSE, msg=lambda m: f"block {b.f, b.k}: {m}")
 
 
@@ -152,15 +147,16 @@ def test_window_matters(make_generator, history):
 
 
 @pytest.mark.parametrize("inherit", ["first", "all", "none"])
-def test_training_and_sampling_read_the_same_inputs(make_generator, seen, inherit):
+@pytest.mark.parametrize("history", ["scales", "full"])
+def test_training_and_sampling_read_the_same_inputs(make_generator, monkeypatch, inherit, history):
     """With the bits of a real feature as history the sampler reads exactly the inputs that training uses for that feature."""
     feature = torch.randn(2, 4, 5, 2, 3, generator=torch.Generator().manual_seed(3))
-    inputs, bits, _ = training_sequence(feature, SCHEDULE, None, None, inherit)
-    assert torch.equal(sample(make_generator(inherit=inherit), history=bits), bits)
-    assert torch.equal(torch.cat([read for *_, read, _ in seen], 1), inputs)
-    with_history, same, _ = training_sequence(feature, SCHEDULE, None, None, inherit, "full")
-    assert torch.equal(same, bits)
-    torch.testing.assert_close(with_history, inputs_from(bits, inherit=inherit, history="full"), **CLOSE)
+    inputs, bits, _ = training_sequence(feature, SCHEDULE, None, None, inherit, history)
+    model, read = make_generator(inherit=inherit, history=history), []
+    embed = model.embed
+    monkeypatch.setattr(model, "embed", lambda x, *args, **kwargs: read.append(x) or embed(x, *args, **kwargs))
+    assert torch.equal(sample(model, history=bits), bits)
+    assert torch.equal(torch.cat(read, 1), inputs)
 
 
 @pytest.mark.parametrize("history", ["scales", "full"])

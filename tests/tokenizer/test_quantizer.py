@@ -13,10 +13,10 @@ from kit.tokenizer.losses import commitment_loss, entropy_loss, reconstruction_l
 from kit.tokenizer.quantizer import (
     Step,
     bits_to_feature,
+    block_input,
     clip_of,
     feature_to_bits,
     frames_of,
-    next_input,
     pyramid,
     sequence_of,
     to_bits,
@@ -154,7 +154,7 @@ def test_frames_and_clips_are_coded_on_their_own(schedule):
 def test_tokens_are_rows_of_their_grid():
     tokens = torch.arange(6).view(1, 6, 1)
     assert tokens_to_map(tokens, (2, 3))[0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert torch.equal(next_input(tokens_to_map(tokens, (2, 3)), (2, 3)), tokens)
+    assert torch.equal(tokens_to_map(tokens, (2, 3)).flatten(2).transpose(1, 2), tokens)
 
 
 def test_frames_of_and_clip_of_are_inverse():
@@ -165,10 +165,15 @@ def test_frames_of_and_clip_of_are_inverse():
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (3, 3), (3, 5), (6, 8), (8, 8)])
-def test_next_input_is_an_area_resize(grid):
-    total = noise(2, 3, 8, 8)
-    expected = torch.stack([area(frame, grid) for frame in total])
-    torch.testing.assert_close(next_input(total, grid), expected.flatten(2).transpose(1, 2))
+@pytest.mark.parametrize("inherit", ["first", "all", "none"])
+@pytest.mark.parametrize("k", [0, 1])
+def test_a_block_reads_sums_resized_by_area(grid, inherit, k):
+    """The first block of a frame reads the frame before, or nothing; the others their own frame, or both."""
+    total, before = noise(2, 3, 8, 8), noise(2, 3, 8, 8) + 1
+    own = total if k else before * (inherit != "none")
+    read = torch.cat([own, before], 1) if inherit == "all" else own
+    expected = torch.stack([area(frame, grid) for frame in read])
+    torch.testing.assert_close(block_input(k, total, before, grid, inherit), expected.flatten(2).transpose(1, 2))
 
 
 @pytest.mark.parametrize("tokens", [SCHEDULES[0].length - 1, SCHEDULES[0].length + 1, SCHEDULES[0].tokens_per_frame])

@@ -22,7 +22,7 @@ from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.losses import entropy_loss
 from kit.tokenizer.module import TokenizerModule
-from kit.tokenizer.quantizer import bits_to_feature, feature_to_bits, next_input, pyramid
+from kit.tokenizer.quantizer import bits_to_feature, block_input, feature_to_bits, pyramid
 from tests.conftest import randomise
 from tests.fixtures import composed, fit_generator, fit_tokenizer
 
@@ -245,8 +245,8 @@ def test_samples_have_no_bit_that_a_scale_lacks(make_generator):
     inputs, _, _ = training_sequence(bits_to_feature(greedy, FEWER), FEWER, None, None, model.config.inherit)
     partial = [bits_to_feature(greedy, FEWER, k + 1) for k in range(3)]  # what the blocks read, whatever its own bits are
     for b in FEWER.blocks:
-        total = partial[b.k - 1][:, :, b.f] if b.k else partial[-1][:, :, b.f - 1] * (b.f > 0)
-        inputs[:, b.slice] = next_input(total, (b.h, b.w))
+        before = partial[-1][:, :, b.f - 1] * (b.f > 0)
+        inputs[:, b.slice] = block_input(b.k, partial[b.k - 1][:, :, b.f], before, (b.h, b.w), model.config.inherit)
     with torch.no_grad():
         logits = model(inputs, FEWER, model.condition(["a"]))
     assert torch.equal(greedy, (logits > 0) & FEWER.used_bits(6))
