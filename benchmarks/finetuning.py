@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from kit.checkpoint import load_generator
 from kit.data.clips import FolderClips
-from kit.generation import sample_videos
 from kit.generator.sampler import Guidance, Sampling
 from kit.media import contact_sheet
+from kit.sampling import sample_videos
 from kit.verbs import reconstruct_batches
 from runs import kit, parted
 

@@ -25,10 +25,10 @@ from streaming import megabytes
 
 from kit.build import plain
 from kit.checkpoint import Loaded
-from kit.generation import stream_samples
 from kit.generator.sampler import Sampling
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.media import video_writer
+from kit.sampling import stream_samples
 from kit.scales import latent_frames, pixel_frames
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from runs import composed

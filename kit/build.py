@@ -267,7 +267,7 @@ def condition_of(condition: dict, data: ClipDataModule) -> dict:
 BUILDERS = {"tokenizer": build_tokenizer_module, "generator": build_generator_module}
 
 
-def check_length(trainer: DictConfig):
+def check_trainer(trainer: DictConfig):
     """Checks that the trainer has a number of steps and uses the whole data.
 
     Raises:
@@ -284,8 +284,8 @@ def check_length(trainer: DictConfig):
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """Builds the Lightning trainer with its loggers and callbacks. Raises ValueError as `check_length`."""
-    check_length(cfg.trainer)
+    """Builds the Lightning trainer with its loggers and callbacks. Raises ValueError as `check_trainer`."""
+    check_trainer(cfg.trainer)
     loggers = [instantiate(c) for c in (cfg.get("logger") or {}).values()]
     parts, interval = accumulate_of(cfg), cfg.trainer.get("val_check_interval")
     every = {"val_check_interval": -(-interval // parts) * parts} if isinstance(interval, int) else {}  # after whole steps

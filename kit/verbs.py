@@ -21,7 +21,6 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_accuracy
 from kit.files import replacing, sole_user, write_json
-from kit.generation import file_stem, sample_videos
 from kit.generator.corruption import teacher_forced
 from kit.generator.module import accuracy_by_block
 from kit.generator.sampler import Sampling
@@ -30,8 +29,9 @@ from kit.machine import autocast, device, inference_precision
 from kit.media import clip_by_clip, contact_sheet, write_video
 from kit.pixels import psnr
 from kit.reconstruction import Scores, reconstruct_file
+from kit.request import file_stem
 from kit.run import choice_of
-from kit.sampling import sample_clips
+from kit.sampling import sample_clips, sample_videos
 from kit.self_check import Check, self_check
 from kit.values import check_whole_number
 

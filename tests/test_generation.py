@@ -16,10 +16,10 @@ from kit.checkpoint import load_generator
 from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.files import sole_user
-from kit.generation import check_length, file_stem, history_of, prompts_of, sample_videos, stream_samples
 from kit.generator.sampler import Guidance, Sampling
 from kit.media import write_video
-from kit.sampling import sample_clips
+from kit.request import check_video_length, file_stem, history_of, prompts_of
+from kit.sampling import sample_clips, sample_videos, stream_samples
 from kit.tokenizer import Tokenizer
 
 PROMPT = "a red ball moving right over a green field"
@@ -307,8 +307,8 @@ def test_a_tokenizer_of_images_makes_no_videos(loaded):
     of_images = SimpleNamespace(model=Tokenizer(replace(tokenizer.model.config, temporal=False)))
     for how, frames, longest in ((Sampling(extend="positions"), 5, 1), (Sampling(), 5, 5)):
         with pytest.raises(ValueError, match="this is a tokenizer of images: it takes 1 frame, got 5"):
-            check_length(of_images, (frames, 32, 32), None, how, longest)
-    check_length(of_images, (1, 32, 32), None, Sampling(extend="positions"), 1)
+            check_video_length(of_images, (frames, 32, 32), None, how, longest)
+    check_video_length(of_images, (1, 32, 32), None, Sampling(extend="positions"), 1)
 
 
 def test_a_video_left_without_its_settings_is_made_again(pair, tmp_path, monkeypatch):

@@ -14,11 +14,11 @@ from kit.evaluation.candidates import Candidate, GivenVideos, Reconstructions, S
 from kit.evaluation.clips import fingerprint, real_source
 from kit.evaluation.detectors import Detector, UnfitClips, load_detector
 from kit.evaluation.protocol import Network, Protocol
-from kit.generation import check_length, notes_on
 from kit.generator.condition import ConditionConfig
 from kit.generator.sampler import Sampling
 from kit.machine import check_precision
 from kit.perceptual import Perceptual, load_perceptual
+from kit.request import check_video_length, notes_on
 from kit.scales import whole_groups
 
 METRICS = ("frechet", "psnr", "ssim", "lpips", "captions")
@@ -78,7 +78,7 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
     check_fit(generator.clip, generator.model.config.condition, protocol, source)
     check_size(tokenizer, shape)
     how = Sampling.of(plain(cfg))
-    check_length(tokenizer, (whole_groups(shape[0]), *shape[1:]), None, how, generator.clip["frames"])
+    check_video_length(tokenizer, (whole_groups(shape[0]), *shape[1:]), None, how, generator.clip["frames"])
     for note in notes_on([], how, generator.model.condition.notes):
         print(f"note: {note}")
     protocol = protocol.resolved(samples=protocol.samples or protocol.real.clips)

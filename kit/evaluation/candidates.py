@@ -13,10 +13,9 @@ from kit.checkpoint import Loaded
 from kit.data.clips import FolderClips
 from kit.evaluation.clips import DrawnClips, FileClips, Together, Words, fingerprint, given_clips
 from kit.evaluation.protocol import Protocol
-from kit.generation import stream_samples
 from kit.generator.sampler import Sampling
 from kit.machine import autocast, device
-from kit.sampling import seed_of
+from kit.sampling import seed_of, stream_samples
 from kit.scales import whole_groups
 from kit.tokenizer.streaming import pad_to
 

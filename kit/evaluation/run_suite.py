@@ -15,10 +15,10 @@ from kit.evaluation.report import words_of, write_page
 from kit.evaluation.suites import read_prompts, video_name, write_suite
 from kit.evaluation.vbench import read_vbench_results, vbench_scores, vbench_table
 from kit.files import read_json, sole_user, write_json, written_aside
-from kit.generation import check_length, notes_on
 from kit.generator.sampler import Sampling
 from kit.machine import check_precision, exact_float32
 from kit.media import contact_sheet
+from kit.request import check_video_length, notes_on
 from kit.values import check_whole_number
 
 SHOWN = 8  # videos on the page and the contact sheet
@@ -52,7 +52,7 @@ def make_suite(cfg: DictConfig) -> dict:
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
     clip = generator.clip
     shape, how = (suite.frames or clip["frames"], clip["height"], clip["width"]), Sampling.of(plain(cfg))
-    check_length(tokenizer, shape, None, how, clip["frames"])
+    check_video_length(tokenizer, shape, None, how, clip["frames"])
     for note in notes_on([prompt.text for prompt in prompts], how, generator.model.condition.notes):
         print(f"note: {note}")
     candidate = Samples(generator, tokenizer, how, cfg.precision, shape)

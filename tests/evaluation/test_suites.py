@@ -26,10 +26,9 @@ from kit.evaluation.suites import (
     write_suite,
 )
 from kit.files import read_json, sole_user
-from kit.generation import sample_videos
 from kit.generator.sampler import Guidance, Sampling
 from kit.media import write_video
-from kit.sampling import seed_of
+from kit.sampling import sample_videos, seed_of
 
 PROMPTS = [Prompt("a cat", 2), Prompt("a dog, close-up", 3), Prompt("in/out", 2)]
 SETTINGS = {"model": "0123456789abcdef", "guidance": {"kind": "constant", "first": 3.0}, "size": (16, 16)}
