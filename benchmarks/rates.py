@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from kit.checkpoint import load_tokenizer
 from kit.data.clips import FolderClips
 from kit.media import contact_sheet, to_uint8
-from kit.pixels import psnr, to_8_bits
+from kit.pixels import psnr, ssim, to_8_bits
 from runs import kit, parted
 
 RATES = [(latent, bits) for latent in ("4x16x16", "4x8x8") for bits in (16, 32, 48)]
@@ -96,7 +95,7 @@ def main(folder: Path, real: Path, steps: int, only: str, picture: str, words: l
         found = {
             "rate": latent, "d": bits, "words": words, "tokens": schedule.tokens_per_frame, "bits_per_latent_frame": spent,
             "kbit_per_s": round(spent * FPS / 4 / 1000, 1), "psnr": round(psnr(output, video).item(), 2),
-            "ssim": round(structural_similarity_index_measure(pictures, truth, data_range=(-1.0, 1.0)).item(), 4),
+            "ssim": round(ssim(pictures, truth).mean().item(), 4),
             "jpeg_psnr": round(float(np.mean([value for value, _ in jpeg])), 2), "iterations": steps, "clips": len(video),
             "parameters_M": round(sum(p.numel() for p in tokenizer.parameters()) / 1e6, 1),
             "by_clip": [round(psnr(o[None], v[None]).item(), 2) for o, v in zip(output, video)],

@@ -1,9 +1,9 @@
-"""Pixels in [-1, 1]: their checks, their 8 bits, and their PSNR."""
+"""Pixels in [-1, 1]: their checks, their 8 bits, their PSNR and SSIM."""
 
 from __future__ import annotations
 
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 TOLERANCE = 1e-3  # how far beyond [-1, 1] rounding may carry a pixel
 
@@ -14,7 +14,8 @@ def in_range(low: float | Tensor, high: float | Tensor) -> bool:
 
 
 def check_video(video: Tensor):
-    """
+    """Checks the shape and type of a video.
+
     Raises:
         ValueError: if the video is not (B, 3, T, H, W), floating point.
     """
@@ -23,7 +24,8 @@ def check_video(video: Tensor):
 
 
 def check_pixels(video: Tensor):
-    """
+    """Checks a video and the range of its pixels.
+
     Raises:
         ValueError: if pixels lie outside [-1, 1] by more than rounding, or the video has another shape or type.
     """
@@ -41,3 +43,12 @@ def to_8_bits(clips: Tensor) -> Tensor:
 def psnr(output: Tensor, video: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of clips in [-1, 1], (B, 3, T, H, W) -> scalar, the mean over clips."""
     return peak_signal_noise_ratio(output, video, data_range=(-1.0, 1.0), dim=(1, 2, 3, 4), reduction="elementwise_mean")
+
+
+def ssim(frames: Tensor, real: Tensor) -> Tensor:
+    """Structural similarity of frames in [-1, 1], (N, 3, H, W) -> (N,); 1 for equal frames.
+
+    Computed on [0, 1], where black is 0: the term that compares brightness would otherwise take middle grey for black.
+    """
+    shifted = ((x.float() + 1) / 2 for x in (frames, real))
+    return structural_similarity_index_measure(*shifted, data_range=(0.0, 1.0), reduction="none").reshape(-1)

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torchmetrics.aggregation import MeanMetric
+from torchmetrics.image import PeakSignalNoiseRatio
 from tqdm import tqdm
 
 from kit.checkpoint import Loaded
 from kit.data.read import open_clip_file
 from kit.machine import device, inference_precision
 from kit.media import contact_sheet, spread, video_writer
+from kit.pixels import ssim
 from kit.scales import whole_groups
 from kit.tokenizer import Tokenizer
 from kit.tokenizer.streaming import coded_size, scaled_size, stream_scales
@@ -23,13 +25,13 @@ class Scores:
 
     def __init__(self):
         self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0))
-        self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
+        self.ssim = MeanMetric()
 
     def add(self, output: Tensor, real: Tensor) -> Scores:
         """Adds a chunk: a reconstruction and the real frames, (3, n, H, W) in [-1, 1] each, on the CPU."""
         with torch.autocast("cpu", enabled=False):
             self.psnr.update(output, real)
-            self.ssim.update(output.transpose(0, 1), real.transpose(0, 1))
+            self.ssim.update(ssim(output.transpose(0, 1), real.transpose(0, 1)))
         return self
 
     def values(self) -> dict[str, float]:

@@ -14,14 +14,14 @@ SOURCES = ("folder", "ucf101", "shapes")
 
 # Conventions of every protocol of kit, part of its hash: a change here makes new results incomparable with old ones.
 CONVENTIONS = {
-    "version": 1,
+    "version": 2,
     "given": "given videos are taken from their first frames",
     "resize": "before the model, each frame to cover the size, bilinear, antialiased, 8 bits, then cut in the centre",
     "pixels": "clips are scored as 8-bit pixels in [-1, 1]",
     "detector_input": "each frame bilinear to the detector's size, antialiased",
     "frechet": "float64, unbiased covariance",
     "psnr": "of a clip from its mean squared error, then the mean over clips; by frame likewise; at most 100 dB",
-    "ssim": "of each frame, Gaussian window of 11 pixels and sigma 1.5, then the mean",
+    "ssim": "of each frame in [0, 1], Gaussian window of 11 pixels and sigma 1.5, edges reflected, then the mean",
     "lpips": "version 0.1, of each frame, then the mean",
     "prompts": "sample n is for the caption or class of real clip n, modulo their number",
 }

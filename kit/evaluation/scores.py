@@ -12,13 +12,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from kit.evaluation.detectors import Detector
 from kit.evaluation.frechet import Nested
 from kit.evaluation.shapes_score import caption_hits
 from kit.machine import device
 from kit.perceptual import Perceptual
+from kit.pixels import ssim
 
 LEAST_ERROR = 4e-10  # mean squared error of 100 dB in [-1, 1], a floor: the PSNR of equal pictures is infinite
 
@@ -120,7 +120,7 @@ class SSIM(FrameScore):
     """Structural similarity, 1 for equal frames."""
 
     def measure(self, frames: Tensor, real: Tensor) -> Tensor:
-        return structural_similarity_index_measure(frames, real, data_range=(-1.0, 1.0), reduction="none").reshape(-1)
+        return ssim(frames, real)
 
     def add(self, clips: Tensor, batch: dict) -> list[float]:
         return [1 - likeness for likeness in super().add(clips, batch)]

@@ -7,15 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from numpy.lib.stride_tricks import sliding_window_view
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from kit.data.shapes import Shapes
 from kit.evaluation.report import best_median_worst
 from kit.evaluation.run import over_folds
 from kit.evaluation.scores import PSNR, SSIM, CaptionScore, decibel
-from kit.pixels import to_8_bits
+from kit.pixels import ssim, to_8_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,13 +52,36 @@ def test_psnr_by_hand(pair_of_clips):
     assert found["value"] == pytest.approx(library.item(), abs=1e-4)
 
 
-def test_ssim_is_the_librarys(pair_of_clips):
+def ssim_of_bytes(a: np.ndarray, b: np.ndarray) -> float:
+    """SSIM of two channels (H, W) of 0 to 255 as its paper has it (Wang et al. 2004), edges reflected."""
+    x = np.arange(-5, 6)
+    line = np.exp(-(x**2) / (2 * 1.5**2))
+    window = np.outer(line, line) / line.sum() ** 2
+
+    def mean(of):
+        return (sliding_window_view(np.pad(of, 5, mode="reflect"), (11, 11)) * window).sum((-1, -2))
+
+    variance = [mean(of**2) - mean(of) ** 2 for of in (a, b)]
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    likeness = (2 * mean(a) * mean(b) + c1) * (2 * (mean(a * b) - mean(a) * mean(b)) + c2)
+    return (likeness / ((mean(a) ** 2 + mean(b) ** 2 + c1) * (sum(variance) + c2))).mean()
+
+
+def test_ssim_by_hand(pair_of_clips):
     real, clips = pair_of_clips
     score = SSIM()
     errors = scored(score, clips, batch_of(real))
-    frames = [x.transpose(1, 2).flatten(0, 1) for x in (clips, real)]
-    library = structural_similarity_index_measure(*frames, data_range=(-1.0, 1.0)).item()
-    assert score.result()["value"] == pytest.approx(library, abs=1e-6) and sum(errors) / 2 == pytest.approx(1 - library)
+    pairs = (((x.double() + 1) * 127.5).flatten(0, 2).numpy() for x in (real, clips))  # (B * 3 * T, H, W)
+    expected = np.mean([ssim_of_bytes(a, b) for a, b in zip(*pairs)])
+    assert score.result()["value"] == pytest.approx(expected, abs=1e-4)
+    assert sum(errors) / 2 == pytest.approx(1 - expected, abs=1e-4)
+
+
+def test_ssim_of_flat_greys():
+    """By hand: only the brightness differs, by little; middle grey is not black."""
+    frames = [torch.full((1, 3, 16, 16), grey / 127.5 - 1) for grey in (125, 130)]
+    c1 = (0.01 * 255) ** 2
+    assert ssim(*frames).item() == pytest.approx((2 * 125 * 130 + c1) / (125**2 + 130**2 + c1), abs=1e-3)
 
 
 def test_equal_clips_and_single_frames(pair_of_clips):
@@ -106,7 +131,7 @@ def test_a_score_goes_on_from_its_state(make, pair_of_clips, tmp_path):
 GROWTH = """
 import torch
 from kit.evaluation.scores import PSNR
-from kit.pixels import to_8_bits
+from kit.pixels import ssim, to_8_bits
 
 def used():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1000
