@@ -28,8 +28,8 @@ def check_numbers(values: dict):
     """
     for name, least in WHOLE_NUMBERS.items():
         check_whole_number(name, values[name], least, optional=name in ("frames", "history_frames", "overlap"))
-    if values["seed"] + values["n"] > 2**63:
-        raise ValueError(f"seed={values['seed']}: expected a number below 2^63")
+    if values["seed"] + values["n"] > 2**32:  # torch's generator keeps 32 bits
+        raise ValueError(f"seed={values['seed']}: expected a number below 2^32")
     if values["fps"] is not None and not (isinstance(values["fps"], int | float) and 0 < values["fps"] < float("inf")):
         raise ValueError(f"fps={values['fps']}: expected frames per second, above 0, or null: as trained")
 
