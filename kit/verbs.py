@@ -293,8 +293,10 @@ def cache(cfg: DictConfig) -> Path:
     began = time.perf_counter()
     write_cache(folder, about, sources, clips, tokenizer.model, data.workers)
     seconds = time.perf_counter() - began
-    size = sum(file["bytes"] for file in read_manifest(folder)["files"].values()) / 2**20
-    print(f"in {folder}: {size:.1f} MiB, after {seconds:.0f} s; {len(data.unreadable)} files could not be read")
+    manifest = read_manifest(folder)
+    size = sum(file["bytes"] for file in manifest["files"].values()) / 2**20
+    held = " + ".join(str(manifest["clips"][split]) for split in clips)
+    print(f"in {folder}: {held} clips, {size:.1f} MiB, after {seconds:.0f} s; {len(data.unreadable)} files could not be read")
     print(f"python -m kit fit conf=stage2_generator data=cached data.root={folder} tokenizer_ckpt={tokenizer.path}")
     return folder
 

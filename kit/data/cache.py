@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from kit.data.numbered import Numbered
-from kit.files import file_sha256, read_json, write_json, written_aside
+from kit.files import file_sha256, not_saved, read_json, write_json, written_aside
 from kit.machine import device, inference_precision
 from kit.scales import latent_frames
 from kit.tokenizer import Tokenizer
@@ -83,7 +83,7 @@ def write_cache(
 
     Any number of processes can do this together, on all machines that share the folder: each takes files that no other is
     writing, and returns when all files exist. A killed run continues when it is started again; a call for more clips adds
-    them.
+    them, one for fewer keeps those that are there.
 
     Args:
         about: see `describe`. sources: split -> data set. clips: split -> number of its items to encode.
@@ -94,9 +94,9 @@ def write_cache(
     for split, number in clips.items():
         if number < 1:
             raise ValueError(f"{number} clips of the split {split}; expected 1 or more")
-    _claim(folder, about, clips)
-    model, frames, files, met = tokenizer.to(device()).eval(), about["clip"]["frames"], files_of(clips), set()
-    with tqdm(total=sum(clips.values()), desc="encode", unit="clip", disable=None) as bar:
+    claimed = _claim(folder, about, clips)
+    model, frames, files, met = tokenizer.to(device()).eval(), about["clip"]["frames"], files_of(claimed), set()
+    with tqdm(total=sum(claimed.values()), desc="encode", unit="clip", disable=None) as bar:
         for seconds in (0, -1):  # first the free files; then wait for those of others, who may have died
             for file in files:
                 try:
@@ -108,7 +108,8 @@ def write_cache(
                     met.add(file)
                 except Timeout:
                     continue
-    _finish(folder, about, clips)
+    if not _finish(folder, about, claimed):  # another process has claimed more meanwhile
+        write_cache(folder, about, sources, clips, tokenizer, workers)
 
 
 @contextmanager
@@ -132,19 +133,26 @@ def _locked(path: Path, seconds: float) -> Iterator[None]:
         lock.release()
 
 
-def _claim(folder: Path, about: dict, clips: dict[str, int]):
+def _claim(folder: Path, about: dict, clips: dict[str, int]) -> dict[str, int]:
+    """Notes in the manifest what the cache will hold: `clips`, or more where it has or will have more; returns that.
+
+    Raises:
+        ValueError: if the folder holds other clips.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MANIFEST
     with _locked(path, -1):
-        found = read_json(path) if path.exists() else {"about": about, "clips": None}
+        found = read_json(path) if path.exists() else {"about": about, "clips": {}}
         if found["about"] != about:
             keys = [key for key in about if found["about"].get(key) != about[key]]
             told = "; ".join(f"{key}: {found['about'].get(key)}, asked for {about[key]}" for key in keys)
             raise ValueError(
                 f"{folder} holds other clips ({told}); choose another with name=..., or remove it: they are encoded anew"
             )
+        clips = {split: max(number, found["clips"].get(split, 0)) for split, number in clips.items()}
         if found["clips"] != clips or not all(is_whole(folder / file.name, file) for file in files_of(clips)):
             write_json(path, {"about": about, "clips": clips})  # without hashes: not finished until `_finish` adds them
+    return clips
 
 
 def is_whole(path: Path, file: CacheFile) -> bool:
@@ -171,23 +179,28 @@ def _encoded(
 def _write(path: Path, parts: Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]):
     *numbers, captions = zip(*parts, strict=True)
     tensors = {name: torch.cat(each).contiguous() for name, each in zip(("feature", "label", "given"), numbers, strict=True)}
-    with written_aside(path) as aside:
-        aside.write_bytes(save(tensors, {"captions": json.dumps(sum(captions, []))}))  # `save_file` makes files private
+    try:
+        with written_aside(path) as aside:
+            aside.write_bytes(save(tensors, {"captions": json.dumps(sum(captions, []))}))  # `save_file` makes files private
+    except OSError as error:
+        raise not_saved(path, error) from error
 
 
-def _finish(folder: Path, about: dict, clips: dict[str, int]):
-    """Writes the hashes of all files to the manifest, which marks the cache as finished."""
+def _finish(folder: Path, about: dict, clips: dict[str, int]) -> bool:
+    """Writes the hashes of all files to the manifest, which marks the cache as finished; returns whether it is that of
+    `clips`."""
     path = folder / MANIFEST
     with _locked(path, -1):
         found = read_json(path)
         if "files" in found or found["clips"] != clips:  # another has finished it, or is adding to it
-            return
+            return found["clips"] == clips
         files = {}
         for file in files_of(clips):
             whole = folder / file.name
             files[file.name] = {"bytes": whole.stat().st_size, "sha256": file_sha256(whole)}
             whole.with_name(f".{file.name}.lock").unlink(missing_ok=True)
         write_json(path, {"about": about, "clips": clips, "files": files})
+    return True
 
 
 def read_manifest(folder: Path) -> dict:

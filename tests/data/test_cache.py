@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 from functools import partial
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -81,6 +82,34 @@ def test_files_are_encoded_once_and_added_to(pair, tmp_path):
     assert CachedClips(tmp_path).count == 40
     write(pair, tmp_path / "whole", train=40)
     assert contents(tmp_path) == contents(tmp_path / "whole")
+
+
+def test_a_call_for_fewer_clips_keeps_all(pair, tmp_path):
+    write(pair, tmp_path, train=40)
+    before = contents(tmp_path)
+    write(pair, tmp_path, train=20, seen=(again := []))
+    assert not again and contents(tmp_path) == before and CachedClips(tmp_path).count == 40
+
+
+def test_clips_that_another_process_asks_for_meanwhile_are_made_too(pair, tmp_path, monkeypatch):
+    finish, claims = cache._finish, [40]
+
+    def late(folder, about, clips):
+        if claims:
+            cache._claim(folder, about, {**clips, "train": claims.pop()})
+        return finish(folder, about, clips)
+
+    monkeypatch.setattr(cache, "_finish", late)
+    write(pair, tmp_path)
+    assert CachedClips(tmp_path).count == 40
+    write(pair, tmp_path / "whole", train=40)
+    assert contents(tmp_path) == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_is_told(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"train_00000.safetensors could not be saved: No space left on device \(\d+ MiB free"):
+        write(pair, tmp_path)
 
 
 def test_interrupted_it_goes_on_and_a_cut_file_is_written_anew(pair, tmp_path):
