@@ -1,5 +1,6 @@
 """Callbacks: they watch and switch, and compute no losses."""
 
+from callbacks.best_checkpoint import BestCheckpoint
 from callbacks.code_use import CodeUse
 from callbacks.compile import CompileLayers
 from callbacks.ema import EMA
@@ -11,5 +12,6 @@ from callbacks.timer import StepTimer
 from callbacks.video_logger import VideoLogger
 
 __all__ = [
-    "CodeUse", "CompileLayers", "EMA", "LastCheckpoint", "LossGuard", "RunSummary", "StageSwitch", "StepTimer", "VideoLogger",
+    "BestCheckpoint", "CodeUse", "CompileLayers", "EMA", "LastCheckpoint", "LossGuard", "RunSummary", "StageSwitch",
+    "StepTimer", "VideoLogger",
 ]  # fmt: skip

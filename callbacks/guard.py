@@ -55,7 +55,7 @@ class LossGuard(L.Callback):
             f"{told} at step {trainer.global_step}; training stopped before the weights were touched. The batch is "
             f"{kept}, the last good checkpoint in {self.folder / 'checkpoints'}; a lower optimizer.lr or "
             f"trainer.precision=32-true often helps",
-            position=data.position_of(batch) if hasattr(data, "position_of") else (0, batch),
+            position=data.position_of(batch),
         )
 
     def _keep(self, path: Path) -> str:

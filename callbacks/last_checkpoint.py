@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from kit.checkpoint import TrainingCheckpointIO
-from kit.optim import batches_of_a_step
+from kit.loop import between_steps, validates_next
 from kit.values import check_whole_number
 
 
@@ -28,8 +28,9 @@ class Preempted(SystemExit):
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt` up to date.
 
-    It saves every `every` optimizer steps, as far as `share` allows, when training ends, and when SIGTERM tells the process
-    to end, after the current step. Schedulers send SIGTERM before they take a machine away.
+    It saves every `every` optimizer steps, as far as `share` allows, when training ends, and when SIGTERM or Ctrl-C tells
+    the process to end, after the current step. Schedulers send SIGTERM before they take a machine away. Where a validation
+    follows a step, it saves after that: Lightning does not make up for a validation that is lost after a save.
 
     Because it is a `Checkpoint`, Lightning calls it after all other callbacks, so that it saves what they hold of this step.
 
@@ -51,43 +52,63 @@ class LastCheckpoint(Checkpoint):
         self.share, self.rest_until = share, 0.0  # in seconds of `time.monotonic`
         self.path, self.every, self.may_fail = Path(folder) / "last.ckpt", every, may_fail
         self.saved = None
-        self.told_to_end = False
+        self.told = 0  # signal that has told this process to end
+        self.handlers = {}  # signal -> what handled it before
 
     def on_fit_start(self, trainer, module):
-        self._on_sigterm(signal.SIG_DFL)  # nothing to save yet: it ends at once
+        self._on_signal(signal.SIGTERM, signal.SIG_DFL)  # nothing to save yet: it ends at once
 
     def on_train_start(self, trainer, module):
-        self._on_sigterm(self._end)
+        self._on_signal(signal.SIGTERM, self._end)  # in place of Lightning's, which ends within a step
+        self.handlers = {signal.SIGINT: self._on_signal(signal.SIGINT, self._end)}  # Lightning restores that of SIGTERM
 
     @staticmethod
-    def _on_sigterm(handler):
-        """Replaces Lightning's SIGTERM handler, which ends within a step.
-
-        At the end Lightning restores the handler that was there before.
-        """
+    def _on_signal(number, handler):
+        """Sets the handler of a signal, where it can be set; returns the one before."""
+        before = signal.getsignal(number)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
+        return before
 
-    def _end(self, *_):
-        self.told_to_end = True
+    def _end(self, number, _):
+        self.told = number
+        if number == signal.SIGINT:
+            rank_zero_info("\n  saving after this step; Ctrl-C once more ends at once")
+            self._restore()
+
+    def _restore(self):
+        for number, handler in self.handlers.items():
+            self._on_signal(number, handler)
+        self.handlers = {}
+
+    def teardown(self, trainer, module, stage):
+        self._restore()
+
+    def on_exception(self, trainer, module, exception):
+        self._restore()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.fit_loop.epoch_loop.batch_progress.total.processed % batches_of_a_step(trainer, module):
-            return  # the gradients gathered so far would be lost
-        if trainer.strategy.reduce_boolean_decision(self.told_to_end, all=False):
+        if between_steps(trainer, module) and not validates_next(trainer):  # else gathered gradients would be lost
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer, module):
+        if trainer.sanity_checking:
+            return
+        self._check(trainer, self.may_fail)  # of checkpoints that other callbacks save here
+        if trainer.global_step == self.saved:  # before a validation by the clock: again, with what other callbacks learned
+            self.saved = None
+            self._save(trainer, self.may_fail)
+        elif between_steps(trainer, module):
+            self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer):
+        if trainer.strategy.reduce_boolean_decision(self.told != 0, all=False):
             self._save(trainer, may_fail=0)
             rank_zero_info(f"  told to end: {self.path} is of step {trainer.global_step}; ckpt=last goes on from there")
-            raise Preempted
+            raise KeyboardInterrupt if self.told == signal.SIGINT else Preempted
         if trainer.global_step and trainer.global_step % self.every == 0:
             if trainer.strategy.broadcast(time.monotonic() >= self.rest_until):
                 self._save(trainer, self.may_fail)
-
-    def on_validation_end(self, trainer, module):
-        if trainer.global_step and trainer.global_step == self.saved:  # again, with what other callbacks learned
-            self.saved = None
-            self._save(trainer, self.may_fail)
-        else:
-            self._check(trainer, self.may_fail)  # of checkpoints that other callbacks save here
 
     def on_train_end(self, trainer, module):
         self._save(trainer, may_fail=0)

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from kit.data.staged import StagedClips
 from kit.fsdp import find_unused
-from kit.optim import batches_of_a_step
+from kit.loop import batches_done, batches_of_a_step
 from kit.stages import Stage, StagePlan, starts
 
 
@@ -75,8 +75,7 @@ class StageSwitch(L.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         data = trainer.datamodule
         module.log("stage", float(data.stage))
-        done = trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        if done == data.began + data.batches[data.stage]:
+        if batches_done(trainer) == data.began + data.batches[data.stage]:
             trainer.save_checkpoint(self.folder / f"{data.plan.stages[data.stage].name}.ckpt", weights_only=False)
             if data.stage == len(data.plan.stages) - 1:
                 trainer.should_stop = True

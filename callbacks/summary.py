@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from kit.data.staged import StagedClips
-from kit.optim import batches_of_a_step
+from kit.loop import batches_of_a_step
 
 
 def million(n: int) -> str:

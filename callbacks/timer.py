@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities import rank_zero_info
 
-from kit.optim import batches_of_a_step
+from kit.loop import between_steps
 
 
 class StepTimer(Timer):
@@ -14,5 +15,10 @@ class StepTimer(Timer):
     state_key = "Timer"  # in checkpoints, as of Lightning's
 
     def on_train_batch_end(self, trainer, module, *args, **kwargs):
-        if trainer.fit_loop.epoch_loop.batch_progress.total.processed % batches_of_a_step(trainer, module) == 0:
+        if between_steps(trainer, module):
             super().on_train_batch_end(trainer, module, *args, **kwargs)
+
+    def on_fit_end(self, trainer, module):
+        left, done = self.time_remaining(), f"step {trainer.global_step} of {trainer.max_steps}"
+        if left is not None and left <= 0 and trainer.global_step < trainer.max_steps:
+            rank_zero_info(f"  trainer.max_time is over at {done}; a longer one and ckpt=last go on from there")

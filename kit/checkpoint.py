@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from kit.files import save_checked
+from kit.files import save_checked, written_aside
 from kit.generator.transformer import Generator, GeneratorConfig
-from kit.sharded_checkpoint import described, load_whole, mapped, remove_shards, save_shards
+from kit.sharded_checkpoint import described, folder_of, load_whole, mapped, remove_shards, save_shards
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.values import differences
 
 CONFIGS = {"generator": GeneratorConfig.from_dict, "tokenizer": TokenizerConfig.from_dict}
-KINDS = ("generator", "tokenizer")  # also the keys of the architecture's values in a checkpoint
+KINDS = tuple(CONFIGS)  # also the keys of the architecture's values in a checkpoint
 
 
 # the optimizer's state or the weights depend on these, so a resumed run cannot change them
@@ -78,6 +79,15 @@ def save_training(checkpoint: dict, path: Path):
     else:
         save_checked(checkpoint, path)
         remove_shards(path)
+
+
+def copy_checkpoint(path: Path, to: Path):
+    """Copies a training's checkpoint, with its shards if it has any."""
+    if folder_of(path).is_dir():
+        remove_shards(to)
+        shutil.copytree(folder_of(path), folder_of(to))
+    with written_aside(to) as aside:
+        shutil.copyfile(path, aside)
 
 
 def save_tokenizer(model: Tokenizer, clip: dict, path: str | os.PathLike):

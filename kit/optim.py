@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -160,16 +159,3 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
         super().load_state_dict({key: value for key, value in state.items() if key not in COURSE})
         for group, base, rate in zip(self.optimizer.param_groups, self.base_lrs, self.get_lr()):
             group["initial_lr"], group["lr"] = base, rate
-
-
-def batches_of_a_step(trainer: L.Trainer, module: L.LightningModule) -> int:
-    """Returns the batches on each device per optimizer step; under manual optimization the module accumulates them."""
-    return module.hparams.optimizer.get("accumulate", trainer.accumulate_grad_batches)
-
-
-def logs_now(module: L.LightningModule) -> bool:
-    """Returns whether the values logged by this training step are written: one step in `trainer.log_every_n_steps`.
-
-    The other steps need not compute them or gather them from all processes. Without a trainer nothing is written.
-    """
-    return module._trainer is not None and module._trainer._logger_connector.should_update_logs

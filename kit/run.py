@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from kit.build import (
     plan_of,
     tokenizer_config,
 )
-from kit.checkpoint import check_resume
+from kit.checkpoint import check_resume, copy_checkpoint
 from kit.confs import keep_config
 from kit.data.cache import CachedClips, describe, write_cache
 from kit.data.datamodule import ClipDataModule
@@ -33,6 +34,8 @@ from kit.fsdp import ShardedStrategy, find_unused
 from kit.generator.module import GeneratorModule
 from kit.machine import fast_float32_products, keep_freed_memory
 from kit.retries import BatchPosition, noticing_dead_workers, with_retries
+from kit.sharded_checkpoint import remove_shards
+from kit.signals import end_with_launcher, ended_at_once
 from kit.start import start
 from kit.values import check_whole_number
 
@@ -80,7 +83,8 @@ def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: Ge
             sources, clips = {"train": source}, {"train": max(1, min(math.ceil(cfg.encoded_clips * share), needed))}
             clip = {**part.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
             about = describe(clip, module.tokenizer, module.hparams.tokenizer_hash, how, sources)
-            write_cache(folder, about, sources, clips, module.tokenizer, part.workers)
+            with ended_at_once():  # files that are whole stay
+                write_cache(folder, about, sources, clips, module.tokenizer, part.workers)
             return CachedClips(folder)
 
         steps = stage.steps if stage else cfg.trainer.max_steps
@@ -113,14 +117,14 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
         FileExistsError: if a new run would take the folder of an old one, without `overwrite`.
         FileNotFoundError: if the checkpoint asked for does not exist.
     """
-    last = Path(cfg.folder) / "checkpoints" / "last.ckpt"
+    last = last_checkpoint(cfg)
     if cfg.ckpt == "last":
         return last if last.exists() else None
     if cfg.ckpt is not None:
         if not Path(cfg.ckpt).is_file():
             raise FileNotFoundError(f"ckpt={cfg.ckpt}: no such checkpoint; ckpt=last continues the run in {cfg.folder}")
     resume = None if cfg.ckpt is None else Path(cfg.ckpt)
-    if last.exists() and not goes_on(cfg, resume) and not cfg.overwrite:
+    if any(last.parent.glob("*.ckpt")) and not goes_on(cfg, resume) and not cfg.overwrite:
         raise FileExistsError(
             f"{cfg.folder} already holds a trained run; continue it with ckpt=last, keep it with another name=..., or "
             f"replace it with overwrite=true"
@@ -136,24 +140,45 @@ def fit(cfg: DictConfig) -> L.Trainer:
     Raises:
         as `sole_user`, `checkpoint_to_resume`, `with_retries` and `train`.
     """
+    end_with_launcher()
     with sole_user(Path(cfg.folder)):
         resume = checkpoint_to_resume(cfg)
-        last = Path(cfg.folder) / "checkpoints" / "last.ckpt"
-        return with_retries(lambda *where: train(cfg, *where), resume, last, cfg.retries)
+        try:
+            return with_retries(lambda *where: train(cfg, *where), resume, last_checkpoint(cfg), cfg.retries)
+        finally:
+            finish_wandb()
+
+
+def finish_wandb():
+    """Ends the run of wandb, if there is one: the next training of this process is another."""
+    wandb = sys.modules.get("wandb")
+    if wandb and wandb.run:
+        wandb.finish()
+
+
+def last_checkpoint(cfg: DictConfig) -> Path:
+    """Returns the path of the checkpoint that ckpt=last goes on from."""
+    return Path(cfg.folder) / "checkpoints" / "last.ckpt"
 
 
 def goes_on(cfg: DictConfig, resume: Path | None) -> bool:
     """Returns whether a checkpoint to resume from is one of the run's own folder."""
-    return resume is not None and resume.resolve().parent == (Path(cfg.folder) / "checkpoints").resolve()
+    return resume is not None and resume.resolve().parent == last_checkpoint(cfg).parent.resolve()
 
 
 @rank_zero_only
 def take_folder(cfg: DictConfig, resume: Path | None):
-    """Makes the run's folder that of the training which begins now: its config, and no last checkpoint of another run, which
-    a restart with ckpt=last would take for its own."""
+    """Makes the run's folder that of the training which begins now: its config, and no checkpoints of another run, which a
+    restart with ckpt=last would take for its own. A training that goes on from an earlier checkpoint of its own begins with
+    a copy of that as the last one."""
     keep_config(cfg)
+    last = last_checkpoint(cfg)
     if not goes_on(cfg, resume):
-        (Path(cfg.folder) / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
+        for path in [last, *(last.parent.glob("*.ckpt") if cfg.overwrite else ())]:
+            path.unlink(missing_ok=True)
+            remove_shards(path)
+    elif resume.resolve() != last.resolve():
+        copy_checkpoint(resume, last)
 
 
 @rank_zero_only  # the other processes wait for rank 0 before they encode

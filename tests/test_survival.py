@@ -9,6 +9,8 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -16,11 +18,14 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
+import kit.run
 from callbacks import LastCheckpoint, last_checkpoint
 from kit.checkpoint import TrainingCheckpointIO, load_tokenizer, read_checkpoint
 from kit.files import load_checked, save_checked
-from tests.fixtures import fit_tokenizer
-from tests.interrupted import STEPS, last, said, same, started, stopped_midway, wait_for
+from kit.tokenizer.module import TokenizerModule
+from tests.fixtures import fit_generator, fit_tokenizer
+from tests.interrupted import ROOT, STEPS, last, said, same, started, stopped_midway, wait_for
+from tests.test_training import losses
 
 
 def test_killed_while_saving_it_goes_on_to_the_same_weights(whole, tmp_path):
@@ -36,13 +41,16 @@ def test_killed_while_saving_it_goes_on_to_the_same_weights(whole, tmp_path):
     assert not list(folder.glob(".*part*")), "nor is anything left behind"
 
 
-@pytest.mark.parametrize("accumulate, workers", [(1, 1), (3, 0)])
-def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, accumulate, workers):
-    """All processes of the run get SIGTERM, as from a scheduler."""
+@pytest.mark.parametrize(
+    "told, code, accumulate, workers",
+    [(signal.SIGTERM, 128 + signal.SIGTERM, 1, 1), (signal.SIGTERM, 128 + signal.SIGTERM, 3, 0), (signal.SIGINT, 1, 1, 1)],
+)
+def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, told, code, accumulate, workers):
+    """All processes of the run get SIGTERM, as from a scheduler, or Ctrl-C."""
     every = ["callbacks.last.every=1000", f"data.workers={workers}"]
     with stopped_midway(tmp_path, f"optimizer.accumulate={accumulate}", *every) as process:
-        os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        os.killpg(process.pid, told)
+    assert process.wait(timeout=60) == code
     assert "ckpt=last goes on from there" in said(tmp_path)
     saved = read_checkpoint(last(tmp_path), "tokenizer")
     assert 0 < saved["global_step"] < 40 and saved["ClipDataModule"]["batches_done"] == accumulate * saved["global_step"]
@@ -61,6 +69,88 @@ def test_out_of_time_it_ends_between_two_steps(tmp_path, monkeypatch):
     assert fit_tokenizer(tmp_path, *STEPS, "optimizer.accumulate=3", "trainer.max_time=00:01:00:00", name="run") == 0
     saved = read_checkpoint(last(tmp_path), "tokenizer")
     assert (saved["global_step"], saved["ClipDataModule"]["batches_done"]) == (2, 6)
+
+
+def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path, monkeypatch):
+    """It is that of the fourth step, of which no checkpoint is saved before its validation."""
+    steps = [
+        *STEPS,
+        "recipe.tokenizer.steps=7",
+        "trainer.val_check_interval=2",
+        "callbacks.last.every=1",
+        "callbacks.last.share=1",
+    ]
+    validate = TokenizerModule.validation_step
+
+    def interrupted(module, *batch):
+        if module.trainer.global_step == 4:
+            raise KeyboardInterrupt
+        return validate(module, *batch)
+
+    assert fit_tokenizer(tmp_path, *steps, name="whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerModule, "validation_step", interrupted)
+        assert fit_tokenizer(tmp_path, *steps, name="run") == 1
+    assert fit_tokenizer(tmp_path, *steps, "ckpt=last", name="run") == 0
+    scores = [losses(tmp_path / name, start, "val/psnr") for name, start in (("whole", 0), ("run", 0), ("run", 1))]
+    assert len(scores[0]) == 3 and scores[1] + scores[2] == scores[0]
+    assert same(*(read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt", "tokenizer") for name in ("run", "whole")))
+
+
+def test_a_run_that_goes_back_to_its_best_goes_on_from_there(tmp_path, monkeypatch):
+    """Also if it is killed before its first save: ckpt=last is not the later checkpoint that it left."""
+    steps = [*STEPS, "trainer.val_check_interval=2"]
+    assert fit_tokenizer(tmp_path, *steps, "recipe.tokenizer.steps=5", name="run") == 0
+    best = last(tmp_path).with_name("best.ckpt")
+    shutil.copy(best, kept := tmp_path / "kept.ckpt")
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.Trainer.fit", MagicMock(side_effect=KeyboardInterrupt))
+        assert fit_tokenizer(tmp_path, *steps, "recipe.tokenizer.steps=6", f"ckpt={best}", name="run") == 1
+    assert same(*(read_checkpoint(path, "tokenizer") for path in (last(tmp_path), kept)))
+
+
+def test_a_run_that_was_moved_knows_its_best_score(tmp_path, recwarn):
+    steps = [*STEPS, "trainer.val_check_interval=2"]
+    assert fit_tokenizer(tmp_path, *steps, "recipe.tokenizer.steps=4", name="run") == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    folder = tmp_path / "moved" / "checkpoints"
+    before = read_checkpoint(folder / "last.ckpt", "tokenizer")
+    (key,) = (key for key in before["callbacks"] if key.startswith("ModelCheckpoint"))
+    assert fit_tokenizer(tmp_path, *steps, "recipe.tokenizer.steps=5", "ckpt=last", name="moved") == 0
+    after = read_checkpoint(folder / "last.ckpt", "tokenizer")["callbacks"][key]
+    assert after["best_model_score"] == before["callbacks"][key]["best_model_score"] is not None
+    assert after["best_model_path"] == str(folder / "best.ckpt")
+    assert fit_tokenizer(tmp_path, *steps, "recipe.tokenizer.steps=6", f"ckpt={folder / 'last.ckpt'}", name="other") == 0
+    assert (tmp_path / "other" / "checkpoints" / "best.ckpt").is_file(), "another run has a best of its own"
+    assert not [told for told in recwarn if "dirpath has changed" in str(told.message)]
+
+
+def test_while_clips_are_encoded_sigterm_ends_the_run_at_once(pair, tmp_path, monkeypatch):
+    handlers, write = [], kit.run.write_cache
+    before = signal.getsignal(signal.SIGTERM)
+
+    def watched(*args):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        write(*args)
+
+    monkeypatch.setattr(kit.run, "write_cache", watched)
+    words = ["recipe.generator.encoded_clips=4", "recipe.generator.steps=2", "trainer.val_check_interval=2"]
+    assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == 0
+    assert handlers == [signal.SIG_DFL] and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is told of its parent's end by Linux only")
+def test_a_launched_process_ends_with_the_one_that_launched_it():
+    child = "from kit.signals import end_with_launcher as f; f(); print(__import__('os').getpid(), flush=True); input()"
+    parent = f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}], stdin=subprocess.PIPE, "
+    parent += "env={**os.environ, 'LOCAL_RANK': '1'}); time.sleep(100)"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    number = int(process.stdout.readline())
+    process.kill()
+    end = time.monotonic() + 30
+    while Path(f"/proc/{number}").exists() and Path(f"/proc/{number}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_two_trainings_do_not_share_a_folder(whole, tmp_path, capsys):
@@ -233,7 +323,8 @@ def test_saves_take_no_more_than_their_share_of_the_time(tmp_path, monkeypatch):
 
     progress = SimpleNamespace(total=SimpleNamespace(processed=0))
     trainer = SimpleNamespace(
-        global_step=0, save_checkpoint=save, accumulate_grad_batches=1,
+        global_step=0, save_checkpoint=save, accumulate_grad_batches=1, should_stop=False, enable_validation=False,
+        val_check_batch=None,
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
         strategy=SimpleNamespace(
             broadcast=lambda x: x, reduce_boolean_decision=lambda x, all: x, checkpoint_io=None,

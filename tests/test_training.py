@@ -115,12 +115,17 @@ def test_pixels_of_another_range_are_told_before_they_are_learned(verb, pair, tm
     assert "clip 0 of the data: expected pixels in [-1, 1], found 4" in error and "Traceback" not in error
 
 
-def test_a_training_ends_after_its_time_and_goes_on(tmp_path):
+def test_a_training_ends_after_its_time_and_goes_on(tmp_path, caplog):
     short = ["recipe.tokenizer.steps=5", "trainer.val_check_interval=3"]
     assert fit_tokenizer(tmp_path, *short, "trainer.max_time=00:00:00:01", "recipe.tokenizer.steps=100000") == 0
     ckpt = tmp_path / "tokenizer" / "checkpoints" / "last.ckpt"
     done = read_checkpoint(ckpt, "tokenizer")["global_step"]
     assert 0 < done < 100000
+    for again in (0, 1):
+        assert f"trainer.max_time is over at step {done} of 100000; a longer one and ckpt=last go on" in caplog.text
+        caplog.clear()
+        still = ["trainer.max_time=00:00:00:01", "recipe.tokenizer.steps=100000", "ckpt=last"]
+        assert again or fit_tokenizer(tmp_path, *short[1:], *still) == 0
     more = [f"recipe.tokenizer.steps={done + 2}", "trainer.val_check_interval=3", "ckpt=last"]
     assert fit_tokenizer(tmp_path, *more) == 0 and read_checkpoint(ckpt, "tokenizer")["global_step"] == done + 2
 

@@ -18,23 +18,24 @@ from kit.data.batches import BucketSampler, StreamSampler, numbers_from
 from kit.data.buckets import Bucket, BucketClips, image_buckets
 from kit.data.cache import CachedClips
 from kit.data.numbered import Numbered
-from kit.optim import batches_of_a_step
+from kit.loop import batches_done, batches_of_a_step
 from kit.values import check_whole_number, differences
 
 
-def leave_sigterm_to_the_trainer(worker: int):
-    """Makes a loader's worker ignore SIGTERM, which schedulers send to all processes of a job.
+def leave_signals_to_the_trainer(worker: int):
+    """Makes a loader's worker ignore SIGTERM, which schedulers send to all processes of a job, and Ctrl-C.
 
     A worker that ended would stop the training with an error before the trainer has saved.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers():
     """Kills loader workers that an error has left behind, at exit.
 
-    They ignore SIGTERM, so this process would wait for them without end.
+    They ignore signals, so this process would wait for them without end.
     """
     if workers := [process for process in multiprocessing.active_children() if process.daemon]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report each of them
@@ -203,7 +204,7 @@ class ClipDataModule(ClipsOnDevice):
         prefetch = 4 if workers else None
         return DataLoader(
             dataset, num_workers=workers, persistent_workers=False, prefetch_factor=prefetch,
-            pin_memory=not on_cpu and torch.cuda.is_available(), worker_init_fn=leave_sigterm_to_the_trainer, **order,
+            pin_memory=not on_cpu and torch.cuda.is_available(), worker_init_fn=leave_signals_to_the_trainer, **order,
         )  # fmt: skip
 
     @property
@@ -244,8 +245,7 @@ class ClipDataModule(ClipsOnDevice):
 
     def state_dict(self) -> dict:
         """The place in the data: number of batches that training has used, numbers of those left out, and `settings`."""
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        return {"batches_done": done, "left_out": sorted(self.left_out), "settings": self.settings}
+        return {"batches_done": batches_done(self.trainer), "left_out": sorted(self.left_out), "settings": self.settings}
 
     def load_state_dict(self, state: dict):
         self.batches_done = state["batches_done"]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from kit.data.datamodule import ClipDataModule, ClipsOnDevice
+from kit.loop import batches_done
 from kit.stages import StagePlan, locate, starts
 
 
@@ -111,7 +112,7 @@ class StagedClips(ClipsOnDevice):
         For each stage also its name, its length if it has ended, the batches left out of it, and its `settings`.
         """
         return {
-            "batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,
+            "batches_done": batches_done(self.trainer),
             "stage": self.stage, "names": [stage.name for stage in self.plan.stages], "ended": dict(self.ended),
             "left_out": [sorted(part.left_out) for part in self.parts],
             "settings": [part.settings for part in self.parts],

@@ -14,8 +14,9 @@ from kit.fsdp import ShardedStrategy
 from kit.generator.corruption import FlipLaw, TrainingSequence, teacher_forced, training_sequence
 from kit.generator.mask import draw_kept_frames
 from kit.generator.transformer import Generator, GeneratorConfig
+from kit.loop import logs_now
 from kit.machine import made_to_last, onto
-from kit.optim import WarmupCosine, build_optimizer, logs_now
+from kit.optim import WarmupCosine, build_optimizer
 from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
 from kit.values import from_values

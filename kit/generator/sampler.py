@@ -81,8 +81,8 @@ class Sampling:
         negative: text or class that guidance leads away from; None: no condition.
         extend: how a video grows longer than the training clips: `reencode` encodes its end and continues from that, see
             `sampling.stream_video`; `positions` continues the sequence, at positions that were not trained.
-        overlap: pixel frames, 1 + 4n, that are re-encoded; None: about half a clip. With more than half, windows re-encode frames
-            that were re-encoded before, each time with some loss.
+        overlap: pixel frames, 1 + 4n, that are re-encoded; None: about half a clip. With more, windows re-encode what was
+            re-encoded before, each time with some loss.
     Raises:
         ValueError: for a temperature below 0, a `top_p` outside of (0, 1], another `extend`, or an overlap that is not
             1 + 4n.

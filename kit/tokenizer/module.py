@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kit.draws import Draws
 from kit.fsdp import ShardedStrategy
+from kit.loop import logs_now
 from kit.machine import mean_over_ranks, onto
-from kit.optim import WarmupCosine, build_optimizer, logs_now
+from kit.optim import WarmupCosine, build_optimizer
 from kit.perceptual import load_perceptual
 from kit.pixels import psnr
 from kit.tokenizer import Tokenizer, TokenizerConfig
