@@ -24,7 +24,7 @@ from torch import Tensor
 from kit.checkpoint import load_tokenizer
 from kit.data.clips import FolderClips
 from kit.media import contact_sheet, to_uint8
-from kit.pixels import psnr, ssim, to_8_bits
+from kit.pixels import from_bytes, psnr, ssim, to_8_bits
 from runs import kit, parted
 
 RATES = [(latent, bits) for latent in ("4x16x16", "4x8x8") for bits in (16, 32, 48)]
@@ -59,7 +59,7 @@ def jpeg_clip(video: Tensor, quality: int) -> tuple[float, Tensor]:
         bits.append(scan_bits(file.getvalue()))
         shown.append(np.asarray(Image.open(file)))
     pixels = torch.from_numpy(np.stack(shown)).permute(3, 0, 1, 2)
-    return float(np.mean(bits)), pixels.float() / 127.5 - 1
+    return float(np.mean(bits)), from_bytes(pixels)
 
 
 def jpeg_at(video: Tensor, bits: float) -> tuple[float, Tensor]:
@@ -89,7 +89,7 @@ def main(folder: Path, real: Path, steps: int, only: str, picture: str, words: l
         with torch.no_grad():
             output = to_8_bits(torch.cat([tokenizer.reconstruct(v[None]) for v in video]))
         schedule = tokenizer.schedule_of(video)
-        spent = schedule.bits_per_frame(bits)
+        spent = int(schedule.used_bits(bits)[: schedule.tokens_per_frame].sum())  # bits of a latent frame
         pictures, truth = (x.transpose(1, 2).flatten(0, 1) for x in (output, video))
         jpeg = [jpeg_at(v, spent * schedule.latent_frames / FRAMES) for v in video]
         found = {

@@ -11,6 +11,8 @@ from kit.fsdp import ShardedStrategy, local
 class EMA(L.Callback):
     """Keeps a moving average of the trained weights, validates with it, and stores it in the checkpoint as `ema`.
 
+    It works on sharded weights too; Lightning's EMAWeightAveraging copies the whole module.
+
     Early on the average follows faster, with decay (1 + n) / (10 + n) after n steps, so that it forgets the beginning.
 
     Args:

@@ -307,6 +307,11 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
             if os.environ.get("KIT_TRACEBACK") or not mendable or os.getpid() != here:
                 raise  # in another process, a job of hydra's launcher, to the main process, which prints it
             fail(f"kit {verb}: {cause}\n(KIT_TRACEBACK=1 shows where)", error)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError" or os.environ.get("KIT_TRACEBACK"):  # torch's, of a GPU
+                raise
+            room = "fits=12GB, recompute=true or fewer clips a step" if verb == "fit" else "a smaller batch_size"
+            fail(f"kit {verb}: {error}\n{room} takes less\n(KIT_TRACEBACK=1 shows where)", error)
 
     for told in misspelt_in(path) if own else ():
         print(f"kit {verb}: note: {path.name}: {told}", file=sys.stderr)

@@ -9,19 +9,18 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kit.files import written_aside
+from kit.pixels import to_bytes
 
 COLUMNS = 8  # frames of a video in a contact sheet
 
 
 def to_uint8(video: Tensor) -> np.ndarray:
     """(3, T, H, W) in [-1, 1] -> (T, H, W, 3) in 0..255, rounded."""
-    pixels = (video.detach().float().clamp(-1, 1) + 1) * 127.5
-    return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+    return to_bytes(video.detach()).permute(1, 2, 3, 0).cpu().numpy()
 
 
 @contextmanager

@@ -127,7 +127,7 @@ FLOOR = 0.01  # learning rate at the end of the schedule, as a share of its peak
 
 
 class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
-    """Learning rate: linear from 0 over `warmup` steps, then a cosine down to FLOOR of the peak at `steps`."""
+    """Learning rate: step i of `warmup` has (i + 1) / warmup of the peak, then a cosine down to FLOOR of it at `steps`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, warmup: int, steps: int):
         self.warmup, self.steps, self.began = warmup, steps, 0

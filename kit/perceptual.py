@@ -1,5 +1,8 @@
 """Learned perceptual distance on a VGG16 trunk: LPIPS 0.1 (Zhang et al. 2018, arXiv 1801.03924) and its shift-tolerant
-variant ST-LPIPS (Ghildyal and Liu 2022, arXiv 2207.13686), whose weights are not for commercial use."""
+variant ST-LPIPS (Ghildyal and Liu 2022, arXiv 2207.13686), whose weights are not for commercial use.
+
+torchmetrics' LPIPS needs torchvision, which kit does without.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
@@ -35,9 +36,19 @@ def check_pixels(video: Tensor):
         raise ValueError(f"expected pixels in [-1, 1], found {low.item():g} to {high.item():g}; scale them first")
 
 
-def to_8_bits(clips: Tensor) -> Tensor:
-    """Rounds pixels to the 256 values that a file can hold, in [-1, 1]."""
-    return ((clips.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Rounds pixels in [-1, 1] to 0..255, uint8."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_bytes(pixels: Tensor) -> Tensor:
+    """Converts 0..255 to [-1, 1], float32."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_8_bits(pixels: Tensor) -> Tensor:
+    """Rounds pixels in [-1, 1] to the 256 values that a file can hold."""
+    return from_bytes(to_bytes(pixels))
 
 
 def psnr(output: Tensor, video: Tensor) -> Tensor:

@@ -170,10 +170,6 @@ class ScaleSchedule:
         used = torch.tensor(self.bits or (d,) * self.scales, device=scale.device)[scale]
         return torch.arange(d, device=scale.device) < used[:, None]
 
-    def bits_per_frame(self, d: int) -> int:
-        """Returns the number of bits of a latent frame."""
-        return int(self.used_bits(d)[: self.tokens_per_frame].sum())
-
     @cached_property
     @made_to_last
     def coordinates(self) -> torch.Tensor:

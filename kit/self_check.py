@@ -150,11 +150,7 @@ def check_positions(model: Generator, inputs: Tensor, logits: Tensor, prompts: l
     def moved(stretch: float, shift: float) -> Tensor:
         where = positions(model.layout(schedule), model.condition.length, model.config.align).to(inputs.device)
         where = where * torch.tensor([stretch, 1.0, 1.0], device=inputs.device) + shift
-        model.rotary = lambda layout: rotary_table(where, model.config.width // model.config.heads)
-        try:
-            return model(inputs, schedule, condition)
-        finally:
-            del model.rotary  # uncovers the method again
+        return model(inputs, schedule, condition, rotary=rotary_table(where, model.config.width // model.config.heads))
 
     if (spread := logits.std().item()) == 0:
         return Check("positions", True, "not tried: all logits are the same, as before any training", "")

@@ -248,6 +248,20 @@ def test_bad_input_is_told_without_a_traceback(words, expected, capsys, tmp_path
     assert expected in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    "words, way", [("fit conf=stage1_tokenizer", "fits=12GB"), ("validate ckpt=x", "a smaller batch_size")]
+)
+def test_a_full_gpu_is_told_without_a_traceback(words, way, capsys, monkeypatch, tmp_path):
+    def full(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kit.run.fit" if "fit" in words else "kit.verbs.validate", full)
+    assert main(words.split()) == 1
+    error = capsys.readouterr().err
+    assert "CUDA out of memory" in error and way in error and "Traceback" not in error
+
+
 OF_ONE_SIZE = ("paper_plan", "ucf101_tokenizer", "ucf101_generator")  # or of data that is not here
 
 

@@ -33,6 +33,7 @@ from kit.data.listing import (
     read_captions,
     split_files,
 )
+from kit.pixels import from_bytes
 from kit.values import check_whole_number
 
 ORDERS = 64  # file orders of epochs kept in memory: each bucket uses two, for its clips and for its images
@@ -70,7 +71,7 @@ def fit(video: np.ndarray, height: int, width: int, top: float = 0.5, left: floa
     clip = F.interpolate(clip, size, mode="bilinear", antialias=True)
     y, x = round(top * (size[0] - height)), round(left * (size[1] - width))
     clip = clip[:, :, y : y + height, x : x + width].permute(1, 0, 2, 3).contiguous()
-    return clip.float() / 127.5 - 1
+    return from_bytes(clip)
 
 
 @functools.lru_cache(maxsize=ORDERS)

@@ -31,11 +31,11 @@ def title_of(name: str, metric: dict) -> str:
     return metric.get("name", TITLES[name][0])
 
 
-def number(name: str, metric: dict, key: str = "value") -> str:
+def number(name: str, metric: dict) -> str:
     """A value with its unit and, where there are folds, its spread."""
     _, unit, digits = TITLES[name]
-    spread = f" +- {metric['spread']:.{digits}f}" if key == "value" and metric["spread"] is not None else ""
-    return f"{metric[key]:.{digits}f}{spread}{unit}"
+    spread = "" if metric["spread"] is None else f" +- {metric['spread']:.{digits}f}"
+    return f"{metric['value']:.{digits}f}{spread}{unit}"
 
 
 def details(name: str, metric: dict) -> str:

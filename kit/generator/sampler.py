@@ -234,7 +234,7 @@ class CachedGenerator:
         scale = onto(self.model.scales_of(self.layout)[begin : blocks[-1].stop], before.device)
         x = self.model.embed(torch.cat(inputs, dim=1), scale, first=blocks[0].stop if begin == 0 else 0)
         x = self._run(x, self.model.condition.length + begin, sizes)
-        return self.model.read(x[:, -sum(sizes) :])
+        return self.model.logits(x[:, -sum(sizes) :])
 
     def _run(self, x: Tensor, position: int, blocks: Sequence[int]) -> Tensor:
         """Runs the layers on tokens (R, tokens, D), which see the cache and themselves; `blocks` as for `Cache.expect`."""

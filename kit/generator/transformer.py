@@ -224,24 +224,27 @@ class Generator(nn.Module):
         where = onto(positions(layout, self.condition.length, self.config.align), self.start.device)
         return rotary_table(where, self.config.width // self.config.heads)
 
-    def read(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """Maps hidden states (B, tokens, D) to logits (B, tokens, d) in float32."""
         return self.head(self.norm(x)).float()
 
-    def forward(self, inputs: Tensor, schedule: ScaleSchedule, condition: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(
+        self, inputs: Tensor, schedule: ScaleSchedule, condition: Tensor, kept: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Computes the logits of a whole clip at once, as in training.
 
         Args:
             inputs: from `corruption.training_sequence`.
             condition: (B, S, D) from `self.condition`.
-            kept: (B, F) bool, the Random Frame Mask.
+            kept: (B, F) bool, the Random Frame Mask. rotary: in place of `self.rotary`'s, for other positions.
         Returns:
             logits (B, L, d); a positive logit predicts a True bit.
         """
         device, S, L, layout = inputs.device, condition.shape[1], inputs.shape[1], self.layout(schedule)
         scale = onto(self.scales_of(layout)[:L], device)
         x = torch.cat([condition, self.embed(inputs, scale, first=layout.blocks[0].stop)], dim=1)
-        rotary = tuple(table[: S + L] for table in self.rotary(layout))
+        rotary = tuple(table[: S + L] for table in rotary or self.rotary(layout))
         views = attention_views(layout, S, L, self.config.window, kept, self.config.history, device)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
@@ -253,4 +256,4 @@ class Generator(nn.Module):
             x = torch.cat(
                 [x[:, layout.frame(f)][:, : schedule.tokens_per_frame] for f in range(schedule.latent_frames)], dim=1
             )
-        return self.read(x)
+        return self.logits(x)

@@ -25,9 +25,9 @@ def to_bits(x: Tensor) -> Tensor:
     return x > 0
 
 
-def to_code(bits: Tensor, dim: int = -1) -> Tensor:
-    """Maps bits to points on the unit sphere, +-1/sqrt(d), float32; d is the size of `dim`."""
-    return (bits.float() * 2 - 1) * bits.shape[dim] ** -0.5
+def to_code(bits: Tensor) -> Tensor:
+    """Maps bits (..., d) to points on the unit sphere, +-1/sqrt(d), float32."""
+    return (bits.float() * 2 - 1) * bits.shape[-1] ** -0.5
 
 
 def used_of(bits: Tensor, k: int, schedule: ScaleSchedule) -> Tensor:

@@ -47,8 +47,8 @@ def test_the_schedule_knows_which_bits_there_are():
     assert used.shape == (FEWER.length, 6)
     assert used.sum(1).tolist() == ([2] + [3] * 4 + [6] * 16) * 2
     assert used[1].tolist() == [True] * 3 + [False] * 3
-    assert FEWER.bits_per_frame(6) == 2 + 3 * 4 + 6 * 16
-    assert ScaleSchedule(2, GRIDS).bits_per_frame(6) == 21 * 6 and ScaleSchedule(2, GRIDS).used_bits(6).all()
+    assert FEWER.used_bits(6)[: FEWER.tokens_per_frame].sum() == 2 + 3 * 4 + 6 * 16
+    assert ScaleSchedule(2, GRIDS).used_bits(6).shape == (2 * 21, 6) and ScaleSchedule(2, GRIDS).used_bits(6).all()
     assert FEWER.with_latent_frames(7).bits == FEWER.bits
     with pytest.raises(ValueError, match="each of the 3 scales needs 1 bit or more"):
         ScaleSchedule(2, GRIDS, (2, 6))
