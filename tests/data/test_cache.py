@@ -283,6 +283,8 @@ def test_captions_that_a_training_does_not_read_to_their_end_are_told(pair, tmp_
 def test_a_cache_has_the_tokenizers_shape_and_a_training_on_it_the_caches(pair, tmp_path, capsys):
     """Whatever size of clips a preset is for."""
     words = ["cache", f"root={tmp_path}", f"tokenizer_ckpt={pair.tokenizer}", "clips=2", "val_clips=2", "data.workers=0"]
+    assert main([*words, "name=a (1)"]) == 0
+    assert f"data=cached 'data.root={tmp_path}/a (1)' tokenizer_ckpt={pair.tokenizer}\n" in capsys.readouterr().out
     assert main(words) == 0
     clip = load_tokenizer(pair.tokenizer).clip
     for preset in ("size=tiny", "size=small", "size=L"):
