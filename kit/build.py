@@ -204,8 +204,16 @@ def tokenizer_module(cfg: DictConfig, clip: dict) -> TokenizerModule:
 
 
 def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorModule:
+    """Builds the module that trains a generator on the clips of `data`. Warns if it does not read their captions to the end.
+
+    Raises:
+        as `condition_of`, `load_tokenizer` and `GeneratorModule`.
+    """
     tokenizer, condition = load_tokenizer(cfg.tokenizer_ckpt), condition_of(plain(cfg.condition), data)
-    return generator_module(cfg, data.clip, condition, tokenizer.model, tokenizer.hash, str(tokenizer.path.resolve()))
+    module = generator_module(cfg, data.clip, condition, tokenizer.model, tokenizer.hash, str(tokenizer.path.resolve()))
+    if told := module.model.condition.cut(data.captions):
+        rank_zero_warn(told)
+    return module
 
 
 def generator_values(cfg: DictConfig, tokenizer: TokenizerConfig, condition: dict) -> dict:

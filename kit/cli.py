@@ -125,13 +125,19 @@ def quoted(word: str, sweep: bool = False) -> str:
     free = free or bool(text) and text[0] not in "[{" and not readable(word)
     if not equals or not free:
         return word
-    return f"{key}={as_text(text)}"
+    return f"{key}={as_text(text, literal=key in FREE_TEXT + PATHS)}"
 
 
-def as_text(text: str) -> str:
-    """Puts a text in quotes, so that hydra takes it literally; leaves null and quoted texts as they are."""
+def as_text(text: str, literal: bool = True) -> str:
+    """Puts a text in quotes, so that hydra takes it as it is; leaves null and quoted texts as they are.
+
+    Args:
+        literal: whether ${...} in it is text too, not the value of another key.
+    """
     if text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"):
         return text
+    if literal:
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # omegaconf halves backslashes before ${
     text = re.sub(r"(\\*)'", r"\1\1\\'", text)  # hydra unescapes only backslashes before a quote
     return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
 

@@ -163,8 +163,17 @@ def sorted_out(conf: Path, overrides: list[str]) -> tuple[list[str], list[str]]:
 
 
 def wrong_words(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
-    """Reports the words of a command whose values are of a wrong kind, or that its other words leave without effect."""
-    return [*wrong_kinds(cfg, conf, overrides), *idle_beside_stages(cfg, overrides)]
+    """Reports the words of a command whose values are of a wrong kind, or that its other words leave without effect, and
+    what its config lacks to have a folder of its own."""
+    return [*without_a_folder(cfg), *wrong_kinds(cfg, conf, overrides), *idle_beside_stages(cfg, overrides)]
+
+
+def without_a_folder(cfg: DictConfig) -> list[str]:
+    """Reports which of the keys that a run's folder is named by are empty: it would be the folder of all runs, or /."""
+    values = {key: cfg[key] for key in ("name", "root") if key in cfg}  # not in it if it is missing
+    empty = {key: value for key, value in values.items() if value is None or not str(value).strip()}
+    told = "names no folder; a run lies in <root>/<name>. Is a variable of the shell unset?"
+    return [f"{key}={'null' if value is None else value} {told}" for key, value in empty.items()]
 
 
 def idle_beside_stages(cfg: DictConfig, overrides: list[str]) -> list[str]:
@@ -216,7 +225,7 @@ def refused(conf: Path, words: list[str], sweep: bool = False) -> str | None:
     words = [word for word in words if not word.startswith("hydra")]
     try:
         words = [of_one_run(word) for word in words] if sweep else words
-        compose(conf, words)
+        return next(iter(without_a_folder(compose(conf, words))), None)  # before hydra makes the folder
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         if not group or not error.options:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import time
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from kit import sharded_checkpoint
 from kit.build import build_data, plain
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.cache import describe, read_manifest, write_cache
+from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_accuracy
@@ -87,9 +89,13 @@ def check_videos(data: ClipDataModule):
 
 
 def held_out(data: ClipDataModule) -> dict:
-    """Returns all held-out clips as one batch. Raises as `check_videos`."""
+    """Returns the held-out clips as one batch: of files each once, since their clips repeat. Raises as `check_videos`."""
     check_videos(data)
-    return default_collate([data.val[n] for n in range(data.val_clips)])
+    count = data.val_clips
+    if isinstance(data.val, FolderClips) and len(data.val.files) < count:
+        count = len(data.val.files)
+        print(f"  clips={data.val_clips}, but {count} held out: each is taken once")
+    return default_collate([data.val[n] for n in range(count)])
 
 
 def validate(cfg: DictConfig) -> dict:
@@ -297,7 +303,8 @@ def cache(cfg: DictConfig) -> Path:
     size = sum(file["bytes"] for file in manifest["files"].values()) / 2**20
     held = " + ".join(str(manifest["clips"][split]) for split in clips)
     print(f"in {folder}: {held} clips, {size:.1f} MiB, after {seconds:.0f} s; {len(data.unreadable)} files could not be read")
-    print(f"python -m kit fit conf=stage2_generator data=cached data.root={folder} tokenizer_ckpt={tokenizer.path}")
+    words = ["conf=stage2_generator", "data=cached", f"data.root={folder}", f"tokenizer_ckpt={tokenizer.path}"]
+    print(shlex.join(["python", "-m", "kit", "fit", *words]))
     return folder
 
 

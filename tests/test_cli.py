@@ -231,6 +231,11 @@ def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
         (["fit", "conf=stage1_tokenizer", "tokenizer.scales=1"], "tokenizer.scales=1; expected values such as [1, 2, 4, 8]"),
         (["fit", "conf=stage1_tokenizer", "data=clips"], "data.root is missing; give data.root=..."),
         (["validate"], "ckpt is missing; give ckpt=..."),
+        (["validate", "ckpt=x", "name="], "name= names no folder; a run lies in <root>/<name>. Is a variable of the shell"),
+        (["fit", "conf=stage1_tokenizer", "name=null"], "name=null names no folder"),
+        (["generate", "ckpt=x", "root="], "root= names no folder"),
+        (["fit", "conf=nameless.yaml"], "name= names no folder"),
+        (["generate", "-m", "ckpt=x", "name=a,''"], "name= names no folder"),
         (["validate", "ckpt=x", "threads=-2"], "threads=-2; expected a number of threads, or null"),
         (["generate", "ckpt=x", "guidance=3"], "guidance=3; expected values such as {'kind': 'constant'"),
         (["fit", "conf=stage1_tokenizer", "init.ckpt=x.ckpt"], "init.ckpt=x.ckpt, but init=scratch takes none"),
@@ -243,6 +248,7 @@ def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
 )
 def test_bad_input_is_told_without_a_traceback(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "nameless.yaml").write_text("defaults: [stage1_tokenizer, _self_]\nname: ''\n")
     assert main(words) == 1
     error = capsys.readouterr().err
     assert expected in error and "Traceback" not in error
@@ -419,6 +425,16 @@ def test_files_may_have_any_names(key):
     assert parse(quoted(f"{key}=~/a")).value() == str(Path("~/a").expanduser())
     for word in ("data.buckets=[17x96x160,17x160x96", "seed=1,2", "name=s${seed}"):
         assert quoted(word) == word, "what is no text stays as it is"
+
+
+@pytest.mark.parametrize("text", ["a ${seed}", "${nope:x}'s", "a\\${seed}", "\\\\${seed}\\", "${seed", "$ {seed}"])
+def test_free_texts_and_paths_are_not_interpolated(text):
+    """A text in quotes of its own is hydra's, in which ${...} stands for the value of another key."""
+    for key in ("prompt", "image", "ckpt"):
+        assert composed("generate", quoted(f"{key}={text}"))[key] == text
+    assert list(composed("doctor", quoted(f"words=[name={text}]")).words) == [f"name={text}"]
+    assert composed("generate", quoted("prompt='a ${seed}'")).prompt == "a 0"
+    assert composed("generate", quoted("root=/a [1]/${seed}")).root == "/a [1]/0"
 
 
 def test_confs_may_lie_where_hydras_option_says(tmp_path, capfd):

@@ -158,6 +158,16 @@ def test_other_clips_than_those_held_out_are_told(tmp_path, capsys, caplog):
         assert ("other clips than were held out of its training" in capsys.readouterr().out) == told
 
 
+def test_held_out_files_are_scored_once(pair, tmp_path, capsys):
+    for n in range(4):
+        write_video(Shapes(frames=5, height=32, width=32)[n]["video"], tmp_path / "clips" / f"{n}.mp4", 8)
+    words = ["data=clips", f"data.root={tmp_path / 'clips'}", "data.source.val_every=2"]
+    for clips, told in ((3, True), (2, False)):
+        assert run("validate", pair, tmp_path, *words, f"clips={clips}", model="tokenizer") == 0
+        assert json.loads((tmp_path / "out" / "metrics.json").read_text())["clips"] == 2
+        assert ("clips=3, but 2 held out: each is taken once" in capsys.readouterr().out) == told
+
+
 def test_reconstructions_of_another_call_do_not_stay(pair, tmp_path):
     for clips in (3, 1):
         assert main(["reconstruct", f"ckpt={pair.tokenizer}", f"root={tmp_path}", f"clips={clips}"]) == 0

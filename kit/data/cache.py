@@ -274,6 +274,10 @@ class CachedClips(Dataset):
         words = {"caption": captions[row], "label": labels[row]}
         return {"feature": features[row, :, : self.latents], "given": given[row], **words}
 
+    def said(self) -> list[dict]:
+        """`caption` of each clip."""
+        return [{"caption": caption} for file in self.written for caption in _open(*file)[-1]]
+
 
 @functools.lru_cache(maxsize=64)
 def _open(path: str, written: int):

@@ -36,6 +36,7 @@ from kit.data.listing import (
 from kit.pixels import from_bytes
 from kit.values import check_whole_number
 
+SAME_RATE = 1.05  # rates that differ by no more than this factor count as one
 ORDERS = 64  # file orders of epochs kept in memory: each bucket uses two, for its clips and for its images
 
 
@@ -161,12 +162,28 @@ class FolderClips(Dataset):
             warnings.warn(f"{self.root} holds one video only: it is used for training and validation", stacklevel=3)
         self._labels, self._captions = self._labels_of(names), self._captions_of(names)
         self.classes = tuple(sorted(set(self._labels.values())))
+        self._tell_wordless(names)
         self._begin_records()
         if self.verify:
             readable = sum(self._read(name) is not None for name in self.files)
             if not readable:
                 raise self.nothing_readable()
             self._tell_short()
+
+    def _tell_wordless(self, names: list[str]) -> None:
+        if not self._captions:
+            return
+        words = {name: self._captions.get(name, self._labels.get(name, "")) for name in names}
+        if without := [name for name in names if not words[name].strip()]:
+            told = (
+                f"{len(without)} of {len(names)} files in {self.root} have an empty caption or none, such as {without[0]!r}"
+            )
+            self._tell(f"{told}: they train without a condition; caption them, or take them out")
+
+    def _tell(self, told: str) -> None:
+        """Warns of something about the files of all splits, but in the split `val`, beside which another tells it."""
+        if self.split != "val":
+            warnings.warn(told, stacklevel=5)
 
     def _begin_records(self) -> None:
         """Starts empty records of the files that are too short or cannot be read."""
@@ -228,7 +245,7 @@ class FolderClips(Dataset):
 
     @property
     def native_fps(self) -> float:
-        """Median frame rate of the readable files among the first ten.
+        """Median frame rate of the readable files among the first ten. Warns if rates differ, since each clip has its file's.
 
         Raises:
             ValueError: if none of the ten can be read.
@@ -242,6 +259,9 @@ class FolderClips(Dataset):
                 self.skip(name, error)
         if not rates:
             raise self.nothing_readable()
+        if self.frames > 1 and max(rates) > SAME_RATE * min(rates):
+            told = f"files in {self.root} have {min(rates):.4g} to {max(rates):.4g} fps, so the same motion has other speeds"
+            warnings.warn(f"{told}; data.fps=N (of a protocol: protocol.fps=N) takes all at one rate", stacklevel=2)
         return float(np.median(rates))
 
     def file(self, n: int) -> str:
@@ -334,7 +354,7 @@ class FolderClips(Dataset):
         place = self._places[name]
         if not self._unreadable[place]:
             self._unreadable[place] = True
-            warnings.warn(f"{error} Until then the clip of another file is taken instead.", stacklevel=4)
+            warnings.warn(f"{error} A training takes the clip of another file in its place.", stacklevel=4)
 
     @property
     def unreadable(self) -> list[Path]:

@@ -134,6 +134,16 @@ class ClipDataModule(ClipsOnDevice):
         return [path for source in self.sources for path in getattr(source, "unreadable", [])]
 
     @property
+    def _unsorted(self) -> list[Dataset]:
+        """Its sources as they were before they were sorted into buckets."""
+        return [source.source if isinstance(source, BucketClips) else source for source in self.sources]
+
+    @property
+    def captions(self) -> set[str]:
+        """The captions of its files, class names where there are none; empty if it has no files."""
+        return {words["caption"] for source in self._unsorted if hasattr(source, "said") for words in source.said()} - {""}
+
+    @property
     def clip(self) -> dict:
         """Shape of a clip, as plain values for a checkpoint."""
         return {"frames": self.frames, "height": self.height, "width": self.width, "fps": self.fps}
@@ -229,7 +239,7 @@ class ClipDataModule(ClipsOnDevice):
     def settings(self) -> dict:
         """Plain values that decide which clips the batches of a step hold; of files, a hash of their names."""
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
-        sources = [source.source if isinstance(source, BucketClips) else source for source in self.sources]
+        sources = self._unsorted
         names = [name for source in sources for name in getattr(source, "files", ())]
         keys = ("seed", "weights", "late")
         draws = {key: [getattr(source, key) for source in sources if hasattr(source, key)] for key in keys}

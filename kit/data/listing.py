@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import glob
 import json
+import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -13,9 +14,12 @@ from pathlib import Path, PurePosixPath
 from kit.data.decode import PICTURES
 from kit.files import read_text, written_aside
 
-SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v")
+SUFFIXES = (
+    ".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v",
+    ".mts", ".m2ts", ".ts", ".3gp", ".3g2", ".wmv", ".asf", ".flv", ".f4v", ".ogv", ".vob", ".mxf", ".qt", ".divx",
+)  # fmt: skip
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json")
-RUN = "*/config/overrides.yaml"  # what lies in the folder of each of kit's runs
+RUN = "/config/overrides.yaml"  # what lies in the folder of each of kit's runs
 LABEL_SOURCES = ("auto", "folder", "filename", "none")
 LEADING_WORDS = r"^(?P<label>.+?)_+\d+$"  # jumping_jack_00000004 -> jumping_jack
 
@@ -30,11 +34,11 @@ def list_videos(root: Path, pictures: bool = False) -> list[str]:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"root={str(root)!r} is not a folder; set `root` to a folder of video files")
-    names = glob.glob("**/*", root_dir=root, recursive=True)  # follows links to folders, passes over hidden files
-    suffixes = SUFFIXES + PICTURES * pictures
-    paths = [PurePosixPath(name) for name in sorted(Path(name).as_posix() for name in names)]
-    runs = {path.parents[1] for path in paths if path.match(RUN)}
-    videos = [str(path) for path in paths if path.name.lower().endswith(suffixes) and runs.isdisjoint(path.parents)]
+    names, suffixes = files_below(root), SUFFIXES + PICTURES * pictures
+    runs = {PurePosixPath(name).parents[1] for name in names if name.endswith(RUN)}
+    videos = [name for name in names if name.lower().endswith(suffixes)]
+    if runs:
+        videos = [name for name in videos if runs.isdisjoint(PurePosixPath(name).parents)]
     if odd := [name for name in videos if not is_utf8(name)]:
         told = f"{len(odd)} files of {root} with names that are no UTF-8 are left out, such as {ascii(odd[0])}; rename them"
         warnings.warn(told, stacklevel=4)
@@ -44,6 +48,31 @@ def list_videos(root: Path, pictures: bool = False) -> list[str]:
         but = f" but those of runs of kit, such as {min(runs)}" if runs else ""
         raise FileNotFoundError(f"root={str(root)!r} holds {what}{but}; expected files ending in {', '.join(suffixes)}")
     return videos
+
+
+def files_below(root: Path) -> list[str]:
+    """Lists the files in a folder and its subfolders, but for hidden ones: sorted posix paths relative to it.
+
+    Links to folders are followed, except back to one that they lie in, whose files would come again and again.
+    """
+    found, folders = [], [("", (os.path.realpath(root),))]
+    while folders:
+        prefix, chain = folders.pop()
+        try:
+            entries = list(os.scandir(chain[-1]))
+        except OSError:  # such as lost+found, which nobody may read
+            continue
+        for entry in entries:
+            name, link = prefix + entry.name, entry.is_symlink()
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False) or link and os.path.isdir(entry.path):
+                place = os.path.realpath(entry.path) if link else entry.path
+                if place not in chain:
+                    folders.append((f"{name}/", (*chain, place)))
+            else:
+                found.append(name)
+    return sorted(found)
 
 
 def is_utf8(name: str) -> bool:
@@ -123,11 +152,15 @@ def read_captions(path: Path, names: Sequence[str], others: Sequence[str] = ()) 
     Args:
         others: further files that the table may have rows for.
         path: csv with the columns, or jsonl with the keys, `file` and `caption`; or json, a list of such rows or an object
-            of file: caption. `file` is the name, with or without its suffix.
+            of file: caption. `file` is the name, with or without its suffix, in any form of Unicode.
     Raises:
         FileNotFoundError: if there is no such table.
         ValueError: if it is malformed, names unknown files or the same file twice, or lacks a file.
     """
+
+    def written(file: str) -> str:  # macOS decomposes the accents of file names, most editors compose them
+        return unicodedata.normalize("NFC", file)
+
     captions: dict[str, str] = {}
     for number, row in enumerate(_rows(path), start=1):
         file, caption = (row.get(key) if isinstance(row, dict) else None for key in ("file", "caption"))
@@ -136,18 +169,21 @@ def read_captions(path: Path, names: Sequence[str], others: Sequence[str] = ()) 
         if not (isinstance(file, str) and isinstance(caption, str)):
             named = "named `file` and `caption`, in a csv by its first line and with commas between them"
             raise ValueError(f"{path}, row {number}: expected texts {named}; found {row}; add them")
-        if file in captions:
+        if written(file) in captions:
             raise ValueError(f"{path}, row {number}: a second caption for {file!r}; keep one for each file")
-        captions[file] = caption
+        captions[written(file)] = caption
 
-    keys = {name: name if name in captions else str(PurePosixPath(name).with_suffix("")) for name in names}
-    allowed = {*others, *(str(PurePosixPath(name).with_suffix("")) for name in others)}
-    if unknown := sorted(captions.keys() - set(keys.values()) - allowed):
+    both = {name: (written(name), written(str(PurePosixPath(name).with_suffix("")))) for name in (*names, *others)}
+    keys = {name: whole if whole in captions else stem for name, (whole, stem) in both.items()}
+    unknown = captions.keys() - set(keys.values())
+    if twice := [(name, stem) for name, (_, stem) in both.items() if stem in unknown]:
+        raise ValueError(f"{path}: a second caption for {twice[0][0]!r}, named {twice[0][1]!r}; keep one for each file")
+    if unknown := sorted(unknown):
         example = f"such as {unknown[0]!r}; expected paths relative to the data folder, such as {names[0]!r}"
         raise ValueError(f"{path} has captions for {len(unknown)} files that are not there, {example}")
-    if missing := [name for name, key in keys.items() if key not in captions]:
+    if missing := [name for name in names if keys[name] not in captions]:
         raise ValueError(f"{path} has no caption for {len(missing)} files, such as {missing[0]!r}; add their rows")
-    return {name: captions[key] for name, key in keys.items()}
+    return {name: captions[keys[name]] for name in names}
 
 
 def captions_beside(root: Path, names: Sequence[str]) -> dict[str, str]:
@@ -179,9 +215,10 @@ def _rows(path: Path) -> list:
                     lines = [(n, line) for n, line in enumerate(file, start=1) if line.strip()]
                     return [_json_of(line, n, path) for n, line in lines]
                 case ".json":
-                    table = json.load(file)
-                    named = isinstance(table, dict)
-                    return [{"file": k, "caption": v} for k, v in table.items()] if named else list(table)
+                    table = json.loads(text := file.read())
+                    if isinstance(table, dict):  # of a name that stands there twice it has kept one
+                        return [{"file": k, "caption": v} for k, v in json.loads(text, object_pairs_hook=list)]
+                    return list(table)
     except (csv.Error, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{path} is not valid {path.suffix[1:]} in UTF-8: {error}") from error
     raise ValueError(f"captions={str(path)!r}: expected a file ending in .csv, .jsonl or .json")

@@ -80,6 +80,10 @@ class StagedClips(ClipsOnDevice):
     def unreadable(self) -> list[Path]:
         return [path for part in self.parts for path in part.unreadable]
 
+    @property
+    def captions(self) -> set[str]:
+        return set().union(*(part.captions for part in self.parts))
+
     def train_dataloader(self) -> Unsized:
         return Unsized(self._train_batches)
 

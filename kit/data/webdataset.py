@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 import warnings
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,21 +29,23 @@ from tqdm import tqdm
 
 from kit.data.clips import ORDERS, FolderClips
 from kit.data.decode import PICTURES, UnreadableVideo
-from kit.data.listing import SUFFIXES, split_files
+from kit.data.listing import SUFFIXES, is_utf8, split_files
 from kit.files import read_json, write_json
 from kit.machine import cache_folder
 
 WORDS = (".txt", ".json", ".cls")  # files that hold the caption or class of a clip
+INDEX = 2  # what an index means; another number with each change, so that those kept before are made anew
 
 
 class Member(NamedTuple):
-    """Where the bytes of a clip lie, and its caption and class, if its shard has them."""
+    """Where the bytes of a clip lie, its caption and class, if its shard has them, and what is wrong with these in words."""
 
     shard: str
     offset: int
     size: int
     caption: str | None
     label: str | None
+    fault: str
 
 
 def list_shards(root: str) -> list[str]:
@@ -88,7 +90,9 @@ def index_of(shard: str) -> dict[str, list]:
         about = files.info(path)
     except Exception as error:  # each storage has kinds of its own
         raise unreachable(shard, error) from error
-    state = json.dumps([shard, about["size"], str(about.get("mtime") or about.get("LastModified") or about.get("ETag"))])
+    state = json.dumps(
+        [INDEX, shard, about["size"], str(about.get("mtime") or about.get("LastModified") or about.get("ETag"))]
+    )
     kept = cache_folder() / "shards" / f"{hashlib.sha256(state.encode()).hexdigest()[:32]}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(kept.with_suffix(".lock")):  # the processes of a training begin together
@@ -105,30 +109,59 @@ def index_of(shard: str) -> dict[str, list]:
 
 def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None) -> dict[str, list]:
     """Reads the index of a shard, see `index_of`. Raises: tarfile.TarError, and whatever the storage raises."""
-    videos, words = {}, defaultdict(dict)
-    with files.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    videos, words, count = {}, defaultdict(dict), Counter()
+    with files.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
         end = 0
         for member in tar:
             name = PurePosixPath(member.name)
             if member.isfile() and name.suffix.lower() in SUFFIXES + PICTURES:
                 videos[member.name] = [member.offset_data, member.size]
             elif member.isfile() and name.suffix in WORDS:
-                words[str(name.with_suffix(""))][name.suffix] = tar.extractfile(member).read().decode("utf-8", "replace")
+                words[str(name.with_suffix(""))][name.suffix] = tar.extractfile(member).read()
+            count[member.name] += member.isfile()
             end = member.offset_data + member.size
         if size is not None and end > size:
             raise tarfile.ReadError(f"it ends after {size} bytes, in the midst of a file")
-    return {name: [*place, *said(words[str(PurePosixPath(name).with_suffix(""))])] for name, place in videos.items()}
+    twice = {str(PurePosixPath(name).with_suffix("")) for name, times in count.items() if times > 1}
+    index = {}
+    for name, place in videos.items():
+        key = str(PurePosixPath(name).with_suffix(""))
+        caption, label, faults = said(words[key])
+        faults += ["a name that comes more than once in its shard, where the last counts"] * (key in twice)
+        index[name] = [*place, caption, label, " and ".join(faults)]
+    return index
 
 
-def said(words: dict[str, str]) -> tuple[str | None, str | None]:
-    """Caption and class (None if missing), from the contents of the files beside a clip by their suffix."""
-    caption, label = words.get(".txt"), words.get(".cls")
-    if caption is None and ".json" in words:
+def said(words: dict[str, bytes]) -> tuple[str | None, str | None, list[str]]:
+    """Caption and class (None if missing) and what is wrong with them, from the contents of the files beside a clip.
+
+    Args:
+        words: suffix -> contents.
+    """
+    texts, faults = {}, []
+    for suffix, contents in words.items():
         try:
-            caption = json.loads(words[".json"]).get("caption")
-        except (json.JSONDecodeError, AttributeError):
-            caption = None
-    return (caption.strip() if isinstance(caption, str) else None), (label.strip() if label is not None else None)
+            texts[suffix] = contents.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            faults.append(f"a {suffix} that is not UTF-8")
+    caption = texts.get(".txt")
+    if caption is None and ".json" in texts:
+        try:
+            caption = caption_in(texts[".json"])
+        except ValueError:
+            faults.append("a .json without a text as its `caption`")
+    return caption, texts.get(".cls"), faults
+
+
+def caption_in(text: str) -> str | None:
+    """Reads `caption` of a JSON object; None if it has none. Raises ValueError if it is no such object, or that no text."""
+    values = json.loads(text)
+    caption = values.get("caption") if isinstance(values, dict) else values
+    if caption is None:
+        return None
+    if not isinstance(caption, str) or not is_utf8(caption):
+        raise ValueError
+    return caption.strip()
 
 
 @functools.lru_cache(maxsize=ORDERS)
@@ -168,6 +201,13 @@ class ShardClips(FolderClips):
             self.members |= {name: member for name, member in found.items() if name.lower().endswith(wanted)}
         if not self.members:
             raise FileNotFoundError(f"data.root={self.root}: no clips in its shards; they end in {', '.join(wanted)}")
+        faulty = defaultdict(list)
+        for name, member in self.members.items():
+            if member.fault:
+                faulty[member.fault].append(name)
+        for fault, names in faulty.items():
+            told = f"{len(names)} of {len(self.members)} clips in the shards {self.root} have {fault}, such as {names[0]}"
+            self._tell(f"{told}; pack their shards anew to mend it")
         return list(self.members)
 
     def _files_of_split(self, names: list[str]) -> list[str]:
@@ -185,7 +225,11 @@ class ShardClips(FolderClips):
 
     def _labels_of(self, names: list[str]) -> dict[str, str]:
         labels = {name: self.members[name].label for name in names}
-        return labels if all(labels.values()) else {}
+        without = [name for name, label in labels.items() if not label]
+        if without and len(without) < len(names):
+            told = f"{len(without)} of {len(names)} clips in the shards {self.root} have no class, such as {without[0]}"
+            self._tell(f"{told}, so the others' are no classes either; give them a .cls, or take them out")
+        return {} if without else labels
 
     def _captions_of(self, names: list[str]) -> dict[str, str]:
         return {name: self.members[name].caption for name in names if self.members[name].caption is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import zlib
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,13 +45,19 @@ class TextEncoder(Protocol):
     """Interface of a text encoder, built-in or pretrained.
 
     Calling it maps B texts to states (B, S, channels) and a mask (B, S), True where there is a word; `notes` returns
-    warnings to show a user before a text is used.
+    warnings to show a user before a text is used; `lengths` counts the units of each text, those beyond S too, of which the
+    encoder could read `longest` (None: any number).
     """
 
     channels: int
     length: int
+    unit: str
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]: ...
+
+    def lengths(self, texts: list[str]) -> list[int]: ...
+
+    def longest(self) -> int | None: ...
 
     def notes(self, text: str) -> list[str]: ...
 
@@ -61,6 +68,8 @@ class WordEncoder(nn.Module):
     Args:
         length: S; further words are not read.
     """
+
+    unit = "words"
 
     def __init__(self, channels: int, length: int, buckets: int):
         super().__init__()
@@ -73,6 +82,12 @@ class WordEncoder(nn.Module):
     def split(text: str) -> list[str]:
         """Splits a text into lower-case words, without commas and full stops."""
         return text.lower().replace(",", " ").replace(".", " ").split()
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        return [len(self.split(text)) for text in texts]
+
+    def longest(self) -> None:
+        return None
 
     def bucket(self, word: str) -> int:
         return zlib.crc32(word.encode()) % self.table.num_embeddings
@@ -126,6 +141,17 @@ class TextCondition(nn.Module):
         """Lists warnings about a prompt, see `TextEncoder`."""
         return self.encoder.notes(text) if text.strip() else ["the prompt is empty: clips of any kind"]
 
+    def cut(self, captions: set[str]) -> str | None:
+        """Says which of the captions that it is trained on are not read to their end; None if all are."""
+        texts, unit = sorted(captions), self.encoder.unit
+        lengths = self.encoder.lengths(texts)
+        if not (cut := [text for text, length in zip(texts, lengths, strict=True) if length > self.length]):
+            return None
+        most, longest, example = max(lengths), self.encoder.longest(), textwrap.shorten(cut[0], 200, placeholder=" ...")
+        too_long = longest is not None and most > longest
+        way_out = f"the encoder reads {longest} at most: shorten them" if too_long else f"condition.length={most} reads them"
+        return f"{len(cut)} of {len(texts)} captions are longer than {self.length} {unit}, such as {example!r}; {way_out}"
+
     def forward(self, texts: list[str], dropped: Tensor | None = None) -> Tensor:
         """Returns (B, S, D). dropped: (B,) bool, True where the condition is left out, for classifier-free guidance."""
         states, mask = self.encoder(texts)
@@ -161,6 +187,9 @@ class ClassCondition(nn.Module):
         """Notes if no class is given. Raises ValueError for an unknown class."""
         self.check([text])
         return [] if text else ["no class: clips of any kind"]
+
+    def cut(self, captions: set[str]) -> None:
+        return None  # it reads none
 
     def check(self, labels: list[str]):
         """Checks that each label is a known class or empty.

@@ -127,6 +127,8 @@ class PretrainedEncoder(nn.Module):
     part of this module: checkpoints hold its name and revision.
     """
 
+    unit = "tokens"
+
     def __init__(self, name: str, revision: str, channels: int, length: int):
         super().__init__()
         self.channels, self.length = channels, length
@@ -135,6 +137,7 @@ class PretrainedEncoder(nn.Module):
         found = folder_revision(place) if place.is_dir() else ""  # it may hold another encoder than the commit asked for
         key = hashlib.sha256(f"{revision or name} {found} {channels} {length}".encode()).hexdigest()[:16]
         self.store = cache_folder() / "text" / f"{key}.sqlite"
+        self.longest = functools.cache(lambda: source().longest)
         self.tokenizer = functools.cache(lambda: open_tokenizer(source()))
         self.model = functools.cache(lambda: open_model(source()).to(device()))
         self.states = functools.lru_cache(KEPT)(self._states)
@@ -158,9 +161,12 @@ class PretrainedEncoder(nn.Module):
                 row[: len(states)], words[: len(states)] = states, True
         return x.to(self.anchor.device), mask.to(self.anchor.device)
 
+    def lengths(self, texts: list[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer()(texts)["input_ids"]] if texts else []
+
     def notes(self, text: str) -> list[str]:
         """Warns if the end of a text is not read."""
-        tokens = len(self.tokenizer()(text)["input_ids"])
+        (tokens,) = self.lengths([text])
         return [f"of {text!r} the first {self.length} of {tokens} tokens are read"] if tokens > self.length else []
 
     def _states(self, text: str) -> Tensor:

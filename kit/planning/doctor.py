@@ -141,11 +141,17 @@ def problems(cfg: DictConfig) -> list[str]:
             cause = error.__cause__ if isinstance(error, InstantiationException) else error
             found.append(f"{what}: {cause}")
 
+    def check_data(what: str, build: Callable):
+        data = met(what, build)
+        if data is not None and data.unreadable:
+            told = f"{len(data.unreadable)} of the files read so far cannot be read, such as {data.unreadable[0]}"
+            found.append(f"{what}: {told}; mend or remove them, others take their place")
+
     plan = met("stages", plan_of, cfg) if cfg.stages else StagePlan(())
     for stage in plan.stages if plan else ():
-        met(f"data of stage {stage.name}", lambda stage=stage: build_data(of_stage(cfg, stage)))
+        check_data(f"data of stage {stage.name}", lambda stage=stage: build_data(of_stage(cfg, stage)))
     if not cfg.stages:
-        met("data", build_data, cfg)
+        check_data("data", lambda: build_data(cfg))
     met("trainer", build_trainer, cfg)
     met("init.ckpt", check_start, cfg)
     met("loss.perceptual", check_perceptual, cfg)

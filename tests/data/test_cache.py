@@ -293,9 +293,27 @@ def test_a_cache_needs_no_videos_and_validates_alike(pair, tmp_path, capsys):
         assert "holds encoded clips; give the videos" in capsys.readouterr().err
 
 
+def test_captions_that_a_training_does_not_read_to_their_end_are_told(pair, tmp_path):
+    """On files, and on a cache of them."""
+    long = "a red ball that moves over the green field from the left to the right and"
+    for i, end in enumerate(("back", "away", "")):
+        write_video(Shapes("train", **CLIP_SHAPE)[i]["video"], tmp_path / "videos" / f"{i}.mp4", 8.0)
+        (tmp_path / "videos" / f"{i}.txt").write_text(f"{long} {end}")
+    data = ["data=clips", f"data.root={tmp_path / 'videos'}", *[w for w in CLIP if w.startswith("data.")]]
+    told = f"2 of 3 captions are longer than 16 words, such as '{long} away'; condition.length=17 reads them"
+    with pytest.warns(UserWarning, match=told):
+        assert fit_generator(tmp_path, *data, "recipe.generator.steps=1", tokenizer=pair.tokenizer) == 0
+    words = [f"root={tmp_path}", f"tokenizer_ckpt={pair.tokenizer}", *data]
+    assert main(["cache", *words, "clips=2", "val_clips=1"]) == 0
+    with pytest.warns(UserWarning, match=told):
+        fit_cached(tmp_path, pair, "run", "recipe.generator.steps=1", "data.val_clips=1")
+
+
 def test_a_cache_has_the_tokenizers_shape_and_a_training_on_it_the_caches(pair, tmp_path, capsys):
     """Whatever size of clips a preset is for."""
     words = ["cache", f"root={tmp_path}", f"tokenizer_ckpt={pair.tokenizer}", "clips=2", "val_clips=2", "data.workers=0"]
+    assert main([*words, "name=a (1)"]) == 0
+    assert f"data=cached 'data.root={tmp_path}/a (1)' tokenizer_ckpt={pair.tokenizer}\n" in capsys.readouterr().out
     assert main(words) == 0
     clip = load_tokenizer(pair.tokenizer).clip
     for preset in ("size=tiny", "size=small", "size=L"):

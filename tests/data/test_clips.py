@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,23 @@ def test_native_rate_tells_of_an_unreadable_file(tmp_path):
     with pytest.warns(UserWarning, match="0.mp4"):
         assert dataset.native_fps > 0
     assert dataset.unreadable == [bad]
+
+
+@pytest.mark.parametrize("suffix", ["MTS", "m2ts", "ts", "3gp", "3g2", "wmv", "asf", "flv", "f4v", "vob", "mxf"])
+def test_videos_of_cameras_and_players_are_read(tmp_path, suffix):
+    write(tmp_path / f"a.{suffix}", count=20)
+    assert shown(FolderClips(tmp_path, "all", frames=17, height=32, width=40)[0]) == list(range(2, 19))
+
+
+def test_files_of_different_rates_are_told(tmp_path):
+    for name, rate in (("a", 10), ("b", 60), ("c", 61)):
+        write(tmp_path / f"{name}.mp4", count=4, rate=rate)
+    with pytest.warns(UserWarning, match="have 10 to 61 fps, .*data.fps=N .* takes all at one rate"):
+        assert FolderClips(tmp_path, "all", frames=2).native_fps == 60
+    (tmp_path / "a.mp4").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert FolderClips(tmp_path, "all", frames=2).native_fps == 60.5
 
 
 def test_failure_in_one_clip_of_a_file_does_not_change_its_others(videos, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from kit.data.clips import FolderClips
 from kit.data.heads import read_heads
-from kit.data.listing import LEADING_WORDS, captions_beside, held_out_of, label_files, list_videos, split_files
+from kit.data.listing import LEADING_WORDS, captions_beside, held_out_of, label_files, list_videos, read_captions, split_files
 from tests.data.videos import write, write_bad
 
 
@@ -32,6 +33,19 @@ def test_what_runs_of_kit_log_is_no_data(tmp_path):
     assert list_videos(tmp_path / "runs" / "x") == ["media/step.mp4"], "a run that is asked for by name"
     with pytest.raises(FileNotFoundError, match="holds no video but those of runs of kit, such as x"):
         list_videos(tmp_path / "runs")
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    for name in ("set/b/z.mp4", "set/a.mp4", "set/b/x.mp4/y.mp4", "set/.hidden/h.mp4", "set/.h.mp4", "beside/c.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for link, to in (("loop", "."), ("b/up", ".."), ("far", "../beside"), ("dead.mp4", "gone"), ("self.mp4", "self.mp4")):
+        (tmp_path / "set" / link).symlink_to(to)
+    (tmp_path / "beside" / "back").symlink_to("../set")
+    expected = ["a.mp4", "b/x.mp4/y.mp4", "b/z.mp4", "dead.mp4", "far/c.mp4", "self.mp4"]
+    assert list_videos(tmp_path / "set") == expected
+    (tmp_path / "link").symlink_to("set")
+    assert list_videos(tmp_path / "link") == expected
 
 
 def test_names_that_are_no_utf8_are_left_out(tmp_path):
@@ -153,6 +167,8 @@ def test_captions_from_a_table(tmp_path, suffix, where):
         ("c.csv", "file,caption\na.mp4,x\nb.mp4,y\nzebra.mp4,z\n", "1 files that are not there, such as 'zebra.mp4'"),
         ("c.csv", "file,caption\na.mp4,x\n", "no caption for 1 files, such as 'b.mp4'"),
         ("c.csv", "file,caption\na.mp4,x\na.mp4,y\nb.mp4,z\n", "row 2: a second caption for 'a.mp4'"),
+        ("c.csv", "file,caption\na.mp4,x\na,y\nb.mp4,z\n", r"c\.csv: a second caption for 'a.mp4', named 'a'; keep one"),
+        ("c.json", '{"a.mp4": "x", "b": "y", "a.mp4": "z"}', "row 3: a second caption for 'a.mp4'"),
         ("c.jsonl", '{"file": "a.mp4", "caption": "x"}\n{"file": \n', r"c\.jsonl, line 2: not JSON"),
         (
             "c.csv",
@@ -171,6 +187,33 @@ def test_bad_captions_say_what_is_wrong(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         FolderClips(tmp_path, captions=tmp_path / name)
+
+
+def test_rows_by_the_name_with_and_without_suffix_may_be_of_two_files(tmp_path):
+    captions = {"a.mp4": "x", "a": "y"}
+    assert read_captions(write_captions(tmp_path / "c.json", captions), ["a.mov", "a.mp4"]) == {"a.mov": "y", "a.mp4": "x"}
+    assert read_captions(tmp_path / "c.json", ["a.mp4"], ["a.mp4", "a.png"]) == {"a.mp4": "x"}
+
+
+def test_file_names_match_in_any_form_of_unicode(tmp_path):
+    """macOS writes the accents of file names apart."""
+    names = [unicodedata.normalize("NFD", "é.mp4"), "ü.mp4"]
+    rows = {unicodedata.normalize("NFC", "é"): "x", unicodedata.normalize("NFD", "ü.mp4"): "y"}
+    assert read_captions(write_captions(tmp_path / "c.csv", rows), names) == {names[0]: "x", names[1]: "y"}
+
+
+@pytest.mark.parametrize("kind", ["csv", "txt"])
+def test_captions_without_words_are_told_once(tmp_path, kind):
+    captions = {"a.mp4": "", "b.mp4": " ", "c.mp4": "a cat"}
+    for name, caption in captions.items():
+        (tmp_path / name).touch()
+        if kind == "txt":
+            (tmp_path / name).with_suffix(".txt").write_text(caption)
+    if kind == "csv":
+        write_captions(tmp_path / "captions.csv", captions)
+    with pytest.warns(UserWarning, match="2 of 3 files in .* have an empty caption or none, such as 'a.mp4'") as told:
+        FolderClips(tmp_path), FolderClips(tmp_path, "val")
+    assert len(told) == 1
 
 
 def test_captions_in_texts_beside_the_files(tmp_path):

@@ -44,10 +44,10 @@ def videos(tmp_path_factory) -> Path:
     return folder
 
 
-def pack(path: Path, files: dict[str, bytes]):
+def pack(path: Path, files: dict[str, bytes] | list[tuple[str, bytes]], **how):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, contents in files.items():
+    with tarfile.open(path, "w", **how) as tar:
+        for name, contents in files.items() if isinstance(files, dict) else files:
             member = tarfile.TarInfo(name)
             member.size = len(contents)
             tar.addfile(member, io.BytesIO(contents))
@@ -165,6 +165,67 @@ def test_a_shard_is_read_through_once(packed, monkeypatch):
     monkeypatch.setenv("KIT_CACHE", str(packed.parent / "cache"))
     pack(packed / "train-0.tar", {"new.gif": b"bytes"})
     assert any(name.endswith("new.gif") for name in ShardClips(packed, "all", **SHAPE).files)
+
+
+def words_of(tmp_path, files: dict[str, bytes] | list[tuple[str, bytes]]) -> tuple[dict, list[str]]:
+    """Captions of the clips of a shard with these files, and the warnings, but for their beginnings."""
+    pack(tmp_path / "shards" / "a.tar", files)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        source = ShardClips(tmp_path / "shards", "train", **SHAPE)
+        ShardClips(tmp_path / "shards", "val", **SHAPE)
+    captions = {Path(name).name: source.words(name)["caption"] for name in source.members}
+    return captions, [str(warning.message).replace(f"{tmp_path}/shards", "DIR") for warning in caught]
+
+
+@pytest.mark.parametrize(
+    ("words", "caption", "told"),
+    [
+        ({"b.txt": b"\xef\xbb\xbftwo\r\n"}, "two", ""),
+        ({"b.json": b'\xef\xbb\xbf{"caption": " two"}'}, "two", ""),
+        (
+            {"b.txt": b"\xff\xfetwo"},
+            "",
+            "1 of 2 clips in the shards DIR have a .txt that is not UTF-8, such as DIR/a.tar/b.mp4; ",
+        ),
+        ({"b.json": b"{x"}, "", "1 of 2 clips in the shards DIR have a .json without a text as its `caption`, such as"),
+        ({"b.json": b'{"caption": 5}'}, "", "have a .json without a text as its `caption`"),
+        ({"b.json": b'{"caption": "\\ud800"}'}, "", "have a .json without a text as its `caption`"),
+        ({"b.json": b'["two"]'}, "", "have a .json without a text as its `caption`"),
+        ({"b.json": b'{"width": 5}'}, "", "1 of 2 files in DIR have an empty caption or none, such as 'DIR/a.tar/b.mp4'"),
+        ({}, "", "1 of 2 files in DIR have an empty caption or none"),
+        (
+            {"b.txt": b"two", "b.cls": b"x"},
+            "two",
+            "1 of 2 clips in the shards DIR have no class, such as DIR/a.tar/a.mp4, so",
+        ),
+    ],
+)
+def test_words_that_are_wrong_are_told_and_not_taken(tmp_path, words, caption, told):
+    found, warned = words_of(tmp_path, {"a.mp4": b"", "a.txt": b"one", "b.mp4": b"", **words})
+    assert found == {"a.mp4": "one", "b.mp4": caption}
+    assert len([text for text in warned if told in text]) == bool(told) and (told or not warned), warned
+
+
+def test_names_that_come_twice_are_told(tmp_path):
+    files = [("a.mp4", b""), ("a.txt", b"one"), ("b.mp4", b""), ("b.txt", b"b"), ("a.mp4", b"new"), ("a.txt", b"two")]
+    found, (told,) = words_of(tmp_path, files)
+    assert found == {"a.mp4": "two", "b.mp4": "b"}
+    assert "1 of 2 clips in the shards DIR have a name that comes more than once in its shard, where the last counts" in told
+
+
+def test_indexes_of_another_meaning_are_not_taken(packed, tmp_path, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(webdataset, "INDEX", 1)
+        before.setattr(webdataset, "read_index", lambda *_: {"a.mp4": [0, 1, "\ufeffone", None]})
+        webdataset.index_of(str(packed / "train-0.tar"))
+    assert "a.mp4" not in webdataset.index_of(str(packed / "train-0.tar"))
+
+
+def test_names_in_another_encoding_are_read(tmp_path):
+    pack(tmp_path / "shards" / "a.tar", {"caf\udce9.mp4": b"", "caf\udce9.txt": b"one"}, format=tarfile.GNU_FORMAT)
+    source = ShardClips(tmp_path / "shards", "train", **SHAPE)
+    assert [source.words(name)["caption"] for name in source.files] == ["one"]
 
 
 def test_damage_costs_what_is_damaged(packed):

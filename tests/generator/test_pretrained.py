@@ -25,7 +25,7 @@ from transformers import (
 from kit.checkpoint import load_generator
 from kit.cli import main
 from kit.generator import pretrained
-from kit.generator.condition import ConditionConfig, build_condition
+from kit.generator.condition import ConditionConfig, TextCondition, build_condition
 from kit.generator.pretrained import PretrainedEncoder, find_encoder, folder_revision
 from tests.fixtures import fit_generator
 
@@ -106,6 +106,12 @@ def test_long_texts_are_cut_and_told(bert):
     encoder = encoder_of(bert, length=4)
     assert encoder([CAPTION])[1].all() and encoder.notes("a star") == []
     assert encoder.notes(CAPTION) == [f"of {CAPTION!r} the first 4 of 9 tokens are read"]
+    condition = TextCondition(encoder, 16)
+    told = f"1 of 2 captions are longer than 4 tokens, such as {CAPTION!r}; "
+    assert condition.cut({CAPTION, "a star"}) == told + "condition.length=9 reads them"
+    encoder.longest = lambda: 8
+    assert condition.cut({CAPTION, "a star"}) == told + "the encoder reads 8 at most: shorten them"
+    assert condition.cut({"a star"}) is None and condition.cut(set()) is None
 
 
 def test_another_revision_is_refused(bert):

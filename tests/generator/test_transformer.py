@@ -233,6 +233,13 @@ def test_words_not_read_or_never_trained_are_told(make_generator):
     assert condition.notes("  ") == ["the prompt is empty: clips of any kind"]
 
 
+def test_captions_that_are_cut_are_told(make_generator):
+    told = "2 of 3 captions are longer than 3 words, such as 'a red ball in blue'; condition.length=7 reads them"
+    captions = {"a red ball", "a red ball in blue", "a red ball, in green and blue."}
+    assert make_generator().condition.cut(captions) == told
+    assert make_generator(condition=CLASSES).condition.cut(captions) is None
+
+
 def test_conditions_read_their_part_of_a_batch(make_generator):
     batch = {"caption": ["a red ball", "a star"], "label": torch.tensor([2, 0])}
     assert make_generator().condition.prompts(batch) == batch["caption"]

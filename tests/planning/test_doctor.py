@@ -12,6 +12,7 @@ from kit.cli import main
 from kit.confs import CONF
 from kit.planning.plan import costs
 from kit.values import batches_of, equal_parts, part_of
+from tests.data.videos import write, write_bad
 from tests.fixtures import TOKENIZER, composed, fit_tokenizer
 
 SIZES = sorted(path.stem for path in (CONF / "size").glob("*.yaml"))
@@ -76,6 +77,14 @@ def test_what_a_training_would_stop_at(check, words, problem, capsys):
     assert main(["doctor", f"check={check}", f"words=[{words}]"]) == 0
     told = capsys.readouterr().out
     assert re.search(f"\n  - .*{problem}", told) and "no problem found" not in told
+
+
+def test_files_that_cannot_be_read_are_counted(tmp_path, capsys):
+    write(tmp_path / "clips" / "a.mp4")
+    write_bad(tmp_path / "clips" / "b.mp4"), write_bad(tmp_path / "clips" / "c.mp4")
+    assert main(["doctor", "check=stage1_tokenizer", f"words=[data=clips,data.root={tmp_path / 'clips'}]"]) == 0
+    told = capsys.readouterr().out
+    assert f"  - data: 1 of the files read so far cannot be read, such as {tmp_path / 'clips' / 'b.mp4'}; " in told
 
 
 @pytest.mark.parametrize(
