@@ -48,7 +48,7 @@ def read_heads(source: FolderClips) -> dict[str, Head]:
     for name, head in known.items():
         if head is None and (file := source.path_of(name)) not in source.skipped:
             again = f"its size and length could not be read before; remove {path} to have it tried again"
-            source.skip(name, UnreadableVideo(file, again, source.backend))
+            source.skip(name, UnreadableVideo(file, again))
     return {name: Head(*head) for name, head in known.items() if head is not None}
 
 
