@@ -176,7 +176,8 @@ def run(pair, tmp_path, *words) -> int:
 
 
 def test_command_on_a_file(pair, tmp_path, capsys):
-    path = write_video(moving(9, 40, 60), tmp_path / "a.mp4", load_tokenizer(pair.tokenizer).clip["fps"])
+    fps = load_tokenizer(pair.tokenizer).clip["fps"]
+    path = write_video(moving(9, 40, 60), tmp_path / "a.mp4", fps)
     assert run(pair, tmp_path, f"video={path}") == 0
     said = capsys.readouterr().out
     assert f"{path}: 60 x 40 -> 48 x 32 (resized); 9 frames\n" in said
@@ -185,6 +186,8 @@ def test_command_on_a_file(pair, tmp_path, capsys):
     assert run(pair, tmp_path, f"video={path}", "frames=3") == 0
     assert "3 frames padded to 5" in capsys.readouterr().out
     assert len(decoded(tmp_path / "out" / "reconstruction_0.mp4")) == 3
+    assert run(pair, tmp_path, f"video={write_video(moving(9, 32, 32), tmp_path / 'fast.mp4', 2 * fps)}") == 0
+    assert f"32 x 32; 9 frames at {2 * fps:g} fps -> 5 at {fps:g}\n" in capsys.readouterr().out
 
 
 def test_its_own_input_and_what_an_error_meets_stay(pair, tmp_path, capsys):
