@@ -11,7 +11,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from tqdm import tqdm
 
 from kit.checkpoint import Loaded
-from kit.data.read import open_clip_file
+from kit.data.read import ClipFile, open_clip_file
 from kit.machine import device, inference_precision
 from kit.media import contact_sheet, spread, video_writer
 from kit.pixels import ssim
@@ -38,19 +38,23 @@ class Scores:
         return {"psnr_db": self.psnr.compute().item(), "ssim": self.ssim.compute().item()}
 
 
-def fitting_note(tokenizer: Tokenizer, own: tuple[int, int], frames: int) -> str:
-    """Describes in words how a video is resized and padded before it is encoded.
+def fitting_note(tokenizer: Tokenizer, own: tuple[int, int], clip: ClipFile) -> str:
+    """Describes in words how a video is resized, taken at another rate and padded before it is encoded.
 
     Args:
-        own: (H, W) of the video. frames: its length.
+        own: (H, W) of the video.
     """
     scaled = scaled_size(*own, tokenizer.config.shorter_side)
     coded = coded_size(tokenizer.config, *scaled)
-    whole = whole_groups(frames, tokenizer.encoder.tau)
+    whole = whole_groups(len(clip), tokenizer.encoder.tau)
+    rates = [f"{fps:g}" for fps in (clip.video.fps, clip.fps)]
     size = "{1} x {0}".format(*own)
     size += " -> {1} x {0} (resized)".format(*scaled) if scaled != own else ""
     size += ", padded to {1} x {0}".format(*coded) if coded != scaled else ""
-    return f"{size}; {frames} frame{'s' * (frames != 1)}" + (f" padded to {whole}" if whole != frames else "")
+    length = f"{len(clip)} frame{'s' * (len(clip) != 1)}"
+    if rates[0] != rates[1]:
+        length = f"{len(clip.video)} frames at {rates[0]} fps -> {len(clip)} at {rates[1]}"
+    return f"{size}; {length}" + (f" padded to {whole}" if whole != len(clip) else "")
 
 
 def reconstruct_file(tokenizer: Loaded, path: str | Path, frames: int | None, folder: Path) -> list[dict]:
@@ -70,7 +74,7 @@ def reconstruct_file(tokenizer: Loaded, path: str | Path, frames: int | None, fo
     clip = open_clip_file(path, frames, tokenizer.clip["fps"] if model.config.temporal else 0)  # images have no rate
     own = clip.size
     size = scaled_size(*own, model.config.shorter_side)
-    print(f"{path}: {fitting_note(model, own, len(clip))}")
+    print(f"{path}: {fitting_note(model, own, clip)}")
     scores = {k: Scores() for k in range(1, len(model.config.scales) + 1)}
     chunks = (chunk.to(device()) for chunk in clip.chunks(*size))
     shown, done = [], 0

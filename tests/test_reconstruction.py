@@ -15,7 +15,7 @@ from kit.checkpoint import Loaded, load_tokenizer
 from kit.cli import main
 from kit.data import read
 from kit.data.decode import PyAVDecoder, UnreadableVideo
-from kit.data.read import open_clip_file
+from kit.data.read import ClipFile, open_clip_file
 from kit.data.shapes import Shapes
 from kit.media import video_writer, write_video
 from kit.reconstruction import Scores, fitting_note, reconstruct_file
@@ -101,7 +101,27 @@ def test_the_contact_sheet_shows_the_first_and_the_last_frame(tokenizer, tmp_pat
 )
 def test_the_note_says_what_is_done(own, frames, temporal, note):
     config = TokenizerConfig(scales=(1, 16), patch=8, widths=(8,), blocks=0, bits=4, temporal=temporal)
-    assert fitting_note(Tokenizer(config), own, frames) == note
+    assert fitting_note(Tokenizer(config), own, clip_of(frames, 25.0, frames, 25.0)) == note
+
+
+def clip_of(count: int, rate: float, frames: int, fps: float) -> ClipFile:
+    """A clip of `frames` frames at `fps` of a file of `count` at `rate`."""
+
+    class File(list):
+        pass
+
+    video = File(range(count))
+    video.fps = rate
+    return ClipFile(video, np.arange(frames), fps)
+
+
+def test_the_note_says_that_the_rate_changes():
+    model = Tokenizer(TokenizerConfig(scales=(1, 16), patch=8, widths=(8,), blocks=0, bits=4))
+    assert (
+        fitting_note(model, (128, 128), clip_of(40, 25.0, 16, 10.0))
+        == "128 x 128; 40 frames at 25 fps -> 16 at 10 padded to 17"
+    )
+    assert fitting_note(model, (128, 128), clip_of(300, 30000 / 1001, 17, 29.97)) == "128 x 128; 17 frames"
 
 
 def test_a_damaged_frame_in_the_middle_leaves_no_video(tokenizer, tmp_path, monkeypatch):
@@ -110,7 +130,7 @@ def test_a_damaged_frame_in_the_middle_leaves_no_video(tokenizer, tmp_path, monk
     def damaged(self, indices):
         for number, pixels in enumerate(walk(self, indices)):
             if number == 30:
-                raise UnreadableVideo(path, "frame 30 is damaged", "pyav")
+                raise UnreadableVideo(path, "frame 30 is damaged")
             yield pixels
 
     monkeypatch.setattr(PyAVDecoder, "walk", damaged)
@@ -156,7 +176,8 @@ def run(pair, tmp_path, *words) -> int:
 
 
 def test_command_on_a_file(pair, tmp_path, capsys):
-    path = write_video(moving(9, 40, 60), tmp_path / "a.mp4", load_tokenizer(pair.tokenizer).clip["fps"])
+    fps = load_tokenizer(pair.tokenizer).clip["fps"]
+    path = write_video(moving(9, 40, 60), tmp_path / "a.mp4", fps)
     assert run(pair, tmp_path, f"video={path}") == 0
     said = capsys.readouterr().out
     assert f"{path}: 60 x 40 -> 48 x 32 (resized); 9 frames\n" in said
@@ -165,6 +186,8 @@ def test_command_on_a_file(pair, tmp_path, capsys):
     assert run(pair, tmp_path, f"video={path}", "frames=3") == 0
     assert "3 frames padded to 5" in capsys.readouterr().out
     assert len(decoded(tmp_path / "out" / "reconstruction_0.mp4")) == 3
+    assert run(pair, tmp_path, f"video={write_video(moving(9, 32, 32), tmp_path / 'fast.mp4', 2 * fps)}") == 0
+    assert f"32 x 32; 9 frames at {2 * fps:g} fps -> 5 at {fps:g}\n" in capsys.readouterr().out
 
 
 def test_its_own_input_and_what_an_error_meets_stay(pair, tmp_path, capsys):

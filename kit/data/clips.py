@@ -372,4 +372,4 @@ class FolderClips(Dataset):
     def nothing_readable(self) -> ValueError:
         what = f"none of the {len(self.files)} {self.split} videos in {self.root} can be read"
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in itertools.islice(self.skipped.items(), 3))
-        return ValueError(f"{what} with backend={self.backend!r} ({reasons}); check them or try another backend")
+        return ValueError(f"{what} ({reasons}); check them")

@@ -10,11 +10,15 @@ import faulthandler
 import importlib
 import math
 import os
+import re
 import signal
+import struct
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -25,33 +29,29 @@ from PIL import Image, ImageOps
 if TYPE_CHECKING:
     import av
 
-# Containers that store a time with every frame and seek exactly, as suffixes and as FFmpeg calls them. AVI has no such
-# times, a seek in MPEG lands anywhere near, and each frame of a GIF needs the ones before it.
-SEEKABLE_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
+# Containers that store a time with every frame and seek exactly, as FFmpeg calls them. AVI has no such times, a seek in MPEG
+# lands anywhere near, and each frame of a GIF needs the ones before it.
 SEEKABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 REORDERED = 16  # frames that a codec may store out of order, at most
 FAR = 32  # frames; a seek pays if the wanted frame is farther ahead
+TICK = 0.001  # seconds: Matroska's times are rounded to it
 
 
 class UnreadableVideo(RuntimeError):
     """A file that cannot be opened or decoded, whatever the backend's own error was.
 
-    Attributes: path (the file), reason (what the backend said), backend (its name).
+    Attributes: path (the file), reason (what the backend said).
     """
 
-    def __init__(self, path: str | Path, reason: str, backend: str):
-        super().__init__(path, reason, backend)  # as given, so that it can be pickled by a worker process
-        self.path, self.reason, self.backend = path, reason, backend
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(path, reason)  # as given, so that it can be pickled by a worker process
+        self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        if self.backend not in BACKENDS:
+        if is_picture(self.path):
             return f"cannot read the picture {self.path}: {self.reason}. Check or remove the file."
-        others = " or ".join(f"backend={name!r}" for name in BACKENDS if name != self.backend)
-        return (
-            f"cannot read the video {self.path} with backend={self.backend!r}: {self.reason}. "
-            f"Check, re-encode or remove the file; of a data set it may also be read with {others}."
-        )
+        return f"cannot read the video {self.path}: {self.reason}. Check, re-encode or remove the file."
 
 
 class Decoder(ABC):
@@ -73,8 +73,8 @@ class Decoder(ABC):
 
     @abstractmethod
     def walk(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        """Yields the frames with these numbers, one by one, upright: uint8 RGB (H, W, 3). Goes forward through the file
-        once.
+        """Yields the frames with these numbers, one by one, as a player shows them: uint8 RGB (H, W, 3). Goes forward
+        through the file once.
 
         Args:
             indices: ascending, repeats allowed.
@@ -83,7 +83,7 @@ class Decoder(ABC):
         """
 
     def frames(self, indices: Iterable[int]) -> np.ndarray:
-        """The frames with these numbers, in this order, upright: uint8 RGB (T, H, W, 3).
+        """The frames with these numbers, in this order, as a player shows them: uint8 RGB (T, H, W, 3).
 
         Raises:
             UnreadableVideo: if one of them cannot be decoded.
@@ -96,18 +96,50 @@ class Decoder(ABC):
 
 
 def open_video(path: str | Path, backend: str = "decord") -> Decoder:
-    """Opens a video file, or a picture. AVI, MPEG and GIF go to PyAV in any case: decord gives wrong frames of them.
+    """Opens a video file, or a picture. What decord would read wrongly or cannot open goes to PyAV.
 
     Raises:
         UnreadableVideo: if the file is missing, damaged or holds no video.
         ValueError, ImportError: as `load_backend`.
     """
     path, decoder = Path(path), load_backend(backend)
-    if path.suffix.lower() in PICTURES:
+    if is_picture(path):
         return PictureDecoder(path)
-    if decoder is DecordDecoder and path.suffix.lower() not in SEEKABLE_SUFFIXES:
-        decoder = load_backend("pyav")
-    return decoder(path)
+    if decoder is DecordDecoder and decord_is_right(path):
+        with suppress(UnreadableVideo):
+            return DecordDecoder(path)
+    return load_backend("pyav")(path)
+
+
+def is_picture(path: str | Path) -> bool:
+    return Path(path).suffix.lower() in PICTURES
+
+
+def decord_is_right(path: Path) -> bool:
+    """Whether decord reads a file as players show it, by its header. It does not
+
+    - if it is AVI, MPEG or GIF: frames are wrong;
+    - if an edit list cuts some of its frames away: they are counted, and visible ones come more than once;
+    - if it is mirrored, or its pixels are not square: both are ignored;
+    - if it has more than 8 bits a channel: colours differ from PyAV's, which goes on where decord meets damage.
+
+    A file that PyAV cannot open is left to it, too: its errors say more.
+    """
+    try:
+        import av
+
+        with av.open(str(path.absolute())) as container:
+            stream = _video_stream(container)
+            visible = stream.duration * stream.time_base * stream.average_rate if stream.frames else 0
+            return (
+                container.format.name in SEEKABLE_FORMATS
+                and abs(stream.frames - visible) < 0.5
+                and display_width(stream.width, stream.sample_aspect_ratio) == stream.width
+                and stream.format.components[0].bits == 8
+                and not _mirrored(path)
+            )
+    except Exception:
+        return False
 
 
 def load_backend(name: str) -> type[Decoder]:
@@ -130,7 +162,9 @@ def load_backend(name: str) -> type[Decoder]:
 class DecordDecoder(Decoder):
     """Decodes with decord, which is fast and turns rotated files upright by itself.
 
-    While the caller works on a frame of `walk`, decord decodes ahead without limit and keeps the frames in memory.
+    While the caller works on a frame of `walk`, decord decodes ahead without limit and keeps the frames in memory. It reports
+    damage that it meets there in place of a sound frame, or not, by chance: after an error the answer is that of PyAV, which
+    gives the same pixels.
     """
 
     module, package = "decord", "decord2"
@@ -139,26 +173,35 @@ class DecordDecoder(Decoder):
         import decord
 
         self.path = path
-        with _reporting(path, "decord"):
-            _require_content(path)
+        with _reporting(path):
             self._reader = decord.VideoReader(str(path.absolute()), ctx=decord.cpu(0), num_threads=1)
-            self.fps = _valid_rate(self._reader.get_avg_fps())
+            times = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0]
+            known = times.min() > -1e9  # unknown ones are the least number there is
+            self.fps = true_rate(self._reader.get_avg_fps(), times.tolist() if known else [])
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def walk(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
+        indices, given = _valid_indices(indices, len(self)), 0
+        with suppress(Exception):
+            for pixels in self._walk(indices):
+                given += 1
+                yield pixels
+        if given < len(indices):
+            with _reporting(self.path):
+                yield from islice(PyAVDecoder(self.path).walk(indices), given, None)  # all, so that chance has no part in it
+
+    def _walk(self, indices: list[int]) -> Iterator[np.ndarray]:
         position = -FAR - 1
-        for index in _valid_indices(indices, len(self)):
-            with _reporting(self.path, "decord"):
-                if index - position > FAR:
-                    position = self._start_before(index)
-                    self._reader.seek_accurate(position)
-                while position <= index:  # by single frames: get_batch fails on widths such as 16, 96 and 144
-                    frame = self._reader.next()
-                    position += 1
-                pixels = unpad_rows(frame.asnumpy())
-            yield pixels
+        for index in indices:
+            if index - position > FAR:
+                position = self._start_before(index)
+                self._reader.seek_accurate(position)
+            while position <= index:  # by single frames: get_batch fails on widths such as 16, 96 and 144
+                frame = self._reader.next()
+                position += 1
+            yield unpad_rows(frame.asnumpy())
 
     def _start_before(self, index: int) -> int:
         """Returns a frame at or before `index` that decord seeks to exactly.
@@ -184,20 +227,23 @@ class PyAVDecoder(Decoder):
         import av
 
         self.path = path
-        with _reporting(path, "pyav"):
+        with _reporting(path):
             _require_content(path)
             with av.open(str(path.absolute())) as container:
                 stream = _video_stream(container)
                 packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
-                self.fps = _valid_rate(stream.average_rate or stream.guessed_rate)
-                seekable = container.format.name in SEEKABLE_FORMATS
-            if not packets:
-                raise ValueError("its video stream is empty")
+                if not packets:
+                    raise ValueError("its video stream is empty")
+                times = {pts for pts, _ in packets}
+                known = None not in times and len(times) == len(packets)
+                times = sorted(times) if known else []
+                header = stream.average_rate or stream.guessed_rate
+                self.fps = true_rate(header, [float(pts * stream.time_base) for pts in times])
+                self._aspect = stream.sample_aspect_ratio
+                self._seekable = known and container.format.name in SEEKABLE_FORMATS
         self._count = len(packets)
-        times = {pts for pts, _ in packets}
-        self._seekable = seekable and None not in times and len(times) == len(packets)
         if self._seekable:
-            self._number = {pts: number for number, pts in enumerate(sorted(times))}  # time -> number of the frame
+            self._number = {pts: number for number, pts in enumerate(times)}  # time -> number of the frame
             self._keyframes = sorted(pts for pts, is_keyframe in packets if is_keyframe)
 
     def __len__(self) -> int:
@@ -205,10 +251,10 @@ class PyAVDecoder(Decoder):
 
     def walk(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
         indices = _valid_indices(indices, len(self))
-        with _reporting(self.path, "pyav"):
+        with _reporting(self.path):
             found = 0
             for numbered in self._ways(indices[0]):
-                for pixels in _forward(numbered, indices[found:]):
+                for pixels in _forward(numbered, indices[found:], self._aspect):
                     found += 1
                     yield pixels
                 if found == len(indices):
@@ -253,7 +299,7 @@ class PictureDecoder(Decoder):
 
     def __init__(self, path: Path):
         self.path = path
-        with _reporting(path, "pillow"), Image.open(path) as picture:
+        with _reporting(path), Image.open(path) as picture:
             if picture.mode.startswith("I"):
                 raise ValueError("it has 16 bits a pixel, expected 8")  # its conversion to RGBA would be white
             upright = ImageOps.exif_transpose(picture).convert("RGBA")
@@ -271,9 +317,43 @@ class PictureDecoder(Decoder):
 BACKENDS: dict[str, type[Decoder]] = {"decord": DecordDecoder, "pyav": PyAVDecoder}
 
 
-def upright(pixels: np.ndarray, rotation: float) -> np.ndarray:
-    """Turns an image (H, W, 3) by the file's rotation: degrees counterclockwise, rounded to quarter turns."""
-    return np.rot90(pixels, round(rotation / 90))
+def true_rate(header: float | None, times: Sequence[float]) -> float:
+    """Returns the average number of frames per second.
+
+    It is what the header says, unless the times contradict it by more than 1 %: those of files of variable rate may.
+
+    Args:
+        header: the rate that the file states. times: of its frames in seconds, ascending; none if they are not known.
+    Raises:
+        ValueError: if neither tells a rate.
+    """
+    steps, seconds = len(times) - 1, times[-1] - times[0] if times else 0
+    stated = bool(header) and 0 < header < math.inf
+    if seconds > 0 and not (stated and abs(steps / header - seconds) <= 0.01 * seconds + TICK):
+        return _valid_rate(round(steps / seconds, 3))  # rounded, since decord's times are: both backends say the same
+    return _valid_rate(header)
+
+
+def display_width(width: int, aspect: Fraction | None) -> int:
+    """Returns the width of a frame as shown.
+
+    Args:
+        width: as stored. aspect: of a pixel, width by height. Less than 1 % is let be, more than 8 to 1 taken for nonsense.
+    """
+    stretched = aspect and 0.01 < abs(aspect - 1) and 1 / 8 <= aspect <= 8
+    return round(width * aspect) if stretched else width
+
+
+def upright(pixels: np.ndarray, matrix: Sequence[int]) -> np.ndarray:
+    """Turns and mirrors an image (H, W, 3) as a file's display matrix says, in quarter turns.
+
+    Args:
+        matrix: (a, b, u, c, d, v, x, y, w): the pixel at column p, row q is shown at column ap + cq, row bp + dq.
+    """
+    a, b, _, c, d = matrix[:5]
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def unpad_rows(frame: np.ndarray) -> np.ndarray:
@@ -282,15 +362,20 @@ def unpad_rows(frame: np.ndarray) -> np.ndarray:
     return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
-def _forward(numbered: Iterator[tuple[int, av.VideoFrame]], indices: Sequence[int]) -> Iterator[np.ndarray]:
-    """Yields upright pixels of the frames with ascending `indices`; stops at the first that is missing."""
+def _forward(
+    numbered: Iterator[tuple[int, av.VideoFrame]], indices: Sequence[int], aspect: Fraction | None
+) -> Iterator[np.ndarray]:
+    """Yields the frames with ascending `indices` as shown; stops at the first that is missing. For `aspect` see
+    `display_width`."""
     at, frame = -1, None
     for index in indices:
         while at < index:
             at, frame = next(numbered, (math.inf, None))
         if at > index:
             return
-        yield upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+        pixels = frame.to_ndarray(format="rgb24", width=display_width(frame.width, aspect))
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        yield pixels if matrix is None else upright(pixels, struct.unpack("=9i", matrix))
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
@@ -299,6 +384,29 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
     if stream is None:
         raise ValueError("the file holds no video stream")
     return stream
+
+
+def _mirrored(path: Path) -> bool:
+    """Whether a track of an mp4 or mov file is mirrored when shown: the determinant of its display matrix is below 0.
+
+    PyAV gives that matrix with decoded frames only, and to decode one takes longer than all the rest of the header.
+    """
+    with path.open("rb") as file:
+        while len(head := file.read(16)) == 16:
+            size, kind, large = struct.unpack(">I4sQ", head)
+            size = large if size == 1 else size
+            if kind == b"moov":
+                return any(a * d < b * c for a, b, _, c, d in _matrices(file.read(size)))
+            if size < 8:  # 0: the last one goes on to the end
+                break
+            file.seek(size - len(head), os.SEEK_CUR)
+    return False
+
+
+def _matrices(header: bytes) -> Iterator[tuple[int, ...]]:
+    """Yields what `upright` takes of the display matrix of each track (`tkhd`) in the header of an mp4 or mov file."""
+    for track in re.finditer(rb"tkhd([\0\1])", header):
+        yield struct.unpack_from(">5i", header, track.end() + (51 if track[1] == b"\1" else 39))
 
 
 def _require_content(path: Path) -> None:
@@ -320,20 +428,22 @@ def _valid_indices(indices: Iterable[int], count: int) -> list[int]:
 
 
 @contextmanager
-def _reporting(path: Path, backend: str) -> Iterator[None]:
+def _reporting(path: Path) -> Iterator[None]:
     """Turns any error into `UnreadableVideo`, because error types differ between backends and kinds of damage."""
     try:
         yield
+    except UnreadableVideo:
+        raise
     except Exception as error:
         summary = next(iter(str(error).splitlines()), "no reason given").rstrip(".")
-        raise UnreadableVideo(path, f"{type(error).__name__}: {summary}", backend) from error
+        raise UnreadableVideo(path, f"{type(error).__name__}: {summary}") from error
 
 
 def serve(connection: Connection):
     """Decodes for a `kit.data.decoder_process.DecoderProcess` at the other end until it closes the connection.
 
     A request is (path, backend, numbers, seconds). It asks for the frames with these numbers or, if `numbers` is None, for
-    the number of frames and the frames per second. The answer is ("found", result), ("unreadable", reason, backend) or
+    the number of frames and the frames per second. The answer is ("found", result), ("unreadable", reason) or
     ("error", error). A request that takes more than `seconds` ends this process.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to a whole job; the asking process ends this one
@@ -353,7 +463,7 @@ def serve(connection: Connection):
                     video, opened = open_video(path, backend), (path, backend)
                 answer = "found", (len(video), video.fps) if numbers is None else video.frames(numbers)
             except UnreadableVideo as error:
-                answer = "unreadable", error.reason, error.backend
+                answer = "unreadable", error.reason
             except Exception as error:
                 answer = "error", error
             faulthandler.cancel_dump_traceback_later()

@@ -48,13 +48,14 @@ class DecoderProcess:
         except (OSError, EOFError) as error:
             reason = f"it took more than {patience:g} s" if isinstance(error, TimeoutError) else "the decoder died of it"
             self.stop()
-            raise UnreadableVideo(path, reason, backend) from error
+            other = "; data.source.backend=pyav may read it" if backend == "decord" else ""
+            raise UnreadableVideo(path, reason + other) from error
         except BaseException:  # Ctrl-C: a late answer must not pass for that of the next request
             self.stop()
             raise
         match answer:
-            case "unreadable", reason, which:
-                raise UnreadableVideo(path, reason, which)
+            case "unreadable", reason:
+                raise UnreadableVideo(path, reason)
             case "error", error:
                 raise error
         return answer[1]

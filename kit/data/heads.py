@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kit.data.clips import FolderClips
 
 SAVE_EVERY = 30.0  # seconds; a kill loses the heads read since
+READING = 2  # rises when files come to be read otherwise, so that heads of before are read again
 
 
 class Head(NamedTuple):
@@ -37,7 +38,7 @@ def read_heads(source: FolderClips) -> dict[str, Head]:
     all processes, and a run that continues, have to find the same.
     """
     root = str(source.root)
-    about = f"{root if '://' in root else os.path.abspath(root)} {source.backend}"
+    about = f"{root if '://' in root else os.path.abspath(root)} {source.backend} {READING}"
     path = cache_folder() / "heads" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = {name: f"{name} {line.rpartition(' ')[2]}" for name, line in zip(source.files, source.listing(), strict=True)}
@@ -48,7 +49,7 @@ def read_heads(source: FolderClips) -> dict[str, Head]:
     for name, head in known.items():
         if head is None and (file := source.path_of(name)) not in source.skipped:
             again = f"its size and length could not be read before; remove {path} to have it tried again"
-            source.skip(name, UnreadableVideo(file, again, source.backend))
+            source.skip(name, UnreadableVideo(file, again))
     return {name: Head(*head) for name, head in known.items() if head is not None}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kit.data.clips import fit, frame_numbers
-from kit.data.decode import PICTURES, Decoder, open_video
+from kit.data.decode import Decoder, is_picture, open_video
 
 CHUNK = 16  # frames of a long video held at a time
 
@@ -36,7 +36,7 @@ class ClipFile:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of the file's own frames. Raises `UnreadableVideo`."""
+        """(H, W) of the file's own frames, as a player shows them. Raises `UnreadableVideo`."""
         return self.video.frames(self.numbers[:1]).shape[1:3]
 
     def read(self, height: int, width: int) -> Tensor:
@@ -66,7 +66,7 @@ def open_clip_file(path: str | Path, frames: int | None, fps: float, at_end: boo
         raise FileNotFoundError(f"no such file: {path}")
     if frames is not None and frames < 1:
         raise ValueError(f"{frames} frames of {path} were asked for; ask for 1 or more")
-    picture = path.suffix.lower() in PICTURES
+    picture = is_picture(path)
     if picture and frames is not None and frames > 1:
         raise ValueError(f"{path} is a picture; {frames} frames were asked for: give a video, or ask for 1")
     video = open_video(path, backend)

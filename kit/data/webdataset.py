@@ -247,11 +247,11 @@ class ShardClips(FolderClips):
                     file.write(shard.read(member.size))
                     file.flush()
             except Exception as error:  # each storage has kinds of its own
-                raise UnreadableVideo(path, f"{type(error).__name__}: {error}", self.backend) from error
+                raise UnreadableVideo(path, f"{type(error).__name__}: {error}") from error
             try:
                 yield Path(file.name)
             except UnreadableVideo as error:
-                raise UnreadableVideo(path, error.reason, error.backend) from error
+                raise UnreadableVideo(path, error.reason) from error
 
     def path_of(self, name: str) -> Path:
         return Path(name)

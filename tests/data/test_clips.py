@@ -170,7 +170,7 @@ def test_failure_in_one_clip_of_a_file_does_not_change_its_others(videos, monkey
     original = clips.open_video
 
     def fails(path, backend, patience):
-        raise UnreadableVideo(path, "a bad sector", backend)
+        raise UnreadableVideo(path, "a bad sector")
 
     monkeypatch.setattr(clips, "open_video", lambda p, *how: (fails if p.name == dataset.file(n) else original)(p, *how))
     with pytest.warns(UserWarning, match="a bad sector"):
@@ -183,7 +183,7 @@ def test_failure_in_one_clip_of_a_file_does_not_change_its_others(videos, monkey
 def test_all_files_unreadable_is_an_error_with_reasons(tmp_path, verify):
     for i in range(5):
         write_bad(tmp_path / f"{i}.mp4")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"none of the 4 train videos.*mp4: .*backend"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"none of the 4 train videos.*mp4: .*; check them"):
         FolderClips(tmp_path, verify=verify)[0]
 
 

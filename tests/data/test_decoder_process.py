@@ -55,7 +55,10 @@ def test_what_cannot_be_read_says_why_as_here(tmp_path):
         assert told[0] == told[1]
 
 
-@pytest.mark.parametrize("number, reason", [(signal.SIGKILL, "died"), (signal.SIGSTOP, "more than 1 s")])
+@pytest.mark.parametrize(
+    "number, reason",
+    [(signal.SIGKILL, "died of it; data.source.backend=pyav may read it"), (signal.SIGSTOP, "more than 1 s")],
+)
 def test_decoder_that_dies_or_hangs_costs_its_clip_alone(videos, monkeypatch, number, reason):
     """A stopped decoder stands for one that hangs, a killed one for one that crashed."""
     source = FolderClips(videos, "all", frames=5, height=32, width=32, patience=60.0)
