@@ -446,7 +446,8 @@ def serve(connection: Connection):
     the number of frames and the frames per second. The answer is ("found", result), ("unreadable", reason) or
     ("error", error). A request that takes more than `seconds` ends this process.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to a whole job; the asking process ends this one
+    for number in (signal.SIGTERM, signal.SIGINT):  # they go to a whole job; the asking process ends this one
+        signal.signal(number, signal.SIG_IGN)
     video, opened = None, None
     connection.send("ready")
     with open(os.devnull, "w") as nowhere:
