@@ -211,7 +211,7 @@ def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorMo
     """
     tokenizer, condition = load_tokenizer(cfg.tokenizer_ckpt), condition_of(plain(cfg.condition), data)
     module = generator_module(cfg, data.clip, condition, tokenizer.model, tokenizer.hash, str(tokenizer.path.resolve()))
-    if told := module.model.condition.cut(data.captions):
+    if condition["kind"] == "text" and (told := module.model.condition.cut(data.captions)):
         rank_zero_warn(told)
     return module
 

@@ -171,14 +171,11 @@ class FolderClips(Dataset):
             self._tell_short()
 
     def _tell_wordless(self, names: list[str]) -> None:
-        if not self._captions:
-            return
-        words = {name: self._captions.get(name, self._labels.get(name, "")) for name in names}
-        if without := [name for name in names if not words[name].strip()]:
-            told = (
-                f"{len(without)} of {len(names)} files in {self.root} have an empty caption or none, such as {without[0]!r}"
-            )
-            self._tell(f"{told}: they train without a condition; caption them, or take them out")
+        """Warns of files that have no words as a caption where others have."""
+        words = {name: self._captions.get(name, self._labels.get(name, "")) for name in names if self._captions}
+        if without := [name for name, caption in words.items() if not caption.strip()]:
+            told = f"{len(without)} of {len(names)} files in {self.root} have an empty caption or none, such as"
+            self._tell(f"{told} {without[0]!r}: they train without a condition; caption them, or take them out")
 
     def _tell(self, told: str) -> None:
         """Warns of something about the files of all splits, but in the split `val`, beside which another tells it."""

@@ -90,9 +90,8 @@ def index_of(shard: str) -> dict[str, list]:
         about = files.info(path)
     except Exception as error:  # each storage has kinds of its own
         raise unreachable(shard, error) from error
-    state = json.dumps(
-        [INDEX, shard, about["size"], str(about.get("mtime") or about.get("LastModified") or about.get("ETag"))]
-    )
+    written = about.get("mtime") or about.get("LastModified") or about.get("ETag")
+    state = json.dumps([INDEX, shard, about["size"], str(written)])
     kept = cache_folder() / "shards" / f"{hashlib.sha256(state.encode()).hexdigest()[:32]}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(kept.with_suffix(".lock")):  # the processes of a training begin together

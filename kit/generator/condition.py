@@ -188,9 +188,6 @@ class ClassCondition(nn.Module):
         self.check([text])
         return [] if text else ["no class: clips of any kind"]
 
-    def cut(self, captions: set[str]) -> None:
-        return None  # it reads none
-
     def check(self, labels: list[str]):
         """Checks that each label is a known class or empty.
 
