@@ -30,8 +30,8 @@ def reduced(words: list[str], videos: Path) -> list[str]:
     small = [*CLIP, *TOKENIZER, *QUICK, *GENERATOR, "trainer.max_steps=2", "trainer.val_check_interval=2"]
     if words[0] == "fit" and "--help" not in words:
         words += [word for word in small if "stage0" not in words[1] or "data.frames" not in word]
-    if "conf=progressive" in words:  # it counts its steps itself
-        words += [f"stages.{name}.steps=1" for name in ("low", "high", "long")]
+    if "conf=progressive" in words:  # stages have steps of their own
+        words = [*(word for word in words if word != "trainer.max_steps=2"), "stage_steps=1"]
     if "init=infinity" in words:  # as the file is
         words += [f"tokenizer.bits={INFINITY['bits']}", f"tokenizer.widths={list(INFINITY['widths'])}".replace(" ", "")]
         words += ["tokenizer.patch=1", "tokenizer.scales=[1,2,4,8]"]
