@@ -94,7 +94,9 @@ def composed(name: str, *overrides: str):
 
 
 def fit_tokenizer(root: Path, *overrides: str, name: str = "tokenizer") -> int:
-    words = [f"root={root}", f"name={name}", *CLIP, *TOKENIZER, *QUICK, "recipe.tokenizer.steps=150", *overrides]
+    """Trains a tokenizer for 150 steps, unless overrides say otherwise; stages have steps of their own."""
+    steps = [] if any(word.startswith("stages=") for word in overrides) else ["recipe.tokenizer.steps=150"]
+    words = [f"root={root}", f"name={name}", *CLIP, *TOKENIZER, *QUICK, *steps, *overrides]
     return main(["fit", "conf=stage1_tokenizer", *words])
 
 
