@@ -1,4 +1,4 @@
-# make demo   environment, training, videos: about a quarter of an hour on two cores
+# make demo   environment, training, videos: about a quarter of an hour on two cores with bfloat16
 # make test   environment, test suite
 # make test-gpu   the tests that need a CUDA GPU
 PYTHON ?= python3

@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig
 
 from kit.files import write_json
+from kit.machine import fast_bfloat16
 
 PROMPT = "a red ball moving right over a green field"
 
@@ -45,6 +46,8 @@ def train_seconds(checkpoint: Path) -> float:
 def demo(cfg: DictConfig) -> dict:
     """Runs all parts, writes everything to the run's folder, and returns the metrics."""
     folder = Path(cfg.folder)
+    if not fast_bfloat16():
+        print("note: without bfloat16 instructions this takes more than an hour on two cores, not a quarter of one")
     where = f"root={folder.as_posix()}"
     tokenizer = folder / "tokenizer" / "checkpoints" / "last.ckpt"
     generator = folder / "generator" / "checkpoints" / "last.ckpt"
