@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from lightning.pytorch.callbacks import Checkpoint
@@ -73,8 +74,9 @@ class LastCheckpoint(Checkpoint):
     def _end(self, number, _):
         self.told = number
         if number == signal.SIGINT:
-            rank_zero_info("\n  saving after this step; Ctrl-C once more ends at once")
             self._restore()
+            with suppress(RuntimeError):  # it came while something else was being printed
+                rank_zero_info("\n  saving after this step; Ctrl-C once more ends at once")
 
     def _restore(self):
         for number, handler in self.handlers.items():
