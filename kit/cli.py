@@ -42,8 +42,9 @@ VERBS = {
 }  # fmt: skip
 
 
+SAID = ("prompt", "label", "negative")  # in which ${...} is text too; elsewhere it is the value of another key
 FREE_TEXT = (
-    "prompt", "label", "negative", "settings", "image", "video", "videos", "real", "prompts",
+    *SAID, "settings", "image", "video", "videos", "real", "prompts",
 )  # fmt: skip
 PATHS = (
     "ckpt", "out", "tokenizer", "condition.encoder", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source",
@@ -125,7 +126,7 @@ def quoted(word: str, sweep: bool = False) -> str:
     free = free or bool(text) and text[0] not in "[{" and not readable(word)
     if not equals or not free:
         return word
-    return f"{key}={as_text(text, literal=key in FREE_TEXT + PATHS)}"
+    return f"{key}={as_text(text, literal=key in SAID)}"
 
 
 def as_text(text: str, literal: bool = True) -> str:

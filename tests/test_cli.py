@@ -428,13 +428,14 @@ def test_files_may_have_any_names(key):
 
 
 @pytest.mark.parametrize("text", ["a ${seed}", "${nope:x}'s", "a\\${seed}", "\\\\${seed}\\", "${seed", "$ {seed}"])
-def test_free_texts_and_paths_are_not_interpolated(text):
-    """A text in quotes of its own is hydra's, in which ${...} stands for the value of another key."""
-    for key in ("prompt", "image", "ckpt"):
+def test_prompts_are_not_interpolated(text):
+    """Paths are, such as those of a sweep, and a text in quotes of its own is hydra's."""
+    for key in ("prompt", "label", "negative"):
         assert composed("generate", quoted(f"{key}={text}"))[key] == text
     assert list(composed("doctor", quoted(f"words=[name={text}]")).words) == [f"name={text}"]
     assert composed("generate", quoted("prompt='a ${seed}'")).prompt == "a 0"
     assert composed("generate", quoted("root=/a [1]/${seed}")).root == "/a [1]/0"
+    assert composed("generate", quoted("ckpt=runs/g${seed}/a,b.ckpt")).ckpt == "runs/g0/a,b.ckpt"
 
 
 def test_confs_may_lie_where_hydras_option_says(tmp_path, capfd):

@@ -116,7 +116,7 @@ def is_picture(path: str | Path) -> bool:
 
 
 def decord_is_right(path: Path) -> bool:
-    """Whether decord reads a file as players show it, by its header. It does not
+    """Returns whether decord reads a file as players show it, by its header. It does not:
 
     - if it is AVI, MPEG or GIF: frames are wrong;
     - if an edit list cuts some of its frames away: they are counted, and visible ones come more than once;

@@ -143,14 +143,15 @@ class TextCondition(nn.Module):
 
     def cut(self, captions: set[str]) -> str | None:
         """Says which of the captions that it is trained on are not read to their end; None if all are."""
-        texts, unit = sorted(captions), self.encoder.unit
+        texts = sorted(captions)
         lengths = self.encoder.lengths(texts)
         if not (cut := [text for text, length in zip(texts, lengths, strict=True) if length > self.length]):
             return None
-        most, longest, example = max(lengths), self.encoder.longest(), textwrap.shorten(cut[0], 200, placeholder=" ...")
-        too_long = longest is not None and most > longest
-        way_out = f"the encoder reads {longest} at most: shorten them" if too_long else f"condition.length={most} reads them"
-        return f"{len(cut)} of {len(texts)} captions are longer than {self.length} {unit}, such as {example!r}; {way_out}"
+        way_out, longest = f"condition.length={max(lengths)} reads them", self.encoder.longest()
+        if longest is not None and max(lengths) > longest:
+            way_out = f"the encoder reads {longest} at most: shorten them"
+        told = f"{len(cut)} of {len(texts)} captions are longer than {self.length} {self.encoder.unit}"
+        return f"{told}, such as {textwrap.shorten(cut[0], 200, placeholder=' ...')!r}; {way_out}"
 
     def forward(self, texts: list[str], dropped: Tensor | None = None) -> Tensor:
         """Returns (B, S, D). dropped: (B,) bool, True where the condition is left out, for classifier-free guidance."""
