@@ -141,13 +141,15 @@ def test_while_clips_are_encoded_sigterm_ends_the_run_at_once(pair, tmp_path, mo
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process is told of its parent's end by Linux only")
 def test_a_launched_process_ends_with_the_one_that_launched_it():
-    child = "from kit.signals import end_with_launcher as f; f(); print(__import__('os').getpid(), flush=True); input()"
-    parent = f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}], stdin=subprocess.PIPE, "
+    child = (
+        "from kit.signals import end_with_launcher as f; f(); import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    )
+    parent = f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}], "
     parent += "env={**os.environ, 'LOCAL_RANK': '1'}); time.sleep(100)"
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     number = int(process.stdout.readline())
     process.kill()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 20
     while Path(f"/proc/{number}").exists() and Path(f"/proc/{number}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < end
         time.sleep(0.01)
