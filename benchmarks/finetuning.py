@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from kit.checkpoint import load_generator
 from kit.data.clips import FolderClips
-from kit.generator.sampler import Guidance, Sampling
+from kit.generator.guidance import Guidance
+from kit.generator.sampler import Sampling
 from kit.media import contact_sheet
 from kit.sampling import sample_videos
 from kit.verbs import reconstruct_batches

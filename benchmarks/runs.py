@@ -9,8 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from kit.cli import register_resolvers
-from kit.confs import compose, located
+from kit.confs import compose, located, register_resolvers
 
 
 def composed(conf: str, words: list[str]) -> DictConfig:

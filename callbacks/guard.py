@@ -49,10 +49,10 @@ class LossGuard(L.Callback):
         if trainer.global_rank == where.index(False):
             kept = self._keep(path)
         far = f", far above their mean, {self.mean:g}," if math.isfinite(size) else ""
-        told = "the loss of another device is lost" if good else f"the loss is {loss.item():g}{far}"
+        message = "the loss of another device is lost" if good else f"the loss is {loss.item():g}{far}"
         data, batch = trainer.datamodule, trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
         raise LostLoss(
-            f"{told} at step {trainer.global_step}; training stopped before the weights were touched. The batch is "
+            f"{message} at step {trainer.global_step}; training stopped before the weights were touched. The batch is "
             f"{kept}, the last good checkpoint in {self.folder / 'checkpoints'}; a lower optimizer.lr or "
             f"trainer.precision=32-true often helps",
             position=data.position_of(batch),

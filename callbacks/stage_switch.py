@@ -11,6 +11,7 @@ from kit.data.staged import StagedClips
 from kit.fsdp import find_unused
 from kit.loop import batches_done, batches_of_a_step
 from kit.stages import Stage, StagePlan, starts
+from kit.values import check_choice
 
 
 class StageSwitch(L.Callback):
@@ -29,8 +30,7 @@ class StageSwitch(L.Callback):
     """
 
     def __init__(self, folder: str, monitor: str, mode: str = "min"):
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode must be min or max, got {mode!r}")
+        check_choice("mode", mode, ("min", "max"))
         self.folder, self.monitor, self.sign = Path(folder), monitor, 1 if mode == "min" else -1
         self.best, self.waited = float("inf"), 0
 

@@ -158,24 +158,27 @@ def check_resume(path: str | os.PathLike, module: L.LightningModule, data: L.Lig
             f"start anew from its weights: init=weights init.ckpt={path} and another name=..."
         )
     began, now = checkpoint["hyper_parameters"], dict(module.hparams)
-    told = differences(CONFIGS[kind](began[kind]).as_dict(), model.config.as_dict())
-    if told := told + differences(_discriminators(began["loss"]), _discriminators(now["loss"]), "loss.adversarial."):
+    differing = differences(CONFIGS[kind](began[kind]).as_dict(), model.config.as_dict())
+    differing += differences(_discriminators(began["loss"]), _discriminators(now["loss"]), "loss.adversarial.")
+    if differing:
         raise ValueError(
-            f"{path} is of another architecture ({'; '.join(told)}); give the values it was trained with, or start anew with "
-            f"another name=..."
+            f"{path} is of another architecture ({'; '.join(differing)}); give the values it was trained with, or start anew "
+            f"with another name=..."
         )
     given, ours = ({name: tuple(w.shape) for name, w in ws.items()} for ws in (weights_of(checkpoint), model.state_dict()))
-    if told := differences(given, ours):
-        raise ValueError(f"{path} is of another version of kit, with other weights ({told[0]}); start anew: another name=...")
-    told = differences(
+    if differing := differences(given, ours):
+        raise ValueError(
+            f"{path} is of another version of kit, with other weights ({differing[0]}); start anew: another name=..."
+        )
+    changed = differences(
         *({k: v for k, v in values.items() if k not in (kind, "clip", "tokenizer_path")} for values in (began, now))
     )
-    if kept := [line for line in told if line.startswith(tuple(f"{key}: " for key in KEPT))]:
+    if kept := [line for line in changed if line.startswith(tuple(f"{key}: " for key in KEPT))]:
         raise ValueError(
             f"{path} began otherwise ({'; '.join(kept)}) and cannot change that; give the values it began with, or "
             f"start anew from its weights: init=weights init.ckpt={path} and another name=..."
         )
-    return told
+    return changed
 
 
 def _discriminators(loss: dict) -> dict:
@@ -268,8 +271,8 @@ def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike, average
     try:
         model.load_state_dict(weights_of(checkpoint, averaged))
     except RuntimeError as error:
-        told = str(error).splitlines()[1].strip()
-        raise ValueError(f"{path} is of another version of kit, with other weights ({told}); train it again") from error
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"{path} is of another version of kit, with other weights ({reason}); train it again") from error
     model.eval().requires_grad_(False)
     clip, held_out = checkpoint["hyper_parameters"]["clip"], data_settings(checkpoint).get("held_out")
     return Loaded(model, clip, Path(path), checkpoint["global_step"], model_hash(model), held_out)

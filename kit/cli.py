@@ -16,8 +16,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from kit.confs import CONF, confs, describe, first_comment, keep_config, located, misspelt_in, refused, trains, wrong_words
+from kit.confs import CONF, confs, describe, first_comment, keep_config, located, misspelt_in, register_resolvers, trains
 from kit.data.decode import UnreadableVideo
+from kit.words import ELSEWHERE, options_and_overrides, quoted, refused, wrong_words
 
 
 class Verb(NamedTuple):
@@ -42,15 +43,6 @@ VERBS = {
 }  # fmt: skip
 
 
-SAID = ("prompt", "label", "negative")  # in which ${...} is text too; elsewhere it is the value of another key
-FREE_TEXT = (
-    *SAID, "settings", "image", "video", "videos", "real", "prompts",
-)  # fmt: skip
-PATHS = (
-    "ckpt", "out", "tokenizer", "condition.encoder", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source",
-    "data.root", "data.images.root",
-)  # fmt: skip
-
 # Errors that a user can fix; printed without a traceback.
 MENDABLE = (ValueError, OSError, ImportError, MemoryError, UnreadableVideo)
 
@@ -70,25 +62,6 @@ def usage() -> str:
     )
 
 
-def register_resolvers():
-    """Registers the functions that configs can call.
-
-    These are functions of `kit.machine`, such as ${kit_precision:}, for values that depend on the machine; `kit_cached` for
-    values of a cache of clips; and `batches_of` and `part_of` for batches in parts.
-    """
-    from omegaconf import OmegaConf
-
-    from kit import machine
-    from kit.data.cache import of_manifest
-    from kit.values import batches_of, part_of
-
-    for name in ("machine_size", "precision", "devices", "processes", "wandb_offline", "sweep_run"):
-        OmegaConf.register_new_resolver(f"kit_{name}", getattr(machine, name), replace=True)
-    for function in (batches_of, part_of):
-        OmegaConf.register_new_resolver(f"kit_{function.__name__}", function, replace=True)
-    OmegaConf.register_new_resolver("kit_cached", of_manifest, replace=True)
-
-
 def resolve(function: str) -> Callable:
     module, name = function.split(":")
     return getattr(import_module(module), name)
@@ -103,89 +76,6 @@ def split(args: list[str]) -> tuple[str | None, list[str]]:
     """Splits arguments into the NAME of conf=NAME, or None, and the others."""
     names = [a.removeprefix("conf=") for a in args if a.startswith("conf=")]
     return (names[-1] if names else None), [a for a in args if not a.startswith("conf=")]
-
-
-WORDS = ("words", "overrides", "tokenizer_overrides", "generator_overrides")  # of doctor and demo: words for another conf
-
-
-def quoted(word: str, sweep: bool = False) -> str:
-    """Quotes the value of a word key=value if it is free text or a file name, since hydra's grammar fails on commas and
-    brackets in it.
-
-    Args:
-        sweep: whether commas between paths separate the values of a sweep.
-    """
-    key, equals, text = word.partition("=")
-    if text.startswith("~/"):
-        text = os.path.expanduser(text)
-        word = f"{key}={text}"
-    if key in WORDS and text[:1] == "[" and text[-1:] == "]":
-        return f"{key}=[{','.join(as_text(part) for part in at_commas(text[1:-1]))}]"
-    free = key in FREE_TEXT or (key in PATHS and not (sweep and "," in text))
-    free = free or key == "name" and bool(re.fullmatch(r"[-+.\w]*\d[-+.\w]*", text))  # 2024_01_15 is no number
-    free = free or bool(text) and text[0] not in "[{" and not readable(word)
-    if not equals or not free:
-        return word
-    return f"{key}={as_text(text, literal=key in SAID)}"
-
-
-def as_text(text: str, literal: bool = True) -> str:
-    """Puts a text in quotes, so that hydra takes it as it is; leaves null and quoted texts as they are.
-
-    Args:
-        literal: whether ${...} in it is text too, not the value of another key.
-    """
-    if text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"):
-        return text
-    if literal:
-        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # omegaconf halves backslashes before ${
-    text = re.sub(r"(\\*)'", r"\1\1\\'", text)  # hydra unescapes only backslashes before a quote
-    return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
-
-
-def at_commas(text: str) -> list[str]:
-    """Splits a text at commas, except within brackets or within quotes that begin a part."""
-    parts, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote or (letter in "\"'" and not parts[-1].strip()):
-            quote = "" if letter == quote else quote or letter
-        else:
-            depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts if part.strip()]
-
-
-ELSEWHERE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")  # hydra's: other confs than kit's
-VALUED = ("--cfg", "-c", "--package", "-p", *ELSEWHERE)
-
-
-def options_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
-    """Parts hydra's own options, with their values, from the overrides: hydra does not find options that come between
-    overrides."""
-    options, overrides, rest = [], [], iter(words)
-    for word in rest:
-        if not word.startswith("-"):
-            overrides.append(word)
-            continue
-        options.append(word)
-        if word in VALUED:
-            options += [value for value in [next(rest, None)] if value is not None]
-    return options, overrides
-
-
-def readable(word: str) -> bool:
-    """Returns whether hydra's grammar accepts a word."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        OverridesParser.create().parse_override(word)
-    except HydraException:
-        return False
-    return True
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -262,9 +152,31 @@ def silence():
     These are an advertisement, the note that our own timer implements `trainer.max_time`, a warning to Lightning's authors,
     and the note that models which are not trained, such as a generator's tokenizer, are in eval mode.
     """
-    for told in (".*LeafSpec", "Found .* in eval mode at the start of training"):
-        warnings.filterwarnings("ignore", told)
+    for message in (".*LeafSpec", "Found .* in eval mode at the start of training"):
+        warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(worth_telling)
+
+
+def explained(error: Exception, verb: str) -> str | None:
+    """Says in a few lines what a user can mend; None for other errors, and where KIT_TRACEBACK asks for a traceback."""
+    from hydra.errors import InstantiationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
+
+    if os.environ.get("KIT_TRACEBACK"):
+        return None
+    if isinstance(error, InstantiationException):  # hydra's, about an error of what it builds
+        error = error.__cause__
+    if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
+        found = re.search(r"Missing mandatory value: (\S+)", str(error))
+        key = found[1] if found else error.full_key
+        return f"{key} is missing; give {key}=..."
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; torch may not be imported
+        room = "fits=12GB, recompute=true or fewer clips a step" if verb == "fit" else "a smaller batch_size"
+        return f"{error}\n{room} takes less\n(KIT_TRACEBACK=1 shows where)"
+    if isinstance(error, (*MENDABLE, MisconfigurationException)):
+        return f"{error}\n(KIT_TRACEBACK=1 shows where)"
+    return None
 
 
 def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
@@ -277,26 +189,22 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import InstantiationException
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
     register_resolvers()
     silence()
-    failures: list[BaseException] = []
-    here = os.getpid()
+    failed, here = False, os.getpid()
     conf, own = path.stem, [] if path.parent == CONF else [f"--config-dir={CONF}"]  # searched after the conf's own folder
 
-    def fail(message: str, error: Exception):
-        print(message, file=sys.stderr)
-        failures.append(error)
+    def fail(*reasons: str):
+        nonlocal failed
+        failed = True
+        print(*(f"kit {verb}: {reason}" for reason in reasons), sep="\n", file=sys.stderr)
         with suppress(OSError):  # unless it is empty
             Path(HydraConfig.get().runtime.output_dir).rmdir()
 
     def task(cfg):
         if wrong := wrong_words(cfg, path, overrides):
-            fail("\n".join(f"kit {verb}: {told}" for told in wrong), ValueError(*wrong))
-            return
+            return fail(*wrong)
         # Lightning starts further ranks with this command line.
         sys.argv = [sys.argv[0], verb, f"conf={path if own else conf}", *options, *overrides]
         try:
@@ -304,30 +212,20 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
             resolve(VERBS[verb].function)(cfg)
             if verb != "fit":  # which does so at its start
                 keep_config(cfg)
-        except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
-            found = re.search(r"Missing mandatory value: (\S+)", str(error))
-            key = found[1] if found else error.full_key
-            fail(f"kit {verb}: {key} is missing; give {key}=...", error)
-        except (*MENDABLE, InstantiationException, MisconfigurationException) as error:
-            cause = error.__cause__ if isinstance(error, InstantiationException) else error
-            mendable = isinstance(cause, (*MENDABLE, MisconfigurationException))
-            if os.environ.get("KIT_TRACEBACK") or not mendable or os.getpid() != here:
-                raise  # in another process, a job of hydra's launcher, to the main process, which prints it
-            fail(f"kit {verb}: {cause}\n(KIT_TRACEBACK=1 shows where)", error)
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError" or os.environ.get("KIT_TRACEBACK"):  # torch's, of a GPU
+        except Exception as error:
+            reason = explained(error, verb)
+            if reason is None or os.getpid() != here:  # in a job of hydra's launcher: to the main process, which prints it
                 raise
-            room = "fits=12GB, recompute=true or fewer clips a step" if verb == "fit" else "a smaller batch_size"
-            fail(f"kit {verb}: {error}\n{room} takes less\n(KIT_TRACEBACK=1 shows where)", error)
+            fail(reason)
 
-    for told in misspelt_in(path) if own else ():
-        print(f"kit {verb}: note: {path.name}: {told}", file=sys.stderr)
+    for note in misspelt_in(path) if own else ():
+        print(f"kit {verb}: note: {path.name}: {note}", file=sys.stderr)
     options, words = options_and_overrides(overrides)
     sweep = bool({"-m", "--multirun"} & set(options))
     overrides = [quoted(word, sweep) for word in words]
     elsewhere = any(option.split("=")[0] in ELSEWHERE for option in options)
-    if not elsewhere and (told := refused(path, overrides, sweep)):
-        print(f"kit {verb}: {told}", file=sys.stderr)
+    if not elsewhere and (reason := refused(path, overrides, sweep)):
+        print(f"kit {verb}: {reason}", file=sys.stderr)
         return 1
     sys.argv = [sys.argv[0], f"--config-name={conf}", *own, *options, *overrides]
     try:
@@ -337,4 +235,4 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
         return 1
     except SystemExit as stop:  # from hydra, which has printed why, or from Lightning after an interrupt
         return stop.code if isinstance(stop.code, int) else 1
-    return 1 if failures else 0
+    return int(failed)

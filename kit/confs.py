@@ -1,10 +1,8 @@
-"""Finds and reads config files, kit's own in conf/ and a user's anywhere: which of them train, their help, and what is wrong
-with words of a command that do not fit them."""
+"""Finds and reads config files, kit's own in conf/ and a user's anywhere: which of them train, their help, keys misspelt."""
 
 from __future__ import annotations
 
 import difflib
-import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,6 +72,25 @@ def compose(path: Path, words: Iterable[str] = (), beside_it: Path | None = None
             return hydra.compose(path.stem, [*kits, *words])
     finally:
         restore_gh_from_backup(around)
+
+
+def register_resolvers():
+    """Registers the functions that configs can call.
+
+    These are functions of `kit.machine`, such as ${kit_precision:}, for values that depend on the machine; `kit_cached` for
+    values of a cache of clips; and `batches_of` and `part_of` for batches in parts.
+    """
+    from omegaconf import OmegaConf
+
+    from kit import machine
+    from kit.data.cache import of_manifest
+    from kit.values import batches_of, part_of
+
+    for name in ("machine_size", "precision", "devices", "processes", "wandb_offline", "sweep_run"):
+        OmegaConf.register_new_resolver(f"kit_{name}", getattr(machine, name), replace=True)
+    for function in (batches_of, part_of):
+        OmegaConf.register_new_resolver(f"kit_{function.__name__}", function, replace=True)
+    OmegaConf.register_new_resolver("kit_cached", of_manifest, replace=True)
 
 
 def keep_config(cfg: DictConfig):
@@ -149,114 +166,6 @@ def describe(conf: Path) -> str:
 def choices(conf: Path, group: str) -> list[str]:
     """Lists the choices of a group: kit's, and those beside a user's conf."""
     return sorted({path.stem for folder in (CONF, conf.parent) for path in (folder / group).glob("*.yaml")})
-
-
-def sorted_out(conf: Path, overrides: list[str]) -> tuple[list[str], list[str]]:
-    """Splits a command's words: those that choose a group's config or add and remove keys, which defaults depend on; and the
-    keys that the others set."""
-
-    def chooses(word: str) -> bool:
-        return word[0] in "+~" or bool(choices(conf, word.split("=")[0].split("@")[0]))
-
-    words = [word for word in overrides if "=" in word and not word.startswith(("-", "hydra"))]
-    return [word for word in words if chooses(word)], [word.split("=")[0] for word in words if not chooses(word)]
-
-
-def wrong_words(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
-    """Reports the words of a command whose values are of a wrong kind, or that its other words leave without effect, and
-    what its config lacks to have a folder of its own."""
-    return [*without_a_folder(cfg), *wrong_kinds(cfg, conf, overrides), *idle_beside_stages(cfg, overrides)]
-
-
-def without_a_folder(cfg: DictConfig) -> list[str]:
-    """Reports which of the keys that a run's folder is named by are empty: it would be the folder of all runs, or /."""
-    values = {key: cfg[key] for key in ("name", "root") if key in cfg}  # not in it if it is missing
-    empty = {key: value for key, value in values.items() if value is None or not str(value).strip()}
-    told = "names no folder; a run lies in <root>/<name>. Is a variable of the shell unset?"
-    return [f"{key}={'null' if value is None else value} {told}" for key, value in empty.items()]
-
-
-def idle_beside_stages(cfg: DictConfig, overrides: list[str]) -> list[str]:
-    """Reports words that set a number of steps where stages have their own."""
-    keys = [word.split("=")[0] for word in overrides] if cfg.get("stages") else []
-    idle = [key for key in keys if re.fullmatch(r"trainer\.max_steps|recipe\.\w+\.steps", key)]
-    return [f"{key} counts nothing beside stages; give stages.NAME.steps, or stage_steps for all of them" for key in idle]
-
-
-def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
-    """Reports the words that give a text where the config has a number, or one value where it has several."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    chosen, keys = sorted_out(conf, overrides)
-    try:
-        usual, told = compose(conf, chosen), []
-    except Exception:  # reported elsewhere
-        return []
-    for key in keys:
-        try:
-            before, now = (OmegaConf.select(values, key) for values in (usual, cfg))
-        except OmegaConfBaseException:  # it depends on a missing value
-            continue
-        several = OmegaConf.is_config(before) and now not in (None, False) and not OmegaConf.is_config(now)
-        number = isinstance(before, int | float) and not key.startswith("trainer.")  # those take words too, such as auto
-        if several or (number and isinstance(now, str)):
-            example = OmegaConf.to_container(before) if several else before
-            told.append(f"{key}={now}; expected {'values' if several else 'a number'} such as {example}")
-    return told
-
-
-def refused(conf: Path, words: list[str], sweep: bool = False) -> str | None:
-    """Says why a conf does not compose with words as hydra takes them; None if it does, or if hydra has to say why.
-
-    Args:
-        sweep: whether key=a,b stands for several runs; the first value counts.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-
-    def of_one_run(word: str) -> str:
-        override = OverridesParser.create().parse_override(word)
-        values = override.sweep_string_iterator() if override.is_discrete_sweep() else iter(())
-        return next((f"{word.split('=')[0]}={value}" for value in values), word)
-
-    if any(word.startswith("hydra.searchpath") for word in words):
-        return None
-    words = [word for word in words if not word.startswith("hydra")]
-    try:
-        words = [of_one_run(word) for word in words] if sweep else words
-        return next(iter(without_a_folder(compose(conf, words))), None)  # before hydra makes the folder
-    except MissingConfigException as error:
-        group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        if not group or not error.options:
-            return None
-        return f"no {group}={name}; choose from {', '.join(error.options)}"
-    except ConfigCompositionException as error:
-        found = re.match(r"Could not override '(.+)'", str(error))
-        return unknown_key(conf, words, found[1]) if found else str(error).strip()
-    except HydraException as error:
-        said = re.sub(r"\s*See https://hydra.cc\S* for details", "", str(error)).strip().replace("\n", ": ")
-        return f"{said}; expected key=value, a value with brackets, braces or commas within in quotes"
-    except Exception:  # such as a broken file
-        return None
-    return None
-
-
-OPEN = ("trainer.", "logger.", "callbacks.", "stages.")  # beginnings of keys that others may be added to
-
-
-def unknown_key(conf: Path, words: list[str], key: str) -> str:
-    """Says what key is most like one that the config has not, or else which keys it has there."""
-    from omegaconf import OmegaConf
-
-    cfg = compose(conf, sorted_out(conf, words)[0])
-    above = key.rpartition(".")[0]
-    while above and not OmegaConf.is_dict(OmegaConf.select(cfg, above)):
-        above = above.rpartition(".")[0]
-    like = nearest([key], [known for known in leaves(cfg) if not key.startswith(f"{known}.")])
-    keys = ", ".join(map(str, OmegaConf.select(cfg, above) if above else cfg))
-    told = like[0] if like else f"no key {key}; {f'{above} has' if above else 'there are'} {keys}"
-    return f"{told}; +{key}=... adds it" if key.startswith(OPEN) else told
 
 
 def misspelt_in(conf: Path) -> list[str]:

@@ -141,9 +141,9 @@ def load_checked(path: Path, mmap: bool = False) -> dict:
     except (FileNotFoundError, PermissionError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damage can raise anything
-        told = next(iter(str(error).splitlines()), "") or type(error).__name__
-        told = "it is no file of torch, or holds more than tensors and plain values" if "weights_only" in told else told
-        raise ValueError(f"{path} is not a readable file of tensors: {told}") from error
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = "it is no file of torch, or holds more than tensors and plain values" if "weights_only" in reason else reason
+        raise ValueError(f"{path} is not a readable file of tensors: {reason}") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds {type(contents).__name__}, expected what kit saves")
     saved = contents.pop(HASH, None)  # files of other programs have none

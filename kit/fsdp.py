@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from kit.sharded_checkpoint import Keys, load_shares, mapped
-from kit.values import check_whole_number
+from kit.values import check_choice, check_whole_number
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, in the CPU memory of the first process
 
@@ -43,8 +43,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if param_dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"trainer.strategy.param_dtype={param_dtype}; expected bfloat16, float32 or null")
         self.param_dtype = None if param_dtype is None else getattr(torch, param_dtype)
-        if checkpoints not in ("whole", "sharded"):
-            raise ValueError(f"trainer.strategy.checkpoints={checkpoints}; expected whole or sharded")
+        check_choice("trainer.strategy.checkpoints", checkpoints, ("whole", "sharded"))
         check_whole_number("trainer.strategy.replicas", replicas, 1)
         self.replicas, self.in_shards = replicas, checkpoints == "sharded"
 

@@ -42,9 +42,9 @@ def generate(cfg: DictConfig) -> list[Path]:
     if values["ckpt"] is None:
         raise ValueError("give ckpt=PATH, a generator's checkpoint, or settings=FILE, of a video made before")
     generator, tokenizer = load_generator(values["ckpt"], values["tokenizer"])
-    condition, clip, how = generator.model.condition, generator.clip, Sampling.of(values)
+    condition, clip, sampling = generator.model.condition, generator.clip, Sampling.of(values)
     key, prompts = prompts_of(values, generator.model.config.condition.kind)
-    for note in notes_on(prompts, how, condition.notes):
+    for note in notes_on(prompts, sampling, condition.notes):
         print(f"note: {note}")
     history, given = history_of(values, clip)
     about = {
@@ -52,12 +52,12 @@ def generate(cfg: DictConfig) -> list[Path]:
         "tokenizer_hash": tokenizer.hash, **given,
     }  # fmt: skip
     check_same(expected, about)
-    frames = values["frames"] or usual_length(history, how, clip["frames"])
-    check_video_length(tokenizer, (frames, clip["height"], clip["width"]), history, how, clip["frames"])
+    frames = values["frames"] or usual_length(history, sampling, clip["frames"])
+    check_video_length(tokenizer, (frames, clip["height"], clip["width"]), history, sampling, clip["frames"])
 
     files = {"ckpt": generator.path, "tokenizer": tokenizer.path, "image": values["image"], "video": values["video"]}
     settings = {name: values[name] for name in SETTINGS} | {"frames": frames, "fps": values["fps"] or clip["fps"]}
-    settings |= {"guidance": asdict(how.guidance)}
+    settings |= {"guidance": asdict(sampling.guidance)}
     settings |= {name: None if path is None else str(Path(path).resolve()) for name, path in files.items()}
     seeds, folder = range(values["seed"], values["seed"] + values["n"]), Path(cfg.folder)
     jobs = [
@@ -67,7 +67,7 @@ def generate(cfg: DictConfig) -> list[Path]:
     ]
     check_paths(jobs, values["settings"])
     with sole_user(folder):
-        return make_videos(jobs, generator, tokenizer, values, history, how)
+        return make_videos(jobs, generator, tokenizer, values, history, sampling)
 
 
 def check_paths(jobs: list[Job], settings: str | None):
@@ -103,7 +103,7 @@ def sheet_path(jobs: list[Job]) -> Path:
 
 
 def make_videos(
-    jobs: list[Job], generator: Loaded, tokenizer: Loaded, values: dict, history: Tensor | None, how: Sampling
+    jobs: list[Job], generator: Loaded, tokenizer: Loaded, values: dict, history: Tensor | None, sampling: Sampling
 ) -> list[Path]:  # fmt: skip
     """Makes the videos that do not exist yet, and a contact sheet; returns the paths of all videos."""
     missing = [job for job in jobs if not job.done]
@@ -111,12 +111,12 @@ def make_videos(
         print(f"{len(jobs) - len(missing)} of {len(jobs)} videos are there already, made with the same settings")
     clip, frames = generator.clip, jobs[0].settings["frames"]
     size = (frames, clip["height"], clip["width"])
-    with progress(len(missing), frames, generator, how, values["batch_size"]) as bar:
+    with progress(len(missing), frames, generator, sampling, values["batch_size"]) as bar:
         for start in range(0, len(missing), values["batch_size"]):
             batch = missing[start : start + values["batch_size"]]
             words = [job.prompt for job in batch], [job.seed for job in batch]
             write_videos(
-                batch, stream_samples(generator, tokenizer, *words, size, how, values["precision"], history, bar.update)
+                batch, stream_samples(generator, tokenizer, *words, size, sampling, values["precision"], history, bar.update)
             )
     print("\n".join(map(str, [*(job.path for job in missing), show(jobs[:SHOWN], sheet_path(jobs))])))
     return [job.path for job in jobs]

@@ -20,7 +20,7 @@ from kit.tokenizer.losses import entropy_of
 
 @torch.no_grad()
 def forced_and_free(
-    model: Generator, tokenizer: Tokenizer, feature: Tensor, schedule: ScaleSchedule, prompts: list[str], how: Sampling
+    model: Generator, tokenizer: Tokenizer, feature: Tensor, schedule: ScaleSchedule, prompts: list[str], sampling: Sampling
 ) -> dict[str, Tensor]:
     """Reconstructs clips, predicts each block from the true earlier ones, and samples their prompts freely.
 
@@ -33,7 +33,7 @@ def forced_and_free(
     return {
         "reconstruction": tokenizer.decode_bits(sequence.targets, schedule),
         "teacher-forced": tokenizer.decode_bits(logits > 0, schedule),
-        "free sample": sample_clips(model, tokenizer, schedule, prompts, range(len(prompts)), how),
+        "free sample": sample_clips(model, tokenizer, schedule, prompts, range(len(prompts)), sampling),
     }
 
 

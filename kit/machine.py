@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.distributed.nn.functional import all_reduce
+
+from kit.values import check_choice
 
 
 @functools.cache
@@ -69,8 +70,7 @@ def onto(x: torch.Tensor, where: torch.device | str) -> torch.Tensor:
 
 def check_precision(precision: str):
     """Checks the name of a precision. Raises ValueError unless it is `float32` or `bfloat16`."""
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision={precision!r}; expected one of: float32, bfloat16")
+    check_choice("precision", precision, ("float32", "bfloat16"))
 
 
 def autocast(precision: str):
@@ -97,29 +97,6 @@ def precision() -> str:
 def devices() -> int | str:
     """Returns Lightning's `devices`: all GPUs, or one CPU process, whose threads use all cores."""
     return "auto" if torch.cuda.is_available() else 1
-
-
-def from_all_ranks(x: torch.Tensor, through: torch.device) -> torch.Tensor:
-    """Gathers (n, ...) from each process of a distributed training: (ranks * n, ...) in rank order; else returns x itself.
-
-    Args:
-        x: on the CPU, as is the result. through: the device on which the processes exchange tensors.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return x
-    found = [torch.empty_like(x, device=through) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(found, x.to(through))
-    return torch.cat(found).cpu()
-
-
-def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """Averages x over all processes of a distributed training; without one, returns x itself.
-
-    The gradient is right where the processes' gradients are averaged in turn, as DDP does.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return x
-    return all_reduce(x) / torch.distributed.get_world_size()
 
 
 def installed_version(package: str) -> str | None:

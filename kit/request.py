@@ -65,7 +65,7 @@ def prompts_of(values: dict, kind: str) -> tuple[str, list[str]]:
     return wanted, ["" if values[wanted] is None else str(values[wanted])]
 
 
-def notes_on(prompts: list[str], how: Sampling, notes: Callable[[str], list[str]]) -> list[str]:
+def notes_on(prompts: list[str], sampling: Sampling, notes: Callable[[str], list[str]]) -> list[str]:
     """Lists notes on the prompts that a user should see before generation begins.
 
     Args:
@@ -73,12 +73,12 @@ def notes_on(prompts: list[str], how: Sampling, notes: Callable[[str], list[str]
     Raises:
         ValueError: for the first class that the model does not know.
     """
-    told = [note for prompt in prompts for note in notes(prompt)]
-    if how.negative is not None:
-        told += [f"negative: {note}" for note in notes(how.negative)]
-        if how.guidance.neutral:
-            told.append("negative has no effect without guidance (guidance.first=1)")
-    return list(dict.fromkeys(told))
+    found = [note for prompt in prompts for note in notes(prompt)]
+    if sampling.negative is not None:
+        found += [f"negative: {note}" for note in notes(sampling.negative)]
+        if sampling.guidance.neutral:
+            found.append("negative has no effect without guidance (guidance.first=1)")
+    return list(dict.fromkeys(found))
 
 
 def file_stem(prompt: str) -> str:
@@ -121,17 +121,19 @@ def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
     return file.read(clip["height"], clip["width"]), {"given_sha256": file_sha256(path)}
 
 
-def usual_length(history: Tensor | None, how: Sampling, trained: int) -> int:
+def usual_length(history: Tensor | None, sampling: Sampling, trained: int) -> int:
     """Returns the pixel frames of a video if `frames` is not set: those of a training clip.
 
     With `extend: positions` and a history that is no shorter than a training clip, a clip's new frames (all but the first)
     are added to the history.
     """
     taken = 0 if history is None else history.shape[1]
-    return taken + trained - 1 if how.extend == "positions" and taken >= trained > 1 else trained
+    return taken + trained - 1 if sampling.extend == "positions" and taken >= trained > 1 else trained
 
 
-def check_video_length(tokenizer: Loaded, size: tuple[int, int, int], history: Tensor | None, how: Sampling, trained: int):
+def check_video_length(
+    tokenizer: Loaded, size: tuple[int, int, int], history: Tensor | None, sampling: Sampling, trained: int
+):
     """Checks that a video of this length can be made, and prints a note if it is longer than the training clips.
 
     Args:
@@ -142,19 +144,19 @@ def check_video_length(tokenizer: Loaded, size: tuple[int, int, int], history: T
     """
     frames = size[0]
     latent_frames(frames)
-    longest, overlap = how.window(trained, frames)
+    longest, overlap = sampling.window(trained, frames)
     windows(frames, longest, overlap)
     tokenizer.model.schedule(min(frames, longest), *size[1:])
     taken = 0 if history is None else history.shape[1]
-    if taken >= longest == 1 and how.extend == "reencode":
+    if taken >= longest == 1 and sampling.extend == "reencode":
         raise ValueError("this generator makes pictures, of one frame: it cannot go on from one; leave out image= and video=")
-    if taken >= longest and how.extend == "reencode":
+    if taken >= longest and sampling.extend == "reencode":
         least = max(1, longest - TAU)
-        told = f"{taken} frames are given, but this generator makes clips of {longest}"
-        raise ValueError(f"{told}: use history_frames={least} or less")
+        message = f"{taken} frames are given, but this generator makes clips of {longest}"
+        raise ValueError(f"{message}: use history_frames={least} or less")
     if taken >= frames:
         raise ValueError(f"frames={frames}, of which {taken} are given: ask for more frames, or take fewer history_frames")
-    if frames > trained and how.extend == "positions":
+    if frames > trained and sampling.extend == "positions":
         print(f"note: {frames} frames in one sequence, {trained} were trained; extend=reencode stays within what was trained")
     elif frames > longest:
         how_made = f"{longest} at a time, each time from the last {overlap} on"

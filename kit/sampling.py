@@ -29,7 +29,7 @@ def seed_of(*place: int) -> int:
 @torch.no_grad()
 def stream_clips(
     model: Generator, tokenizer: Tokenizer, schedule: ScaleSchedule, prompts: Sequence[str], seeds: Sequence[int],
-    how: Sampling = Sampling(), history: Tensor | None = None, on_block: Callable[[], None] = lambda: None,
+    sampling: Sampling = Sampling(), history: Tensor | None = None, on_block: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Generates clips and yields pixels as they come, in [-1, 1]: (B, 3, 1, H, W), then (B, 3, 4, H, W) per latent frame.
 
@@ -46,7 +46,7 @@ def stream_clips(
             raise ValueError(f"history has the scales {given.grids}, the clip to make {schedule.grids}: resize it")
         bits = feature_to_bits(tokenizer.encode(history), given)
     stream = Stream()
-    for frame in sample_frames(model, schedule, prompts, seeds, how, bits, on_block):
+    for frame in sample_frames(model, schedule, prompts, seeds, sampling, bits, on_block):
         yield tokenizer.decode(frame.feature[:, :, None], stream).clamp(-1, 1)
 
 
@@ -77,7 +77,7 @@ def windows(frames: int, longest: int, overlap: int) -> list[int]:
 @torch.no_grad()
 def stream_video(
     model: Generator, tokenizer: Tokenizer, schedule: ScaleSchedule, prompts: Sequence[str], seeds: Sequence[int],
-    frames: int, how: Sampling = Sampling(), history: Tensor | None = None, on_block: Callable[[], None] = lambda: None,
+    frames: int, sampling: Sampling = Sampling(), history: Tensor | None = None, on_block: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Generates videos of any length by frame re-encoding: encodes the end of each window as a clip of its own and continues
     it, so that the cost of a window, in time and memory, does not depend on how many came before (method.md section 5).
@@ -88,14 +88,14 @@ def stream_video(
     Yields:
         (B, 3, n, H, W), the frames in their order.
     """
-    longest, overlap = how.window(pixel_frames(schedule.latent_frames), frames)
+    longest, overlap = sampling.window(pixel_frames(schedule.latent_frames), frames)
     recent: deque[Tensor] = deque(maxlen=latent_frames(overlap))
     for number, length in enumerate(windows(frames, longest, overlap)):
         part = schedule.with_latent_frames(latent_frames(length))
         those = [seed_of(seed, number) if number else seed for seed in seeds]
         again = overlap if number else 0  # frames of this window that were yielded already
         given = torch.cat(list(recent), dim=2)[:, :, -overlap:] if number else history
-        for pixels in stream_clips(model, tokenizer, part, prompts, those, how, given, on_block):
+        for pixels in stream_clips(model, tokenizer, part, prompts, those, sampling, given, on_block):
             recent.append(pixels)
             if again:  # 1 + 4n frames; the pieces, of 1 and then 4, add up to it exactly
                 again -= pixels.shape[2]
@@ -105,7 +105,7 @@ def stream_video(
 
 def stream_samples(
     generator: Loaded, tokenizer: Loaded, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int, int],
-    how: Sampling, precision: str, history: Tensor | None = None, on_block: Callable[[], None] = lambda: None,
+    sampling: Sampling, precision: str, history: Tensor | None = None, on_block: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Generates videos with trained models on this machine's device, by `stream_video`.
 
@@ -124,7 +124,7 @@ def stream_samples(
     model, codec = generator.model.to(device()), tokenizer.model.to(device())
     schedule = codec.schedule(generator.clip["frames"], height, width)
     given = None if history is None else history.to(device()).expand(len(prompts), -1, -1, -1, -1)
-    pieces = stream_video(model, codec, schedule, prompts, seeds, frames, how, given, on_block)
+    pieces = stream_video(model, codec, schedule, prompts, seeds, frames, sampling, given, on_block)
     while True:
         with autocast(precision), exact_float32():  # must not stay in force while the caller works
             piece = next(pieces, None)
@@ -135,7 +135,7 @@ def stream_samples(
 
 def sample_videos(
     generator: Loaded, tokenizer: Loaded, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int, int],
-    how: Sampling, precision: str, batch_size: int, history: Tensor | None = None,
+    sampling: Sampling, precision: str, batch_size: int, history: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Generates a clip for each prompt, `batch_size` at a time, with a progress bar.
 
@@ -145,17 +145,17 @@ def sample_videos(
         (n, 3, T, H, W) float32 in [-1, 1], on the CPU.
     """
     done = []
-    with progress(len(prompts), size[0], generator, how, batch_size) as bar:
+    with progress(len(prompts), size[0], generator, sampling, batch_size) as bar:
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
-            given = (prompts[part], seeds[part], size, how, precision, history, bar.update)
+            given = (prompts[part], seeds[part], size, sampling, precision, history, bar.update)
             done.append(torch.cat(list(stream_samples(generator, tokenizer, *given)), dim=2))
     return torch.cat(done)
 
 
-def progress(clips: int, frames: int, generator: Loaded, how: Sampling, batch_size: int) -> tqdm:
+def progress(clips: int, frames: int, generator: Loaded, sampling: Sampling, batch_size: int) -> tqdm:
     """Makes a progress bar that counts the blocks of all batches."""
-    longest, overlap = how.window(generator.clip["frames"], frames)
+    longest, overlap = sampling.window(generator.clip["frames"], frames)
     latents = sum(map(latent_frames, windows(frames, longest, overlap)))
     batches = -(-clips // batch_size)
     return tqdm(total=batches * latents * generator.model.config.scales, desc="generate", unit="block", disable=None)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kit.generator.corruption import teacher_forced
+from kit.generator.kv_cache import CachedGenerator
 from kit.generator.rope import positions, rotary_table
-from kit.generator.sampler import CachedGenerator
 from kit.generator.transformer import Generator
 from kit.machine import exact_float32
 from kit.pixels import psnr

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +37,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.tensor import DTensor
 
 from kit.files import disk_errors, file_sha256, load_checked, not_saved, save_checked
+from kit.ranks import everywhere, first
 
-T = TypeVar("T")
 Keys = tuple[str | int, ...]  # keys of a tensor in a checkpoint, the outermost first
 Take = Callable[[Keys, Tensor], Tensor]  # returns a replacement for a tensor; for one on the meta device, a tensor to fill
 SHARDS = "shards"  # entry of an index: the slot in the folder, its files' SHA-256, the parts of each tensor
@@ -66,29 +66,6 @@ def mapped(value: Any, change: Callable[[Keys, Tensor], Any], keys: Keys = ()) -
         items = [mapped(item, change, (*keys, i)) for i, item in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)
     return value
-
-
-def everywhere(act: Callable[[], T]) -> list[T]:
-    """Runs `act` on each process and returns all results, in rank order.
-
-    Raises:
-        on all processes, what is raised on any one: the others would wait for it.
-    """
-    try:
-        told = act()
-    except Exception as error:
-        told = error
-    every = [None] * dist.get_world_size()
-    dist.all_gather_object(every, told)
-    for told in every:
-        if isinstance(told, Exception):
-            raise told
-    return every
-
-
-def first(act: Callable[[], T]) -> T:
-    """Runs `act` on the first process and returns its result on all of them. Raises as `everywhere`."""
-    return everywhere(lambda: act() if dist.get_rank() == 0 else None)[0]
 
 
 class _Writer(dcp.FileSystemWriter):

@@ -33,12 +33,13 @@ def start_generator(how: str, path: str, module: GeneratorModule) -> list[str]:
     ours, notes = module.model, []
     theirs, own = ({k: v for k, v in m.config.as_dict().items() if k not in ("window", "align")} for m in (given.model, ours))
     weights = given.model.state_dict()
-    if told := differences(theirs.pop("condition"), own.pop("condition")):
+    if differing := differences(theirs.pop("condition"), own.pop("condition")):
         weights |= {name: w for name, w in ours.state_dict().items() if name.startswith("condition.")}
-        notes.append(f"the condition is another one ({'; '.join(told)}) and starts anew")
-    if told := differences(theirs, own):
-        told = "; ".join(told)
-        raise ValueError(f"init.ckpt has another architecture than the generator to train: {told}; make them alike")
+        notes.append(f"the condition is another one ({'; '.join(differing)}) and starts anew")
+    if differing := differences(theirs, own):
+        raise ValueError(
+            f"init.ckpt has another architecture than the generator to train: {'; '.join(differing)}; make them alike"
+        )
     ours.load_state_dict(weights)
     if tokenizer_hash != module.hparams.tokenizer_hash:
         notes.append("init.ckpt spoke the bits of another tokenizer, and has to learn those of tokenizer_ckpt")

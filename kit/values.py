@@ -1,8 +1,9 @@
-"""Builds objects from plain values, as configs and checkpoints hold them."""
+"""Checks plain values, as configs and checkpoints hold them, and builds objects from them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import TypeVar
 
@@ -23,6 +24,11 @@ def from_values(by: type[T], values: Mapping, what: str, /, **besides) -> T:
     return by(**values, **besides)
 
 
+def as_word(key: str, value) -> str:
+    """Writes a key and its value as a word of the command line."""
+    return f"{key}={'null' if value is None else value}"
+
+
 def check_whole_number(key: str, value: int | None, least: int, optional: bool = False):
     """Checks that a value is a whole number of at least `least`, or None if `optional`.
 
@@ -30,7 +36,25 @@ def check_whole_number(key: str, value: int | None, least: int, optional: bool =
         ValueError: if not, naming its key.
     """
     if not (value is None and optional) and (type(value) is not int or value < least):
-        raise ValueError(f"{key}={value}; expected a whole number of {least} or more")
+        raise ValueError(f"{as_word(key, value)}; expected a whole number of {least} or more")
+
+
+def check_number(key: str, value: float):
+    """Checks that a value is a finite number. Raises ValueError, naming its key, if not."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{as_word(key, value)}; expected a number")
+
+
+def check_share(key: str, value: float):
+    """Checks that a value is a share or a probability. Raises ValueError, naming its key, unless it is from 0 to 1."""
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{as_word(key, value)}; expected a number from 0 to 1")
+
+
+def check_choice(key: str, value: str, choices: Iterable[str]):
+    """Checks that a value is one of some names. Raises ValueError, naming its key and the choices, if not."""
+    if value not in (choices := list(choices)):
+        raise ValueError(f"{as_word(key, value)}; expected one of: {', '.join(choices)}")
 
 
 def equal_parts(batch_size: int, at_once: int | None) -> int:
@@ -61,11 +85,11 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
 
     Ignores keys named `hash`, which only follow from the others.
     """
-    told = []
+    found = []
     for key in sorted(set(a) | set(b)):
         this, that = a.get(key), b.get(key)
         if isinstance(this, dict) and isinstance(that, dict):
-            told += differences(this, that, f"{prefix}{key}.")
+            found += differences(this, that, f"{prefix}{key}.")
         elif this != that and key != "hash":
-            told.append(f"{prefix}{key}: {this}, {that}")
-    return told
+            found.append(f"{prefix}{key}: {this}, {that}")
+    return found

@@ -157,8 +157,8 @@ def validate_generator(cfg: DictConfig) -> dict:
     video, prompts = batch["video"], generator.model.condition.prompts(batch)
     output = reconstruct_batches(tokenizer, video, cfg.batch_size)
     seeds = [cfg.seed + i for i in range(len(prompts))]
-    size, how = tuple(video.shape[2:]), Sampling.of(plain(cfg))
-    samples = sample_videos(generator, tokenizer, prompts, seeds, size, how, cfg.precision, cfg.batch_size)
+    size, sampling = tuple(video.shape[2:]), Sampling.of(plain(cfg))
+    samples = sample_videos(generator, tokenizer, prompts, seeds, size, sampling, cfg.precision, cfg.batch_size)
 
     folder = Path(cfg.folder)
     groups = clip_by_clip({"real": video, "reconstruction": output, "sample": samples}, cfg.shown)
@@ -169,7 +169,7 @@ def validate_generator(cfg: DictConfig) -> dict:
         "clips": len(video),
         **reconstruction_metrics(output, batch, data),
         **teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size),
-        "sample_seconds": seconds_for_one(generator, tokenizer, prompts[0], size, how, cfg.precision),
+        "sample_seconds": seconds_for_one(generator, tokenizer, prompts[0], size, sampling, cfg.precision),
     }
     if isinstance(data.val, Shapes) and generator.model.config.condition.kind == "text":
         metrics["caption_accuracy"] = caption_accuracy(list(samples), batch["caption"], data.fps)
@@ -177,14 +177,14 @@ def validate_generator(cfg: DictConfig) -> dict:
 
 
 def seconds_for_one(
-    generator: Loaded, tokenizer: Loaded, prompt: str, size: tuple[int, int, int], how: Sampling, precision: str
+    generator: Loaded, tokenizer: Loaded, prompt: str, size: tuple[int, int, int], sampling: Sampling, precision: str
 ) -> float:
     """Measures the seconds to sample and decode one clip: the median of three runs, after one to warm up."""
     model, codec, seconds = generator.model.to(device()), tokenizer.model.to(device()), []
     for _ in range(4):
         begin = time.perf_counter()
         with autocast(precision):
-            sample_clips(model, codec, codec.schedule(*size), [prompt], [0], how).cpu()
+            sample_clips(model, codec, codec.schedule(*size), [prompt], [0], sampling).cpu()
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds[1:])
 
@@ -344,11 +344,11 @@ def inspect(cfg: DictConfig) -> dict:
             checks = inspect_generator(generator, tokenizer, batch, cfg)
             report |= teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size)
             pictures.append("samples.png")
-        told = {"self_check": {check.name: asdict(check) for check in checks}} if checks else {}
-        write_json(folder / "inspect.json", report | told)
+        checked = {"self_check": {check.name: asdict(check) for check in checks}} if checks else {}
+        write_json(folder / "inspect.json", report | checked)
     print(json.dumps(report, indent=2))
     print("\n".join([check.line() for check in checks] + [f"in {folder}: {', '.join(pictures)}, inspect.json"]))
-    return report | told
+    return report | checked
 
 
 def inspect_tokenizer(tokenizer: Loaded, batch: dict, cfg: DictConfig) -> dict:

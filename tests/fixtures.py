@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kit.cli import main, register_resolvers
-from kit.confs import compose, located
-from kit.generator.sampler import Guidance
+from kit.cli import main
+from kit.confs import compose, located, register_resolvers
+from kit.generator.guidance import Guidance
 
 CLIP = ["trainer.accelerator=cpu", "trainer.devices=1", "data.frames=5", "data.height=32", "data.width=32", "data.workers=0"]
 TOKENIZER = [

@@ -18,11 +18,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from kit.build import build_data, build_trainer
-from kit.cli import FREE_TEXT, PATHS, VERBS, main, options_and_overrides, quoted, register_resolvers
-from kit.confs import CONF, confs
+from kit.cli import VERBS, main
+from kit.confs import CONF, confs, register_resolvers
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.planning.doctor import training_config
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.words import FREE_TEXT, PATHS, options_and_overrides, quoted
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_generator, fit_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -241,7 +242,7 @@ def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
         (["fit", "conf=stage1_tokenizer", "init.ckpt=x.ckpt"], "init.ckpt=x.ckpt, but init=scratch takes none"),
         (["fit", "conf=stage1_tokenizer", "data.batch_size=0"], "data.batch_size=0; expected a whole number of 1 or more"),
         (["fit", "conf=stage1_tokenizer", "data.workers=2.5"], "data.workers=2.5; expected a whole number of 0 or more"),
-        (["fit", "conf=stage1_tokenizer", "data.image_share=3"], "data.image_share=3; expected a share from 0 to 1"),
+        (["fit", "conf=stage1_tokenizer", "data.image_share=3"], "data.image_share=3; expected a number from 0 to 1"),
         (["fit", "conf=progressive", "trainer.max_steps=9"], "trainer.max_steps counts nothing beside stages; give stages."),
         (["fit", "conf=progressive", "recipe.generator.steps=9"], "recipe.generator.steps counts nothing beside stages"),
     ],

@@ -16,7 +16,8 @@ from kit.checkpoint import load_generator
 from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.files import sole_user
-from kit.generator.sampler import Guidance, Sampling
+from kit.generator.guidance import Guidance
+from kit.generator.sampler import Sampling
 from kit.media import write_video
 from kit.request import check_video_length, file_stem, history_of, prompts_of
 from kit.sampling import sample_clips, sample_videos, stream_samples
@@ -376,10 +377,10 @@ def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
         (["prompt=x", "batch_size=0"], "batch_size=0; expected a whole number of 1 or more"),
         (["prompt=x", "seed=-1"], "seed=-1; expected a whole number of 0 or more"),
         (["settings=nowhere.json"], "settings=nowhere.json: no such file"),
-        (["prompt=x", "top_p=null"], "top_p must be a number, got None"),
-        (["prompt=x", "temperature=null"], "temperature must be a number, got None"),
-        (["prompt=x", "guidance.first=nan"], "guidance.first must be a number, got nan"),
-        (["prompt=x", "guidance.last=inf"], "guidance.last must be a number, got inf"),
+        (["prompt=x", "top_p=null"], "top_p=null; expected a number"),
+        (["prompt=x", "temperature=null"], "temperature=null; expected a number"),
+        (["prompt=x", "guidance.first=nan"], "guidance.first=nan; expected a number"),
+        (["prompt=x", "guidance.last=inf"], "guidance.last=inf; expected a number"),
         (["prompt=x", "+guidance.strength=3"], "guidance has no strength; its keys are fine, first, kind, last"),
         (["prompt=x", "seed=4294967296"], "seed=4294967296: expected a number below 2^32"),
         (["prompt=x", "fps=-5"], "fps=-5: expected frames per second, above 0"),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kit.cli import VERBS, main, quoted, split
+from kit.cli import VERBS, main, split
 from kit.data.shapes import Shapes
 from kit.media import write_video
+from kit.words import quoted
 from tests.fixtures import CLIP, GENERATOR, INFINITY, QUICK, TOKENIZER, composed, infinity_file
 
 ROOT = Path(__file__).resolve().parents[1]

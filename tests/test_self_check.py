@@ -12,7 +12,7 @@ from kit.checkpoint import load_generator
 from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.generator import transformer
-from kit.generator.sampler import Cache
+from kit.generator.kv_cache import Cache
 from kit.scales import ScaleSchedule
 from kit.self_check import check_conditioning, check_tokenizer, self_check
 from kit.tokenizer.causal import CausalConv3d

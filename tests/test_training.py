@@ -300,4 +300,4 @@ def test_image_share_is_for_generators(tmp_path, capsys):
     assert fit_tokenizer(tmp_path, "data.image_share=0.5") == 1
     assert "data.image_share is for generators; conf=stage0_image_tokenizer trains" in capsys.readouterr().err
     assert fit_tokenizer(tmp_path, "data.image_share=2") == 1
-    assert "data.image_share=2; expected a share from 0 to 1" in capsys.readouterr().err
+    assert "data.image_share=2; expected a number from 0 to 1" in capsys.readouterr().err

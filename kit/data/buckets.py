@@ -174,9 +174,9 @@ def tell(buckets: Sequence[Bucket], sorted_in: list[list[str]], readable: int):
         ValueError: if all files are too short.
     """
     if lost := readable - sum(map(len, sorted_in)):
-        told = f"{lost} of {readable} files are shorter than each of data.buckets, {', '.join(map(str, buckets))}"
+        message = f"{lost} of {readable} files are shorter than each of data.buckets, {', '.join(map(str, buckets))}"
         if lost == readable:
-            raise ValueError(f"{told}; add a shorter one")
-        warnings.warn(f"{told}, and left out; add a shorter one", stacklevel=4)
+            raise ValueError(f"{message}; add a shorter one")
+        warnings.warn(f"{message}, and left out; add a shorter one", stacklevel=4)
     if empty := [str(bucket) for bucket, names in zip(buckets, sorted_in, strict=True) if not names]:
         warnings.warn(f"data.buckets: no file suits {', '.join(empty)} best; nothing is trained there", stacklevel=4)

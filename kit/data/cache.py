@@ -125,8 +125,8 @@ def _locked(path: Path, seconds: float) -> Iterator[None]:
     try:
         lock.acquire()
     except NotImplementedError as error:
-        told = f"{path.parent} is on a file system without locks, which encoding needs; choose another with root=..."
-        raise OSError(told) from error
+        message = f"{path.parent} is on a file system without locks, which encoding needs; choose another with root=..."
+        raise OSError(message) from error
     try:
         yield
     finally:
@@ -145,9 +145,9 @@ def _claim(folder: Path, about: dict, clips: dict[str, int]) -> dict[str, int]:
         found = read_json(path) if path.exists() else {"about": about, "clips": {}}
         if found["about"] != about:
             keys = [key for key in about if found["about"].get(key) != about[key]]
-            told = "; ".join(f"{key}: {found['about'].get(key)}, asked for {about[key]}" for key in keys)
+            message = "; ".join(f"{key}: {found['about'].get(key)}, asked for {about[key]}" for key in keys)
             raise ValueError(
-                f"{folder} holds other clips ({told}); choose another with name=..., or remove it: they are encoded anew"
+                f"{folder} holds other clips ({message}); choose another with name=..., or remove it: they are encoded anew"
             )
         clips = {split: max(number, found["clips"].get(split, 0)) for split, number in clips.items()}
         if found["clips"] != clips or not all(is_whole(folder / file.name, file) for file in files_of(clips)):

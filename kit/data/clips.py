@@ -34,7 +34,7 @@ from kit.data.listing import (
     split_files,
 )
 from kit.pixels import from_bytes
-from kit.values import check_whole_number
+from kit.values import check_choice, check_whole_number
 
 SAME_RATE = 1.05  # rates that differ by no more than this factor count as one
 ORDERS = 64  # file orders of epochs kept in memory: each bucket uses two, for its clips and for its images
@@ -174,13 +174,13 @@ class FolderClips(Dataset):
         """Warns of files that have no words as a caption where others have."""
         words = {name: self._captions.get(name, self._labels.get(name, "")) for name in names if self._captions}
         if without := [name for name, caption in words.items() if not caption.strip()]:
-            told = f"{len(without)} of {len(names)} files in {self.root} have an empty caption or none, such as"
-            self._tell(f"{told} {without[0]!r}: they train without a condition; caption them, or take them out")
+            message = f"{len(without)} of {len(names)} files in {self.root} have an empty caption or none, such as"
+            self._tell(f"{message} {without[0]!r}: they train without a condition; caption them, or take them out")
 
-    def _tell(self, told: str) -> None:
+    def _tell(self, message: str) -> None:
         """Warns of something about the files of all splits, but in the split `val`, beside which another tells it."""
         if self.split != "val":
-            warnings.warn(told, stacklevel=5)
+            warnings.warn(message, stacklevel=5)
 
     def _begin_records(self) -> None:
         """Starts empty records of the files that are too short or cannot be read."""
@@ -217,8 +217,7 @@ class FolderClips(Dataset):
 
     def _check_arguments(self) -> None:
         for key, choices in (("split", ("train", "val", "all")), ("label_from", LABEL_SOURCES)):
-            if getattr(self, key) not in choices:
-                raise ValueError(f"{key}={getattr(self, key)!r}; expected one of: {', '.join(choices)}")
+            check_choice(key, getattr(self, key), choices)
         for key, least in (("frames", 1), ("height", 1), ("width", 1), ("seed", 0), ("val_every", 2)):
             check_whole_number(key, getattr(self, key), least)
         if (self.fps or 0) < 0:
@@ -257,8 +256,8 @@ class FolderClips(Dataset):
         if not rates:
             raise self.nothing_readable()
         if self.frames > 1 and max(rates) > SAME_RATE * min(rates):
-            told = f"files in {self.root} have {min(rates):.4g} to {max(rates):.4g} fps, so the same motion has other speeds"
-            warnings.warn(f"{told}; data.fps=N (of a protocol: protocol.fps=N) takes all at one rate", stacklevel=2)
+            found = f"files in {self.root} have {min(rates):.4g} to {max(rates):.4g} fps, so the same motion has other speeds"
+            warnings.warn(f"{found}; data.fps=N (of a protocol: protocol.fps=N) takes all at one rate", stacklevel=2)
         return float(np.median(rates))
 
     def file(self, n: int) -> str:

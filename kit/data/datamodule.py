@@ -19,7 +19,7 @@ from kit.data.buckets import Bucket, BucketClips, image_buckets
 from kit.data.cache import CachedClips
 from kit.data.numbered import Numbered
 from kit.loop import batches_done, batches_of_a_step
-from kit.values import check_whole_number, differences
+from kit.values import check_share, check_whole_number, differences
 
 
 def leave_signals_to_the_trainer(worker: int):
@@ -83,8 +83,7 @@ class ClipDataModule(ClipsOnDevice):
         super().__init__()
         for key, number, least in (("batch_size", batch_size, 1), ("val_clips", val_clips, 1), ("workers", workers, 0)):
             check_whole_number(f"data.{key}", number, least)
-        if not isinstance(image_share, int | float) or not 0 <= image_share <= 1:
-            raise ValueError(f"data.image_share={image_share}; expected a share from 0 to 1")
+        check_share("data.image_share", image_share)
         if images and not image_share:
             raise ValueError("data.images is given, but data.image_share=0 of the batches take them; raise it")
         if images and 1 in (frames, *(bucket["frames"] for bucket in buckets)):

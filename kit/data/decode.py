@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from PIL import Image, ImageOps
 
+from kit.values import check_choice
+
 if TYPE_CHECKING:
     import av
 
@@ -149,8 +151,7 @@ def load_backend(name: str) -> type[Decoder]:
         ValueError: if there is no such backend.
         ImportError: if its package is not installed.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"unknown video backend {name!r}; expected one of: {', '.join(BACKENDS)}")
+    check_choice("backend", name, BACKENDS)
     decoder = BACKENDS[name]
     try:
         importlib.import_module(decoder.module)

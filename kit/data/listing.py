@@ -40,8 +40,8 @@ def list_videos(root: Path, pictures: bool = False) -> list[str]:
     if runs:
         videos = [name for name in videos if runs.isdisjoint(PurePosixPath(name).parents)]
     if odd := [name for name in videos if not is_utf8(name)]:
-        told = f"{len(odd)} files of {root} with names that are no UTF-8 are left out, such as {ascii(odd[0])}; rename them"
-        warnings.warn(told, stacklevel=4)
+        found = f"{len(odd)} files of {root} with names that are no UTF-8 are left out, such as {ascii(odd[0])}"
+        warnings.warn(f"{found}; rename them", stacklevel=4)
         videos = [name for name in videos if is_utf8(name)]
     if not videos:
         what = "no video or picture" if pictures else "no video"
@@ -134,8 +134,8 @@ def _tell_odd_ones(labels: dict[str, str], what: str):
     """Warns if only a few files without a label keep the labels of the others from being classes."""
     odd = [name for name, label in labels.items() if not label]
     if odd and 1 < len(set(labels.values()) - {""}) < len(labels) - len(odd):
-        told = f"{len(odd)} of {len(labels)} files {what}, such as {odd[0]!r}, so the others' are no classes either"
-        warnings.warn(f"{told}; move or rename them, or set label_from", stacklevel=6)
+        message = f"{len(odd)} of {len(labels)} files {what}, such as {odd[0]!r}, so the others' are no classes either"
+        warnings.warn(f"{message}; move or rename them, or set label_from", stacklevel=6)
 
 
 def _filename_label(name: str, pattern: str) -> str:
@@ -197,8 +197,8 @@ def captions_beside(root: Path, names: Sequence[str]) -> dict[str, str]:
     if len(missing) == len(names):
         return {}
     if missing:
-        told = f"{len(missing)} of {len(names)} files have no caption in a .txt beside them, such as {missing[0]!r}"
-        raise ValueError(f"{root}: {told}; add them, or a captions.csv")
+        message = f"{len(missing)} of {len(names)} files have no caption in a .txt beside them, such as {missing[0]!r}"
+        raise ValueError(f"{root}: {message}; add them, or a captions.csv")
     return {name: " ".join(read_text(path).split()) for name, path in texts.items()}
 
 

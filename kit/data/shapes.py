@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kit.data.paraphrase import caption_words, paraphrase
+from kit.values import check_share
 
 COLOURS = {
     "red": (225, 40, 40), "orange": (245, 140, 30), "yellow": (250, 225, 40), "green": (45, 205, 75),
@@ -270,8 +271,7 @@ class Shapes(Dataset):
     def __post_init__(self):
         if not self.fps > 0:
             raise ValueError(f"fps={self.fps}; shapes are drawn, they have no rate of their own: give one above 0")
-        if not isinstance(self.late, int | float) or not 0 <= self.late <= 1:
-            raise ValueError(f"late={self.late}; expected a share from 0 to 1")
+        check_share("late", self.late)
 
     def attributes(self, n: int) -> Attributes:
         """What clip n shows, without drawing it."""

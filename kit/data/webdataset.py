@@ -73,8 +73,8 @@ def unreachable(shard: str, error: Exception) -> OSError:
 
     It may do so another time: leaving the shard out would silently train on less, and on other data on each machine.
     """
-    told = f"cannot reach the shard {shard} ({type(error).__name__}: {error})"
-    return OSError(f"{told}; try again, or take it out of data.root")
+    message = f"cannot reach the shard {shard} ({type(error).__name__}: {error})"
+    return OSError(f"{message}; try again, or take it out of data.root")
 
 
 def index_of(shard: str) -> dict[str, list]:
@@ -205,8 +205,8 @@ class ShardClips(FolderClips):
             if member.fault:
                 faulty[member.fault].append(name)
         for fault, names in faulty.items():
-            told = f"{len(names)} of {len(self.members)} clips in the shards {self.root} have {fault}, such as {names[0]}"
-            self._tell(f"{told}; pack their shards anew to mend it")
+            message = f"{len(names)} of {len(self.members)} clips in the shards {self.root} have {fault}, such as {names[0]}"
+            self._tell(f"{message}; pack their shards anew to mend it")
         return list(self.members)
 
     def _files_of_split(self, names: list[str]) -> list[str]:
@@ -226,8 +226,8 @@ class ShardClips(FolderClips):
         labels = {name: self.members[name].label for name in names}
         without = [name for name, label in labels.items() if not label]
         if without and len(without) < len(names):
-            told = f"{len(without)} of {len(names)} clips in the shards {self.root} have no class, such as {without[0]}"
-            self._tell(f"{told}, so the others' are no classes either; give them a .cls, or take them out")
+            message = f"{len(without)} of {len(names)} clips in the shards {self.root} have no class, such as {without[0]}"
+            self._tell(f"{message}, so the others' are no classes either; give them a .cls, or take them out")
         return {} if without else labels
 
     def _captions_of(self, names: list[str]) -> dict[str, str]:

@@ -77,12 +77,12 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
     check_fit(generator.clip, generator.model.config.condition, protocol, source)
     check_size(tokenizer, shape)
-    how = Sampling.of(plain(cfg))
-    check_video_length(tokenizer, (whole_groups(shape[0]), *shape[1:]), None, how, generator.clip["frames"])
-    for note in notes_on([], how, generator.model.condition.notes):
+    sampling = Sampling.of(plain(cfg))
+    check_video_length(tokenizer, (whole_groups(shape[0]), *shape[1:]), None, sampling, generator.clip["frames"])
+    for note in notes_on([], sampling, generator.model.condition.notes):
         print(f"note: {note}")
     protocol = protocol.resolved(samples=protocol.samples or protocol.real.clips)
-    return Samples(generator, tokenizer, how, cfg.precision, shape), protocol
+    return Samples(generator, tokenizer, sampling, cfg.precision, shape), protocol
 
 
 def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes) -> tuple[GivenVideos, Protocol]:
@@ -160,8 +160,8 @@ def build_tools(
     Raises:
         ValueError, FileNotFoundError, ImportError: if a metric is unknown, does not fit or lacks its weights.
     """
-    told = not isinstance(candidate, Samples) or candidate.generator.model.config.condition.kind == "text"
-    captioned = isinstance(source, Shapes) and not isinstance(candidate, GivenVideos) and told
+    texts = not isinstance(candidate, Samples) or candidate.generator.model.config.condition.kind == "text"
+    captioned = isinstance(source, Shapes) and not isinstance(candidate, GivenVideos) and texts
     wanted, left_out = wanted_metrics(cfg.metrics, candidate.paired, captioned), {}
 
     def load(metric: str, function, *arguments):

@@ -63,7 +63,7 @@ class Samples:
 
     generator: Loaded
     tokenizer: Loaded
-    how: Sampling
+    sampling: Sampling
     precision: str
     shape: tuple[int, int, int]
     row = "sample"
@@ -72,7 +72,7 @@ class Samples:
     def about(self) -> dict:
         return {
             "kind": "generator", "hash": self.generator.hash, "steps": self.generator.steps,
-            "tokenizer_hash": self.tokenizer.hash, **asdict(self.how), "precision": self.precision,
+            "tokenizer_hash": self.tokenizer.hash, **asdict(self.sampling), "precision": self.precision,
         }  # fmt: skip
 
     @property
@@ -88,7 +88,7 @@ class Samples:
     def sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """Samples a clip for each prompt: (n, 3, T, H, W) in [-1, 1] on the CPU."""
         size = (whole_groups(self.shape[0]), *self.shape[1:])
-        pieces = stream_samples(self.generator, self.tokenizer, prompts, seeds, size, self.how, self.precision)
+        pieces = stream_samples(self.generator, self.tokenizer, prompts, seeds, size, self.sampling, self.precision)
         return torch.cat(list(pieces), dim=2)[:, :, : self.shape[0]]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from kit.evaluation.i3d import I3D, LEAST_FRAMES, SIDE
 from kit.files import file_sha256, read_weights
 from kit.machine import cache_folder, device
+from kit.values import check_choice
 
 I3D_FILE = "i3d_kinetics400.safetensors"
 PAIR = 2  # clips computed together, always: rounding depends on the size of a batch, results must not
@@ -154,8 +155,7 @@ def load_detector(kind: str, path: str | Path | None, frames: int) -> Detector:
     Raises:
         ValueError: for an unknown kind. UnfitClips: for a length it does not take. Else as the detector's own function.
     """
-    if kind not in DETECTORS:
-        raise ValueError(f"unknown detector {kind!r}; expected one of: {', '.join(DETECTORS)}")
+    check_choice("detector", kind, DETECTORS)
     detector = DETECTORS[kind](path)
     detector.check_frames(frames)
     return detector

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
-from kit.values import check_whole_number
+from kit.values import check_choice, check_whole_number
 
 STARTS = ("first", "middle", "random")
 SOURCES = ("folder", "ucf101", "shapes")
@@ -52,8 +52,7 @@ class Real:
 
     def __post_init__(self):
         for key, choices in (("kind", SOURCES), ("start", STARTS), ("split", ("train", "val", "all"))):
-            if getattr(self, key) not in choices:
-                raise ValueError(f"protocol.real.{key}={getattr(self, key)!r}; expected one of: {', '.join(choices)}")
+            check_choice(f"protocol.real.{key}", getattr(self, key), choices)
         if self.kind == "shapes" and self.split == "all":
             raise ValueError("protocol.real.split='all'; shapes are drawn for `train` or `val`")
         check_whole_number("protocol.real.clips", self.clips, 2, optional=True)

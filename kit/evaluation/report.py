@@ -42,9 +42,9 @@ def details(name: str, metric: dict) -> str:
     """The parts of a metric, in a few words."""
     digits = TITLES[name][2]
     if "at" in metric:
-        told = [f"at {part} clips {value:.{digits}f}" for part, value in metric["at"].items() if part != "N"]
+        sizes = [f"at {part} clips {value:.{digits}f}" for part, value in metric["at"].items() if part != "N"]
         unsettled = metric["at"].get("N/2", 0) > SETTLED * metric["at"]["N"]
-        return ", ".join([*told, "of more clips lower still: compare like with like"] if unsettled else told)
+        return ", ".join([*sizes, "of more clips lower still: compare like with like"] if unsettled else sizes)
     parts = [key for key in metric if key not in ("value", "by_frame", "folds", "spread", "name")]
     return ", ".join(f"{key.replace('_', ' ')} {metric[key]:.{digits}f}" for key in parts)
 
@@ -54,9 +54,9 @@ def result_lines(result: dict) -> list[str]:
     protocol = Protocol.from_dict(result["protocol"])
     lines = []
     for name, metric in result["metrics"].items():
-        told = details(name, metric)
+        more = details(name, metric)
         lines.append(
-            f"{title_of(name, metric)} {number(name, metric)}{f' ({told})' if told else ''} [{protocol.name}@{protocol.hash}]"
+            f"{title_of(name, metric)} {number(name, metric)}{f' ({more})' if more else ''} [{protocol.name}@{protocol.hash}]"
         )
     return [*lines, f"protocol {protocol}"]
 
@@ -112,8 +112,8 @@ def write_report(result: dict, shown: list[Shown], folder: Path, fps: float):
         clips.append({"heading": heading, "videos": videos})
     table = [(title_of(n, m), number(n, m), details(n, m)) for n, m in result["metrics"].items()]
     notes = [f"{name} is left out: {why}" for name, why in result["left_out"].items()]
-    told = [str(Protocol.from_dict(result["protocol"])), f"{result['source']}: {words_of(result['of'])}", *notes]
-    write_page(folder, result["protocol"]["name"], told, table, clips, curves(result))
+    lines = [str(Protocol.from_dict(result["protocol"])), f"{result['source']}: {words_of(result['of'])}", *notes]
+    write_page(folder, result["protocol"]["name"], lines, table, clips, curves(result))
     write_json(folder / "evaluation.json", result)
 
 
@@ -121,11 +121,11 @@ def words_of(values: dict) -> str:
     return "; ".join(f"{key}: {value}" for key, value in values.items())
 
 
-def write_page(folder: Path, title: str, told: list[str], table: list, clips: list[dict], curves: list[dict]):
+def write_page(folder: Path, title: str, lines: list[str], table: list, clips: list[dict], curves: list[dict]):
     """Writes report.html, which plays `clips`: {"heading", "videos": [{"row", "file"}]} each."""
     page = Environment(loader=PackageLoader("kit.evaluation", "."), autoescape=True).get_template("report.html.jinja")
     with written_aside(folder / "report.html") as aside:
-        aside.write_text(page.render(title=title, told=told, table=table, clips=clips, curves=curves), encoding="utf-8")
+        aside.write_text(page.render(title=title, lines=lines, table=table, clips=clips, curves=curves), encoding="utf-8")
 
 
 def read_result(path: Path) -> dict:

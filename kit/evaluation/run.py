@@ -268,13 +268,13 @@ def keep_other_result(folder: Path, protocol: Protocol, candidate: Candidate, to
     if not path.is_file():
         return
     found = read_result(path)
-    told = differences(found["protocol"], protocol.as_dict())
-    told += differences(found["of"], json.loads(json.dumps(candidate.about())))
-    told += [f"metrics: {name}, not measured" for name in found["measured"] if name not in tools.metrics]
-    if told:
+    differing = differences(found["protocol"], protocol.as_dict())
+    differing += differences(found["of"], json.loads(json.dumps(candidate.about())))
+    differing += [f"metrics: {name}, not measured" for name in found["measured"] if name not in tools.metrics]
+    if differing:
         raise FileExistsError(
-            f"{path} is the result of another evaluation ({'; '.join(told[:3])}); keep it with another name=..., or replace "
-            f"it with overwrite=true"
+            f"{path} is the result of another evaluation ({'; '.join(differing[:3])}); keep it with another name=..., or "
+            f"replace it with overwrite=true"
         )
 
 

@@ -51,11 +51,11 @@ def make_suite(cfg: DictConfig) -> dict:
     prompts = read_prompts(cfg.prompts, suite.samples, suite.flickering_samples)
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
     clip = generator.clip
-    shape, how = (suite.frames or clip["frames"], clip["height"], clip["width"]), Sampling.of(plain(cfg))
-    check_video_length(tokenizer, shape, None, how, clip["frames"])
-    for note in notes_on([prompt.text for prompt in prompts], how, generator.model.condition.notes):
+    shape, sampling = (suite.frames or clip["frames"], clip["height"], clip["width"]), Sampling.of(plain(cfg))
+    check_video_length(tokenizer, shape, None, sampling, clip["frames"])
+    for note in notes_on([prompt.text for prompt in prompts], sampling, generator.model.condition.notes):
         print(f"note: {note}")
-    candidate = Samples(generator, tokenizer, how, cfg.precision, shape)
+    candidate = Samples(generator, tokenizer, sampling, cfg.precision, shape)
     settings = {"suite": suite.name, "size": list(shape), **candidate.about()}
     with sole_user(folder), exact_float32():
         videos = write_suite(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kit.generator.pretrained import PretrainedEncoder
-from kit.machine import from_all_ranks, onto
+from kit.machine import onto
+from kit.ranks import from_all_ranks
 
 SIZE = 0.5  # root mean square of new condition tokens; embedded bits have 1, and far smaller words would be learned late
 
@@ -110,13 +111,13 @@ class WordEncoder(nn.Module):
 
     def notes(self, text: str) -> list[str]:
         """Lists warnings about a text: words that are not read, and words that never occurred in training."""
-        words, told = self.split(text), []
+        words, notes = self.split(text), []
         if len(words) > self.length:
-            told.append(f"of {text!r} the first {self.length} words are read, not: {' '.join(words[self.length :])}")
+            notes.append(f"of {text!r} the first {self.length} words are read, not: {' '.join(words[self.length :])}")
         seen = self.seen.tolist()
         if unknown := [w for w in dict.fromkeys(words[: self.length]) if not seen[self.bucket(w)]]:
-            told.append(f"never seen in training, so without a meaning: {', '.join(unknown)}")
-        return told
+            notes.append(f"never seen in training, so without a meaning: {', '.join(unknown)}")
+        return notes
 
 
 class TextCondition(nn.Module):
@@ -150,8 +151,8 @@ class TextCondition(nn.Module):
         way_out, longest = f"condition.length={max(lengths)} reads them", self.encoder.longest()
         if longest is not None and max(lengths) > longest:
             way_out = f"the encoder reads {longest} at most: shorten them"
-        told = f"{len(cut)} of {len(texts)} captions are longer than {self.length} {self.encoder.unit}"
-        return f"{told}, such as {textwrap.shorten(cut[0], 200, placeholder=' ...')!r}; {way_out}"
+        message = f"{len(cut)} of {len(texts)} captions are longer than {self.length} {self.encoder.unit}"
+        return f"{message}, such as {textwrap.shorten(cut[0], 200, placeholder=' ...')!r}; {way_out}"
 
     def forward(self, texts: list[str], dropped: Tensor | None = None) -> Tensor:
         """Returns (B, S, D). dropped: (B,) bool, True where the condition is left out, for classifier-free guidance."""

@@ -19,7 +19,7 @@ from kit.machine import made_to_last, onto
 from kit.optim import WarmupCosine, build_optimizer
 from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
-from kit.values import from_values
+from kit.values import check_choice, check_share, from_values
 
 POWERS = {"uniform": 0.0, "early": 0.5}  # a token's weight: the number of finest-scale tokens it covers, to this power
 BIT_WEIGHTS = ("uniform", "margin")
@@ -76,11 +76,9 @@ class GeneratorModule(L.LightningModule):
     ):  # fmt: skip
         super().__init__()
         for key, known in (("scale_weights", POWERS), ("bit_weights", BIT_WEIGHTS)):
-            if loss[key] not in known:
-                raise ValueError(f"loss.{key}={loss[key]}; expected one of: {', '.join(known)}")
+            check_choice(f"loss.{key}", loss[key], known)
         for key, share in (("frame_mask", frame_mask), ("drop_condition", drop_condition)):
-            if not isinstance(share, int | float) or not 0 <= share <= 1:
-                raise ValueError(f"{key}={share}; expected a probability from 0 to 1")
+            check_share(key, share)
         self.save_hyperparameters(ignore=["tokenizer", "recompute"])
         self.model = Generator(GeneratorConfig.from_dict(generator))
         self.model.recompute = recompute

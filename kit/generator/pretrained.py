@@ -187,8 +187,8 @@ class PretrainedEncoder(nn.Module):
                 kept.execute("INSERT OR REPLACE INTO states VALUES (?, ?)", (text, states.numpy().tobytes()))
             return states
         except sqlite3.Error as error:
-            told = f"the cache of captions {self.store} cannot be used: {error}; remove it, and it is made again"
-            raise OSError(told) from error
+            message = f"the cache of captions {self.store} cannot be used: {error}; remove it, and it is made again"
+            raise OSError(message) from error
 
     @torch.no_grad()
     def _encode(self, text: str) -> Tensor:

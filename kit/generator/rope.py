@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kit.scales import ScaleSchedule
+from kit.values import check_choice
 
 ALIGN = ("grid", "center", "sequence")
 
@@ -25,8 +26,7 @@ def positions(schedule: ScaleSchedule, condition_length: int, align: str = "grid
     Raises:
         ValueError: for another `align`.
     """
-    if align not in ALIGN:
-        raise ValueError(f"align must be one of {', '.join(ALIGN)}, got {align!r}")
+    check_choice("align", align, ALIGN)
     if align == "sequence":
         return torch.arange(condition_length + schedule.length, dtype=torch.float32)[:, None].expand(-1, 3)
     f, k, y, x = schedule.coordinates.unbind(1)

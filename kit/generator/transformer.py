@@ -18,7 +18,7 @@ from kit.generator.rope import ALIGN, positions, rotary_table, rotate
 from kit.machine import onto
 from kit.recompute import recomputed
 from kit.scales import ScaleSchedule
-from kit.values import from_values
+from kit.values import check_choice, from_values
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,8 @@ class GeneratorConfig:
     def __post_init__(self):
         if self.width % self.heads or (self.width // self.heads) % 8:
             raise ValueError(f"width / heads must be a multiple of 8 for the rotary axes, got {self.width} / {self.heads}")
-        if self.align not in ALIGN:
-            raise ValueError(f"align must be one of {', '.join(ALIGN)}, got {self.align!r}")
-        if self.inherit not in ("first", "all", "none"):
-            raise ValueError(f"inherit must be first, all or none, got {self.inherit!r}")
-        if self.history not in ("scales", "full"):
-            raise ValueError(f"history must be scales or full, got {self.history!r}")
+        for key, choices in (("align", ALIGN), ("inherit", ("first", "all", "none")), ("history", ("scales", "full"))):
+            check_choice(key, getattr(self, key), choices)
         if self.window is not None and self.window < 0:
             raise ValueError(f"window must be null or a number of latent frames, 0 or more, got {self.window}")
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kit import machine
 from kit.build import build_data, build_trainer, of_stage, plain, plan_of
-from kit.confs import CONF, compose, confs, located, refused, trains, wrong_words
+from kit.confs import CONF, compose, confs, located, trains
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.perceptual import GET_VGG16, load_perceptual, vgg16_path
@@ -22,6 +22,7 @@ from kit.planning.plan import clips_of_a_step, costs, planned_tokenizer, shapes_
 from kit.stages import StagePlan
 from kit.start import given_start
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.words import refused, wrong_words
 
 PACKAGES = {  # package -> the feature that needs it
     "torch": "", "lightning": "", "hydra-core": "", "torchmetrics": "", "av": "", "decord2": "data.source.backend=decord",
@@ -144,8 +145,8 @@ def problems(cfg: DictConfig) -> list[str]:
     def check_data(what: str, build: Callable):
         data = met(what, build)
         if data is not None and data.unreadable:
-            told = f"{len(data.unreadable)} of the files read so far cannot be read, such as {data.unreadable[0]}"
-            found.append(f"{what}: {told}; mend or remove them, others take their place")
+            unreadable = f"{len(data.unreadable)} of the files read so far cannot be read, such as {data.unreadable[0]}"
+            found.append(f"{what}: {unreadable}; mend or remove them, others take their place")
 
     plan = met("stages", plan_of, cfg) if cfg.stages else StagePlan(())
     for stage in plan.stages if plan else ():
@@ -158,8 +159,8 @@ def problems(cfg: DictConfig) -> list[str]:
     values, lacking = met("tokenizer", planned_tokenizer, cfg) or (None, None)
     if values is not None and plan is not None:
         for name, clips in clips_by_name(cfg).items():
-            if told := met(f"tokenizer and clips of {name}", about_clips, clips, values):
-                print(f"clips of {name}: {told}")
+            if summary := met(f"tokenizer and clips of {name}", about_clips, clips, values):
+                print(f"clips of {name}: {summary}")
     if lacking is not None:
         found.append(f"tokenizer_ckpt: {lacking}")
     return found

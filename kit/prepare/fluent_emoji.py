@@ -75,8 +75,8 @@ def fetch(address: str, path: Path) -> None:
             _store(answer, path, path.name)
     except HTTPError as error:
         if error.code != 416:  # 416: no bytes are left to fetch
-            told = f"npm's registry does not give {PACKAGE} {VERSION}: {error}. Try again later, or {AT_HAND}"
-            raise ConnectionError(told) from error
+            message = f"npm's registry does not give {PACKAGE} {VERSION}: {error}. Try again later, or {AT_HAND}"
+            raise ConnectionError(message) from error
     except (OSError, HTTPException) as error:
         came = path.stat().st_size if path.exists() else 0
         raise ConnectionError(

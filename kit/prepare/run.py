@@ -13,6 +13,7 @@ from kit.prepare.fluent_emoji import prepare_fluent_emoji
 from kit.prepare.i3d import prepare_i3d
 from kit.prepare.infinity import prepare_infinity
 from kit.prepare.vizdoom import form_of, prepare_vizdoom
+from kit.values import check_choice
 
 
 def source_of(cfg: DictConfig) -> Path | None:
@@ -37,8 +38,7 @@ def use_of(path: Path) -> str:
 
 def prepare(cfg: DictConfig) -> Path:
     """Prepares `cfg.what`, and prints its path and its hash or use."""
-    if cfg.what not in PREPARES:
-        raise ValueError(f"prepare what? found {cfg.what}, expected one of: {', '.join(PREPARES)}")
+    check_choice("what", cfg.what, PREPARES)
     path = PREPARES[cfg.what](cfg)
     print(f"{path}\n{use_of(path)}")
     return path

@@ -14,7 +14,7 @@ from kit.scales import ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer import autoencoder, infinity
 from kit.tokenizer.causal import Stream
 from kit.tokenizer.quantizer import Step, bits_to_feature, clip_of, feature_to_bits, frames_of, pyramid
-from kit.values import from_values
+from kit.values import check_choice, from_values
 
 ARCHITECTURES = {"fast": autoencoder, "infinity": infinity}  # each with an Encoder and a Decoder
 
@@ -64,8 +64,7 @@ class TokenizerConfig:
                 raise ValueError(f"tokenizer.{name}={listed(getattr(self, name))}; expected whole numbers of {least} or more")
         if list(self.scales) != sorted({*self.scales}):
             raise ValueError(f"tokenizer.scales={listed(self.scales)}; expected sides that rise, such as [1, 2, 4, 8]")
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"tokenizer.architecture={self.architecture}; expected one of: {', '.join(ARCHITECTURES)}")
+        check_choice("tokenizer.architecture", self.architecture, ARCHITECTURES)
         if self.amplitude is not None and not (isinstance(self.amplitude, int | float) and self.amplitude > 0):
             raise ValueError(f"tokenizer.amplitude={self.amplitude}; expected a number above 0, or null: as training has it")
         of = self.scale_bits

@@ -43,15 +43,15 @@ def load_infinity(path: Path) -> Tokenizer:
     ours = tokenizer.state_dict()
     names = {name: infinity_name(name, tokenizer.config) for name in ours}
     shapes = {names[name]: tuple(w.shape) for name, w in ours.items()}
-    told = [f"{name} is missing, expected {shape}" for name, shape in shapes.items() if name not in weights]
-    told += [f"{name} is unknown" for name in weights if name.startswith(PARTS) and name not in shapes]
-    told += [
+    wrong = [f"{name} is missing, expected {shape}" for name, shape in shapes.items() if name not in weights]
+    wrong += [f"{name} is unknown" for name in weights if name.startswith(PARTS) and name not in shapes]
+    wrong += [
         f"{name} is {tuple(weights[name].shape)}, expected {shape}"
         for name, shape in shapes.items() if name in weights and weights[name].shape != shape
     ]  # fmt: skip
-    if told:
-        more = f" and {len(told) - 4} more" if len(told) > 4 else ""
-        raise ValueError(f"{path} is not a tokenizer of Infinity as published: {'; '.join(told[:4])}{more}")
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(f"{path} is not a tokenizer of Infinity as published: {'; '.join(wrong[:4])}{more}")
     tokenizer.load_state_dict({name: weights[names[name]] for name in ours})
     return tokenizer
 

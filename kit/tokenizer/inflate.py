@@ -27,8 +27,8 @@ def inflate(image: Tokenizer, video: Tokenizer):
     """
     if image.config.temporal or not video.config.temporal:
         raise ValueError("inflate needs a tokenizer of images (tokenizer.temporal=false) and makes one of video of it")
-    if told := differing(image, video, "temporal"):
-        raise ValueError(f"the tokenizers of images and of video differ in more than time: {told}; make them alike")
+    if others := differing(image, video, "temporal"):
+        raise ValueError(f"the tokenizers of images and of video differ in more than time: {others}; make them alike")
     weights = {name: inflated(name, w, image.state_dict()[name]) for name, w in video.state_dict().items()}
     video.load_state_dict(weights)
 
@@ -39,8 +39,8 @@ def take_over(given: Tokenizer, tokenizer: Tokenizer):
     Raises:
         ValueError: if they differ in more, naming the difference.
     """
-    if told := differing(given, tokenizer):
-        raise ValueError(f"init.ckpt has another architecture than the tokenizer to train: {told}; make them alike")
+    if others := differing(given, tokenizer):
+        raise ValueError(f"init.ckpt has another architecture than the tokenizer to train: {others}; make them alike")
     tokenizer.load_state_dict(given.state_dict())
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kit.machine import mean_over_ranks
 from kit.perceptual import Perceptual
+from kit.ranks import mean_over_ranks
 from kit.tokenizer.quantizer import Step
 
 

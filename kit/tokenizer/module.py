@@ -10,10 +10,11 @@ from torch import Tensor
 from kit.draws import Draws
 from kit.fsdp import ShardedStrategy
 from kit.loop import logs_now
-from kit.machine import mean_over_ranks, onto
+from kit.machine import onto
 from kit.optim import WarmupCosine, build_optimizer
 from kit.perceptual import load_perceptual
 from kit.pixels import psnr
+from kit.ranks import mean_over_ranks
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.discriminator import Discriminator
 from kit.tokenizer.losses import (
@@ -171,8 +172,8 @@ class TokenizerModule(L.LightningModule):
         loss = adversarial_loss(self.discriminator(seen))
         with torch.autocast(self.device.type, enabled=False):
             (slope,) = torch.autograd.grad(loss, seen)
-        told = (output * slope).sum()
-        loss = loss.detach() + told - told.detach()
+        pull = (output * slope).sum()
+        loss = loss.detach() + pull - pull.detach()
         weight = self.adversarial_share * self.loss["adversarial"]["weight"]
         if self.loss["adversarial"]["adaptive"]:
             seen = {name: term for name, term in terms.items() if name in ("reconstruction", "motion", "perceptual")}

@@ -269,8 +269,8 @@ def test_no_folder_and_no_video(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "test"}, "split='test'; expected one of: train, val"),
-        ({"label_from": "name"}, "label_from='name'; expected one of: auto, folder, filename, none"),
+        ({"split": "test"}, "split=test; expected one of: train, val"),
+        ({"label_from": "name"}, "label_from=name; expected one of: auto, folder, filename, none"),
         ({"label_from": "folder"}, "label_from='folder': .*mp4 has no label"),
         ({"label_from": "filename", "filename_pattern": "^(?P<label>x)"}, "has no label, expected a name that matches"),
         ({"filename_pattern": "("}, r"filename_pattern='\('"),

@@ -10,7 +10,8 @@ import torch
 from kit.checkpoint import load_generator
 from kit.cli import main
 from kit.data.clips import FolderClips
-from kit.generator.sampler import Guidance, Sampling
+from kit.generator.guidance import Guidance
+from kit.generator.sampler import Sampling
 from kit.sampling import sample_clips
 from tests.fixtures import GENERATOR, QUICK, TOKENIZER, fit_generator, fit_tokenizer
 

@@ -70,7 +70,7 @@ def test_late_clips_are_what_long_ones_come_to_show():
 def test_neither_what_is_held_out_nor_pictures_are_late():
     assert all(Shapes("val", late=1.0).start(n) is None for n in range(20))
     assert all(Shapes(frames=1, late=1.0).start(n) is None for n in range(20))
-    with pytest.raises(ValueError, match="late=30; expected a share from 0 to 1"):
+    with pytest.raises(ValueError, match="late=30; expected a number from 0 to 1"):
         Shapes(late=30)
 
 

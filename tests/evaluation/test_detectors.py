@@ -112,7 +112,7 @@ def test_wrong_i3d_weights(tmp_path, damage):
 
 
 def test_unknown_detector_and_too_few_frames(i3d):
-    with pytest.raises(ValueError, match="unknown detector 'c3d'; expected one of: i3d, videomae"):
+    with pytest.raises(ValueError, match="detector=c3d; expected one of: i3d, videomae"):
         load_detector("c3d", None, 16)
     with pytest.raises(ValueError, match="i3d takes clips of 9 or more frames, the protocol has 8"):
         i3d.check_frames(8)

@@ -342,7 +342,7 @@ def test_an_altered_protocol_is_found_out(evaluate, read, pair, tmp_path):
         (["ckpt={generator}", "real={videos}"], "draws its real clips, it takes no folder"),
         (["ckpt={generator}", "protocol.height=64"], "has height=64, the generator was trained with 32"),
         (["ckpt={generator}", "protocol.fps=8"], "has fps=8, the generator was trained with 12"),
-        (["ckpt={generator}", "precision=int8"], "precision='int8'; expected one of: float32, bfloat16"),
+        (["ckpt={generator}", "precision=int8"], "precision=int8; expected one of: float32, bfloat16"),
         (["ckpt={generator}", "metrics=[psnr]"], "psnr has nothing to measure here: it compares clips in pairs"),
         (["ckpt={generator}", "metrics=[fvd]"], "unknown metric 'fvd'; expected auto or some of [frechet,"),
         (["ckpt={generator}", "paired=true"], "paired=true is for videos=DIR"),

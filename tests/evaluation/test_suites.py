@@ -26,7 +26,8 @@ from kit.evaluation.suites import (
     write_suite,
 )
 from kit.files import read_json, sole_user
-from kit.generator.sampler import Guidance, Sampling
+from kit.generator.guidance import Guidance
+from kit.generator.sampler import Sampling
 from kit.media import write_video
 from kit.sampling import sample_videos, seed_of
 
@@ -305,7 +306,7 @@ def test_a_killed_suite_has_whole_videos_and_goes_on(tmp_path):
     [
         (["precision=half"], "precision='half'"),
         (["protocol.samples=1.5"], "protocol.samples=1.5; expected a whole number of 1 or more"),
-        (["protocol.flickering_samples=null"], "protocol.flickering_samples=None; expected a whole number"),
+        (["protocol.flickering_samples=null"], "protocol.flickering_samples=null; expected a whole number"),
         (["protocol.frames=0"], "protocol.frames=0; expected"),
         (["protocol.frames=6"], "1 + 4n"),
         (["protocol.frames=9", "overlap=5"], "overlap=5 leaves nothing to add to clips of 5 frames"),

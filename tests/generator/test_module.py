@@ -98,7 +98,7 @@ def test_right_bits_are_counted_in_their_frame_and_scale():
 
 @pytest.mark.parametrize("key", ["frame_mask", "drop_condition"])
 def test_probabilities_are_no_percentages(pair, key):
-    with pytest.raises(ValueError, match=f"{key}=10; expected a probability from 0 to 1"):
+    with pytest.raises(ValueError, match=f"{key}=10; expected a number from 0 to 1"):
         module_of(pair, f"{key}=10")
 
 

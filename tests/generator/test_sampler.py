@@ -9,7 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from kit.generator.corruption import training_sequence
-from kit.generator.sampler import Cache, CachedGenerator, Frame, Guidance, Sampling, draw_bits, sample_frames
+from kit.generator.guidance import Guidance
+from kit.generator.kv_cache import Cache, CachedGenerator
+from kit.generator.sampler import Frame, Sampling, draw_bits, sample_frames
 from kit.scales import ScaleSchedule
 from kit.tokenizer.quantizer import bits_to_feature
 from tests.fixtures import CLOSE, PROMPTS, RISING
@@ -290,7 +292,7 @@ def test_temperature_ends_at_greedy_and_at_noise():
         ({"temperature": -1}, "temperature must be 0 or more, got -1"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
-        ({"extend": "more"}, "extend must be reencode or positions, got 'more'"),
+        ({"extend": "more"}, "extend=more; expected one of: reencode, positions"),
         ({"overlap": 8}, "overlap must be 1 . 4n frames, got 8"),
     ],
 )

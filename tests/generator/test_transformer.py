@@ -271,8 +271,8 @@ def test_errors_name_what_is_known(make_generator):
 @pytest.mark.parametrize(
     "value, message",
     [
-        ({"inherit": "some"}, "inherit must be first, all or none, got 'some'"),
-        ({"history": "short"}, "history must be scales or full, got 'short'"),
+        ({"inherit": "some"}, "inherit=some; expected one of: first, all, none"),
+        ({"history": "short"}, "history=short; expected one of: scales, full"),
     ],
 )
 def test_unknown_choices_are_refused(value, message):

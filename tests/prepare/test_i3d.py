@@ -116,7 +116,7 @@ def test_a_package_at_hand_is_converted_and_used(tmp_path, monkeypatch, capsys):
 def test_what_to_prepare_is_said(tmp_path, capsys):
     for words, found in ((["c3d"], "c3d"), ([], "None")):
         assert main(["prepare", *words, f"root={tmp_path}"]) == 1
-        assert f"prepare what? found {found}, expected one of: i3d" in capsys.readouterr().err
+        assert f"what={found}; expected one of: i3d" in capsys.readouterr().err
 
 
 def test_the_real_package(shared, tmp_path):

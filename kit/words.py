@@ -1,0 +1,213 @@
+"""The words of a command line, key=value: quotes them for hydra, whose grammar they meet, and says which of them do not fit
+the config."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kit.confs import choices, compose, leaves, nearest
+from kit.values import as_word
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+SAID = ("prompt", "label", "negative")  # in which ${...} is text too; elsewhere it is the value of another key
+FREE_TEXT = (
+    *SAID, "settings", "image", "video", "videos", "real", "prompts",
+)  # fmt: skip
+PATHS = (
+    "ckpt", "out", "tokenizer", "condition.encoder", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source",
+    "data.root", "data.images.root",
+)  # fmt: skip
+WORDS = ("words", "overrides", "tokenizer_overrides", "generator_overrides")  # of doctor and demo: words for another conf
+
+
+def quoted(word: str, sweep: bool = False) -> str:
+    """Quotes the value of a word key=value if it is free text or a file name, since hydra's grammar fails on commas and
+    brackets in it.
+
+    Args:
+        sweep: whether commas between paths separate the values of a sweep.
+    """
+    key, equals, text = word.partition("=")
+    if text.startswith("~/"):
+        text = os.path.expanduser(text)
+        word = f"{key}={text}"
+    if key in WORDS and text[:1] == "[" and text[-1:] == "]":
+        return f"{key}=[{','.join(as_text(part) for part in at_commas(text[1:-1]))}]"
+    free = key in FREE_TEXT or (key in PATHS and not (sweep and "," in text))
+    free = free or key == "name" and bool(re.fullmatch(r"[-+.\w]*\d[-+.\w]*", text))  # 2024_01_15 is no number
+    free = free or bool(text) and text[0] not in "[{" and not readable(word)
+    if not equals or not free:
+        return word
+    return f"{key}={as_text(text, literal=key in SAID)}"
+
+
+def as_text(text: str, literal: bool = True) -> str:
+    """Puts a text in quotes, so that hydra takes it as it is; leaves null and quoted texts as they are.
+
+    Args:
+        literal: whether ${...} in it is text too, not the value of another key.
+    """
+    if text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"):
+        return text
+    if literal:
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # omegaconf halves backslashes before ${
+    text = re.sub(r"(\\*)'", r"\1\1\\'", text)  # hydra unescapes only backslashes before a quote
+    return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
+
+
+def at_commas(text: str) -> list[str]:
+    """Splits a text at commas, except within brackets or within quotes that begin a part."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote or (letter in "\"'" and not parts[-1].strip()):
+            quote = "" if letter == quote else quote or letter
+        else:
+            depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+ELSEWHERE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")  # hydra's: other confs than kit's
+VALUED = ("--cfg", "-c", "--package", "-p", *ELSEWHERE)
+
+
+def options_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """Parts hydra's own options, with their values, from the overrides: hydra does not find options that come between
+    overrides."""
+    options, overrides, rest = [], [], iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        options.append(word)
+        if word in VALUED:
+            options += [value for value in [next(rest, None)] if value is not None]
+    return options, overrides
+
+
+def readable(word: str) -> bool:
+    """Returns whether hydra's grammar accepts a word."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
+
+
+def sorted_out(conf: Path, overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Splits a command's words: those that choose a group's config or add and remove keys, which defaults depend on; and the
+    keys that the others set."""
+
+    def chooses(word: str) -> bool:
+        return word[0] in "+~" or bool(choices(conf, word.split("=")[0].split("@")[0]))
+
+    words = [word for word in overrides if "=" in word and not word.startswith(("-", "hydra"))]
+    return [word for word in words if chooses(word)], [word.split("=")[0] for word in words if not chooses(word)]
+
+
+def wrong_words(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
+    """Reports the words of a command whose values are of a wrong kind, or that its other words leave without effect, and
+    what its config lacks to have a folder of its own."""
+    return [*without_a_folder(cfg), *wrong_kinds(cfg, conf, overrides), *idle_beside_stages(cfg, overrides)]
+
+
+def without_a_folder(cfg: DictConfig) -> list[str]:
+    """Reports which of the keys that a run's folder is named by are empty: it would be the folder of all runs, or /."""
+    values = {key: cfg[key] for key in ("name", "root") if key in cfg}  # not in it if it is missing
+    empty = {key: value for key, value in values.items() if value is None or not str(value).strip()}
+    problem = "names no folder; a run lies in <root>/<name>. Is a variable of the shell unset?"
+    return [f"{as_word(key, value)} {problem}" for key, value in empty.items()]
+
+
+def idle_beside_stages(cfg: DictConfig, overrides: list[str]) -> list[str]:
+    """Reports words that set a number of steps where stages have their own."""
+    keys = [word.split("=")[0] for word in overrides] if cfg.get("stages") else []
+    idle = [key for key in keys if re.fullmatch(r"trainer\.max_steps|recipe\.\w+\.steps", key)]
+    return [f"{key} counts nothing beside stages; give stages.NAME.steps, or stage_steps for all of them" for key in idle]
+
+
+def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
+    """Reports the words that give a text where the config has a number, or one value where it has several."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    chosen, keys = sorted_out(conf, overrides)
+    try:
+        usual, wrong = compose(conf, chosen), []
+    except Exception:  # reported elsewhere
+        return []
+    for key in keys:
+        try:
+            before, now = (OmegaConf.select(values, key) for values in (usual, cfg))
+        except OmegaConfBaseException:  # it depends on a missing value
+            continue
+        several = OmegaConf.is_config(before) and now not in (None, False) and not OmegaConf.is_config(now)
+        number = isinstance(before, int | float) and not key.startswith("trainer.")  # those take words too, such as auto
+        if several or (number and isinstance(now, str)):
+            example = OmegaConf.to_container(before) if several else before
+            wrong.append(f"{key}={now}; expected {'values' if several else 'a number'} such as {example}")
+    return wrong
+
+
+def refused(conf: Path, words: list[str], sweep: bool = False) -> str | None:
+    """Says why a conf does not compose with words as hydra takes them; None if it does, or if hydra has to say why.
+
+    Args:
+        sweep: whether key=a,b stands for several runs; the first value counts.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+
+    def of_one_run(word: str) -> str:
+        override = OverridesParser.create().parse_override(word)
+        values = override.sweep_string_iterator() if override.is_discrete_sweep() else iter(())
+        return next((f"{word.split('=')[0]}={value}" for value in values), word)
+
+    if any(word.startswith("hydra.searchpath") for word in words):
+        return None
+    words = [word for word in words if not word.startswith("hydra")]
+    try:
+        words = [of_one_run(word) for word in words] if sweep else words
+        return next(iter(without_a_folder(compose(conf, words))), None)  # before hydra makes the folder
+    except MissingConfigException as error:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        if not group or not error.options:
+            return None
+        return f"no {group}={name}; choose from {', '.join(error.options)}"
+    except ConfigCompositionException as error:
+        found = re.match(r"Could not override '(.+)'", str(error))
+        return unknown_key(conf, words, found[1]) if found else str(error).strip()
+    except HydraException as error:
+        said = re.sub(r"\s*See https://hydra.cc\S* for details", "", str(error)).strip().replace("\n", ": ")
+        return f"{said}; expected key=value, a value with brackets, braces or commas within in quotes"
+    except Exception:  # such as a broken file
+        return None
+    return None
+
+
+OPEN = ("trainer.", "logger.", "callbacks.", "stages.")  # beginnings of keys that others may be added to
+
+
+def unknown_key(conf: Path, words: list[str], key: str) -> str:
+    """Says what key is most like one that the config has not, or else which keys it has there."""
+    from omegaconf import OmegaConf
+
+    cfg = compose(conf, sorted_out(conf, words)[0])
+    above = key.rpartition(".")[0]
+    while above and not OmegaConf.is_dict(OmegaConf.select(cfg, above)):
+        above = above.rpartition(".")[0]
+    like = nearest([key], [known for known in leaves(cfg) if not key.startswith(f"{known}.")])
+    keys = ", ".join(map(str, OmegaConf.select(cfg, above) if above else cfg))
+    message = like[0] if like else f"no key {key}; {f'{above} has' if above else 'there are'} {keys}"
+    return f"{message}; +{key}=... adds it" if key.startswith(OPEN) else message
