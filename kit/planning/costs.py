@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kit.generator.transformer import Generator, GeneratorConfig
+from kit.planning.memory import Repeated
 from kit.tokenizer import Tokenizer, TokenizerConfig
 
 
@@ -29,7 +30,7 @@ def tokenizer_cost(tokenizer: TokenizerConfig, frames: int, height: int, width: 
     Raises as `Tokenizer.schedule`."""
     with torch.device("meta"):
         model, video = Tokenizer(tokenizer), torch.zeros(1, 3, frames, height, width)
-        with FlopCounterMode(display=False) as counter:
+        with Repeated(), FlopCounterMode(display=False) as counter:
             model(video)[0].sum().backward()
     return ClipCost(tokenizer.schedule(frames, height, width).length, counter.get_total_flops())
 
@@ -47,18 +48,24 @@ def generator_cost(
         as `Tokenizer.schedule`.
     """
     schedule = tokenizer.schedule(frames, height, width)
-    tokens = schedule.length
-    with torch.device("meta"):
-        model, codec, video = Generator(generator), Tokenizer(tokenizer), torch.zeros(1, 3, frames, height, width)
-        model.recompute = recompute
-        history = schedule.grid[0] * schedule.grid[1] * (schedule.latent_frames - 1) if generator.history == "full" else 0
-        condition = torch.zeros(1, model.condition.length, generator.width)
-        with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, tokens + history, generator.inputs), schedule, condition).sum().backward()
+    history = schedule.grid[0] * schedule.grid[1] * (schedule.latent_frames - 1) if generator.history == "full" else 0
+    with torch.device("meta"), Repeated():
+        inputs = torch.zeros(1, schedule.length + history, generator.inputs)
+
+        def flops_with(layers: int) -> int:
+            model = Generator(replace(generator, layers=layers))
+            model.recompute = recompute
+            condition = torch.zeros(1, model.condition.length, generator.width)
+            with FlopCounterMode(display=False) as counter:
+                model(inputs, schedule, condition).sum().backward()
+            return counter.get_total_flops()
+
+        one, two = flops_with(1), flops_with(2)
+        with FlopCounterMode(display=False) as encoding, torch.no_grad():
             if not encoded:
-                with torch.no_grad():
-                    codec.encode(video)
-    return ClipCost(tokens, counter.get_total_flops())
+                Tokenizer(tokenizer).encode(torch.zeros(1, 3, frames, height, width))
+    layers = generator.layers - 1  # all alike
+    return ClipCost(schedule.length, one + layers * (two - one) + encoding.get_total_flops())
 
 
 def stage_cost(clip: ClipCost, image: ClipCost | None, clips: int, image_share: float, latents: int) -> ClipCost:

@@ -3,9 +3,10 @@ no contents, and sums up the sizes of those alive at once."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import lightning as L
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 GPU = "xpu"  # device type that stands for any GPU: torch allows autocast to it on machines without one
 HALVED = {  # computed in bfloat16 under autocast, on either device (aten/src/ATen/autocast_mode.h), as far as kit calls them
@@ -30,7 +31,53 @@ FLOAT = {  # computed in float32 under autocast
 }  # fmt: skip
 
 
-class Held(TorchDispatchMode):
+def kind_of(x) -> Hashable:
+    """Returns what the outputs of an operation on meta tensors depend on: of a tensor its shape, strides and type."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype, x.device
+    if isinstance(x, list | tuple):
+        return tuple(map(kind_of, x))
+    return type(x), x  # 1, 1.0 and True are equal
+
+
+class Repeated(TorchDispatchMode):
+    """Runs an operation on meta tensors once for each kind of arguments, and from then on makes tensors like those it made.
+
+    torch computes shapes in Python for most operations, which takes half a millisecond each; a model repeats few kinds.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[Hashable, list[tuple]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not fresh(function):
+            return function(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            kind = function, kind_of(args), *((name, kind_of(x)) for name, x in kwargs.items())
+            if kind in self.made:
+                made = [torch.empty_strided(*shape, dtype=dtype, device="meta") for shape, dtype in self.made[kind]]
+                return made[0] if len(function._schema.returns) == 1 else tuple(made)
+        made = function(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            several = made if isinstance(made, tuple) else (made,)
+            given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            meta = all(isinstance(x, Tensor) and x.device.type == "meta" for x in several)
+            if meta and given.isdisjoint(x.untyped_storage()._cdata for x in several):
+                self.made[kind] = [((x.shape, x.stride()), x.dtype) for x in several]
+        return made
+
+
+@functools.cache
+def fresh(function: torch._ops.OpOverload) -> bool:
+    """Returns whether an operation says of itself that it makes new tensors alone; a few that do give views nonetheless."""
+    schema = function._schema
+    arguments = [*schema.arguments, *schema.returns]
+    return all(x.alias_info is None for x in arguments) and {str(x.type) for x in schema.returns} == {"Tensor"}
+
+
+class Held(Repeated):
     """Counts the bytes of tensors on a device that were created in this context and are alive.
 
     Attributes: now, bytes alive; most, the maximum so far.
@@ -43,8 +90,11 @@ class Held(TorchDispatchMode):
         self.storages = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._hold, made)
+        made = super().__torch_dispatch__(function, types, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            for x in made if isinstance(made, list | tuple) else (made,):
+                if isinstance(x, Tensor):
+                    self._hold(x)
         return made
 
     def _hold(self, x: Tensor):
@@ -78,12 +128,10 @@ class Pretence(TorchFunctionMode):
             return self.device if found.type == "meta" else found
         if function is torch._C._nn._parse_to:  # Module.to, which reads its arguments
             return function(*args, **(kwargs or {}))
-        args, kwargs = tree_map(self._place, (args, kwargs or {}))
+        cast = self._place
         if torch.is_autocast_enabled(self.device.type):
-            if function in HALVED:
-                args, kwargs = tree_map_only(Tensor, self._half, (args, kwargs))
-            elif function in FLOAT[self.device.type]:
-                args, kwargs = tree_map_only(Tensor, self._float, (args, kwargs))
+            cast = self._half if function in HALVED else self._float if function in FLOAT[self.device.type] else cast
+        args, kwargs = [cast(x) for x in args], {name: cast(x) for name, x in (kwargs or {}).items()}
         if self.device.type == GPU:
             function = FUSED.get(function, function)
         return function(*args, **kwargs)
@@ -91,8 +139,8 @@ class Pretence(TorchFunctionMode):
     def _place(self, x):
         return torch.device("meta") if isinstance(x, torch.device) and x == self.device else x
 
-    def _half(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:
+    def _half(self, x):
+        if not isinstance(x, Tensor) or x.dtype != torch.float32:
             return x
         if self.halves is None or not (x.is_leaf and x.requires_grad):
             return x.bfloat16()
@@ -101,8 +149,8 @@ class Pretence(TorchFunctionMode):
         return self.halves[id(x)]
 
     @staticmethod
-    def _float(x: Tensor) -> Tensor:
-        return x.float() if x.is_floating_point() else x
+    def _float(x):
+        return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -167,7 +215,6 @@ def training_memory(
             tokenizer.to(where)
         take_step = stepper(module, pretence, bfloat16)
         average = [p.detach().clone() for p in module.model.parameters()] if ema else []
-        take_step(batch, accumulate)  # makes the optimizer's state
         between, held.most = held.now, held.now
         take_step(batch, accumulate)
         del average
@@ -175,7 +222,8 @@ def training_memory(
 
 
 def stepper(module: L.LightningModule, pretence: Pretence, bfloat16: bool) -> Callable:
-    """Returns a function that takes a training step of a module without a trainer.
+    """Returns a function that takes a training step of a module without a trainer, but not its first: the state of its
+    optimizers exists.
 
     Its arguments are a function that makes a batch on a device, and the number of batches per step.
     """
@@ -191,6 +239,11 @@ def stepper(module: L.LightningModule, pretence: Pretence, bfloat16: bool) -> Ca
             optimizer.step()
             optimizer.zero_grad()
 
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+    update()
     module.log = lambda *_, **__: None
     module.manual_backward, module.step = backward, update
     if module.kind == "tokenizer":
