@@ -23,12 +23,13 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
 
-from kit.build import generator_values, plain
-from kit.checkpoint import save_training
+from kit.build import generator_values
 from kit.fsdp import ShardedStrategy
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.sharded_checkpoint import consolidate
 from kit.tokenizer import TokenizerConfig
+from kit.training_checkpoint import save_training
+from kit.values import plain
 from runs import composed, parted
 
 

@@ -15,12 +15,12 @@ import sys
 
 import torch
 
-from kit.build import plain
 from kit.checkpoint import load_generator
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_hits
 from kit.generator.sampler import Sampling
 from kit.sampling import seed_of, stream_samples
+from kit.values import plain
 from kit.verbs import reconstruct_batches
 from runs import composed, parted
 

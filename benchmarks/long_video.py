@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 from streaming import megabytes
 
-from kit.build import plain
 from kit.checkpoint import Loaded
 from kit.generator.sampler import Sampling
 from kit.generator.transformer import Generator, GeneratorConfig
@@ -31,6 +30,7 @@ from kit.media import video_writer
 from kit.sampling import stream_samples
 from kit.scales import latent_frames, pixel_frames
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.values import plain
 from runs import composed
 
 LENGTHS = (5, 50, 500)  # latent frames

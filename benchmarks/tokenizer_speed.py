@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from kit.build import plain
 from kit.machine import keep_freed_memory
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.values import plain
 from runs import composed
 
 FRAMES, SIDE = 17, 128

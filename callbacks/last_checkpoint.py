@@ -11,8 +11,8 @@ from pathlib import Path
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from kit.checkpoint import TrainingCheckpointIO
 from kit.loop import between_steps, validates_next
+from kit.training_checkpoint import TrainingCheckpointIO
 from kit.values import check_whole_number
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kit.checkpoint import TrainingCheckpointIO, load_tokenizer
+from kit.checkpoint import load_tokenizer
 from kit.data.buckets import Bucket, read_shape
 from kit.data.datamodule import ClipDataModule
 from kit.data.staged import StagedClips
@@ -22,12 +22,8 @@ from kit.scales import latent_frames
 from kit.stages import Stage, StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.module import TokenizerModule
-from kit.values import check_whole_number, equal_parts
-
-
-def plain(node: DictConfig) -> dict:
-    """Converts a config node to plain values, resolved; checkpoints hold nothing else."""
-    return OmegaConf.to_container(node, resolve=True)
+from kit.training_checkpoint import TrainingCheckpointIO
+from kit.values import check_whole_number, equal_parts, plain
 
 
 def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> ClipDataModule:

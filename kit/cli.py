@@ -160,7 +160,6 @@ def silence():
 def explained(error: Exception, verb: str) -> str | None:
     """Says in a few lines what a user can mend; None for other errors, and where KIT_TRACEBACK asks for a traceback."""
     from hydra.errors import InstantiationException
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
     if os.environ.get("KIT_TRACEBACK"):
@@ -171,10 +170,11 @@ def explained(error: Exception, verb: str) -> str | None:
         found = re.search(r"Missing mandatory value: (\S+)", str(error))
         key = found[1] if found else error.full_key
         return f"{key} is missing; give {key}=..."
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; torch may not be imported
+    kind = type(error).__name__  # torch and Lightning may not be imported, which takes seconds
+    if kind == "OutOfMemoryError":  # torch's, of a GPU
         room = "fits=12GB, recompute=true or fewer clips a step" if verb == "fit" else "a smaller batch_size"
         return f"{error}\n{room} takes less\n(KIT_TRACEBACK=1 shows where)"
-    if isinstance(error, (*MENDABLE, MisconfigurationException)):
+    if isinstance(error, MENDABLE) or kind == "MisconfigurationException":  # Lightning's
         return f"{error}\n(KIT_TRACEBACK=1 shows where)"
     return None
 

@@ -7,13 +7,14 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -57,7 +58,8 @@ def sole_user(folder: Path) -> Iterator[None]:
     """
     path = folder / ".lock"
     with ExitStack() as stack:
-        if rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0":
+        rank = getattr(rank_zero_only, "rank", 0)  # Lightning, which sets it, takes long to import
+        if rank == 0 and os.environ.get("NODE_RANK", "0") == "0":
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(FileLock(path, timeout=0))
@@ -67,7 +69,9 @@ def sole_user(folder: Path) -> Iterator[None]:
                     f"another process is at work in {folder}; wait for it, or give another name="
                 ) from error
             except (NotImplementedError, OSError) as error:
-                rank_zero_warn(f"{folder} cannot be locked ({error}): see to it yourself that one process alone is there")
+                warnings.warn(
+                    f"{folder} cannot be locked ({error}): see to it yourself that one process alone is there", stacklevel=4
+                )
         yield
 
 

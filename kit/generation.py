@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from kit import __version__
-from kit.build import plain
 from kit.checkpoint import Loaded, load_generator
 from kit.data.read import open_clip_file
 from kit.files import read_json, sole_user, write_json
@@ -22,6 +21,7 @@ from kit.media import contact_sheet, spread, video_writer
 from kit.request import check_numbers, check_video_length, file_stem, history_of, notes_on, prompts_of, usual_length
 from kit.sampling import progress, stream_samples
 from kit.sidecar import SETTINGS, Job, check_same, with_settings
+from kit.values import plain
 
 SHOWN = 16  # clips on the contact sheet, at most
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 TOLERANCE = 1e-3  # how far beyond [-1, 1] rounding may carry a pixel
 
@@ -53,6 +52,8 @@ def to_8_bits(pixels: Tensor) -> Tensor:
 
 def psnr(output: Tensor, video: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of clips in [-1, 1], (B, 3, T, H, W) -> scalar, the mean over clips."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # takes seconds, which readers of clips need not wait
+
     return peak_signal_noise_ratio(output, video, data_range=(-1.0, 1.0), dim=(1, 2, 3, 4), reduction="elementwise_mean")
 
 
@@ -61,5 +62,7 @@ def ssim(frames: Tensor, real: Tensor) -> Tensor:
 
     Computed on [0, 1], where black is 0: the term that compares brightness would otherwise take middle grey for black.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     shifted = ((x.float() + 1) / 2 for x in (frames, real))
     return structural_similarity_index_measure(*shifted, data_range=(0.0, 1.0), reduction="none").reshape(-1)

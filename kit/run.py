@@ -20,11 +20,9 @@ from kit.build import (
     build_trainer,
     check_sharded_tokenizer,
     of_stage,
-    plain,
     plan_of,
     tokenizer_config,
 )
-from kit.checkpoint import check_resume, copy_checkpoint
 from kit.confs import keep_config
 from kit.data.cache import CachedClips, describe, write_cache
 from kit.data.datamodule import ClipDataModule
@@ -37,7 +35,8 @@ from kit.retries import BatchPosition, noticing_dead_workers, with_retries
 from kit.sharded_checkpoint import remove_shards
 from kit.signals import end_with_launcher, ended_at_once
 from kit.start import start
-from kit.values import check_whole_number
+from kit.training_checkpoint import check_resume, copy_checkpoint
+from kit.values import check_whole_number, plain
 
 
 def encoded_clips_of(cfg: DictConfig, *parts: str) -> Path:

@@ -5,9 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 T = TypeVar("T")
+
+
+def plain(node: DictConfig) -> dict:
+    """Converts a config node to plain values, resolved; checkpoints hold nothing else."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(node, resolve=True)
 
 
 def from_values(by: type[T], values: Mapping, what: str, /, **besides) -> T:

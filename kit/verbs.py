@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from kit import sharded_checkpoint
-from kit.build import build_data, plain
+from kit.build import build_data
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.cache import describe, read_manifest, write_cache
 from kit.data.clips import FolderClips
@@ -35,7 +35,7 @@ from kit.request import file_stem
 from kit.run import choice_of
 from kit.sampling import sample_clips, sample_videos
 from kit.self_check import Check, self_check
-from kit.values import check_whole_number
+from kit.values import check_whole_number, plain
 
 CHECKED = 8  # number of clips that `inspect` self-checks and samples
 

@@ -15,6 +15,7 @@ from kit.checkpoint import read_checkpoint
 from kit.files import contents_hash
 from tests import gated
 from tests.fixtures import CLIP, QUICK, TOKENIZER
+from tests.processes import Command
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ["trainer.precision=32-true", "callbacks.compile.least_steps=-1", "callbacks.ema.decay=0.9"]
@@ -24,8 +25,12 @@ def last(root: Path) -> Path:
     return root / "run" / "checkpoints" / "last.ckpt"
 
 
-def started(root: Path, *overrides: str) -> subprocess.Popen:
-    """Starts or resumes a training of 40 steps of 4 clips in another process."""
+def started(root: Path, *overrides: str, interpreter: bool = False) -> Command | subprocess.Popen:
+    """Starts or resumes a training of 40 steps of 4 clips in another process.
+
+    Args:
+        interpreter: whether in an interpreter of its own, as for users.
+    """
     words = [
         f"root={root}",
         "name=run",
@@ -37,17 +42,20 @@ def started(root: Path, *overrides: str) -> subprocess.Popen:
         "ckpt=last",
         *overrides,
     ]
-    command = [sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", *words]
+    command = ["fit", "conf=stage1_tokenizer", *words]
+    if not interpreter:
+        return Command(command, root / "said")
+    command = [sys.executable, "-m", "kit", *command]
     with open(root / "said", "w") as said:
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
 
 
 @contextmanager
-def stopped_midway(root: Path, *overrides: str) -> Iterator[subprocess.Popen]:
+def stopped_midway(root: Path, *overrides: str, interpreter: bool = False) -> Iterator[Command | subprocess.Popen]:
     """Starts a training that waits at its middle while the block runs: the steps before are done, or about to be. After the
     block it continues."""
     gate = root / "gate"
-    process = started(root, *gated.words(gate, at=80), *overrides)
+    process = started(root, *gated.words(gate, at=80), *overrides, interpreter=interpreter)
     try:
         wait_for(gated.reached(gate).exists, process)
         yield process
@@ -76,7 +84,7 @@ def same(a: dict, b: dict) -> bool:
     return contents_hash({key: a[key] for key in parts}) == contents_hash({key: b[key] for key in parts})
 
 
-def wait_for(happened, process: subprocess.Popen, seconds: float = 300.0):
+def wait_for(happened, process: Command | subprocess.Popen, seconds: float = 300.0):
     end = time.monotonic() + seconds
     while not happened():
         assert process.poll() is None and time.monotonic() < end

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import kit.sharded_checkpoint
-from kit.checkpoint import TrainingCheckpointIO, save_training
 from kit.cli import main
 from kit.files import contents_hash, load_checked, save_checked
 from kit.fsdp import ShardedStrategy, as_shared, whole
 from kit.sharded_checkpoint import load_shares, load_whole, mapped, save_shards
+from kit.training_checkpoint import TrainingCheckpointIO, save_training
 
 START = "forkserver"  # imports once for all of them
 

@@ -20,9 +20,10 @@ import torch
 
 import kit.run
 from callbacks import LastCheckpoint, last_checkpoint
-from kit.checkpoint import TrainingCheckpointIO, load_tokenizer, read_checkpoint
+from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.files import load_checked, save_checked
 from kit.tokenizer.module import TokenizerModule
+from kit.training_checkpoint import TrainingCheckpointIO
 from tests.fixtures import fit_generator, fit_tokenizer
 from tests.interrupted import ROOT, STEPS, last, said, same, started, stopped_midway, wait_for
 from tests.test_training import losses
@@ -42,13 +43,17 @@ def test_killed_while_saving_it_goes_on_to_the_same_weights(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "told, code, accumulate, workers",
-    [(signal.SIGTERM, 128 + signal.SIGTERM, 1, 1), (signal.SIGTERM, 128 + signal.SIGTERM, 3, 0), (signal.SIGINT, 1, 1, 1)],
+    "told, code, accumulate, workers, interpreter",
+    [
+        (signal.SIGTERM, 128 + signal.SIGTERM, 1, 1, True),
+        (signal.SIGTERM, 128 + signal.SIGTERM, 3, 0, False),
+        (signal.SIGINT, 1, 1, 1, False),
+    ],
 )
-def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, told, code, accumulate, workers):
+def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, told, code, accumulate, workers, interpreter):
     """All processes of the run get SIGTERM, as from a scheduler, or Ctrl-C."""
     every = ["callbacks.last.every=1000", f"data.workers={workers}"]
-    with stopped_midway(tmp_path, f"optimizer.accumulate={accumulate}", *every) as process:
+    with stopped_midway(tmp_path, f"optimizer.accumulate={accumulate}", *every, interpreter=interpreter) as process:
         os.killpg(process.pid, told)
     assert process.wait(timeout=60) == code
     assert "ckpt=last goes on from there" in said(tmp_path)
@@ -221,7 +226,9 @@ def test_the_best_checkpoint_stays_until_the_next_one_is_saved(tmp_path):
 @pytest.mark.parametrize("may_fail", [0, 1])
 def test_a_failed_save_of_another_callback_is_not_forgotten(tmp_path, monkeypatch, may_fail):
     """The checkpoint at a stage's end fails, then `last.ckpt` succeeds: the failure still counts, once."""
-    monkeypatch.setattr("kit.checkpoint.save_training", save := MagicMock(side_effect=[OSError("no room"), None, None]))
+    monkeypatch.setattr(
+        "kit.training_checkpoint.save_training", save := MagicMock(side_effect=[OSError("no room"), None, None])
+    )
     io, last = TrainingCheckpointIO(), LastCheckpoint(str(tmp_path), every=1, may_fail=may_fail)
     strategy = SimpleNamespace(checkpoint_io=io, broadcast=lambda value: value)
     trainer = SimpleNamespace(strategy=strategy, global_step=1)
@@ -243,7 +250,7 @@ def test_a_failed_save_of_another_callback_is_not_forgotten(tmp_path, monkeypatc
 def test_a_failure_that_was_let_pass_does_not_fail_a_later_save(tmp_path, monkeypatch, failures):
     """The last save of a training may not fail, but failures before it are forgiven."""
     outcomes = [OSError("no room")] * failures + [None]
-    monkeypatch.setattr("kit.checkpoint.save_training", MagicMock(side_effect=outcomes))
+    monkeypatch.setattr("kit.training_checkpoint.save_training", MagicMock(side_effect=outcomes))
     io, last = TrainingCheckpointIO(), LastCheckpoint(str(tmp_path), every=1, may_fail=2)
     trainer = SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=io, broadcast=lambda value: value))
     trainer.save_checkpoint = lambda path, **_: io.save_checkpoint({}, path)

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from callbacks import EMA, LossGuard
-from kit.build import plain
 from kit.checkpoint import read_checkpoint
 from kit.cli import main
 from kit.data.batches import StreamSampler
@@ -23,6 +22,7 @@ from kit.data.staged import StagedClips
 from kit.machine import can_compile
 from kit.stages import StagePlan
 from kit.tokenizer.module import TokenizerModule
+from kit.values import plain
 from tests.fixtures import CLIP, GENERATOR, TOKENIZER, composed, fit_generator, fit_tokenizer
 
 compile_layer = torch.nn.Module.compile

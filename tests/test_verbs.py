@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from kit.files import load_checked, save_checked, sole_user
 from kit.media import write_video
 from kit.verbs import per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
+from tests.processes import Command
 
 PROMPT = "a red ball moving right over a green field"
 
@@ -180,8 +179,7 @@ def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tm
     saves = ["callbacks.last.every=5", "callbacks.last.share=1"]
     words, folder = demo_words(tmp_path, "recipe.generator.steps=60", *saves), tmp_path / "demo"
     last = folder / "generator" / "checkpoints" / "last.ckpt"
-    with open(tmp_path / "log.txt", "w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "kit", *words], stdout=log, stderr=log, start_new_session=True)
+    process = Command(words, tmp_path / "log.txt")
     try:
         while not last.exists():
             assert process.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from omegaconf import DictConfig
 
-from kit.build import plain
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.clips import FolderClips
 from kit.data.shapes import Shapes
@@ -20,6 +19,7 @@ from kit.machine import check_precision
 from kit.perceptual import Perceptual, load_perceptual
 from kit.request import check_video_length, notes_on
 from kit.scales import whole_groups
+from kit.values import plain
 
 METRICS = ("frechet", "psnr", "ssim", "lpips", "captions")
 ANOTHER = "which makes it another protocol"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from kit.build import plain
 from kit.checkpoint import load_generator
 from kit.data.read import read_clip_file
 from kit.evaluation.candidates import Samples
@@ -19,7 +18,7 @@ from kit.generator.sampler import Sampling
 from kit.machine import check_precision, exact_float32
 from kit.media import contact_sheet
 from kit.request import check_video_length, notes_on
-from kit.values import check_whole_number
+from kit.values import check_whole_number, plain
 
 SHOWN = 8  # videos on the page and the contact sheet
 

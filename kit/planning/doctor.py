@@ -13,7 +13,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from kit import machine
-from kit.build import build_data, build_trainer, of_stage, plain, plan_of
+from kit.build import build_data, build_trainer, of_stage, plan_of
 from kit.confs import CONF, compose, confs, located, trains
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
@@ -22,6 +22,7 @@ from kit.planning.plan import clips_of_a_step, costs, planned_tokenizer, shapes_
 from kit.stages import StagePlan
 from kit.start import given_start
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.values import plain
 from kit.words import refused, wrong_words
 
 PACKAGES = {  # package -> the feature that needs it

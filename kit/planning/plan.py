@@ -13,7 +13,6 @@ from kit.build import (
     batch_size_of,
     generator_module,
     generator_values,
-    plain,
     tokenizer_config,
     tokenizer_module,
 )  # fmt: skip
@@ -28,6 +27,7 @@ from kit.scales import latent_frames
 from kit.stages import StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.module import TokenizerModule
+from kit.values import plain
 
 COLUMNS = "{:<12}{:>14}{:>8}{:>9}{:>14}{:>8}{:>14}{:>12}{:>11}{:>9}{:>9}"
 

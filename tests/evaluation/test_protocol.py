@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from kit.build import plain
 from kit.confs import CONF
 from kit.evaluation.protocol import Network, Protocol, Real
-from kit.values import differences
+from kit.values import differences, plain
 from tests.fixtures import composed
 
 SHIPPED = sorted(path.stem for path in (CONF / "protocol").glob("*.yaml"))

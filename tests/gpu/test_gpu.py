@@ -9,7 +9,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from kit.build import plain
 from kit.checkpoint import load_generator, read_checkpoint, save_tokenizer
 from kit.cli import main
 from kit.data.shapes import Shapes
@@ -21,6 +20,7 @@ from kit.scales import ScaleSchedule
 from kit.self_check import self_check
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.streaming import reconstruct_stream
+from kit.values import plain
 from tests.fixtures import CLIP, GENERATOR, PROMPTS, QUICK, RISING, TOKENIZER, composed
 from tests.test_self_check import HARDLY_LEARNED
 from tests.test_training import losses

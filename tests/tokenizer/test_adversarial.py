@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import shutil
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -17,7 +13,6 @@ import torch
 from torch.nn import functional as F
 
 from callbacks import LossGuard
-from kit.build import plain
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
@@ -33,10 +28,11 @@ from kit.tokenizer.losses import (
     perceptual_loss,
 )
 from kit.tokenizer.module import TokenizerModule, chosen_frames, some_frames, weighted_sum
+from kit.values import plain
 from tests import fixtures
 from tests.fixtures import QUICK, composed, fit_tokenizer
+from tests.processes import together
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL, TOKENIZER_WORDS = [word for word in fixtures.CLIP if "devices" not in word], fixtures.TOKENIZER
 ADVERSARIAL = ["loss.adversarial.weight=0.1", "loss.adversarial.width=8", "loss.adversarial.layers=2"]
 CLIP = {"frames": 5, "height": 16, "width": 16, "fps": 8}
@@ -252,9 +248,8 @@ def test_two_processes_train_adversarially_as_one(tmp_path):
             "recipe.tokenizer.steps=4",
             *more,
         ]
-        command = [sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", "trainer.precision=32-true", *run]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        command = ["fit", "conf=stage1_tokenizer", "trainer.precision=32-true", *run]
+        together(command, 1 if name == "one" else 2, tmp_path / f"{name}_said")
     one, two = (read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt", "tokenizer") for name in ("one", "two"))
     assert any(name.startswith("discriminator") for name in one["state_dict"])
     for name, weight in one["state_dict"].items():

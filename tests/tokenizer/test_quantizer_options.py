@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from kit.build import plain
 from kit.cli import main
 from kit.draws import Draws
 from kit.generator.corruption import FlipLaw, training_sequence
@@ -23,6 +22,7 @@ from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.losses import entropy_loss
 from kit.tokenizer.module import TokenizerModule
 from kit.tokenizer.quantizer import bits_to_feature, block_input, feature_to_bits, pyramid
+from kit.values import plain
 from tests.conftest import randomise
 from tests.fixtures import composed, fit_generator, fit_tokenizer
 

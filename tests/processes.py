@@ -1,0 +1,110 @@
+"""Commands of kit in processes of their own, forked from the test's: they need not import torch and Lightning again, which
+takes longer than what most of them do. Some tests start interpreters instead, as users do."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from kit.cli import main
+
+
+class Command:
+    """A command in a forked process, the first of a session; offers what tests use of `subprocess.Popen`.
+
+    Args:
+        words: of the command line. said: file for what it writes to stderr; stdout is dropped. environment: variables to set.
+    """
+
+    def __init__(self, words: list[str], said: Path, **environment: str):
+        self.returncode: int | None = None
+        sys.stdout.flush(), sys.stderr.flush()
+        gc.collect()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(words, said, environment)
+
+    @staticmethod
+    def _run(words: list[str], said: Path, environment: dict[str, str]):
+        status = 1
+        gc.freeze()  # what the test has left, such as a closed video, may wait at its end for threads that are not here
+        try:
+            os.setsid()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+            for package in ("pytorch", "fabric"):  # their messages and warnings would go to pytest
+                logging.getLogger(f"lightning.{package}").handlers = [logging.StreamHandler(sys.stderr)]
+            warnings.showwarning = lambda *told, **_: sys.stderr.write(warnings.formatwarning(*told[:4]))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ.update(environment)
+            rank_zero_only.rank = int(environment.get("RANK", 0))
+            status = main(words)
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float = 120.0) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("kit", timeout)
+            time.sleep(0.005)
+        return self.returncode
+
+    def kill(self):
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def together(words: list[str], processes: int, folder: Path):
+    """Runs a command in several processes, which find each other as under torchrun; fails if one of them does.
+
+    Args:
+        folder: for what each writes to stderr.
+    """
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port = str(any_port.getsockname()[1])
+    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
+    group = {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = [str(rank) for rank in range(processes)]
+    said = [folder / f"said_{rank}" for rank in ranks]
+
+    def texts() -> str:
+        return "\n".join(file.read_text()[-3000:] for file in said)
+
+    commands = [Command(words, file, RANK=rank, LOCAL_RANK=rank, **group) for rank, file in zip(ranks, said)]
+    end = time.monotonic() + 120
+    try:
+        while any(command.poll() is None for command in commands):
+            assert time.monotonic() < end, texts()
+            assert not any(command.returncode for command in commands), texts()
+            time.sleep(0.01)
+        assert not any(command.returncode for command in commands), texts()
+    finally:
+        for command in commands:
+            command.kill()
