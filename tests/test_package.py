@@ -21,6 +21,13 @@ except RuntimeError:
 """
 
 
+def test_commands_that_do_not_train_do_without_lightning():
+    """Importing it takes longer than making a video."""
+    modules = "kit.generation, kit.prepare.run, kit.evaluation.report, kit.data.clips"
+    code = f"import sys, {modules}; print({{'lightning', 'torchmetrics'}} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "set()"
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA here, torchvision needs no help")
 def test_torchvision_built_for_cuda_does_not_break_the_import(tmp_path):
     (tmp_path / "torchvision").mkdir()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -49,6 +51,20 @@ def test_a_tokenizers_step_on_meta_is_the_real_one():
     with FlopCounterMode(display=False) as counter:
         Tokenizer(TOKENIZER)(torch.zeros(1, 3, 5, 32, 32))[0].sum().backward()
     assert tokenizer_cost(TOKENIZER, 5, 32, 32).flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_cost_alike(layers, recompute):
+    """Those of a model are worked out from a model of one layer and one of two."""
+    schedule = TOKENIZER.schedule(5, 32, 32)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = Generator(replace(GENERATOR, layers=layers))
+        model.recompute = recompute
+        inputs = torch.zeros(1, schedule.length, GENERATOR.inputs)
+        model(inputs, schedule, torch.zeros(1, model.condition.length, GENERATOR.width)).sum().backward()
+    cost = generator_cost(replace(GENERATOR, layers=layers), TOKENIZER, 5, 32, 32, encoded=True, recompute=recompute)
+    assert cost.flops == counter.get_total_flops() > 0
 
 
 def test_images_replace_clips_frame_for_frame():

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from kit.build import accumulate_of, generator_module, tokenizer_module
 from kit.generator.condition import ConditionConfig
 from kit.generator.transformer import Generator
-from kit.planning.memory import Held, Pretence, stepper
+from kit.planning.memory import Held, Pretence, Repeated, stepper
 from kit.planning.plan import generator_config, memory_of, stages_of
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from tests.fixtures import composed
@@ -39,6 +39,32 @@ def test_held_is_what_is_alive():
         assert held.now == 4000
         del b
         assert held.now == 0 and held.most == 8000
+
+
+def test_repeated_operations_make_what_they_made():
+    """Shapes, strides and types are those that torch finds, views stay views, and what is changed in place is changed."""
+
+    def outputs(x: torch.Tensor) -> list[torch.Tensor]:
+        y = torch.nn.functional.conv2d(x, x.new_zeros(6, 4, 3, 3), padding=1)
+        z = torch.add(y.permute(0, 2, 3, 1), 1)
+        turned = z.bfloat16() @ z.bfloat16().mT
+        values, places = turned.max(dim=-1)
+        joined = torch.cat([values.float(), values.float()[..., :1]], dim=-1)
+        return [x + 1, y, z, turned, values, places, joined, *torch.nn.functional.layer_norm(z, (6,)).chunk(2, -1), z.mul_(2)]
+
+    def described(tensors: list[torch.Tensor]) -> list[tuple]:
+        return [(t.shape, t.stride(), t.dtype, t.device.type) for t in tensors]
+
+    with torch.device("meta"):
+        inputs = [torch.zeros(2, 4, 8, 8), torch.zeros(2, 8, 8, 4).permute(0, 3, 1, 2)]
+        expected = [described(outputs(x)) for x in inputs]
+        assert expected[0] != expected[1]
+        with Repeated() as repeated:
+            for x, wanted in 2 * list(zip(inputs, expected)):
+                found = outputs(x)
+                assert described(found) == wanted
+                assert found[-1] is found[2] and found[-2]._base is found[-3]._base
+    assert 5 < len(repeated.made) < 40
 
 
 def held_for_real(cfg: DictConfig, bfloat16: bool) -> tuple[int, int]:
