@@ -15,6 +15,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.utilities import rank_zero_only
 
 from kit.cli import main
@@ -49,6 +50,7 @@ class Command:
             warnings.showwarning = lambda *told, **_: sys.stderr.write(warnings.formatwarning(*told[:4]))
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ.update(environment)
+            GlobalHydra.instance().clear()  # of a command that the test is in
             rank_zero_only.rank = int(environment.get("RANK", 0))
             status = main(words)
         except SystemExit as stop:

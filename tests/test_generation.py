@@ -367,7 +367,7 @@ def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
         (["prompt=x", "image=nowhere.png"], "no such file: nowhere.png"),
         (["prompt=x", "temperature=-1"], "temperature must be 0 or more"),
         (["prompt=x", "top_p=0"], "top_p must be above 0"),
-        (["prompt=x", "guidance.kind=strong"], "'rising', 'falling' or 'constant'"),
+        (["prompt=x", "guidance.kind=strong"], "guidance.kind=strong; expected one of: rising, falling, constant"),
         (["prompt=x", "precision=half"], "expected one of: float32, bfloat16"),
         (["prompt=x", "frames=33", "overlap=5"], "overlap=5 leaves nothing to add to clips of 5 frames"),
         (["prompts=nowhere.txt"], "prompts=nowhere.txt: no such file; it holds one prompt a line"),

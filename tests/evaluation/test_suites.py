@@ -304,7 +304,7 @@ def test_a_killed_suite_has_whole_videos_and_goes_on(tmp_path):
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["precision=half"], "precision='half'"),
+        (["precision=half"], "precision=half; expected one of: float32, bfloat16"),
         (["protocol.samples=1.5"], "protocol.samples=1.5; expected a whole number of 1 or more"),
         (["protocol.flickering_samples=null"], "protocol.flickering_samples=null; expected a whole number"),
         (["protocol.frames=0"], "protocol.frames=0; expected"),

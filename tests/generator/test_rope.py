@@ -45,7 +45,7 @@ def test_ordinary_positions_are_places_in_the_sequence():
 
 
 def test_unknown_align_is_refused():
-    with pytest.raises(ValueError, match="grid, center, sequence, got 'corner'"):
+    with pytest.raises(ValueError, match="align=corner; expected one of: grid, center, sequence"):
         positions(SMALL, 5, align="corner")
 
 

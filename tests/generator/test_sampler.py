@@ -236,7 +236,7 @@ def test_guidance_of_one_block_is_defined(guidance):
 
 
 def test_unknown_guidance_is_refused():
-    with pytest.raises(ValueError, match="'rising', 'falling' or 'constant', got 'up'"):
+    with pytest.raises(ValueError, match="guidance.kind=up; expected one of: rising, falling, constant"):
         Guidance("up")
 
 

@@ -10,8 +10,10 @@ from omegaconf import OmegaConf
 from kit.build import accumulate_of
 from kit.cli import main
 from kit.confs import CONF
+from kit.planning.doctor import problems, training_config
 from kit.planning.plan import costs
 from kit.values import batches_of, equal_parts, part_of
+from kit.words import at_commas
 from tests.data.videos import write, write_bad
 from tests.fixtures import TOKENIZER, composed, fit_tokenizer
 
@@ -72,11 +74,16 @@ def test_the_doctor_costs_presets(capsys):
         ),
     ],
 )
-def test_what_a_training_would_stop_at(check, words, problem, capsys):
-    """Problems that would stop a training are found; words are given in brackets, with commas between them."""
-    assert main(["doctor", f"check={check}", f"words=[{words}]"]) == 0
+def test_what_a_training_would_stop_at(check, words, problem):
+    found = problems(training_config(check, at_commas(words)))
+    assert any(re.match(f".*{problem}", told) for told in found)
+
+
+def test_problems_are_listed_and_words_given_in_brackets(capsys):
+    assert main(["doctor", "check=stage1_tokenizer", "words=[tokenizer.scales=[1,4,2],init=weights,init.ckpt=nowhere]"]) == 0
     told = capsys.readouterr().out
-    assert re.search(f"\n  - .*{problem}", told) and "no problem found" not in told
+    assert "\n  - tokenizer: tokenizer.scales=[1, 4, 2]; expected sides that rise" in told
+    assert "\n  - init.ckpt: no checkpoint at nowhere" in told and "no problem found" not in told
 
 
 def test_files_that_cannot_be_read_are_counted(tmp_path, capsys):
@@ -151,22 +158,21 @@ def test_what_fits_has_as_many_clips_a_step(conf):
     assert whole == parts and at_once == 8
 
 
-def test_batches_that_do_not_come_from_the_recipe_are_not_split(capsys):
+def test_batches_that_do_not_come_from_the_recipe_are_not_split():
+    def found(conf: str, *words: str) -> str:
+        return "\n".join(problems(training_config(conf, ["size=small", "fits=12GB", *words])))
+
     told = "splits recipe.generator.batch_size=64 into 4, and a step would have 4 times as many"
-    for words, key in (("data.batch_size=32", "batch_size=32"), ("data.batch_tokens=9000", "batch_tokens=9000")):
-        assert main(["doctor", "check=stage2_generator", "gb=12", f"words=[size=small,{words}]"]) == 0
-        text = capsys.readouterr().out
-        assert told in text and f"- data: data.{key}, but" in text
-    for conf, key, word in (("stage1_tokenizer", "tokenizer", "optimizer"), ("stage2_generator", "generator", "trainer")):
-        name = {"optimizer": "accumulate", "trainer": "accumulate_grad_batches"}[word]
-        assert main(["doctor", f"check={conf}", "gb=12", f"words=[size=small,{word}.{name}=8]"]) == 0
-        assert f"give recipe.{key}.accumulate, which counts whole ones" in capsys.readouterr().out
-        assert main(["doctor", f"check={conf}", "gb=12", "words=[size=small,debug=smoke]"]) == 0
-        assert "at_once" not in capsys.readouterr().out
-    assert main(["doctor", "check=progressive", "gb=12", "words=[size=small]"]) == 0
-    assert (
-        f"- data of stage long: data.batch_size=4, but recipe.generator.at_once=16 (fits=) {told}" in capsys.readouterr().out
-    )
+    for word in ("data.batch_size=32", "data.batch_tokens=9000"):
+        text = found("stage2_generator", word)
+        assert told in text and f"data: {word}, but" in text
+    for conf, key, word in (
+        ("stage1_tokenizer", "tokenizer", "optimizer.accumulate"),
+        ("stage2_generator", "generator", "trainer.accumulate_grad_batches"),
+    ):
+        assert f"give recipe.{key}.accumulate, which counts whole ones" in found(conf, f"{word}=8")
+        assert "at_once" not in found(conf, "debug=smoke")
+    assert f"data of stage long: data.batch_size=4, but recipe.generator.at_once=16 (fits=) {told}" in found("progressive")
 
 
 def test_equal_parts():

@@ -114,7 +114,7 @@ def test_a_package_at_hand_is_converted_and_used(tmp_path, monkeypatch, capsys):
 
 
 def test_what_to_prepare_is_said(tmp_path, capsys):
-    for words, found in ((["c3d"], "c3d"), ([], "None")):
+    for words, found in ((["c3d"], "c3d"), ([], "null")):
         assert main(["prepare", *words, f"root={tmp_path}"]) == 1
         assert f"what={found}; expected one of: i3d" in capsys.readouterr().err
 
