@@ -76,7 +76,7 @@ def files_below(root: Path) -> list[str]:
 
 
 def is_utf8(name: str) -> bool:
-    """Returns whether the name of a file can be written to logs and checkpoints."""
+    """Returns whether the name of a file, or a caption, can be written to logs and checkpoints."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
@@ -171,6 +171,8 @@ def read_captions(path: Path, names: Sequence[str], others: Sequence[str] = ()) 
             raise ValueError(f"{path}, row {number}: expected texts {named}; found {row}; add them")
         if written(file) in captions:
             raise ValueError(f"{path}, row {number}: a second caption for {file!r}; keep one for each file")
+        if not is_utf8(caption):  # JSON can write half a letter
+            raise ValueError(f"{path}, row {number}: {caption!r} cannot be written as UTF-8; write it anew")
         captions[written(file)] = caption
 
     both = {name: (written(name), written(str(PurePosixPath(name).with_suffix("")))) for name in (*names, *others)}

@@ -177,6 +177,7 @@ def test_captions_from_a_table(tmp_path, suffix, where):
         ),
         ("c.jsonl", '"a.mp4"\n', "row 1: expected texts"),
         ("c.json", '{"a.mp4": 5, "b": "x"}', "row 1: expected texts"),
+        ("c.jsonl", '{"file": "a.mp4", "caption": "x \\ud83d"}\n', r"row 1: 'x \\ud83d' cannot be written as UTF-8"),
         ("c.json", "5", r"c\.json is not valid json"),
         ("c.txt", "a.mp4 x", r"expected a file ending in \.csv, \.jsonl or \.json"),
     ],
