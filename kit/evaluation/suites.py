@@ -28,6 +28,7 @@ FLICKERING_SAMPLES = 25
 
 NAME_BYTES = 255  # longest file name on common file systems
 READABLE_BYTES = 150  # kept of a prompt in a shortened file name
+PARTS = ".*.part.mp4"  # what a killed run may leave of a video that it was writing
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def write_suite(
     path = folder / "videos.json"
     write_json(path, (read_json(path) if path.exists() else {}) | table)
     videos.mkdir(exist_ok=True)
-    for aside in videos.glob(".*.part.mp4"):  # left by a killed run
+    for aside in videos.glob(PARTS):
         aside.unlink()
 
     names = list(table)
@@ -165,7 +166,7 @@ def _claim(folder: Path, settings: dict):
     """Writes suite.json, or compares it if there is one. Raises: ValueError if the folder has videos of other settings."""
     path = folder / "suite.json"
     settings = json.loads(json.dumps(settings))  # as JSON returns them
-    begun = any((folder / "videos").glob("[!.]*.mp4"))
+    begun = any(not video.match(PARTS) for video in (folder / "videos").glob("*.mp4"))
     if path.exists() and not begun:
         (folder / "videos.json").unlink(missing_ok=True)
         write_json(path, settings)

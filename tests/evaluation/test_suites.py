@@ -250,6 +250,14 @@ def test_a_suite_without_a_video_may_still_change(tmp_path):
     assert {v["prompt"] for v in read_json(tmp_path / "videos.json").values()} == {PROMPTS[0].text}
 
 
+def test_videos_of_prompts_that_begin_with_a_full_stop_count_too(tmp_path):
+    """Such files are hidden ones."""
+    prompts = [Prompt("... and then a cat", 1)]
+    write_suite(fake, prompts, tmp_path, SETTINGS, **HOW)
+    with pytest.raises(ValueError, match="temperature is None in its suite.json, now 0.5"):
+        write_suite(fake, prompts, tmp_path, {**SETTINGS, "temperature": 0.5}, **HOW)
+
+
 def test_videos_of_unknown_origin_are_kept(tmp_path):
     write_video(torch.zeros(3, 1, 16, 16), tmp_path / "videos" / "a cat-0.mp4", 8)
     with pytest.raises(ValueError, match="holds videos but no suite.json .*; give another folder"):
