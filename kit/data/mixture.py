@@ -73,7 +73,8 @@ class Mixture(Dataset):
     Attributes: seed, weights; classes, those of all sources, sorted; captioned, whether any source is: one that has only
     classes is captioned by their names.
     Raises:
-        ValueError: if there are no sources, or the names of `sources` and `weights` differ; as `shares`.
+        ValueError: if there are no sources, the names of `sources` and `weights` differ, or a source holds encoded clips; as
+            `shares`.
     """
 
     def __init__(
@@ -85,6 +86,11 @@ class Mixture(Dataset):
         if set(sources) != set(weights):
             raise ValueError(f"data.source.weights are of {', '.join(weights)}, the sources are {', '.join(sources)}")
         self.sources = {name: build(split=split, **shape) for name, build in sources.items()}
+        if encoded := [name for name, source in self.sources.items() if hasattr(source, "tokenizer")]:
+            raise ValueError(
+                f"the source {encoded[0]} is a cache of encoded clips, which cannot be mixed; give the videos it is of, and "
+                f"encode the mixture: python -m kit cache data=mixture ..."
+            )
         self.seed, self.weights = seed, {name: weights[name] for name in self.sources}
         self.turns = Turns(self.weights, seed)
         self.classes = tuple(sorted({name for source in self.sources.values() for name in source.classes}))

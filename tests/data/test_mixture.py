@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,16 @@ def test_classes_are_those_of_all(tmp_path):
 def test_wrong_weights_are_told(weights, message):
     with pytest.raises(ValueError, match=message):
         Mixture(THREE, weights, **SHAPE)
+
+
+def test_caches_are_not_mixed():
+    def cached(**_):
+        return SimpleNamespace(tokenizer="0123", classes=(), captioned=False)  # as `CachedClips` has them
+
+    with pytest.raises(
+        ValueError, match="the source mine is a cache of encoded clips, which cannot be mixed; give the videos"
+    ):
+        Mixture({"mine": cached, "drawn": Shapes}, {"mine": 1, "drawn": 1}, **SHAPE)
 
 
 def test_what_a_mixture_draws_is_known_when_a_run_goes_on(tmp_path):
