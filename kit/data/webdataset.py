@@ -8,6 +8,7 @@ lies.
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -57,6 +58,8 @@ def list_shards(root: str) -> list[str]:
         FileNotFoundError: if there are none.
     """
     files, path = fsspec.core.url_to_fs(root)
+    if "[" in path and files.exists(path):  # part of a name
+        path = glob.escape(path)
     pattern = path if "*" in path or path.endswith(".tar") else f"{path.rstrip('/')}/*.tar"
     found = sorted(name if "://" not in root else files.unstrip_protocol(name) for name in files.glob(pattern))
     if not found:

@@ -157,6 +157,14 @@ def test_shards_in_object_storage_and_by_pattern(packed):
     assert len(ShardClips(str(packed / "train-2.tar"), "all", **SHAPE).files) == 4
 
 
+def test_brackets_may_be_part_of_a_name(tmp_path):
+    shard = tmp_path / "clips [1]" / "a.tar"
+    shard.parent.mkdir()
+    shard.touch()
+    assert list_shards(str(shard.parent)) == list_shards(str(shard)) == [str(shard)]
+    assert list_shards(f"{tmp_path}/*/[ab].tar") == [str(shard)]
+
+
 def test_a_shard_is_read_through_once(packed, monkeypatch):
     ShardClips(packed, "all", **SHAPE)
     monkeypatch.setattr(webdataset.tarfile, "open", lambda *a, **k: pytest.fail("read through again"))
