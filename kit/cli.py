@@ -175,7 +175,10 @@ def explained(error: Exception, verb: str) -> str | None:
         room = "fits=12GB, recompute=true or fewer clips a step" if verb == "fit" else "a smaller batch_size"
         return f"{error}\n{room} takes less\n(KIT_TRACEBACK=1 shows where)"
     if isinstance(error, MENDABLE) or kind == "MisconfigurationException":  # Lightning's
-        return f"{error}\n(KIT_TRACEBACK=1 shows where)"
+        text = str(error)
+        if text.startswith("Caught ") and "\nOriginal Traceback " in text:  # torch's, around that of a loader's worker
+            text = re.split(rf"\n(?:\w+\.)*{kind}: ", text)[-1].strip()
+        return f"{text}\n(KIT_TRACEBACK=1 shows where)"
     return None
 
 

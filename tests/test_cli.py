@@ -16,9 +16,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from torch.utils.data import DataLoader, Dataset
 
 from kit.build import build_data, build_trainer
-from kit.cli import VERBS, main
+from kit.cli import VERBS, explained, main
 from kit.confs import CONF, confs, register_resolvers
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.planning.doctor import training_config
@@ -550,6 +551,19 @@ def test_a_run_that_takes_the_folder_of_another_does_not_go_on_from_it(pair, tmp
         patch.setattr("lightning.Trainer.fit", MagicMock(side_effect=KeyboardInterrupt))
         assert fit_generator(tmp_path, "debug=smoke", "overwrite=true", tokenizer=pair.tokenizer) != 0
     assert not list(last.parent.glob("*.ckpt")) and "overwrite" in (last.parents[1] / "config" / "overrides.yaml").read_text()
+
+
+def test_an_error_of_a_loaders_worker_is_told_without_its_traceback():
+    class Failing(Dataset):
+        def __getitem__(self, n):
+            try:
+                raise ValueError("bad file")
+            except ValueError as error:
+                raise ValueError("none of 5 videos\ncan be read") from error
+
+    with pytest.raises(ValueError, match="Original Traceback") as caught:
+        next(iter(DataLoader(Failing(), sampler=[0], num_workers=1)))
+    assert explained(caught.value, "fit") == "none of 5 videos\ncan be read\n(KIT_TRACEBACK=1 shows where)"
 
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback():
