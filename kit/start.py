@@ -34,6 +34,7 @@ def start_generator(how: str, path: str, module: GeneratorModule) -> list[str]:
     theirs, own = ({k: v for k, v in m.config.as_dict().items() if k not in ("window", "align")} for m in (given.model, ours))
     weights = given.model.state_dict()
     if differing := differences(theirs.pop("condition"), own.pop("condition")):
+        weights = {name: w for name, w in weights.items() if not name.startswith("condition.")}
         weights |= {name: w for name, w in ours.state_dict().items() if name.startswith("condition.")}
         notes.append(f"the condition is another one ({'; '.join(differing)}) and starts anew")
     if differing := differences(theirs, own):

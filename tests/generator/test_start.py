@@ -38,6 +38,13 @@ def test_another_condition_starts_anew(pair, tmp_path, caplog):
     assert torch.equal(given["project.weight"], tuned["project.weight"])
 
 
+def test_classes_take_the_place_of_captions(pair, tmp_path, caplog):
+    assert start(pair, tmp_path, "condition.kind=class") == 0
+    assert "kind: text, class) and starts anew" in caplog.text
+    given, tuned = weights(pair.generator), weights(tmp_path / "tuned" / "checkpoints" / "last.ckpt")
+    assert torch.equal(given["project.weight"], tuned["project.weight"])
+
+
 def test_bits_of_another_tokenizer_are_told(pair, tmp_path, caplog):
     fit_tokenizer(tmp_path, "name=other", "recipe.tokenizer.steps=1")
     other = tmp_path / "other" / "checkpoints" / "last.ckpt"
