@@ -236,8 +236,8 @@ class CachedClips(Dataset):
         height, width, fps: must be those of the cache; None accepts any.
         verify: compare the hash of each file now, which reads them all; else only their sizes.
     Attributes:
-        tokenizer: hash of the tokenizer that encoded the clips. classes, captioned, native_fps: those of the encoded data
-            set.
+        tokenizer: hash of the tokenizer that encoded the clips. contents: hash of the files of the split. classes, captioned,
+            native_fps: those of the encoded data set.
     Raises:
         FileNotFoundError, ValueError: as `read_manifest`, if the clips have another shape, or if a file is damaged.
     """
@@ -257,7 +257,11 @@ class CachedClips(Dataset):
         self.latents = latent_frames(frames or clip["frames"])
         self.tokenizer, self.classes, self.captioned = about["tokenizer"], tuple(about["classes"]), about["captioned"]
         self.native_fps = clip["fps"]
-        self.written = [self._check(file.name, manifest["files"], verify) for file in files_of({split: self.count})]
+        names = [file.name for file in files_of({split: self.count})]
+        self.written = [self._check(name, manifest["files"], verify) for name in names]
+        self.contents = hashlib.sha256("\n".join(manifest["files"][name]["sha256"] for name in names).encode()).hexdigest()[
+            :8
+        ]
 
     def _check(self, name: str, files: dict, verify: bool) -> tuple[str, int]:
         path = self.root / name

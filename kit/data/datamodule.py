@@ -236,11 +236,12 @@ class ClipDataModule(ClipsOnDevice):
 
     @property
     def settings(self) -> dict:
-        """Plain values that decide which clips the batches of a step hold; of files, a hash of their names."""
+        """Plain values that decide which clips the batches of a step hold; of files, a hash of their names, of caches one of
+        what they hold."""
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
         sources = self._unsorted
         names = [name for source in sources for name in getattr(source, "files", ())]
-        keys = ("seed", "weights", "late")
+        keys = ("seed", "weights", "late", "contents")
         draws = {key: [getattr(source, key) for source in sources if hasattr(source, key)] for key in keys}
         steps = {}
         if self.trainer is not None:

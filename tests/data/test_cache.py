@@ -17,6 +17,7 @@ from kit.cli import main
 from kit.data import cache
 from kit.data.cache import CachedClips, describe, files_of, read_manifest, write_cache
 from kit.data.clips import FolderClips
+from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.media import write_video
@@ -366,6 +367,18 @@ def test_a_run_that_ended_before_its_first_save_keeps_what_it_encoded(pair, tmp_
 def test_a_negative_number_is_named(pair, tmp_path, capsys):
     assert fit_generator(tmp_path, "recipe.generator.encoded_clips=-1", tokenizer=pair.tokenizer) == 1
     assert "encoded_clips=-1" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_knows_another_cache_and_clips_that_were_added(pair, tmp_path):
+    def settings(name):
+        source = partial(CachedClips, tmp_path / name)
+        return ClipDataModule(source, 5, 32, 32, 8.0, batch_size=2, val_clips=2, workers=0).settings
+
+    write(pair, tmp_path / "one", train=3, val=2)
+    write(pair, tmp_path / "two", train=3, val=2)
+    assert settings("one") == settings("two")
+    write(pair, tmp_path / "two", train=4, val=2)
+    assert settings("one") != settings("two")
 
 
 def test_files_of_a_split():
