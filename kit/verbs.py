@@ -89,13 +89,22 @@ def check_videos(data: ClipDataModule):
 
 
 def held_out(data: ClipDataModule) -> dict:
-    """Returns the held-out clips as one batch: of files each once, since their clips repeat. Raises as `check_videos`."""
+    """Returns the held-out clips as one batch: of readable files each once, since their clips repeat.
+
+    Raises:
+        as `check_videos`; ValueError if no file can be read.
+    """
     check_videos(data)
     count = data.val_clips
     if isinstance(data.val, FolderClips) and len(data.val.files) < count:
         count = len(data.val.files)
         print(f"  clips={data.val_clips}, but {count} held out: each is taken once")
-    return default_collate([data.val[n] for n in range(count)])
+    clips = [data.val[n] for n in range(count)]
+    if isinstance(data.val, FolderClips):  # which gives another file's clip in place of one that cannot be read
+        clips = [clip for n, clip in enumerate(clips) if data.val.path_of(data.val.file(n)) not in data.val.skipped]
+        if len(clips) < count:
+            print(f"  {count - len(clips)} of {count} cannot be read and are left out")
+    return default_collate(clips)
 
 
 def validate(cfg: DictConfig) -> dict:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import av
@@ -17,10 +18,12 @@ from PIL import Image
 
 from kit.checkpoint import load_generator, load_tokenizer, model_hash, read_checkpoint
 from kit.cli import main
+from kit.data.clips import FolderClips
+from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.files import load_checked, save_checked, sole_user
 from kit.media import write_video
-from kit.verbs import per_scale
+from kit.verbs import held_out, per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
 from tests.processes import Command
 
@@ -155,6 +158,18 @@ def test_other_clips_than_those_held_out_are_told(tmp_path, capsys, caplog):
     for words, told in (([*data, "data.source.val_every=3"], False), (data, True), ([], True)):
         assert main(["validate", ckpt, f"root={tmp_path}", "clips=2", *words]) == 0
         assert ("other clips than were held out of its training" in capsys.readouterr().out) == told
+
+
+def test_a_held_out_file_that_cannot_be_read_is_left_out(tmp_path, capsys):
+    """Another one's clip would stand in for it, and be scored twice."""
+    for name in "acd":
+        write_video(torch.zeros(3, 5, 32, 32), tmp_path / f"{name}.mp4", 8)
+    (tmp_path / "b.mp4").write_text("not a video")
+    source = partial(FolderClips, tmp_path, val_every=2)
+    data = ClipDataModule(source, 5, 32, 32, 8.0, batch_size=1, val_clips=2, workers=0)
+    with pytest.warns(UserWarning, match="cannot read the video"):
+        assert len(held_out(data)["video"]) == 1
+    assert "1 of 2 cannot be read and are left out" in capsys.readouterr().out
 
 
 def test_held_out_files_are_scored_once(pair, tmp_path, capsys):
