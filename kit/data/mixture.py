@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -95,6 +96,10 @@ class Mixture(Dataset):
         self.turns = Turns(self.weights, seed)
         self.classes = tuple(sorted({name for source in self.sources.values() for name in source.classes}))
         self.captioned = any(source.captioned for source in self.sources.values())
+        wordless = [name for name, source in self.sources.items() if not (source.captioned or source.classes)]
+        if wordless and len(wordless) < len(self.sources) and split != "val":  # which another mixture tells
+            message = f"of the sources of the mixture {', '.join(wordless)} have neither captions nor classes, as others have"
+            warnings.warn(f"{message}: their clips train without a condition; caption them, or take them out", stacklevel=3)
 
     def __getitem__(self, n: int) -> dict:
         name, number = self.turns.of(n)

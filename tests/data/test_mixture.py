@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -88,6 +89,18 @@ def test_classes_are_those_of_all(tmp_path):
 def test_wrong_weights_are_told(weights, message):
     with pytest.raises(ValueError, match=message):
         Mixture(THREE, weights, **SHAPE)
+
+
+def test_sources_without_words_are_told_once(tmp_path):
+    for i in range(2):
+        write_video(Shapes("train", **SHAPE)[i]["video"], tmp_path / f"{'ab'[i]}.mp4", 8.0)
+    mine = {"mine": partial(FolderClips, tmp_path)}
+    with pytest.warns(UserWarning, match="of the sources of the mixture mine have neither captions nor classes, as others"):
+        Mixture(mine | {"drawn": Shapes}, {"mine": 1, "drawn": 1}, **SHAPE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Mixture(mine | {"drawn": Shapes}, {"mine": 1, "drawn": 1}, "val", **SHAPE)
+        Mixture(mine, {"mine": 1}, **SHAPE)
 
 
 def test_caches_are_not_mixed():
