@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 
-from kit.fsdp import ShardedStrategy, local
+from kit.fsdp import ShardedStrategy, let_go, local
 
 
 class EMA(L.Callback):
@@ -65,6 +65,7 @@ class EMA(L.Callback):
     def _swap(self, module):
         if self.average is None:
             return
+        let_go(module.model)  # what validation has gathered is a copy
         for name, p in self._averaged(module):
             live, average = local(p.detach()), local(self.average[name])
             held = live.clone()

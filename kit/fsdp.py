@@ -141,6 +141,13 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def let_go(model: nn.Module):
+    """Makes a sharded model drop the weights that it still holds whole since a forward pass without a backward pass."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def whole_model(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
     """Returns a model that can be used outside of training: itself, or if it is sharded, a whole copy made by `build`.
 

@@ -230,6 +230,16 @@ def test_groups_of_processes_that_each_hold_all_weights_train_as_one(pair, tmp_p
         assert_near(averages(many)[name], expected)
 
 
+def test_validation_without_pictures_leaves_the_weights_as_they_were(pair, tmp_path):
+    """Pictures, too, make a sharded model let go of the weights that it has gathered. On one process what differs is the
+    losses, on two also the sizes of weights and averages."""
+    words = [*CLIP, *QUICK, *GENERATOR, f"tokenizer_ckpt={pair.tokenizer}", "trainer=fsdp", "recipe.generator.steps=4"]
+    words += [f"root={tmp_path}", "callbacks.video_logger.clips=0"]
+    for every in (2, 50):
+        assert main(["fit", "conf=stage2_generator", *words, f"name={every}", f"trainer.val_check_interval={every}"]) == 0
+    assert losses(tmp_path / "2") == losses(tmp_path / "50")
+
+
 def test_recompute_reaches_the_model(pair):
     for word in ("false", "true"):
         words = ["data.batch_size=2", f"tokenizer_ckpt={pair.tokenizer}", f"recompute={word}"]
