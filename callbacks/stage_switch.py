@@ -92,7 +92,7 @@ class StageSwitch(L.Callback):
             raise ValueError(f"callbacks.stage_switch.monitor={self.monitor} is not logged; choose from {known}")
         found = self.sign * trainer.callback_metrics[self.monitor].item()
         self.best, self.waited = (found, 0) if found < self.best else (self.best, self.waited + 1)
-        if self.waited == patience:
+        if self.waited >= patience and data.stage not in data.ended:  # above it: a run that goes on with less patience
             rank_zero_info(f"  {self.monitor} is no better than {patience} validations ago: this stage ends")
             data.end_stage(batches_of_a_step(trainer, module))
 

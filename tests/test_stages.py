@@ -13,6 +13,7 @@ from callbacks import StageSwitch
 from kit.build import plan_of
 from kit.checkpoint import load_generator, read_checkpoint
 from kit.cli import main
+from kit.data.staged import StagedClips
 from kit.stages import Stage, StagePlan, locate, starts
 from kit.tokenizer import TokenizerConfig
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_tokenizer
@@ -290,6 +291,19 @@ def test_each_stage_has_its_own_plateau(monkeypatch):
     assert (switch.best, switch.waited) == (0.5, 1)
     switch.on_train_batch_start(trainer, None, {"stage": 1}, 1)
     assert (switch.best, switch.waited) == (float("inf"), 0)
+
+
+def test_a_run_that_goes_on_with_less_patience_has_lost_it():
+    """Validations that were waited for count, and the end that is decided stays, although other batches are under way."""
+    switch = StageSwitch("folder", "val/loss")
+    switch.load_state_dict({"best": 0.5, "waited": 4})
+    data = StagedClips(StagePlan((Stage("a", 9, patience=2), Stage("b", 9))), [], [9, 9])
+    metrics = {"val/loss": torch.tensor(0.7)}
+    trainer = SimpleNamespace(datamodule=data, sanity_checking=False, callback_metrics=metrics, accumulate_grad_batches=1)
+    module = SimpleNamespace(hparams=SimpleNamespace(optimizer={}))
+    for data.handed_out in (5, 6):
+        switch.on_validation_end(trainer, module)
+        assert data.ended == {0: 5}
 
 
 def test_what_a_run_in_stages_cannot_go_on_with_is_told(whole, pair, tmp_path, monkeypatch, capsys):
