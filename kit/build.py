@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -288,14 +289,32 @@ def check_trainer(trainer: DictConfig):
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """Builds the Lightning trainer with its loggers and callbacks. Raises ValueError as `check_trainer`."""
+    """Builds the Lightning trainer with its loggers and callbacks. Raises as `check_trainer` and `check_launch`."""
     check_trainer(cfg.trainer)
     loggers = [instantiate(c) for c in (cfg.get("logger") or {}).values()]
     parts, interval = accumulate_of(cfg), cfg.trainer.get("val_check_interval")
     every = {"val_check_interval": -(-interval // parts) * parts} if isinstance(interval, int) else {}  # after whole steps
     logged = set() if loggers else {"learning_rate"}  # callbacks that fail without a logger
     callbacks = [instantiate(c) for name, c in cfg.callbacks.items() if c and name not in logged]
-    return instantiate(cfg.trainer, **every, callbacks=callbacks, logger=loggers, plugins=[TrainingCheckpointIO()])
+    trainer = instantiate(cfg.trainer, **every, callbacks=callbacks, logger=loggers, plugins=[TrainingCheckpointIO()])
+    check_launch(trainer)
+    return trainer
+
+
+def check_launch(trainer: L.Trainer):
+    """Checks that torchrun, if it is at work, has started a process for each device.
+
+    Lightning lets each process of a trainer with one device train by itself, all in one folder.
+
+    Raises:
+        ValueError: if there are more or fewer processes.
+    """
+    devices, nodes = trainer.num_devices, trainer.num_nodes
+    if TorchElasticEnvironment.detect() and (started := TorchElasticEnvironment().world_size()) != devices * nodes:
+        raise ValueError(
+            f"torchrun has started {started} processes, but trainer.devices={devices} and trainer.num_nodes={nodes}: give "
+            f"torchrun's --nproc-per-node as trainer.devices, its --nnodes as trainer.num_nodes"
+        )
 
 
 def check_sharded_tokenizer(module: TokenizerModule):

@@ -253,6 +253,15 @@ def test_groups_must_be_of_one_size():
         build_trainer(cfg).strategy.setup_environment()
 
 
+@pytest.mark.parametrize("trainer", ["default", "fsdp"])
+def test_more_processes_than_devices_are_told(trainer, monkeypatch):
+    for key, value in {"TORCHELASTIC_RUN_ID": "tests", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    cfg = composed("stage2_generator", *CLIP, f"trainer={trainer}")
+    with pytest.raises(ValueError, match="torchrun has started 2 processes, but trainer.devices=1 and trainer.num_nodes=1"):
+        build_trainer(cfg)
+
+
 def test_processes_part_at_the_end_and_can_meet_again(pair, tmp_path):
     """The process group is closed at the end: a process that ends while threads of gloo run could be aborted."""
     words = [*CLIP, *QUICK, *GENERATOR, f"tokenizer_ckpt={pair.tokenizer}", "trainer=fsdp", "recipe.generator.steps=1"]
