@@ -241,7 +241,7 @@ class ClipDataModule(ClipsOnDevice):
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
         sources = self._unsorted
         names = [name for source in sources for name in getattr(source, "files", ())]
-        keys = ("seed", "weights", "late", "contents")
+        keys = ("seed", "weights", "late", "contents", "draws")
         draws = {key: [getattr(source, key) for source in sources if hasattr(source, key)] for key in keys}
         steps = {}
         if self.trainer is not None:

@@ -71,8 +71,8 @@ class Mixture(Dataset):
             sum.
         split, shape: for the sources, which all have the same `frames`, `height`, `width` and `fps`.
         seed: of the order of turns.
-    Attributes: seed, weights; classes, those of all sources, sorted; captioned, whether any source is: one that has only
-    classes is captioned by their names.
+    Attributes: seed, weights, draws; classes, those of all sources, sorted; captioned, whether any source is: one that has
+    only classes is captioned by their names.
     Raises:
         ValueError: if there are no sources, the names of `sources` and `weights` differ, or a source holds encoded clips; as
             `shares`.
@@ -106,6 +106,12 @@ class Mixture(Dataset):
         source = self.sources[name]
         item = source[number]
         return {"given": 0, **item, "label": label_among(self.classes, source.classes, item["label"])}
+
+    @property
+    def draws(self) -> dict[str, dict]:
+        """What each source draws by, as far as it says so: plain values."""
+        keys = ("seed", "late")
+        return {name: {k: getattr(source, k) for k in keys if hasattr(source, k)} for name, source in self.sources.items()}
 
     @property
     def files(self) -> list[str]:

@@ -118,13 +118,14 @@ def test_what_a_mixture_draws_is_known_when_a_run_goes_on(tmp_path):
         for i in range(count):
             write_video(torch.zeros(3, 5, 16, 16), tmp_path / name / f"{i}.mp4", 8)
 
-    def settings(folder="one", seed=0, weight=1.0):
-        sources = {"shapes": Shapes, "folder": partial(FolderClips, tmp_path / folder)}
+    def settings(folder="one", seed=0, weight=1.0, shapes=0):
+        sources = {"shapes": partial(Shapes, seed=shapes), "folder": partial(FolderClips, tmp_path / folder)}
         source = partial(Mixture, sources, {"shapes": weight, "folder": 1.0}, seed=seed)
         return ClipDataModule(source, 5, 16, 16, 8.0, batch_size=2, val_clips=2, workers=0).settings
 
     assert settings() == settings()
-    assert all(settings(**other) != settings() for other in ({"folder": "two"}, {"seed": 3}, {"weight": 9.0}))
+    others = ({"folder": "two"}, {"seed": 3}, {"weight": 9.0}, {"shapes": 3})
+    assert all(settings(**other) != settings() for other in others)
     assert settings(folder="two")["held_out"] != settings()["held_out"]
 
 
