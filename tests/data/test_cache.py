@@ -327,7 +327,8 @@ def test_a_cache_has_the_tokenizers_shape_and_a_training_on_it_the_caches(pair, 
 def test_wrong_use_of_a_cache_is_told(pair, tmp_path, capsys):
     cached = ["data=cached", f"data.root={tmp_path}", f"root={tmp_path}", *QUICK]
     assert main(["fit", "conf=stage2_generator", f"tokenizer_ckpt={pair.tokenizer}", *cached]) == 1
-    assert "holds no cache (manifest.json is missing)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"kit fit: {tmp_path} holds no cache (manifest.json is missing)" in told and "full_key" not in told
     write(pair, tmp_path)
     assert main(["fit", "conf=stage1_tokenizer", *cached]) == 1
     assert "a tokenizer needs videos" in capsys.readouterr().err
