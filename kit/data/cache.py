@@ -259,9 +259,8 @@ class CachedClips(Dataset):
         self.native_fps = clip["fps"]
         names = [file.name for file in files_of({split: self.count})]
         self.written = [self._check(name, manifest["files"], verify) for name in names]
-        self.contents = hashlib.sha256("\n".join(manifest["files"][name]["sha256"] for name in names).encode()).hexdigest()[
-            :8
-        ]
+        hashes = "\n".join(manifest["files"][name]["sha256"] for name in names)
+        self.contents = hashlib.sha256(hashes.encode()).hexdigest()[:8]
 
     def _check(self, name: str, files: dict, verify: bool) -> tuple[str, int]:
         path = self.root / name
