@@ -50,11 +50,12 @@ class LossGuard(L.Callback):
             kept = self._keep(path)
         far = f", far above their mean, {self.mean:g}," if math.isfinite(size) else ""
         message = "the loss of another device is lost" if good else f"the loss is {loss.item():g}{far}"
+        last = self.folder / "checkpoints" / "last.ckpt"
+        saved = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint is saved yet"
         data, batch = trainer.datamodule, trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
         raise LostLoss(
             f"{message} at step {trainer.global_step}; training stopped before the weights were touched. The batch is "
-            f"{kept}, the last good checkpoint in {self.folder / 'checkpoints'}; a lower optimizer.lr or "
-            f"trainer.precision=32-true often helps",
+            f"{kept}, {saved}; a lower optimizer.lr or trainer.precision=32-true often helps",
             position=data.position_of(batch),
         )
 

@@ -25,7 +25,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to, which is renamed to `path` at the end of the block.
 
     A kill, an error or a full disk leaves nothing half-written at `path`. The temporary path is always the same, so the next
-    write replaces what a kill left there.
+    write replaces what a kill left there. An error of the system names `path`.
     """
     name = hashlib.sha256(path.name.encode()).hexdigest()[:12]  # short, for long names
     aside = path.with_name(f".{name}.part{path.suffix}")  # PyAV chooses the container by the suffix
@@ -33,6 +33,10 @@ def written_aside(path: Path) -> Iterator[Path]:
     try:
         yield aside
         os.replace(aside, path)
+    except OSError as error:
+        if str(error.filename) == str(aside):
+            error.filename = str(path)
+        raise
     finally:
         aside.unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,10 +173,15 @@ def test_exploding_loss_is_as_bad_as_none(tmp_path, monkeypatch):
     with pytest.raises(LostLoss, match="the loss is 2.1, far above their mean, 0.514, at step 3") as error:
         guard.on_before_backward(trainer, None, torch.tensor(2.1))
     assert error.value.position == (0, 7) and guard.mean == pytest.approx(0.514)
-    assert (
-        tmp_path / "lost_loss_step3.pt"
-    ).is_file() and f"The batch is in {tmp_path / 'lost_loss_step3.pt'}, the last" in str(error.value)
-    (tmp_path / "lost_loss_step3.pt").unlink()
+    batch = tmp_path / "lost_loss_step3.pt"
+    assert batch.is_file() and f"The batch is in {batch}, no checkpoint is saved yet" in str(error.value)
+    batch.unlink()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(LostLoss, match="the last good checkpoint is .*last.ckpt"):
+        guard.on_before_backward(trainer, None, torch.tensor(2.1))
+    batch.unlink()
+    shutil.rmtree(tmp_path / "checkpoints")
     monkeypatch.setattr("torch.save", MagicMock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(
         LostLoss, match="The batch is not kept .*lost_loss_step3.pt could not be saved: No space left on device"

@@ -21,7 +21,7 @@ import torch
 import kit.run
 from callbacks import LastCheckpoint, last_checkpoint
 from kit.checkpoint import load_tokenizer, read_checkpoint
-from kit.files import load_checked, save_checked
+from kit.files import load_checked, save_checked, written_aside
 from kit.tokenizer.module import TokenizerModule
 from kit.training_checkpoint import TrainingCheckpointIO
 from tests.fixtures import fit_generator, fit_tokenizer
@@ -307,6 +307,13 @@ def test_failed_save_leaves_what_was_there(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load_checked(path) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_by_the_names_of_its_files(tmp_path):
+    path = tmp_path / "config" / "config.yaml"
+    with pytest.raises(FileNotFoundError, match="'.*/config/config.yaml'"), written_aside(path) as aside:
+        path.parent.rmdir()
+        aside.write_text("seed: 0")
 
 
 def test_a_flipped_bit_of_a_checkpoint_is_found(pair, tmp_path):
