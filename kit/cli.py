@@ -160,7 +160,7 @@ def silence():
 def explained(error: Exception, verb: str) -> str | None:
     """Says in a few lines what a user can mend; None for other errors, and where KIT_TRACEBACK asks for a traceback."""
     from hydra.errors import InstantiationException
-    from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
+    from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, MissingMandatoryValue
 
     if os.environ.get("KIT_TRACEBACK"):
         return None
@@ -170,8 +170,8 @@ def explained(error: Exception, verb: str) -> str | None:
         found = re.search(r"Missing mandatory value: (\S+)", str(error))
         key = found[1] if found else error.full_key
         return f"{key} is missing; give {key}=..."
-    if resolving := re.match(r"\w+ raised while resolving interpolation: (.*?)\n    full_key: ", str(error), re.DOTALL):
-        error = ValueError(resolving[1])  # omegaconf's, about an error of a function that the config calls
+    while isinstance(error, InterpolationResolutionError) and error.__context__:
+        error = error.__context__  # omegaconf's, about an error of a function that the config calls
     kind = type(error).__name__  # torch and Lightning may not be imported, which takes seconds
     if kind == "OutOfMemoryError":  # torch's, of a GPU
         room = "fits=12GB, recompute=true or fewer clips a step" if verb == "fit" else "a smaller batch_size"

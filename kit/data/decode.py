@@ -26,8 +26,6 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from kit.values import check_choice
-
 if TYPE_CHECKING:
     import av
 
@@ -151,7 +149,8 @@ def load_backend(name: str) -> type[Decoder]:
         ValueError: if there is no such backend.
         ImportError: if its package is not installed.
     """
-    check_choice("backend", name, BACKENDS)
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name}; expected one of: {', '.join(BACKENDS)}")
     decoder = BACKENDS[name]
     try:
         importlib.import_module(decoder.module)

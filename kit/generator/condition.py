@@ -152,7 +152,8 @@ class TextCondition(nn.Module):
         if longest is not None and max(lengths) > longest:
             way_out = f"the encoder reads {longest} at most: shorten them"
         message = f"{len(cut)} of {len(texts)} captions are longer than {self.length} {self.encoder.unit}"
-        return f"{message}, such as {textwrap.shorten(cut[0], 200, placeholder=' ...')!r}; {way_out}"
+        example = textwrap.shorten(cut[0], 200, placeholder=" ...")
+        return f"{message}, such as {example!r}; {way_out}"
 
     def forward(self, texts: list[str], dropped: Tensor | None = None) -> Tensor:
         """Returns (B, S, D). dropped: (B,) bool, True where the condition is left out, for classifier-free guidance."""

@@ -31,12 +31,12 @@ FLOAT = {  # computed in float32 under autocast
 }  # fmt: skip
 
 
-def kind_of(x) -> Hashable:
+def signature(x) -> Hashable:
     """Returns what the outputs of an operation on meta tensors depend on: of a tensor its shape, strides and type."""
     if isinstance(x, Tensor):
         return x.shape, x.stride(), x.dtype, x.device
     if isinstance(x, list | tuple):
-        return tuple(map(kind_of, x))
+        return tuple(map(signature, x))
     return type(x), x  # 1, 1.0 and True are equal
 
 
@@ -55,7 +55,7 @@ class Repeated(TorchDispatchMode):
         if not fresh(function):
             return function(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            kind = function, kind_of(args), *((name, kind_of(x)) for name, x in kwargs.items())
+            kind = function, signature(args), *((name, signature(x)) for name, x in kwargs.items())
             if kind in self.made:
                 made = [torch.empty_strided(*shape, dtype=dtype, device="meta") for shape, dtype in self.made[kind]]
                 return made[0] if len(function._schema.returns) == 1 else tuple(made)

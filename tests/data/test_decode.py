@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
 import struct
 import sys
@@ -460,6 +461,14 @@ def test_error_survives_the_way_from_a_worker():
     error = UnreadableVideo("a.mp4", "too short")
     copy = pickle.loads(pickle.dumps(error))
     assert str(copy) == str(error) and copy.reason == "too short" and isinstance(copy, RuntimeError)
+
+
+def test_the_file_that_another_process_runs_needs_nothing_of_kit():
+    """Where kit is not installed that process could not import it."""
+    nodes = list(ast.walk(ast.parse(Path(decode.__file__).read_text())))
+    modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    assert "numpy" in modules and not [module for module in modules if module.split(".")[0] == "kit"]
 
 
 def test_unknown_backend_names_the_choices():

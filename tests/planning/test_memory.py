@@ -64,6 +64,8 @@ def test_repeated_operations_make_what_they_made():
                 found = outputs(x)
                 assert described(found) == wanted
                 assert found[-1] is found[2] and found[-2]._base is found[-3]._base
+                view = torch.ops.aten._unsafe_view(x, x.shape)  # a view, though its schema does not say so
+                assert view.untyped_storage()._cdata == x.untyped_storage()._cdata
     assert 5 < len(repeated.made) < 40
 
 
