@@ -159,19 +159,21 @@ def silence():
 
 def explained(error: Exception, verb: str) -> str | None:
     """Says in a few lines what a user can mend; None for other errors, and where KIT_TRACEBACK asks for a traceback."""
-    from hydra.errors import InstantiationException
+    from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, MissingMandatoryValue
 
     if os.environ.get("KIT_TRACEBACK"):
         return None
     if isinstance(error, InstantiationException):  # hydra's, about an error of what it builds
-        error = error.__cause__
+        error = error.__cause__ or error  # which an error from another process has lost
     if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
         found = re.search(r"Missing mandatory value: (\S+)", str(error))
         key = found[1] if found else error.full_key
         return f"{key} is missing; give {key}=..."
     while isinstance(error, InterpolationResolutionError) and error.__context__:
         error = error.__context__  # omegaconf's, about an error of a function that the config calls
+    if isinstance(error, HydraException):
+        return "\n".join(filter(None, (str(error), str(error.__cause__ or ""))))
     kind = type(error).__name__  # torch and Lightning may not be imported, which takes seconds
     if kind == "OutOfMemoryError":  # torch's, of a GPU
         room = "fits=12GB, recompute=true or fewer clips a step" if verb == "fit" else "a smaller batch_size"
@@ -197,17 +199,22 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
 
     register_resolvers()
     silence()
-    failed, here = False, os.getpid()
+    failed, begun, here = False, False, os.getpid()
     conf, own = path.stem, [] if path.parent == CONF else [f"--config-dir={CONF}"]  # searched after the conf's own folder
+
+    def tell(*reasons: str):
+        print(*(f"kit {verb}: {reason}" for reason in reasons), sep="\n", file=sys.stderr)
 
     def fail(*reasons: str):
         nonlocal failed
         failed = True
-        print(*(f"kit {verb}: {reason}" for reason in reasons), sep="\n", file=sys.stderr)
+        tell(*reasons)
         with suppress(OSError):  # unless it is empty
             Path(HydraConfig.get().runtime.output_dir).rmdir()
 
     def task(cfg):
+        nonlocal begun
+        begun = True
         if wrong := wrong_words(cfg, path, overrides):
             return fail(*wrong)
         # Lightning starts further ranks with this command line.
@@ -224,15 +231,16 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
             fail(reason)
 
     for note in misspelt_in(path) if own else ():
-        print(f"kit {verb}: note: {path.name}: {note}", file=sys.stderr)
+        tell(f"note: {path.name}: {note}")
     options, words = options_and_overrides(overrides)
     sweep = bool({"-m", "--multirun"} & set(options))
     overrides = [quoted(word, sweep) for word in words]
     elsewhere = any(option.split("=")[0] in ELSEWHERE for option in options)
-    if not elsewhere and (reason := refused(path, overrides, sweep)):
-        print(f"kit {verb}: {reason}", file=sys.stderr)
+    if sweep and not elsewhere and (reason := refused(path, overrides, sweep)):  # before hydra makes a folder of them all
+        tell(reason)
         return 1
     sys.argv = [sys.argv[0], f"--config-name={conf}", *own, *options, *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here in place of being printed
     try:
         hydra.main(version_base="1.3", config_path=str(path.parent), config_name=conf)(task)()
     except KeyboardInterrupt:  # caught here, not in `task`, so that it ends a whole --multirun
@@ -240,4 +248,10 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
         return 1
     except SystemExit as stop:  # from hydra, which has printed why, or from Lightning after an interrupt
         return stop.code if isinstance(stop.code, int) else 1
+    except Exception as error:
+        reason = None if begun or elsewhere else refused(path, overrides, sweep)
+        if not (reason := reason or explained(error, verb)):
+            raise
+        tell(reason)
+        return 1
     return int(failed)

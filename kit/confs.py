@@ -77,18 +77,18 @@ def compose(path: Path, words: Iterable[str] = (), beside_it: Path | None = None
 def register_resolvers():
     """Registers the functions that configs can call.
 
-    These are functions of `kit.machine`, such as ${kit_precision:}, for values that depend on the machine; `kit_cached` for
-    values of a cache of clips; and `batches_of` and `part_of` for batches in parts.
+    These are functions of `kit.machine`, such as ${kit_precision:}, for values that depend on the machine; `cached` for
+    values of a cache of clips; `batches_of` and `part_of` for batches in parts; and `within` for folders.
     """
     from omegaconf import OmegaConf
 
     from kit import machine
     from kit.data.cache import of_manifest
-    from kit.values import batches_of, part_of
+    from kit.values import batches_of, part_of, within
 
     for name in ("machine_size", "precision", "devices", "processes", "wandb_offline", "sweep_run"):
         OmegaConf.register_new_resolver(f"kit_{name}", getattr(machine, name), replace=True)
-    for function in (batches_of, part_of):
+    for function in (batches_of, part_of, within):
         OmegaConf.register_new_resolver(f"kit_{function.__name__}", function, replace=True)
     OmegaConf.register_new_resolver("kit_cached", of_manifest, replace=True)
 

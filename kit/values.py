@@ -39,6 +39,19 @@ def as_word(key: str, value) -> str:
     return f"{key}={'null' if value is None else value}"
 
 
+def within(root: str, name: str) -> str:
+    """Returns the path of a run's folder.
+
+    Raises:
+        ValueError: if either is empty: it would be the folder of all runs, or /.
+    """
+    for key, value in {"name": name, "root": root}.items():
+        if value is None or not str(value).strip():
+            problem = "names no folder; a run lies in <root>/<name>. Is a variable of the shell unset?"
+            raise ValueError(f"{as_word(key, value)} {problem}")
+    return f"{root}/{name}"
+
+
 def check_whole_number(key: str, value: int | None, least: int, optional: bool = False):
     """Checks that a value is a whole number of at least `least`, or None if `optional`.
 

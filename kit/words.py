@@ -3,13 +3,13 @@ the config."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kit.confs import choices, compose, leaves, nearest
-from kit.values import as_word
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -117,17 +117,8 @@ def sorted_out(conf: Path, overrides: list[str]) -> tuple[list[str], list[str]]:
 
 
 def wrong_words(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
-    """Reports the words of a command whose values are of a wrong kind, or that its other words leave without effect, and
-    what its config lacks to have a folder of its own."""
-    return [*without_a_folder(cfg), *wrong_kinds(cfg, conf, overrides), *idle_beside_stages(cfg, overrides)]
-
-
-def without_a_folder(cfg: DictConfig) -> list[str]:
-    """Reports which of the keys that a run's folder is named by are empty: it would be the folder of all runs, or /."""
-    values = {key: cfg[key] for key in ("name", "root") if key in cfg}  # not in it if it is missing
-    empty = {key: value for key, value in values.items() if value is None or not str(value).strip()}
-    problem = "names no folder; a run lies in <root>/<name>. Is a variable of the shell unset?"
-    return [f"{as_word(key, value)} {problem}" for key, value in empty.items()]
+    """Reports the words of a command whose values are of a wrong kind, or that its other words leave without effect."""
+    return [*wrong_kinds(cfg, conf, overrides), *idle_beside_stages(cfg, overrides)]
 
 
 def idle_beside_stages(cfg: DictConfig, overrides: list[str]) -> list[str]:
@@ -137,6 +128,12 @@ def idle_beside_stages(cfg: DictConfig, overrides: list[str]) -> list[str]:
     return [f"{key} counts nothing beside stages; give stages.NAME.steps, or stage_steps for all of them" for key in idle]
 
 
+@functools.cache
+def cached_compose(conf: Path, *words: str) -> DictConfig:
+    """Composes a config that is only read, once for all runs of a sweep."""
+    return compose(conf, words)
+
+
 def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
     """Reports the words that give a text where the config has a number, or one value where it has several."""
     from omegaconf import OmegaConf
@@ -144,7 +141,7 @@ def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
 
     chosen, keys = sorted_out(conf, overrides)
     try:
-        usual, wrong = compose(conf, chosen), []
+        usual, wrong = cached_compose(conf, *chosen), []
     except Exception:  # reported elsewhere
         return []
     for key in keys:
@@ -179,7 +176,7 @@ def refused(conf: Path, words: list[str], sweep: bool = False) -> str | None:
     words = [word for word in words if not word.startswith("hydra")]
     try:
         words = [of_one_run(word) for word in words] if sweep else words
-        return next(iter(without_a_folder(compose(conf, words))), None)  # before hydra makes the folder
+        compose(conf, words)
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         if not group or not error.options:

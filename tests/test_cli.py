@@ -186,6 +186,8 @@ def test_a_users_own_search_path_counts(own_conf, tmp_path, capfd):
         ("trainer.fast_dev_run=true", "; +trainer.fast_dev_run=... adds it"),
         ("seed", "Error parsing override 'seed': missing EQUAL at '<EOF>'; expected key=value"),
         ("seed=1,2", "To sweep over it, add --multirun"),
+        ("hydra.zzz=1", "Could not override 'hydra.zzz'"),
+        ("hydra/launcher=zzz", "Could not find 'hydra/launcher/zzz'"),
         ("~data.zzz", "Could not delete from config. 'data.zzz' does not exist."),
     ],
 )
@@ -233,11 +235,7 @@ def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
         (["fit", "conf=stage1_tokenizer", "tokenizer.scales=1"], "tokenizer.scales=1; expected values such as [1, 2, 4, 8]"),
         (["fit", "conf=stage1_tokenizer", "data=clips"], "data.root is missing; give data.root=..."),
         (["validate"], "ckpt is missing; give ckpt=..."),
-        (["validate", "ckpt=x", "name="], "name= names no folder; a run lies in <root>/<name>. Is a variable of the shell"),
-        (["fit", "conf=stage1_tokenizer", "name=null"], "name=null names no folder"),
-        (["generate", "ckpt=x", "root="], "root= names no folder"),
-        (["fit", "conf=nameless.yaml"], "name= names no folder"),
-        (["generate", "-m", "ckpt=x", "name=a,''"], "name= names no folder"),
+        (["fit", "conf=stage1_tokenizer", "name=???"], "name is missing; give name=..."),
         (["validate", "ckpt=x", "threads=-2"], "threads=-2; expected a number of threads, or null"),
         (["generate", "ckpt=x", "guidance=3"], "guidance=3; expected values such as {'kind': 'constant'"),
         (["fit", "conf=stage1_tokenizer", "init.ckpt=x.ckpt"], "init.ckpt=x.ckpt, but init=scratch takes none"),
@@ -250,10 +248,33 @@ def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
 )
 def test_bad_input_is_told_without_a_traceback(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "nameless.yaml").write_text("defaults: [stage1_tokenizer, _self_]\nname: ''\n")
     assert main(words) == 1
     error = capsys.readouterr().err
     assert expected in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["validate", "ckpt=x", "name="], "name= names no folder; a run lies in <root>/<name>. Is a variable of the shell"),
+        (["fit", "conf=stage1_tokenizer", "name=null"], "name=null names no folder"),
+        (["generate", "ckpt=x", "root="], "root= names no folder"),
+        (["fit", "conf=nameless.yaml"], "name= names no folder"),
+        (["fit", "conf=stage1_tokenizer", "-m", "name="], "name= names no folder"),
+        (["fit", "conf=ablation", "-m", "root="], "root= names no folder"),
+    ],
+)
+def test_a_run_without_a_name_is_refused_before_a_folder_is_made(words, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nameless.yaml").write_text("defaults: [stage1_tokenizer, _self_]\nname: ''\n")
+    assert main(words) == 1
+    assert expected in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["nameless.yaml"]
+
+
+def test_a_run_of_a_multirun_without_a_name_is_told(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "-m", "ckpt=x", "name=a,''"]) == 1
+    assert "name= names no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
