@@ -42,6 +42,7 @@ class StageSwitch(L.Callback):
         if isinstance(trainer.datamodule, StagedClips):
             steps = sum(trainer.datamodule.batches) // batches_of_a_step(trainer, module)
             trainer.fit_loop.epoch_loop.max_steps = steps
+            tell_if_over(trainer.datamodule)
 
     def on_fit_start(self, trainer, module):
         """Checks that the stages can be trained.
@@ -120,6 +121,14 @@ class StageSwitch(L.Callback):
             warmup=given["warmup"] if stage.warmup is None else stage.warmup,
             steps=stage.steps, began=starts(data.batches)[number] // batches_of_a_step(trainer, module),
         )  # fmt: skip
+
+
+def tell_if_over(data: StagedClips):
+    """Says why a training whose last stage has ended on its plateau does not go on, whatever its patience is now."""
+    batches, planned = data.batches[-1], data.planned[-1]
+    if data.finished and batches < planned:
+        message = f"stage {data.plan.stages[-1].name}, the last, ended on its plateau after {batches} of {planned} batches"
+        rank_zero_info(f"  {message}; to go on, add a stage after it")
 
 
 def check_names(module: L.LightningModule, stage: Stage):

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -250,8 +251,9 @@ def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
         reason = None if begun or elsewhere else refused(path, overrides, sweep)
-        if not (reason := reason or explained(error, verb)):
-            raise
-        tell(reason)
+        if reason := reason or explained(error, verb):
+            tell(reason)
+        else:
+            traceback.print_exc()
         return 1
     return int(failed)

@@ -18,7 +18,6 @@ from kit import sharded_checkpoint
 from kit.build import build_data
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.cache import describe, read_manifest, write_cache
-from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_accuracy
@@ -92,18 +91,20 @@ def held_out(data: ClipDataModule) -> dict:
     """Returns the held-out clips as one batch: of readable files each once, since their clips repeat.
 
     Raises:
-        as `check_videos`; ValueError if no file can be read.
+        as `check_videos`; ValueError if none of the files can be read.
     """
     check_videos(data)
-    count = data.val_clips
-    if isinstance(data.val, FolderClips) and len(data.val.files) < count:
-        count = len(data.val.files)
-        print(f"  clips={data.val_clips}, but {count} held out: each is taken once")
-    clips = [data.val[n] for n in range(count)]
-    if isinstance(data.val, FolderClips):  # which gives another file's clip in place of one that cannot be read
-        clips = [clip for n, clip in enumerate(clips) if data.val.path_of(data.val.file(n)) not in data.val.skipped]
-        if len(clips) < count:
-            print(f"  {count - len(clips)} of {count} cannot be read and are left out")
+
+    own = getattr(data.val, "own", lambda n: True)  # sources without files never repeat
+    numbers = [n for n in range(data.val_clips) if own(n)]
+    if len(numbers) < data.val_clips:
+        print(f"  clips={data.val_clips}, but {len(numbers)} held out: each is taken once")
+    clips = [(n, data.val[n]) for n in numbers]
+    clips = [clip for n, clip in clips if own(n)]
+    if len(clips) < len(numbers):
+        print(f"  {len(numbers) - len(clips)} of {len(numbers)} cannot be read and are left out")
+    if not clips:
+        raise ValueError(f"clips={data.val_clips}: none of them can be read; give more, or mend the files")
     return default_collate(clips)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest import mock
 
 if not os.environ.get("KIT_TEST_GPU"):  # tests but those of tests/gpu are about the CPU, also where there is a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -45,6 +46,14 @@ def own_environment():
 def own_cache(tmp_path_factory):
     """Sets a temporary cache folder for evaluations in place of the user's."""
     os.environ["KIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_composition():
+    """Keeps hydra from composing a command's config once more only to read `hydra.mode`, which no conf sets: of hundreds of
+    tiny commands composing takes most of the time."""
+    with mock.patch("hydra._internal.hydra.Hydra.get_mode", return_value=None):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from kit.checkpoint import load_generator, load_tokenizer, model_hash, read_chec
 from kit.cli import main
 from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
+from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.files import load_checked, save_checked, sole_user
 from kit.media import write_video
@@ -170,6 +171,31 @@ def test_a_held_out_file_that_cannot_be_read_is_left_out(tmp_path, capsys):
     with pytest.warns(UserWarning, match="cannot read the video"):
         assert len(held_out(data)["video"]) == 1
     assert "1 of 2 cannot be read and are left out" in capsys.readouterr().out
+
+
+def test_of_a_mixture_too_each_held_out_file_is_taken_once(tmp_path, capsys):
+    for name in "abcd":
+        write_video(torch.full((3, 5, 32, 32), ord(name) / 127 - 1), tmp_path / f"{name}.mp4", 8)
+    (tmp_path / "d.mp4").write_text("not a video")
+    sources = {"folder": partial(FolderClips, tmp_path, val_every=2), "shapes": Shapes}
+    source = partial(Mixture, sources, {"folder": 1, "shapes": 1})
+    data = ClipDataModule(source, 5, 32, 32, 8.0, batch_size=1, val_clips=20, workers=0)
+    drawn = sum(data.val.turns.of(n)[0] == "shapes" for n in range(20))
+    with pytest.warns(UserWarning, match="cannot read the video"):
+        assert len(held_out(data)["video"]) == drawn + 1
+    told = capsys.readouterr().out
+    assert f"clips=20, but {drawn + 2} held out: each is taken once" in told
+    assert f"1 of {drawn + 2} cannot be read and are left out" in told
+
+
+def test_no_readable_file_among_the_clips_is_told(tmp_path):
+    for name in "ac":
+        write_video(torch.zeros(3, 5, 32, 32), tmp_path / f"{name}.mp4", 8)
+    (tmp_path / "b.mp4").write_text("not a video")
+    write_video(torch.zeros(3, 5, 32, 32), tmp_path / "d.mp4", 8)
+    data = ClipDataModule(partial(FolderClips, tmp_path, val_every=2), 5, 32, 32, 8.0, batch_size=1, val_clips=1, workers=0)
+    with pytest.warns(UserWarning, match="cannot read"), pytest.raises(ValueError, match="clips=1: none of them can be read"):
+        held_out(data)
 
 
 def test_held_out_files_are_scored_once(pair, tmp_path, capsys):

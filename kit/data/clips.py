@@ -265,6 +265,11 @@ class FolderClips(Dataset):
         epoch, position = divmod(n, len(self.files))
         return self.files[self._order_of(epoch)[position] if self.split == "train" else position]
 
+    def own(self, n: int) -> bool:
+        """Whether item n of `val` or `all` is of a file of its own: not the second of a file, nor, as far as is known by
+        now, of another file because its own cannot be read."""
+        return n < len(self.files) and self.path_of(self.file(n)) not in self.skipped
+
     def _order_of(self, epoch: int) -> np.ndarray:
         """Order of the files in a training epoch, as positions in `files`."""
         return _order(self.seed, epoch, len(self.files))

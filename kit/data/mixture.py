@@ -107,6 +107,12 @@ class Mixture(Dataset):
         item = source[number]
         return {"given": 0, **item, "label": label_among(self.classes, source.classes, item["label"])}
 
+    def own(self, n: int) -> bool:
+        """`FolderClips.own` of an item; sources without files never repeat."""
+        name, number = self.turns.of(n)
+        source = self.sources[name]
+        return source.own(number) if hasattr(source, "own") else True
+
     @property
     def draws(self) -> dict[str, dict]:
         """What each source draws by, as far as it says so: plain values."""

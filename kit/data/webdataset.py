@@ -58,8 +58,9 @@ def list_shards(root: str) -> list[str]:
         FileNotFoundError: if there are none.
     """
     files, path = fsspec.core.url_to_fs(root)
-    if "[" in path and files.exists(path):  # part of a name
-        path = glob.escape(path)
+    folder = path.partition("*")[0].rpartition("/")[0] if "*" in path else path
+    if "[" in folder and files.exists(folder):  # part of a name
+        path = glob.escape(folder) + path[len(folder) :]
     pattern = path if "*" in path or path.endswith(".tar") else f"{path.rstrip('/')}/*.tar"
     found = sorted(name if "://" not in root else files.unstrip_protocol(name) for name in files.glob(pattern))
     if not found:

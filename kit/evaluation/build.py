@@ -88,7 +88,10 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
 def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes) -> tuple[GivenVideos, Protocol]:
     shape = dict(frames=protocol.frames, height=protocol.height, width=protocol.width, fps=protocol.fps)
     videos = FolderClips(cfg.videos, "all", label_from="none", backend=protocol.real.backend, **shape)
-    protocol = protocol.resolved(samples=protocol.samples or len(videos.files) // protocol.folds)
+    samples = protocol.samples or len(videos.files) // protocol.folds
+    if samples < 2:
+        raise ValueError(f"protocol.folds={protocol.folds} of {len(videos.files)} videos have no two each; say fewer")
+    protocol = protocol.resolved(samples=samples)
     if cfg.paired:
         if odd := sorted(set(videos.files) ^ set(getattr(source, "files", []))):
             raise ValueError(

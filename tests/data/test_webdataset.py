@@ -163,6 +163,7 @@ def test_brackets_may_be_part_of_a_name(tmp_path):
     shard.touch()
     assert list_shards(str(shard.parent)) == list_shards(str(shard)) == [str(shard)]
     assert list_shards(f"{tmp_path}/*/[ab].tar") == [str(shard)]
+    assert list_shards(f"{shard.parent}/[ab]*.tar") == [str(shard)]
 
 
 def test_a_shard_is_read_through_once(packed, monkeypatch):

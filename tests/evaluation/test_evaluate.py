@@ -202,6 +202,11 @@ def test_videos_against_videos(evaluate, read, videos, tmp_path):
     assert result["of"]["kind"] == "videos" and result["metrics"]["fvd"]["spread"] is None
 
 
+def test_more_folds_than_the_videos_allow_are_told(evaluate, videos, capsys):
+    assert evaluate(f"real={videos}", f"videos={videos}", "protocol.folds=5", "protocol.samples=null", protocol="folder") == 1
+    assert "protocol.folds=5 of 7 videos have no two each; say fewer" in capsys.readouterr().err
+
+
 def test_given_reconstructions_in_pairs(evaluate, read, videos, tmp_path):
     """Copies of the real videos have no error; with two of them swapped they have."""
     copies = Path(shutil.copytree(videos, tmp_path / "copies"))
