@@ -6,11 +6,13 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig
+from torch.utils.data import Dataset
 
 from kit.build import (
     BUILDERS,
@@ -24,6 +26,7 @@ from kit.build import (
     tokenizer_config,
 )
 from kit.confs import keep_config
+from kit.data.buckets import Bucket
 from kit.data.cache import CachedClips, describe, write_cache
 from kit.data.datamodule import ClipDataModule
 from kit.data.staged import StagedClips
@@ -34,6 +37,7 @@ from kit.machine import fast_float32_products, keep_freed_memory
 from kit.retries import BatchPosition, noticing_dead_workers, with_retries
 from kit.sharded_checkpoint import remove_shards
 from kit.signals import end_with_launcher, ended_at_once
+from kit.stages import Stage
 from kit.start import start
 from kit.training_checkpoint import check_resume, copy_checkpoint
 from kit.values import check_whole_number, plain
@@ -73,21 +77,29 @@ def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: Ge
     for stage, part in zip(stages, data.parts if staged else [data], strict=True):
         if part.cached:
             continue
-        given = of_stage(cfg, stage).data if stage else cfg.data
-
-        def encode(source, bucket, share, needed, images, part=part, stage=stage, given=given):
-            of = [stage.name] if stage else []
-            folder = encoded_clips_of(cfg, *of, *["images"] * images, *[str(bucket)] * part.bucketed)
-            how = choice_of(given.images if images else given.source)
-            sources, clips = {"train": source}, {"train": max(1, min(math.ceil(cfg.encoded_clips * share), needed))}
-            clip = {**part.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
-            about = describe(clip, module.tokenizer, module.hparams.tokenizer_hash, how, sources)
-            with ended_at_once():  # files that are whole stay
-                write_cache(folder, about, sources, clips, module.tokenizer, part.workers)
-            return CachedClips(folder)
-
         steps = stage.steps if stage else cfg.trainer.max_steps
-        part.encode_ahead(encode, steps * accumulate_of(cfg))
+        part.encode_ahead(partial(encoded, cfg, part, stage, module), steps * accumulate_of(cfg))
+
+
+def encoded(
+    cfg: DictConfig, part: ClipDataModule, stage: Stage | None, module: GeneratorModule,
+    source: Dataset, bucket: Bucket, share: float, needed: int, images: bool,
+) -> CachedClips:  # fmt: skip
+    """Encodes clips into the run's folder, or finds those that it encoded before.
+
+    Args:
+        part: the data that the clips are of. stage: its stage; None: the training has none.
+        source, bucket, share, needed, images: see `ClipDataModule.encode_ahead`.
+    """
+    data, of = (of_stage(cfg, stage).data, [stage.name]) if stage else (cfg.data, [])
+    folder = encoded_clips_of(cfg, *of, *["images"] * images, *[str(bucket)] * part.bucketed)
+    how = choice_of(data.images if images else data.source)
+    sources, clips = {"train": source}, {"train": max(1, min(math.ceil(cfg.encoded_clips * share), needed))}
+    clip = {**part.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+    about = describe(clip, module.tokenizer, module.hparams.tokenizer_hash, how, sources)
+    with ended_at_once():  # files that are whole stay
+        write_cache(folder, about, sources, clips, module.tokenizer, part.workers)
+    return CachedClips(folder)
 
 
 def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):

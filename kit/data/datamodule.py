@@ -110,8 +110,8 @@ class ClipDataModule(ClipsOnDevice):
         """Makes training read encoded clips, which are made or found at its start.
 
         Args:
-            encode: called as encode(source, bucket, share, number, images) for each data set and bucket; returns the encoded
-                clips. `bucket` is their shape, `share` their share of all clips, `number` how many of them all ranks
+            encode: called as encode(source, bucket, share, needed, images) for each data set and bucket; returns the encoded
+                clips. `bucket` is their shape, `share` their share of all clips, `needed` how many of them all ranks
                 together read, and `images` whether they are of the data set `images`.
             batches: number of batches that training reads on each rank.
         """
