@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from kit.data.clips import FolderClips, most_frames
 from kit.data.heads import read_heads
-from kit.data.mixture import Turns
+from kit.data.mixture import Mixture, Turns
 from kit.scales import latent_frames
 
 AS_CLOSE = 0.05  # a bucket that keeps 1 - AS_CLOSE of what the best bucket keeps of a picture suits it as well
@@ -95,42 +95,47 @@ def suiting(buckets: Sequence[Bucket], frames: int, height: int, width: int) -> 
 class BucketClips(Dataset):
     """The clips of a source sorted into buckets, each file in the bucket that suits it (see `suiting`).
 
-    With B buckets that have files, item n is clip n // B of bucket n % B.
+    With B buckets that have files, item n is clip n // B of bucket n % B. Of a mixture, each bucket is a mixture of the
+    sources that have files for it.
 
     Args:
-        source: data set of all files. buckets: candidates; a bucket that suits no file is left out, with a warning.
+        source: data set of all files, or a mixture of such. buckets: candidates; one that suits no file is left out, with a
+            warning.
     Attributes:
-        buckets, parts: the buckets in use and their data sets. files: number of files in each.
+        buckets, parts: the buckets in use and their data sets. files: number of files in each. weights: share of all clips
+            that each gives, of any sum.
         clip_turns, image_turns: order in which the buckets, by number, give batches of clips and of images; their shares are
-            such that all files are used equally often.
+            such that all files of a source are used equally often, and that sources keep their shares of a mixture.
     Raises:
         ValueError: if the source has no files to sort, or none of them suits a bucket.
     """
 
-    def __init__(self, source: FolderClips, buckets: Sequence[Bucket]):
-        if not isinstance(source, FolderClips):
-            raise ValueError(
-                f"data.buckets sorts video files by their size and length; {type(source).__name__} has no such files: "
-                f"take data=clips, ucf101 or shards, or data.buckets=[]"
-            )
-        sorted_in: list[list[str]] = [[] for _ in buckets]
-        if not (heads := read_heads(source)):
-            raise source.nothing_readable()
-        for name, head in heads.items():
-            frames = most_frames(head.count, head.rate, source.fps)
-            if (i := suiting(buckets, frames, head.height, head.width)) is not None:
-                sorted_in[i].append(name)
-        tell(buckets, sorted_in, len(heads))
-        used = [i for i, names in enumerate(sorted_in) if names]
-        self.source, self.buckets = source, [buckets[i] for i in used]
-        self.parts: list[Dataset] = [source.part(sorted_in[i], *buckets[i][:3]) for i in used]
-        self.files, self.sources = [len(sorted_in[i]) for i in used], (source, *self.parts)
+    def __init__(self, source: FolderClips | Mixture, buckets: Sequence[Bucket]):
+        folders = folders_of(source)
+        files = {name: sort_files(folder, buckets) for name, folder in folders.items()}
+        count = [sum(len(of_source[i]) for of_source in files.values()) for i in range(len(buckets))]
+        if empty := [str(bucket) for bucket, number in zip(buckets, count) if not number]:
+            warnings.warn(f"data.buckets: no file suits {', '.join(empty)} best; nothing is trained there", stacklevel=3)
+        used = [i for i, number in enumerate(count) if number]
+        self.source, self.buckets, self.files = source, [buckets[i] for i in used], [count[i] for i in used]
+        self.parts: list[Dataset] = []
+        self.weights: list[float] = []
+        for i in used:
+            parts = {name: folders[name].part(each[i], *buckets[i][:3]) for name, each in files.items() if each[i]}
+            if isinstance(source, Mixture):
+                shares = {name: source.weights[name] * len(files[name][i]) / sum(map(len, files[name])) for name in parts}
+                self.parts.append(source.of_parts(parts, shares))
+                self.weights.append(sum(shares.values()))
+            else:
+                self.parts += parts.values()
+                self.weights.append(count[i])
+        self.sources = (source, *self.parts)
         self.clip_turns = self._turns([bucket.batch_size for bucket in self.buckets])
         self.image_turns = self._turns([bucket.image_batch for bucket in self.buckets])
 
     def _turns(self, sizes: list[int]) -> Turns:
-        """Turns that use all files equally often, given the number of clips in a batch of each bucket."""
-        return Turns({i: self.files[i] / size for i, size in enumerate(sizes)}, self.source.seed)
+        """Turns that give each bucket its share of all clips, given the number of clips in a batch of each."""
+        return Turns({i: self.weights[i] / size for i, size in enumerate(sizes)}, self.source.seed)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -150,12 +155,12 @@ class BucketClips(Dataset):
 
         Args:
             encode: called as encode(part, bucket, share, needed) with a bucket's data set, the bucket, its share of the
-                files, and how many of its clips are read; returns the encoded data set.
+                clips, and how many of them are read; returns the encoded data set.
             clips, images: number of batches of clips and of images that are read, of all buckets together.
         """
-        for i, (part, bucket, files) in enumerate(zip(self.parts, self.buckets, self.files, strict=True)):
+        for i, (part, bucket, weight) in enumerate(zip(self.parts, self.buckets, self.weights, strict=True)):
             own, pictures = self.clip_turns.within(i, clips), self.image_turns.within(i, images)
-            self.parts[i] = encode(part, bucket, files / sum(self.files), bucket.clips_needed(own, pictures))
+            self.parts[i] = encode(part, bucket, weight / sum(self.weights), bucket.clips_needed(own, pictures))
 
     def __str__(self) -> str:
         each = zip(self.buckets, self.files, strict=True)
@@ -167,16 +172,40 @@ class BucketClips(Dataset):
         return list(dict.fromkeys(path for source in self.sources for path in source.unreadable))
 
 
-def tell(buckets: Sequence[Bucket], sorted_in: list[list[str]], readable: int):
-    """Warns about buckets without files, and about files that are too short for every bucket.
+def folders_of(source: Dataset) -> dict[str, FolderClips]:
+    """Returns the data sets of files that a source consists of, by their names in a mixture.
 
     Raises:
-        ValueError: if all files are too short.
+        ValueError: if it has others.
     """
-    if lost := readable - sum(map(len, sorted_in)):
-        message = f"{lost} of {readable} files are shorter than each of data.buckets, {', '.join(map(str, buckets))}"
-        if lost == readable:
+    folders = source.sources if isinstance(source, Mixture) else {"": source}
+    if others := [type(folder).__name__ for folder in folders.values() if not isinstance(folder, FolderClips)]:
+        raise ValueError(
+            f"data.buckets sorts video files by their size and length; {others[0]} has no such files: take data=clips, "
+            f"ucf101 or shards, a mixture of those, or data.buckets=[]"
+        )
+    return folders
+
+
+def sort_files(folder: FolderClips, buckets: Sequence[Bucket]) -> list[list[str]]:
+    """Sorts the readable files of a folder into the buckets that suit them: the files of each bucket.
+
+    Warns about files that are too short for every bucket, which are left out.
+
+    Raises:
+        ValueError: if all files are too short, or none can be read.
+    """
+    files: list[list[str]] = [[] for _ in buckets]
+    if not (heads := read_heads(folder)):
+        raise folder.nothing_readable()
+    for name, head in heads.items():
+        frames = most_frames(head.count, head.rate, folder.fps)
+        if (i := suiting(buckets, frames, head.height, head.width)) is not None:
+            files[i].append(name)
+    if lost := len(heads) - sum(map(len, files)):
+        shapes = ", ".join(map(str, buckets))
+        message = f"{lost} of {len(heads)} files in {folder.root} are shorter than each of data.buckets, {shapes}"
+        if lost == len(heads):
             raise ValueError(f"{message}; add a shorter one")
         warnings.warn(f"{message}, and left out; add a shorter one", stacklevel=4)
-    if empty := [str(bucket) for bucket, names in zip(buckets, sorted_in, strict=True) if not names]:
-        warnings.warn(f"data.buckets: no file suits {', '.join(empty)} best; nothing is trained there", stacklevel=4)
+    return files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -100,6 +101,12 @@ class Mixture(Dataset):
         if wordless and len(wordless) < len(self.sources) and split != "val":  # which another mixture tells
             message = f"of the sources of the mixture {', '.join(wordless)} have neither captions nor classes, as others have"
             warnings.warn(f"{message}: their clips train without a condition; caption them, or take them out", stacklevel=3)
+
+    def of_parts(self, parts: Mapping[str, Dataset], weights: Mapping[str, float]) -> Mixture:
+        """The same mixture of parts of its sources, in shares of their own."""
+        mixture = copy.copy(self)
+        mixture.sources, mixture.weights, mixture.turns = dict(parts), dict(weights), Turns(weights, self.seed)
+        return mixture
 
     def __getitem__(self, n: int) -> dict:
         name, number = self.turns.of(n)

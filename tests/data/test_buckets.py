@@ -20,6 +20,7 @@ from kit.data.buckets import Bucket, BucketClips, read_shape, suiting
 from kit.data.clips import FolderClips, frame_numbers, most_frames
 from kit.data.datamodule import ClipDataModule
 from kit.data.heads import Head, read_heads
+from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.files import read_json
 from kit.media import write_video
@@ -254,6 +255,48 @@ def test_one_bucket_is_the_plain_stream(folder):
         assert torch.equal(a["video"], b["video"]) and torch.equal(a["n"], b["n"]) and a["caption"] == b["caption"]
 
 
+@pytest.fixture
+def mixed(folder, tmp_path) -> BucketClips:
+    """Two folders in shares of 3 to 1, of which the smaller has no tall videos, in buckets."""
+    write(tmp_path / "few", {"wide_1": (6, 36, 64), "wide_2": (6, 36, 64), "square_1": (12, 40, 40)})
+    shape = dict(frames=5, height=32, width=32)
+    sources = {
+        "many": partial(FolderClips, folder, patience=None),
+        "few": partial(FolderClips, tmp_path / "few", patience=None),
+    }
+    return BucketClips(Mixture(sources, {"many": 3, "few": 1}, "all", **shape), [WIDE, TALL, LONG])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_sources_of_a_mixture_keep_their_shares_in_buckets(mixed, share):
+    """Of each source all files are used equally often, and no clip of a bucket is left out."""
+    assert mixed.files == [6, 3, 4] and [list(part.sources) for part in mixed.parts] == [
+        ["many", "few"],
+        ["many"],
+        ["many", "few"],
+    ]
+    stream = batches(BucketSampler(mixed, 0, 0, 1, share), 3000)
+    for images in (False, True)[: 1 + bool(share)]:
+        uses = {"many": Counter(), "few": Counter()}
+        for n, frames in (key for batch in stream for key in batch):
+            number, i = divmod(n, len(mixed.parts))
+            if (frames == 1) == images:
+                name, turn = mixed.parts[i].turns.of(number)
+                uses[name][mixed.parts[i].sources[name].file(turn)] += 1
+        assert sum(uses["many"].values()) == pytest.approx(3 * sum(uses["few"].values()), rel=0.02)
+        for files, of_source in ((10, uses["many"]), (3, uses["few"])):
+            assert len(of_source) == files and max(of_source.values()) < 1.05 * min(of_source.values()) + 2
+
+
+def test_clips_of_a_mixture_have_their_buckets_shape(mixed):
+    assert str(mixed).startswith("5x16x32 (6 files, 3 clips a batch), 5x32x16 (3 files")
+    for i, bucket in enumerate(mixed.buckets):
+        items = [mixed[mixed.number(i, n)] for n in range(4)]
+        assert {item["video"].shape[1:] for item in items} == {bucket[:3]}
+        assert {item["caption"] for item in items} == {("wide", "tall", "square")[i]}
+        assert {mixed.classes[item["label"]] for item in items} == {("wide", "tall", "square")[i]}
+
+
 # --- what cannot be ------------------------------------------------------------------------------------------------------
 
 
@@ -262,9 +305,11 @@ def test_files_that_suit_no_bucket_and_buckets_that_suit_no_file_are_told(folder
     with pytest.warns(UserWarning, match="no file suits 9x16x64 best; nothing is trained there"):
         clips = BucketClips(source(), [WIDE, Bucket(9, 16, 64, 1), LONG])
     assert clips.buckets == [WIDE, LONG] and clips.number(1, 4) == 9
-    with pytest.warns(UserWarning, match="7 of 10 files are shorter than each of data.buckets, 9x24x24, and left out"):
+    with pytest.warns(UserWarning, match="7 of 10 files in .* are shorter than each of data.buckets, 9x24x24, and left out"):
         assert BucketClips(source(), [LONG]).files == [3]
-    with pytest.raises(ValueError, match="10 of 10 files are shorter than each of data.buckets, 17x32x32; add a shorter one"):
+    with pytest.raises(
+        ValueError, match="10 of 10 files in .* are shorter than each of data.buckets, 17x32x32; add a shorter"
+    ):
         BucketClips(source(), [Bucket(17, 32, 32, 1)])
 
 
@@ -306,7 +351,9 @@ def test_buckets_are_checked_by_the_tokenizer():
 
 
 def test_only_files_can_be_sorted(tmp_path, capsys):
-    with pytest.raises(ValueError, match="Shapes has no such files: take data=clips, ucf101 or shards, or data.buckets="):
+    with pytest.raises(
+        ValueError, match="Shapes has no such files: take data=clips, ucf101 or shards, a mixture of those, or data"
+    ):
         ClipDataModule(Shapes, 5, 32, 32, 8.0, 2, 1, 0, buckets=[WIDE._asdict()])
     assert main(["cache", "data=clips", f"data.root={tmp_path}", "data.buckets=[5x32x32]"]) == 1
     assert "a cache holds clips of one shape, not of data.buckets; leave them out" in capsys.readouterr().err
@@ -401,6 +448,31 @@ def test_a_stage_can_have_buckets(folder, tokenizer, tmp_path, caplog):
     assert fit("stage2_generator", tmp_path, folder, *words, tokenizer=tokenizer) == 0
     assert "stage 2 of 2, all: 5x16x32 (5 files, 4 clips a batch), 9x24x24 (3 files, 4 clips a batch)" in caplog.text
     assert (tmp_path / "run" / "encoded_clips_all_9x24x24" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("encoded", [0, 9])
+def test_a_mixture_in_buckets_goes_on_to_the_last_bit(encoded, folder, tokenizer, tmp_path, monkeypatch):
+    sources = [
+        f"+data.source.sources.{name}={{_target_:kit.data.clips.FolderClips,_partial_:true,root:'{folder}',patience:null,seed:{n}}}"
+        for n, name in enumerate(("a", "b"))
+    ]
+    weights = ["+data.source.weights.a=2", "+data.source.weights.b=1"]
+    words = [
+        *BOTH, *sources, *weights, f"recipe.generator.encoded_clips={encoded}", "recipe.generator.steps=6",
+        "callbacks.last.every=1", "data.image_share=0.25",
+    ]  # fmt: skip
+
+    def run(name: str, *more: str) -> int:
+        model = [*GENERATOR, f"tokenizer_ckpt={tokenizer}/checkpoints/last.ckpt"]
+        run = ["fit", "conf=stage2_generator", f"root={tmp_path}", f"name={name}", "data=mixture"]
+        return main([*run, *CLIP, *model, *QUICK, *ALIKE[:2], *words, *more])
+
+    assert run("whole") == 0
+    interrupt_after(3, monkeypatch)
+    assert run("run") == 1
+    monkeypatch.undo()
+    assert run("run", "ckpt=last") == 0
+    assert losses(tmp_path / "run", start=1) == losses(tmp_path / "whole")[2:]
 
 
 def test_doctor_tells_of_each_bucket(folder, capsys):
