@@ -81,6 +81,11 @@ class Command:
             os.kill(self.pid, signal.SIGKILL)
 
 
+def demo_part(said: Path, words: list[str]):
+    """Runs a part of the demo as `kit.demo.run` does, forked. Args: said: file for what it writes to stderr."""
+    assert words[0] == "kit" and Command(words[1:], said).wait() == 0, said.read_text()[-2000:]
+
+
 def together(words: list[str], processes: int, folder: Path):
     """Runs a command in several processes, which find each other as under torchrun; fails if one of them does.
 

@@ -40,6 +40,8 @@ def reduced(words: list[str], videos: Path) -> list[str]:
         words += ["clips=8", "val_clips=4", *[word for word in CLIP if word.startswith("data.")]]
     if words[0] == "demo":
         words += ["clips=2", "overrides=[" + ",".join(f"'{word}'" for word in small) + "]"]
+    if "check=paper_plan" in words:
+        words += ["words=[generator.layers=2]"]
     if words[0] in ("validate", "inspect", "reconstruct"):
         words += ["clips=2"]
     if words[0] == "evaluate":

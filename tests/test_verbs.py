@@ -26,7 +26,7 @@ from kit.files import load_checked, save_checked, sole_user
 from kit.media import write_video
 from kit.verbs import held_out, per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
-from tests.processes import Command
+from tests.processes import Command, demo_part
 
 PROMPT = "a red ball moving right over a green field"
 
@@ -218,11 +218,6 @@ def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tm
     """A reduced demo is killed with all its processes once the generator has saved a step, then started again with the same
     words, and once more with nothing left to train."""
 
-    def forked(words: list[str]):
-        assert words[0] == "kit" and Command(words[1:], tmp_path / "said").wait() == 0, (tmp_path / "said").read_text()[
-            -2000:
-        ]
-
     saves = ["callbacks.last.every=5", "callbacks.last.share=1"]
     words, folder = demo_words(tmp_path, "recipe.generator.steps=60", *saves), tmp_path / "demo"
     last = folder / "generator" / "checkpoints" / "last.ckpt"
@@ -237,7 +232,7 @@ def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tm
     begun = read_checkpoint(last, "generator")["global_step"]
     assert 0 < begun < 60 and not (folder / "metrics.json").exists()
 
-    monkeypatch.setattr("kit.demo.run", forked)
+    monkeypatch.setattr("kit.demo.run", partial(demo_part, tmp_path / "said"))
     assert main(words) == 0
     assert read_checkpoint(last, "generator")["global_step"] == 60
     assert len(list((folder / "generator" / "logs").glob("version_*"))) == 2
