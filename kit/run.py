@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from kit.build import (
 )
 from kit.confs import keep_config
 from kit.data.buckets import Bucket
-from kit.data.cache import CachedClips, describe, write_cache
+from kit.data.cache import CachedClips, describe, share_of, write_cache
 from kit.data.datamodule import ClipDataModule
 from kit.data.staged import StagedClips
 from kit.files import sole_user
@@ -94,7 +93,7 @@ def encoded(
     data, of = (of_stage(cfg, stage).data, [stage.name]) if stage else (cfg.data, [])
     folder = encoded_clips_of(cfg, *of, *["images"] * images, *[str(bucket)] * part.bucketed)
     how = choice_of(data.images if images else data.source)
-    sources, clips = {"train": source}, {"train": max(1, min(math.ceil(cfg.encoded_clips * share), needed))}
+    sources, clips = {"train": source}, {"train": min(share_of(cfg.encoded_clips, share), max(1, needed))}
     clip = {**part.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
     about = describe(clip, module.tokenizer, module.hparams.tokenizer_hash, how, sources)
     with ended_at_once():  # files that are whole stay

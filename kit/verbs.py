@@ -8,16 +8,17 @@ import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 from kit import sharded_checkpoint
 from kit.build import build_data
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
-from kit.data.cache import describe, read_manifest, write_cache
+from kit.data.cache import describe, read_manifest, share_of, write_cache
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_accuracy
@@ -290,32 +291,58 @@ def cache(cfg: DictConfig) -> Path:
     Returns:
         the folder of the cache.
     Raises:
-        ValueError: if the clips come from a cache already or in buckets, or their shape is no whole numbers; else as
-            `write_cache`.
+        ValueError: if the clips come from a cache already, or their shape is no whole numbers; else as `write_cache`.
     """
-    if cfg.data.get("buckets"):
-        raise ValueError(
-            "a cache holds clips of one shape, not of data.buckets; leave them out, or let `fit` encode them: encoded_clips=N"
-        )
     tokenizer, folder, cfg = load_tokenizer(cfg.tokenizer_ckpt), Path(cfg.folder), cfg.copy()
     for key in ("frames", "height", "width"):
         check_whole_number(f"data.{key}", cfg.data[key], 1, optional=True)
         cfg.data[key] = cfg.data[key] or tokenizer.clip[key]
-    data = build_data(cfg)
+    data = build_data(cfg, tokenizer.model.config)
     check_videos(data)
-    sources, clips = {"train": data.train, "val": data.val}, {"train": cfg.clips, "val": cfg.val_clips}
-    about = describe(data.clip, tokenizer.model, tokenizer.hash, choice_of(cfg.data.source), sources)
-    print(f"{cfg.clips} + {cfg.val_clips} clips, {about['schedule']}")
     began = time.perf_counter()
-    write_cache(folder, about, sources, clips, tokenizer.model, data.workers)
+    manifests = [encode_part(folder, part, tokenizer, data, cfg) for part in parts_of(data, cfg)]
     seconds = time.perf_counter() - began
-    manifest = read_manifest(folder)
-    size = sum(file["bytes"] for file in manifest["files"].values()) / 2**20
-    held = " + ".join(str(manifest["clips"][split]) for split in clips)
+    size = sum(file["bytes"] for manifest in manifests for file in manifest["files"].values()) / 2**20
+    held = " + ".join(str(sum(manifest["clips"].get(split, 0) for manifest in manifests)) for split in ("train", "val"))
     print(f"in {folder}: {held} clips, {size:.1f} MiB, after {seconds:.0f} s; {len(data.unreadable)} files could not be read")
     words = ["conf=stage2_generator", "data=cached", f"data.root={folder}", f"tokenizer_ckpt={tokenizer.path}"]
     print(shlex.join(["python", "-m", "kit", "fit", *words]))
     return folder
+
+
+class Part(NamedTuple):
+    """A part of a cache: its subfolder, the shape of its clips, split -> data set and -> number of clips, the buckets that it
+    has beside it."""
+
+    subfolder: str
+    clip: dict
+    sources: dict[str, Dataset]
+    clips: dict[str, int]
+    buckets: list[str]
+
+
+def parts_of(data: ClipDataModule, cfg: DictConfig) -> list[Part]:
+    """Returns the parts of the cache of some data: one, or in buckets the clips to validate on and each bucket's."""
+    held_out, clips = {"val": data.val}, {"val": cfg.val_clips}
+    if not data.bucketed:
+        return [Part("", data.clip, {"train": data.train, **held_out}, {"train": cfg.clips, **clips}, [])]
+    train, parts = data.train, [Part("", data.clip, held_out, clips, list(map(str, data.train.buckets)))]
+    for source, bucket, weight in zip(train.parts, train.buckets, train.weights, strict=True):
+        clip = {**data.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+        parts.append(
+            Part(str(bucket), clip, {"train": source}, {"train": share_of(cfg.clips, weight / sum(train.weights))}, [])
+        )
+    return parts
+
+
+def encode_part(folder: Path, part: Part, tokenizer: Loaded, data: ClipDataModule, cfg: DictConfig) -> dict:
+    """Encodes a part of a cache; returns its manifest. Raises as `write_cache`."""
+    about = describe(part.clip, tokenizer.model, tokenizer.hash, choice_of(cfg.data.source), part.sources)
+    if part.buckets:
+        about["buckets"] = part.buckets
+    print(f"{' + '.join(map(str, part.clips.values()))} clips, {about['schedule']}")
+    write_cache(folder / part.subfolder, about, part.sources, part.clips, tokenizer.model, data.workers)
+    return read_manifest(folder / part.subfolder)
 
 
 def consolidate(cfg: DictConfig) -> Path:

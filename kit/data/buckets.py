@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
+from kit.data.cache import CachedBuckets
 from kit.data.clips import FolderClips, most_frames
 from kit.data.heads import read_heads
 from kit.data.mixture import Mixture, Turns
@@ -99,37 +100,25 @@ class BucketClips(Dataset):
     sources that have files for it.
 
     Args:
-        source: data set of all files, or a mixture of such. buckets: candidates; one that suits no file is left out, with a
-            warning.
+        source: data set of all files, a mixture of such, or a cache in buckets.
+        buckets: candidates; one that suits no file is left out, with a warning.
     Attributes:
-        buckets, parts: the buckets in use and their data sets. files: number of files in each. weights: share of all clips
-            that each gives, of any sum.
+        buckets, parts: the buckets in use and their data sets. count: number of files in each, or of encoded clips. weights:
+            share of all clips that each gives, of any sum.
         clip_turns, image_turns: order in which the buckets, by number, give batches of clips and of images; their shares are
             such that all files of a source are used equally often, and that sources keep their shares of a mixture.
     Raises:
-        ValueError: if the source has no files to sort, or none of them suits a bucket.
+        ValueError: if the source has no files to sort, none of them suits a bucket, or a cache has no such bucket.
     """
 
-    def __init__(self, source: FolderClips | Mixture, buckets: Sequence[Bucket]):
-        folders = folders_of(source)
-        files = {name: sort_files(folder, buckets) for name, folder in folders.items()}
-        count = [sum(len(of_source[i]) for of_source in files.values()) for i in range(len(buckets))]
-        if empty := [str(bucket) for bucket, number in zip(buckets, count) if not number]:
+    def __init__(self, source: FolderClips | Mixture | CachedBuckets, buckets: Sequence[Bucket]):
+        cached = isinstance(source, CachedBuckets)
+        found = [source.part(str(bucket)) for bucket in buckets] if cached else sorted_files(source, buckets)
+        if empty := [str(bucket) for bucket, part in zip(buckets, found, strict=True) if part is None]:
             warnings.warn(f"data.buckets: no file suits {', '.join(empty)} best; nothing is trained there", stacklevel=3)
-        used = [i for i, number in enumerate(count) if number]
-        self.source, self.buckets, self.files = source, [buckets[i] for i in used], [count[i] for i in used]
-        self.parts: list[Dataset] = []
-        self.weights: list[float] = []
-        for i in used:
-            parts = {name: folders[name].part(each[i], *buckets[i][:3]) for name, each in files.items() if each[i]}
-            if isinstance(source, Mixture):
-                shares = {name: source.weights[name] * len(files[name][i]) / sum(map(len, files[name])) for name in parts}
-                self.parts.append(source.of_parts(parts, shares))
-                self.weights.append(sum(shares.values()))
-            else:
-                self.parts += parts.values()
-                self.weights.append(count[i])
-        self.sources = (source, *self.parts)
+        self.source, self.buckets = source, [bucket for bucket, part in zip(buckets, found) if part is not None]
+        self.parts, self.count, self.weights = map(list, zip(*(part for part in found if part is not None)))
+        self.sources, self.unit = (source, *self.parts), "encoded clips" if cached else "files"
         self.clip_turns = self._turns([bucket.batch_size for bucket in self.buckets])
         self.image_turns = self._turns([bucket.image_batch for bucket in self.buckets])
 
@@ -163,13 +152,37 @@ class BucketClips(Dataset):
             self.parts[i] = encode(part, bucket, weight / sum(self.weights), bucket.clips_needed(own, pictures))
 
     def __str__(self) -> str:
-        each = zip(self.buckets, self.files, strict=True)
-        return ", ".join(f"{bucket} ({files} files, {bucket.batch_size} clips a batch)" for bucket, files in each)
+        each = zip(self.buckets, self.count, strict=True)
+        return ", ".join(f"{bucket} ({count} {self.unit}, {bucket.batch_size} clips a batch)" for bucket, count in each)
 
     @property
     def unreadable(self) -> list[Path]:
         """Files of which the head, or later a clip, could not be read."""
-        return list(dict.fromkeys(path for source in self.sources for path in source.unreadable))
+        return list(dict.fromkeys(path for source in self.sources for path in getattr(source, "unreadable", ())))
+
+
+def sorted_files(source: FolderClips | Mixture, buckets: Sequence[Bucket]) -> list[tuple[Dataset, int, float] | None]:
+    """Sorts the files of a source into buckets.
+
+    Returns:
+        of each bucket its data set, the number of its files, and its share of all clips, of any sum; None: it has no files.
+    Raises:
+        as `folders_of` and `sort_files`.
+    """
+    folders = folders_of(source)
+    files = {name: sort_files(folder, buckets) for name, folder in folders.items()}
+    found: list[tuple[Dataset, int, float] | None] = []
+    for i, bucket in enumerate(buckets):
+        parts = {name: folders[name].part(each[i], *bucket[:3]) for name, each in files.items() if each[i]}
+        count = sum(len(part.files) for part in parts.values())
+        if not parts:
+            found.append(None)
+        elif isinstance(source, Mixture):
+            shares = {name: source.weights[name] * len(files[name][i]) / sum(map(len, files[name])) for name in parts}
+            found.append((source.of_parts(parts, shares), count, sum(shares.values())))
+        else:
+            found.append((*parts.values(), count, count))
+    return found
 
 
 def folders_of(source: Dataset) -> dict[str, FolderClips]:

@@ -4,6 +4,9 @@ A cache is a folder. Its `manifest.json` says what the clips are and which files
 `CLIPS` clips, `train_00000.safetensors` and so on, with `feature` (n, d, F, h, w) float16 as `Tokenizer.encode` gives it,
 `label` (n,) int64, and `given` (n,) int64, how many first latent frames of each clip are not to be predicted; captions are
 in the header.
+
+A cache of clips in buckets has a cache of training clips for each, in a subfolder of the bucket's name (17x96x160); its own
+files are the clips to validate on, which have one shape.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +54,11 @@ def files_of(clips: dict[str, int]) -> list[CacheFile]:
         for split, total in clips.items()
         for first in range(0, total, CLIPS)
     ]
+
+
+def share_of(clips: int, share: float) -> int:
+    """Returns the number of clips of a part that has a share of all: rounded up, so at least one."""
+    return max(1, math.ceil(clips * share))
 
 
 def describe(clip: dict, tokenizer: Tokenizer, tokenizer_hash: str, how: dict, sources: dict[str, Dataset]) -> dict:
@@ -219,8 +228,16 @@ def read_manifest(folder: Path) -> dict:
 
 
 def of_manifest(folder: str, key: str):
-    """Reads `frames`, `height`, `width` or `fps` of the clips in a cache. Raises as `read_manifest`."""
-    return read_manifest(Path(folder))["about"]["clip"][key]
+    """Reads `frames`, `height`, `width` or `fps` of the clips in a cache, or its `buckets`. Raises as `read_manifest`."""
+    about = read_manifest(Path(folder))["about"]
+    return about.get("buckets", []) if key == "buckets" else about["clip"][key]
+
+
+def open_cache(root: str | Path, split: str = "train", **shape_and_verify) -> CachedClips | CachedBuckets:
+    """Opens the clips of a split of a cache, which for training may be in buckets; further arguments as `CachedClips`."""
+    if split == "train" and of_manifest(root, "buckets"):
+        return CachedBuckets(root, verify=shape_and_verify.get("verify", False))
+    return CachedClips(root, split, **shape_and_verify)
 
 
 class CachedClips(Dataset):
@@ -280,6 +297,47 @@ class CachedClips(Dataset):
     def said(self) -> list[dict]:
         """`caption` of each clip."""
         return [{"caption": caption} for file in self.written for caption in _open(*file)[-1]]
+
+
+class CachedBuckets:
+    """The training clips of a cache in buckets, for `BucketClips`.
+
+    Args:
+        root: the cache's folder. verify: as for `CachedClips`.
+    Attributes:
+        parts: bucket, such as 17x96x160 -> its clips. seed: of the order in which buckets take turns. tokenizer, contents,
+            classes, captioned, native_fps: as of `CachedClips`.
+    Raises:
+        as `CachedClips`.
+    """
+
+    seed = 0
+
+    def __init__(self, root: str | Path, verify: bool = False):
+        self.root = Path(root)
+        self.parts = {name: CachedClips(self.root / name, verify=verify) for name in of_manifest(root, "buckets")}
+        first, *_ = self.parts.values()
+        self.tokenizer, self.classes, self.captioned = first.tokenizer, first.classes, first.captioned
+        self.native_fps = first.native_fps
+        self.contents = hashlib.sha256("\n".join(part.contents for part in self.parts.values()).encode()).hexdigest()[:8]
+
+    def part(self, bucket: str) -> tuple[CachedClips, int, int]:
+        """Returns the clips of a bucket, their number, and their weight among all clips, which is their number too.
+
+        Raises:
+            ValueError: if the cache has no such bucket.
+        """
+        if bucket not in self.parts:
+            raise ValueError(f"data.buckets: the cache {self.root} has no {bucket}; choose from {', '.join(self.parts)}")
+        part = self.parts[bucket]
+        return part, part.count, part.count
+
+    def said(self) -> list[dict]:
+        """`caption` of each clip."""
+        return [words for part in self.parts.values() for words in part.said()]
+
+    def __getitem__(self, n: int):
+        raise ValueError(f"the clips of the cache {self.root} are in buckets: leave out data.buckets=, which are the cache's")
 
 
 @functools.lru_cache(maxsize=64)

@@ -16,8 +16,8 @@ from kit.build import (
     tokenizer_config,
     tokenizer_module,
 )  # fmt: skip
+from kit.data import cache
 from kit.data.buckets import read_shape
-from kit.data.cache import CachedClips
 from kit.generator.condition import ConditionConfig
 from kit.generator.module import GeneratorModule
 from kit.generator.transformer import GeneratorConfig
@@ -76,7 +76,7 @@ def planned_tokenizer(cfg: DictConfig) -> tuple[TokenizerConfig, str | None]:
 
 def encodes(cfg: DictConfig) -> bool:
     """Returns whether the training encodes clips as they come; with a cache or `encoded_clips` they are encoded ahead."""
-    return not cfg.encoded_clips and cfg.data.source.get("_target_") != f"{CachedClips.__module__}.{CachedClips.__name__}"
+    return not cfg.encoded_clips and not str(cfg.data.source.get("_target_")).startswith(f"{cache.__name__}.")
 
 
 def devices_of(cfg: DictConfig) -> int:

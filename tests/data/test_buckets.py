@@ -188,7 +188,7 @@ def test_many_heads_are_written_down_on_the_way(folder, tmp_path, monkeypatch):
 
 def test_each_file_is_in_the_bucket_that_suits_it(clips):
     kinds = [{name.split("_")[0] for name in part.files} for part in clips.parts]
-    assert kinds == [{"wide"}, {"tall"}, {"square"}] and clips.files == [4, 3, 3]
+    assert kinds == [{"wide"}, {"tall"}, {"square"}] and clips.count == [4, 3, 3]
     assert str(clips).startswith("5x16x32 (4 files, 3 clips a batch), 5x32x16 (3 files")
     for i, bucket in enumerate(clips.buckets):
         item, again = clips[clips.number(i, 4)], clips[clips.number(i, 4)]
@@ -270,7 +270,7 @@ def mixed(folder, tmp_path) -> BucketClips:
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_the_sources_of_a_mixture_keep_their_shares_in_buckets(mixed, share):
     """Of each source all files are used equally often, and no clip of a bucket is left out."""
-    assert mixed.files == [6, 3, 4] and [list(part.sources) for part in mixed.parts] == [
+    assert mixed.count == [6, 3, 4] and [list(part.sources) for part in mixed.parts] == [
         ["many", "few"],
         ["many"],
         ["many", "few"],
@@ -306,7 +306,7 @@ def test_files_that_suit_no_bucket_and_buckets_that_suit_no_file_are_told(folder
         clips = BucketClips(source(), [WIDE, Bucket(9, 16, 64, 1), LONG])
     assert clips.buckets == [WIDE, LONG] and clips.number(1, 4) == 9
     with pytest.warns(UserWarning, match="7 of 10 files in .* are shorter than each of data.buckets, 9x24x24, and left out"):
-        assert BucketClips(source(), [LONG]).files == [3]
+        assert BucketClips(source(), [LONG]).count == [3]
     with pytest.raises(
         ValueError, match="10 of 10 files in .* are shorter than each of data.buckets, 17x32x32; add a shorter"
     ):
@@ -320,7 +320,7 @@ def test_unreadable_files_are_counted(folder, tmp_path):
         (own / f"{name}.mp4").write_bytes(b"no video")
     with pytest.warns(UserWarning, match="cannot read the video"):
         clips = BucketClips(FolderClips(own, "all", 5, 32, 32, patience=None), [WIDE, TALL, LONG])
-    assert clips.files == [2, 3, 3]
+    assert clips.count == [2, 3, 3]
     assert {path.name for path in clips.unreadable} == {"wide_1.mp4", "wide_3.mp4"}
     (own / "wide_2.mp4").write_bytes(b"lost since")
     with pytest.warns(UserWarning, match="wide_2"):
@@ -350,13 +350,11 @@ def test_buckets_are_checked_by_the_tokenizer():
     assert [bucket.batch_size for bucket in buckets_of(cfg, None)] == [7, 7, 7]
 
 
-def test_only_files_can_be_sorted(tmp_path, capsys):
+def test_only_files_can_be_sorted():
     with pytest.raises(
         ValueError, match="Shapes has no such files: take data=clips, ucf101 or shards, a mixture of those, or data"
     ):
         ClipDataModule(Shapes, 5, 32, 32, 8.0, 2, 1, 0, buckets=[WIDE._asdict()])
-    assert main(["cache", "data=clips", f"data.root={tmp_path}", "data.buckets=[5x32x32]"]) == 1
-    assert "a cache holds clips of one shape, not of data.buckets; leave them out" in capsys.readouterr().err
 
 
 # --- trainings -----------------------------------------------------------------------------------------------------------
@@ -448,6 +446,37 @@ def test_a_stage_can_have_buckets(folder, tokenizer, tmp_path, caplog):
     assert fit("stage2_generator", tmp_path, folder, *words, tokenizer=tokenizer) == 0
     assert "stage 2 of 2, all: 5x16x32 (5 files, 4 clips a batch), 9x24x24 (3 files, 4 clips a batch)" in caplog.text
     assert (tmp_path / "run" / "encoded_clips_all_9x24x24" / "manifest.json").exists()
+
+
+def test_a_cache_in_buckets_is_what_a_training_encodes_for_itself(folder, tokenizer, tmp_path, capsys):
+    """Training on it has the losses of one that encodes the same clips ahead; given once more, the command adds clips."""
+    words = [*BOTH, "recipe.generator.steps=8", "data.image_share=0.25", "recipe.generator.encoded_clips=8"]
+    assert fit("stage2_generator", tmp_path, folder, *words, name="whole", tokenizer=tokenizer) == 0
+
+    def encode(clips: int) -> int:
+        data = ["data=clips", f"data.root={folder}", "data.source.label_from=none", *CLIP[2:], *ALIKE[2:], BOTH[0]]
+        ckpt = f"tokenizer_ckpt={tokenizer}/checkpoints/last.ckpt"
+        return main(["cache", *data, ckpt, f"root={tmp_path}", f"clips={clips}", "val_clips=2"])
+
+    def cached(name: str, *words: str) -> int:
+        run = [f"root={tmp_path}", f"name={name}", "data=cached", f"data.root={tmp_path / 'cache'}", "trainer.devices=1"]
+        model = [*GENERATOR, f"tokenizer_ckpt={tokenizer}/checkpoints/last.ckpt"]
+        return main(["fit", "conf=stage2_generator", *run, *model, *QUICK, *ALIKE[:2], *words, "data.val_clips=2"])
+
+    assert encode(8) == 0
+    assert "8 + 2 clips" in capsys.readouterr().out
+    assert cached("run", *BOTH[1:], *words[2:4]) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert encode(12) == 0
+    assert "12 + 2 clips" in capsys.readouterr().out
+    assert read_json(tmp_path / "cache" / "5x16x32" / "manifest.json")["clips"] == {"train": 9}
+    assert cached("few", *BOTH[1:], "data.buckets=[5x32x16]", "recipe.generator.steps=2") == 0
+    for word, told in (
+        ("data.buckets=[5x16x16]", "has no 5x16x16; choose from 5x16x32, 5x32x16"),
+        ("data.buckets=[]", "are in buckets: leave out data.buckets="),
+    ):
+        assert cached("wrong", word) == 1
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoded", [0, 9])
