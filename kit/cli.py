@@ -36,7 +36,7 @@ VERBS = {
     "evaluate": Verb("kit.evaluation.run:evaluate", "evaluate", "FVD, PSNR, SSIM, LPIPS and more, by a named protocol"),
     "table": Verb("kit.evaluation.report:show_table", "table", "results of one protocol side by side"),
     "inspect": Verb("kit.verbs:inspect", "inspect", "what each scale's bits hold, and how well they are predicted"),
-    "cache": Verb("kit.verbs:cache", "cache", "encode clips once, for generators to train on"),
+    "cache": Verb("kit.caching:cache", "cache", "encode clips once, for generators to train on"),
     "consolidate": Verb("kit.verbs:consolidate", "consolidate", "one file of a checkpoint in shards"),
     "prepare": Verb("kit.prepare.run:prepare", "prepare", "make what kit cannot ship: i3d, infinity, fluent_emoji, vizdoom"),
     "doctor": Verb("kit.planning.doctor:doctor", "doctor", "what this machine can run"),

@@ -1,25 +1,22 @@
-"""Verbs for trained models: validate, reconstruct, cache, consolidate, inspect. Each is a Python function too."""
+"""Verbs for trained models: validate, reconstruct, consolidate, inspect. Each is a Python function too."""
 
 from __future__ import annotations
 
 import json
-import shlex
 import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from kit import sharded_checkpoint
 from kit.build import build_data
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
-from kit.data.cache import describe, read_manifest, share_of, write_cache
-from kit.data.datamodule import ClipDataModule
+from kit.data.datamodule import ClipDataModule, check_videos
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_accuracy
 from kit.files import replacing, sole_user, write_json
@@ -32,7 +29,6 @@ from kit.media import clip_by_clip, contact_sheet, write_video
 from kit.pixels import psnr
 from kit.reconstruction import Scores, reconstruct_file
 from kit.request import file_stem
-from kit.run import choice_of
 from kit.sampling import sample_clips, sample_videos
 from kit.self_check import Check, self_check
 from kit.values import check_whole_number, plain
@@ -76,16 +72,6 @@ def check_classes(generator: Loaded, data: ClipDataModule):
             f"this generator knows the classes {', '.join(condition.classes)}, the data has "
             f"{', '.join(data.classes) or 'none'}; give the data it was trained on, such as data=clips data.root=DIR"
         )
-
-
-def check_videos(data: ClipDataModule):
-    """Checks that the data holds videos.
-
-    Raises:
-        ValueError: if it holds encoded clips, from a cache.
-    """
-    if data.cached:
-        raise ValueError(f"{data.val.root} holds encoded clips; give the videos they are of: data=clips data.root=DIR")
 
 
 def held_out(data: ClipDataModule) -> dict:
@@ -283,66 +269,6 @@ def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[s
         scores = [Scores().add(o, v).values() for o, v in zip(output, video)]
         metrics.append({"scales": k} | {name: statistics.fmean(s[name] for s in scores) for name in scores[0]})
     return rows, metrics, torch.cat(bits).cpu()
-
-
-def cache(cfg: DictConfig) -> Path:
-    """Encodes clips of a data set once, for any number of trainings of a generator.
-
-    Returns:
-        the folder of the cache.
-    Raises:
-        ValueError: if the clips come from a cache already, or their shape is no whole numbers; else as `write_cache`.
-    """
-    tokenizer, folder, cfg = load_tokenizer(cfg.tokenizer_ckpt), Path(cfg.folder), cfg.copy()
-    for key in ("frames", "height", "width"):
-        check_whole_number(f"data.{key}", cfg.data[key], 1, optional=True)
-        cfg.data[key] = cfg.data[key] or tokenizer.clip[key]
-    data = build_data(cfg, tokenizer.model.config)
-    check_videos(data)
-    began = time.perf_counter()
-    manifests = [encode_part(folder, part, tokenizer, data, cfg) for part in parts_of(data, cfg)]
-    seconds = time.perf_counter() - began
-    size = sum(file["bytes"] for manifest in manifests for file in manifest["files"].values()) / 2**20
-    held = " + ".join(str(sum(manifest["clips"].get(split, 0) for manifest in manifests)) for split in ("train", "val"))
-    print(f"in {folder}: {held} clips, {size:.1f} MiB, after {seconds:.0f} s; {len(data.unreadable)} files could not be read")
-    words = ["conf=stage2_generator", "data=cached", f"data.root={folder}", f"tokenizer_ckpt={tokenizer.path}"]
-    print(shlex.join(["python", "-m", "kit", "fit", *words]))
-    return folder
-
-
-class Part(NamedTuple):
-    """A part of a cache: its subfolder, the shape of its clips, split -> data set and -> number of clips, the buckets that it
-    has beside it."""
-
-    subfolder: str
-    clip: dict
-    sources: dict[str, Dataset]
-    clips: dict[str, int]
-    buckets: list[str]
-
-
-def parts_of(data: ClipDataModule, cfg: DictConfig) -> list[Part]:
-    """Returns the parts of the cache of some data: one, or in buckets the clips to validate on and each bucket's."""
-    held_out, clips = {"val": data.val}, {"val": cfg.val_clips}
-    if not data.bucketed:
-        return [Part("", data.clip, {"train": data.train, **held_out}, {"train": cfg.clips, **clips}, [])]
-    train, parts = data.train, [Part("", data.clip, held_out, clips, list(map(str, data.train.buckets)))]
-    for source, bucket, weight in zip(train.parts, train.buckets, train.weights, strict=True):
-        clip = {**data.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
-        parts.append(
-            Part(str(bucket), clip, {"train": source}, {"train": share_of(cfg.clips, weight / sum(train.weights))}, [])
-        )
-    return parts
-
-
-def encode_part(folder: Path, part: Part, tokenizer: Loaded, data: ClipDataModule, cfg: DictConfig) -> dict:
-    """Encodes a part of a cache; returns its manifest. Raises as `write_cache`."""
-    about = describe(part.clip, tokenizer.model, tokenizer.hash, choice_of(cfg.data.source), part.sources)
-    if part.buckets:
-        about["buckets"] = part.buckets
-    print(f"{' + '.join(map(str, part.clips.values()))} clips, {about['schedule']}")
-    write_cache(folder / part.subfolder, about, part.sources, part.clips, tokenizer.model, data.workers)
-    return read_manifest(folder / part.subfolder)
 
 
 def consolidate(cfg: DictConfig) -> Path:

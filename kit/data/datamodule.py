@@ -270,5 +270,15 @@ class ClipDataModule(ClipsOnDevice):
             rank_zero_info(f"  goes on with other data than it began with (then, now): {change}")
 
 
+def check_videos(data: ClipDataModule):
+    """Checks that the data holds videos.
+
+    Raises:
+        ValueError: if it holds encoded clips, from a cache.
+    """
+    if data.cached:
+        raise ValueError(f"{data.val.root} holds encoded clips; give the videos they are of: data=clips data.root=DIR")
+
+
 def hash_of(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]

@@ -1,0 +1,66 @@
+"""The verb `cache`: encodes the clips of a data set once, for any number of trainings of a generator."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+
+from omegaconf import DictConfig
+from torch.utils.data import Dataset
+
+from kit.build import build_data
+from kit.checkpoint import Loaded, load_tokenizer
+from kit.data.cache import describe, read_manifest, share_of, write_cache
+from kit.data.datamodule import ClipDataModule, check_videos
+from kit.run import choice_of
+from kit.values import check_whole_number
+
+
+def cache(cfg: DictConfig) -> Path:
+    """Encodes clips of a data set once, for any number of trainings of a generator.
+
+    Returns:
+        the folder of the cache.
+    Raises:
+        ValueError: if the clips come from a cache already, or their shape is no whole numbers; else as `write_cache`.
+    """
+    tokenizer, folder, cfg = load_tokenizer(cfg.tokenizer_ckpt), Path(cfg.folder), cfg.copy()
+    for key in ("frames", "height", "width"):
+        check_whole_number(f"data.{key}", cfg.data[key], 1, optional=True)
+        cfg.data[key] = cfg.data[key] or tokenizer.clip[key]
+    data = build_data(cfg, tokenizer.model.config)
+    check_videos(data)
+    began = time.perf_counter()
+    manifests = encode(data, cfg, tokenizer, folder)
+    seconds = time.perf_counter() - began
+    size = sum(file["bytes"] for manifest in manifests for file in manifest["files"].values()) / 2**20
+    held = " + ".join(str(sum(manifest["clips"].get(split, 0) for manifest in manifests)) for split in ("train", "val"))
+    print(f"in {folder}: {held} clips, {size:.1f} MiB, after {seconds:.0f} s; {len(data.unreadable)} files could not be read")
+    words = ["conf=stage2_generator", "data=cached", f"data.root={folder}", f"tokenizer_ckpt={tokenizer.path}"]
+    print(shlex.join(["python", "-m", "kit", "fit", *words]))
+    return folder
+
+
+def encode(data: ClipDataModule, cfg: DictConfig, tokenizer: Loaded, folder: Path) -> list[dict]:
+    """Encodes clips of both splits, or in buckets those to validate on and each bucket's, see `kit.data.cache`.
+
+    Returns:
+        the manifest of each part. Raises as `write_cache`.
+    """
+
+    def part(place: Path, clip: dict, sources: dict[str, Dataset], clips: dict[str, int], **more) -> dict:
+        about = describe(clip, tokenizer.model, tokenizer.hash, choice_of(cfg.data.source), sources) | more
+        print(f"{' + '.join(map(str, clips.values()))} clips, {about['schedule']}")
+        write_cache(place, about, sources, clips, tokenizer.model, data.workers)
+        return read_manifest(place)
+
+    train, held_out = data.train, ({"val": data.val}, {"val": cfg.val_clips})
+    if not data.bucketed:
+        return [part(folder, data.clip, {"train": train} | held_out[0], {"train": cfg.clips} | held_out[1])]
+    parts = [part(folder, data.clip, *held_out, buckets=list(map(str, train.buckets)))]
+    for source, bucket, weight in zip(train.parts, train.buckets, train.weights, strict=True):
+        clip = {**data.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+        clips = {"train": share_of(cfg.clips, weight / sum(train.weights))}
+        parts.append(part(folder / str(bucket), clip, {"train": source}, clips))
+    return parts
