@@ -83,14 +83,23 @@ def register_resolvers():
     from omegaconf import OmegaConf
 
     from kit import machine
-    from kit.data.cache import of_manifest
     from kit.values import batches_of, part_of, within
 
     for name in ("machine_size", "precision", "devices", "processes", "wandb_offline", "sweep_run"):
         OmegaConf.register_new_resolver(f"kit_{name}", getattr(machine, name), replace=True)
     for function in (batches_of, part_of, within):
         OmegaConf.register_new_resolver(f"kit_{function.__name__}", function, replace=True)
-    OmegaConf.register_new_resolver("kit_cached", of_manifest, replace=True)
+    OmegaConf.register_new_resolver("kit_cached", cached, replace=True)
+
+
+def cached(folder: str, key: str):
+    """Reads a value of a cache as `of_manifest` does; lists are configs, as omegaconf needs them to resolve a config whole."""
+    from omegaconf import OmegaConf
+
+    from kit.data.cache import of_manifest
+
+    value = of_manifest(folder, key)
+    return OmegaConf.create(value) if isinstance(value, list) else value
 
 
 def keep_config(cfg: DictConfig):

@@ -24,7 +24,7 @@ from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.files import read_json
 from kit.media import write_video
-from kit.planning.doctor import problems
+from kit.planning.doctor import problems, training_config
 from kit.planning.plan import costs
 from kit.tokenizer import TokenizerConfig
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed
@@ -470,6 +470,8 @@ def test_a_cache_in_buckets_is_what_a_training_encodes_for_itself(folder, tokeni
     assert encode(12) == 0
     assert "12 + 2 clips" in capsys.readouterr().out
     assert read_json(tmp_path / "cache" / "5x16x32" / "manifest.json")["clips"] == {"train": 9}
+    words = ["data=cached", f"data.root={tmp_path / 'cache'}", f"tokenizer_ckpt={tokenizer}/checkpoints/last.ckpt"]
+    assert list(training_config("stage2_generator", words).data.buckets) == ["5x16x32", "5x32x16"]
     assert cached("few", *BOTH[1:], "data.buckets=[5x32x16]", "recipe.generator.steps=2") == 0
     for word, told in (
         ("data.buckets=[5x16x16]", "has no 5x16x16; choose from 5x16x32, 5x32x16"),
