@@ -15,11 +15,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kit.confs import CONF, confs, describe, first_comment, keep_config, located, misspelt_in, register_resolvers, trains
 from kit.data.decode import UnreadableVideo
 from kit.words import ELSEWHERE, options_and_overrides, quoted, refused, wrong_words
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 class Verb(NamedTuple):
@@ -119,7 +122,7 @@ def understand(argv: list[str] | None) -> int:
             return 0
     except ValueError as error:
         return complain(str(error))
-    return run_verb(verb, path, rest)
+    return Call(verb, path, rest).run()
 
 
 def leave_process_group():
@@ -187,73 +190,83 @@ def explained(error: Exception, verb: str) -> str | None:
     return None
 
 
-def run_verb(verb: str, path: Path, overrides: list[str]) -> int:
-    """Composes the config and calls the verb; prints errors that a user can fix without a traceback.
+class Call:
+    """A call of a verb: hydra composes its config, and errors that a user can fix are told without a traceback.
 
     Args:
-        path: file of the conf. overrides: the other words of the command line.
-    Returns:
-        the exit status, see `main`.
+        verb: its name. path: file of the conf. words: the other words of the command line.
     """
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
 
-    register_resolvers()
-    silence()
-    failed, begun, here = False, False, os.getpid()
-    conf, own = path.stem, [] if path.parent == CONF else [f"--config-dir={CONF}"]  # searched after the conf's own folder
+    def __init__(self, verb: str, path: Path, words: list[str]):
+        self.verb, self.path, self.own_conf = verb, path, path.parent != CONF
+        self.options, words = options_and_overrides(words)
+        self.sweep = bool({"-m", "--multirun"} & set(self.options))
+        self.overrides = [quoted(word, self.sweep) for word in words]
+        self.begun, self.failed = False, False  # whether a run has, of a multirun any
+        self.process = os.getpid()
 
-    def tell(*reasons: str):
-        print(*(f"kit {verb}: {reason}" for reason in reasons), sep="\n", file=sys.stderr)
+    def run(self) -> int:
+        """Runs the verb, or each run of a multirun; returns the exit status, see `main`."""
+        import hydra
 
-    def fail(*reasons: str):
-        nonlocal failed
-        failed = True
-        tell(*reasons)
-        with suppress(OSError):  # unless it is empty
-            Path(HydraConfig.get().runtime.output_dir).rmdir()
+        register_resolvers()
+        silence()
+        for note in misspelt_in(self.path) if self.own_conf else ():
+            self.tell(f"note: {self.path.name}: {note}")
+        if self.sweep and (reason := self.refusal()):  # before hydra makes a folder of all runs
+            self.tell(reason)
+            return 1
+        kits = [f"--config-dir={CONF}"] if self.own_conf else []  # searched after the conf's own folder
+        sys.argv = [sys.argv[0], f"--config-name={self.path.stem}", *kits, *self.options, *self.overrides]
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here in place of being printed
+        try:
+            hydra.main(version_base="1.3", config_path=str(self.path.parent), config_name=self.path.stem)(self.task)()
+        except KeyboardInterrupt:  # caught here, not in `task`, so that it ends a whole --multirun
+            print(f"\nkit {self.verb}: interrupted", file=sys.stderr)
+            return 1
+        except SystemExit as stop:  # from hydra, which has printed why, or from Lightning after an interrupt
+            return stop.code if isinstance(stop.code, int) else 1
+        except Exception as error:
+            reason = (None if self.begun else self.refusal()) or explained(error, self.verb)
+            if reason:
+                self.tell(reason)
+            else:
+                traceback.print_exc()
+            return 1
+        return int(self.failed)
 
-    def task(cfg):
-        nonlocal begun
-        begun = True
-        if wrong := wrong_words(cfg, path, overrides):
-            return fail(*wrong)
+    def task(self, cfg: DictConfig):
+        """Calls the verb with a composed config."""
+        self.begun = True
+        if wrong := wrong_words(cfg, self.path, self.overrides):
+            return self.fail(*wrong)
+        conf = self.path if self.own_conf else self.path.stem
         # Lightning starts further ranks with this command line.
-        sys.argv = [sys.argv[0], verb, f"conf={path if own else conf}", *options, *overrides]
+        sys.argv = [sys.argv[0], self.verb, f"conf={conf}", *self.options, *self.overrides]
         try:
             set_threads(cfg.threads)
-            resolve(VERBS[verb].function)(cfg)
-            if verb != "fit":  # which does so at its start
+            resolve(VERBS[self.verb].function)(cfg)
+            if self.verb != "fit":  # which does so at its start
                 keep_config(cfg)
         except Exception as error:
-            reason = explained(error, verb)
-            if reason is None or os.getpid() != here:  # in a job of hydra's launcher: to the main process, which prints it
+            reason = explained(error, self.verb)
+            if reason is None or os.getpid() != self.process:  # a job of hydra's launcher: the main process prints it
                 raise
-            fail(reason)
+            self.fail(reason)
 
-    for note in misspelt_in(path) if own else ():
-        tell(f"note: {path.name}: {note}")
-    options, words = options_and_overrides(overrides)
-    sweep = bool({"-m", "--multirun"} & set(options))
-    overrides = [quoted(word, sweep) for word in words]
-    elsewhere = any(option.split("=")[0] in ELSEWHERE for option in options)
-    if sweep and not elsewhere and (reason := refused(path, overrides, sweep)):  # before hydra makes a folder of them all
-        tell(reason)
-        return 1
-    sys.argv = [sys.argv[0], f"--config-name={conf}", *own, *options, *overrides]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here in place of being printed
-    try:
-        hydra.main(version_base="1.3", config_path=str(path.parent), config_name=conf)(task)()
-    except KeyboardInterrupt:  # caught here, not in `task`, so that it ends a whole --multirun
-        print(f"\nkit {verb}: interrupted", file=sys.stderr)
-        return 1
-    except SystemExit as stop:  # from hydra, which has printed why, or from Lightning after an interrupt
-        return stop.code if isinstance(stop.code, int) else 1
-    except Exception as error:
-        reason = None if begun or elsewhere else refused(path, overrides, sweep)
-        if reason := reason or explained(error, verb):
-            tell(reason)
-        else:
-            traceback.print_exc()
-        return 1
-    return int(failed)
+    def refusal(self) -> str | None:
+        """Says why the config does not compose, see `refused`; None also if hydra's options name another config."""
+        elsewhere = any(option.split("=")[0] in ELSEWHERE for option in self.options)
+        return None if elsewhere else refused(self.path, self.overrides, self.sweep)
+
+    def tell(self, *reasons: str):
+        print(*(f"kit {self.verb}: {reason}" for reason in reasons), sep="\n", file=sys.stderr)
+
+    def fail(self, *reasons: str):
+        """Tells why a run has failed, and removes the folder that hydra made for it, unless there is something in it."""
+        from hydra.core.hydra_config import HydraConfig
+
+        self.failed = True
+        self.tell(*reasons)
+        with suppress(OSError):
+            Path(HydraConfig.get().runtime.output_dir).rmdir()

@@ -93,7 +93,7 @@ def register_resolvers():
 
 
 def cached(folder: str, key: str):
-    """Reads a value of a cache as `of_manifest` does; lists are configs, as omegaconf needs them to resolve a config whole."""
+    """Reads a value of a cache as `of_manifest` does; a list as the config that omegaconf wants in its place."""
     from omegaconf import OmegaConf
 
     from kit.data.cache import of_manifest
