@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.files import file_sha256
-from kit.machine import autocast, cache_folder, device
+from kit.machine import autocast, cache_folder, device, exact_float32
 
 KEPT = 4096  # captions whose states are held in memory
 MOVED = "KIT_TEXT_ENCODER"  # environment variable: folder of an encoder that was moved
@@ -193,6 +193,6 @@ class PretrainedEncoder(nn.Module):
     @torch.no_grad()
     def _encode(self, text: str) -> Tensor:
         words = self.tokenizer()(text, truncation=True, max_length=self.length, return_tensors="pt").to(device())
-        with autocast("float32"):
+        with autocast("float32"), exact_float32():  # a training rounds more, and its states are kept for sampling
             states = self.model()(**{key: words[key] for key in ("input_ids", "attention_mask")}).last_hidden_state
         return states[0].half().cpu()

@@ -27,6 +27,7 @@ from kit.cli import main
 from kit.generator import pretrained
 from kit.generator.condition import ConditionConfig, TextCondition, build_condition
 from kit.generator.pretrained import PretrainedEncoder, find_encoder, folder_revision
+from kit.machine import fast_float32_products
 from tests.fixtures import fit_generator
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] a red blue ball star on the green field".split()
@@ -100,6 +101,15 @@ def test_states_do_not_depend_on_the_batch(bert):
     texts = [CAPTION, "a star", "the blue ball"]
     together = encoder_of(bert)(texts)[0]
     assert torch.equal(together[1], encoder_of(bert)(["a star"])[0][0])
+
+
+def test_states_are_exact_in_a_training_too(bert):
+    """Sampling reads the states that a training has kept."""
+    encoder, found = encoder_of(bert), []
+    encoder.model().register_forward_hook(lambda *_: found.append(torch.get_float32_matmul_precision()))
+    with fast_float32_products():
+        encoder([CAPTION])
+        assert found == ["highest"] and torch.get_float32_matmul_precision() == "medium"
 
 
 def test_long_texts_are_cut_and_told(bert):
