@@ -87,13 +87,15 @@ def merged(values: dict, found: dict, typed: list[str]) -> dict:
     """
     if {"prompt", "label", "prompts"} & {*typed}:
         found = {**found, "prompt": None, "label": None}
-    begins = {"image": ("video", "history_frames"), "video": ("image",)}  # key -> the keys that it replaces
-    left = {name for key, others in begins.items() if key in typed and values[key] is not None for name in others}
+    begins = {"image": "video", "video": "image"}  # key -> the key that it replaces
+    left = {name for key, name in begins.items() if key in typed and values[key] is not None}
     found = {**found, **{name: None for name in left - {*typed}}}
     moved = {name: values[name] for name in ("ckpt", "tokenizer") if values[name] is not None}
     result = {**values, "prompt": None, "label": None, "prompts": None, "n": 1, **found, **moved}
     for name, _, part in (key.partition(".") for key in typed):
         result[name] = {**result[name], part: values[name][part]} if part else values[name]
+    if result["video"] is None and "history_frames" not in typed:  # they were those of a video that is left out now
+        result["history_frames"] = None
     return result
 
 

@@ -272,7 +272,7 @@ def test_two_processes_do_not_write_to_a_folder(pair, tmp_path, capsys):
 
 
 def test_settings_with_another_beginning(pair, tmp_path):
-    """A picture replaces a video with its keys, and the other way round."""
+    """A picture replaces a video with its keys, and the other way round; a video is left out with its keys."""
     clip = Shapes("val", frames=9, height=32, width=32)[0]["video"]
     write_video(clip, tmp_path / "before.mp4", 12)
     Image.new("RGB", (32, 32), "orange").save(tmp_path / "first.png")
@@ -283,6 +283,10 @@ def test_settings_with_another_beginning(pair, tmp_path):
         settings = next((tmp_path / str(n)).glob("*.json"))
         assert main(["generate", f"root={tmp_path}", f"name={n + 1}", f"settings={settings}", *words]) == 0
     assert contents(tmp_path / "0") == contents(tmp_path / "2") != contents(tmp_path / "1")
+    settings = next((tmp_path / "0").glob("*.json"))
+    assert main(["generate", f"root={tmp_path}", "name=3", f"settings={settings}", "video=null"]) == 0
+    assert run(pair, tmp_path, f"prompt={PROMPT}", "frames=9", "overlap=1", name="4") == 0
+    assert contents(tmp_path / "3") == contents(tmp_path / "4")
 
 
 def test_no_guidance_is_kept_as_what_it_is(pair, tmp_path):
