@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from kit.files import read_json
 
@@ -57,9 +58,16 @@ class Job:
 
 
 def typed_keys() -> list[str]:
-    """Lists the keys given on the command line, such as `seed` and `guidance.first`; none if there is no command line."""
+    """Lists the keys given on the command line, such as `seed` and `guidance.first`; none if there is no command line.
+
+    Of values in braces, guidance={first: 3}, it lists those that are there: the others stay as they are.
+    """
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return [word.split("=")[0].lstrip("+") for word in words if word[0] != "~"]
+    keys = []
+    for given in OverridesParser.create().parse_overrides([word for word in words if word[0] != "~"]):
+        key, value = given.key_or_group, given.value()
+        keys += [f"{key}.{part}" for part in value] if isinstance(value, dict) else [key]
+    return keys
 
 
 def read_sidecar(path: Path) -> dict:

@@ -167,6 +167,9 @@ def test_the_command_line_goes_before_the_settings(pair, tmp_path, capsys):
     assert contents(tmp_path / "again") == contents(tmp_path / "by_hand") and len(contents(tmp_path / "again")) == 2
     made = json.loads((tmp_path / "again" / "a_blue_star_seed1.json").read_text())["settings"]
     assert (made["seed"], made["top_p"], made["guidance"]["last"]) == (1, 0.9, 2.0)
+    assert main(["generate", f"settings={path}", f"root={tmp_path}", "name=braces", "guidance={last: 3}"]) == 0
+    (made,) = (json.loads(file.read_text())["settings"] for file in (tmp_path / "braces").glob("*.json"))
+    assert (made["guidance"]["kind"], made["guidance"]["last"]) == ("rising", 3)
 
 
 def test_a_variant_does_not_take_the_place_of_its_original(pair, tmp_path, capsys):
