@@ -18,6 +18,7 @@ from kit.scales import TAU, latent_frames
 from kit.values import check_whole_number
 
 WHOLE_NUMBERS = {"n": 1, "batch_size": 1, "seed": 0, "frames": 1, "history_frames": 1, "overlap": 1}  # key -> minimum
+SLOWEST, FASTEST = 0.001, 1000  # frames per second of an mp4: far lower ones it would round to 0, and play at 24
 
 
 def check_numbers(values: dict):
@@ -30,8 +31,8 @@ def check_numbers(values: dict):
         check_whole_number(name, values[name], least, optional=name in ("frames", "history_frames", "overlap"))
     if values["seed"] + values["n"] > 2**32:  # torch's generator keeps 32 bits
         raise ValueError(f"seed={values['seed']}: expected a number below 2^32")
-    if values["fps"] is not None and not (isinstance(values["fps"], int | float) and 0 < values["fps"] < float("inf")):
-        raise ValueError(f"fps={values['fps']}: expected frames per second, above 0, or null: as trained")
+    if values["fps"] is not None and not (isinstance(values["fps"], int | float) and SLOWEST <= values["fps"] <= FASTEST):
+        raise ValueError(f"fps={values['fps']}: expected frames per second, {SLOWEST} to {FASTEST}, or null: as trained")
 
 
 def prompts_of(values: dict, kind: str) -> tuple[str, list[str]]:

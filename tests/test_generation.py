@@ -390,7 +390,9 @@ def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
         (["prompt=x", "guidance.last=inf"], "guidance.last=inf; expected a number"),
         (["prompt=x", "+guidance.strength=3"], "guidance has no strength; its keys are fine, first, kind, last"),
         (["prompt=x", "seed=4294967296"], "seed=4294967296: expected a number below 2^32"),
-        (["prompt=x", "fps=-5"], "fps=-5: expected frames per second, above 0"),
+        (["prompt=x", "fps=-5"], "fps=-5: expected frames per second, 0.001 to 1000"),
+        (["prompt=x", "fps=0.0001"], "fps=0.0001: expected frames per second, 0.001 to 1000"),
+        (["prompt=x", "fps=1e12"], "fps=1000000000000.0: expected frames per second, 0.001 to 1000"),
     ],
 )
 def test_explains_bad_input(pair, tmp_path, capsys, words, expected):
