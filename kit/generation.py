@@ -18,7 +18,16 @@ from kit.files import read_json, sole_user, write_json
 from kit.generator.sampler import Sampling
 from kit.machine import device
 from kit.media import contact_sheet, spread, video_writer
-from kit.request import check_numbers, check_video_length, file_stem, history_of, notes_on, prompts_of, usual_length
+from kit.request import (
+    check_numbers,
+    check_texts,
+    check_video_length,
+    file_stem,
+    history_of,
+    notes_on,
+    prompts_of,
+    usual_length,
+)
 from kit.sampling import progress, stream_samples
 from kit.sidecar import SETTINGS, Job, check_same, with_settings
 from kit.values import plain
@@ -39,6 +48,7 @@ def generate(cfg: DictConfig) -> list[Path]:
     """
     values, expected = with_settings(plain(cfg))
     check_numbers(values)
+    check_texts(values)
     if values["ckpt"] is None:
         raise ValueError("give ckpt=PATH, a generator's checkpoint, or settings=FILE, of a video made before")
     generator, tokenizer = load_generator(values["ckpt"], values["tokenizer"])

@@ -10,12 +10,14 @@ from pathlib import Path
 from torch import Tensor
 
 from kit.checkpoint import Loaded
+from kit.data.listing import is_utf8
 from kit.data.read import open_clip_file
 from kit.files import file_sha256, read_text
 from kit.generator.sampler import Sampling
 from kit.sampling import windows
 from kit.scales import TAU, latent_frames
 from kit.values import check_whole_number
+from kit.words import SAID
 
 WHOLE_NUMBERS = {"n": 1, "batch_size": 1, "seed": 0, "frames": 1, "history_frames": 1, "overlap": 1}  # key -> minimum
 SLOWEST, FASTEST = 0.001, 1000  # frames per second of an mp4: far lower ones it would round to 0, and play at 24
@@ -33,6 +35,18 @@ def check_numbers(values: dict):
         raise ValueError(f"seed={values['seed']}: expected a number below 2^32")
     if values["fps"] is not None and not (isinstance(values["fps"], int | float) and SLOWEST <= values["fps"] <= FASTEST):
         raise ValueError(f"fps={values['fps']}: expected frames per second, {SLOWEST} to {FASTEST}, or null: as trained")
+
+
+def check_texts(values: dict):
+    """Checks that the texts and paths among the values of conf/generate.yaml can be written to the JSON beside a video.
+
+    Raises:
+        ValueError: if one cannot, naming its key.
+    """
+    for name in ("prompt", "label", "negative", "image", "video", "ckpt", "tokenizer"):
+        text = values[name]
+        if text is not None and not is_utf8(str(text) if name in SAID else str(Path(text).resolve())):
+            raise ValueError(f"{name}={text!r} is not UTF-8, in which the settings are kept; write or name it anew")
 
 
 def prompts_of(values: dict, kind: str) -> tuple[str, list[str]]:
