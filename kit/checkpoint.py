@@ -61,8 +61,8 @@ def _read(path: str | os.PathLike, load: Callable[[Path], dict]) -> tuple[dict, 
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; train one with `python -m kit fit`, or give its path")
     checkpoint = load(path)
-    values = checkpoint.get("hyper_parameters", {})
-    return checkpoint, next((kind for kind in KINDS if kind in values), "something else")
+    values = checkpoint.get("hyper_parameters") or {}  # of other programs they may be None, or name a tokenizer
+    return checkpoint, next((kind for kind in KINDS if isinstance(values.get(kind), dict)), "something else")
 
 
 def weights_of(checkpoint: dict, averaged: bool = True) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kit.checkpoint import load_generator, load_tokenizer, model_hash, read_checkpoint
+from kit.checkpoint import kind_of, load_generator, load_tokenizer, model_hash, read_checkpoint
 from kit.cli import main
 from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
@@ -51,6 +51,15 @@ def test_wrong_tokenizer_is_refused_with_both_hashes(pair, tmp_path, capsys):
 def test_generator_and_tokenizer_are_not_mixed_up(pair, tmp_path, capsys):
     assert run("generate", pair, tmp_path, "prompt=x", model="tokenizer") == 1
     assert "holds tokenizer, expected a generator checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", [None, {"tokenizer": "gpt2"}])
+def test_a_checkpoint_of_another_program_is_told(tmp_path, values):
+    torch.save({"hyper_parameters": values, "state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="other.ckpt holds something else, expected a tokenizer checkpoint of kit"):
+        load_tokenizer(tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="other.ckpt holds something else, expected a checkpoint of kit"):
+        kind_of(tmp_path / "other.ckpt")
 
 
 @pytest.mark.parametrize("damage", ["cut", "text"])
