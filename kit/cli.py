@@ -247,7 +247,7 @@ class Call:
             set_threads(cfg.threads)
             resolve(VERBS[self.verb].function)(cfg)
             if self.verb != "fit":  # which does so at its start
-                keep_config(cfg)
+                keep_config(cfg, self.verb)
         except Exception as error:
             reason = explained(error, self.verb)
             if reason is None or os.getpid() != self.process:  # a job of hydra's launcher: the main process prints it

@@ -102,16 +102,23 @@ def cached(folder: str, key: str):
     return OmegaConf.create(value) if isinstance(value, list) else value
 
 
-def keep_config(cfg: DictConfig):
-    """Writes a composed config, and the words of the command line, to `config` in the run's folder."""
+def keep_config(cfg: DictConfig, verb: str = "fit"):
+    """Writes a composed config, and the words of the command line, to `config` in the run's folder.
+
+    Args:
+        verb: whose they are. In the folder of a training, those of another verb go to a folder of their own below `config`.
+    """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     from kit.files import written_aside
 
     words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    folder = Path(cfg.folder) / "config"
+    if verb != "fit" and (folder.parent / "checkpoints").is_dir():
+        folder /= verb
     for name, values in {"config": cfg, "overrides": OmegaConf.create(words)}.items():
-        with written_aside(Path(cfg.folder) / "config" / f"{name}.yaml") as aside:
+        with written_aside(folder / f"{name}.yaml") as aside:
             OmegaConf.save(values, aside)
 
 

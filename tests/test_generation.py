@@ -53,6 +53,17 @@ def test_writes_videos_and_a_contact_sheet(pair, tmp_path):
     assert len(list((tmp_path / "out").glob("*.png"))) == 1
 
 
+def test_a_training_keeps_its_config(pair, tmp_path):
+    """Videos may be made in the folder of the training itself."""
+    before = tmp_path / "out" / "config" / "overrides.yaml"
+    for folder in (before.parent, tmp_path / "out" / "checkpoints"):
+        folder.mkdir(parents=True)
+    before.write_text("- optimizer.lr=9")
+    assert run(pair, tmp_path, f"prompt={PROMPT}") == 0
+    assert before.read_text() == "- optimizer.lr=9" and not before.with_name("config.yaml").exists()
+    assert f"prompt={PROMPT}" in (before.parent / "generate" / "overrides.yaml").read_text().replace("'", "")
+
+
 def test_goes_on_from_an_image_and_from_a_video(pair, tmp_path):
     clip = Shapes("val", frames=9, height=32, width=32)[0]["video"]
     pixels = ((clip[:, 0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
