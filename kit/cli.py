@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kit.confs import CONF, confs, describe, first_comment, keep_config, located, misspelt_in, register_resolvers, trains
 from kit.data.decode import UnreadableVideo
+from kit.values import check_whole_number
 from kit.words import ELSEWHERE, options_and_overrides, quoted, refused, wrong_words
 
 if TYPE_CHECKING:
@@ -137,8 +138,12 @@ def leave_process_group():
 
 
 def set_threads(number: int | None):
-    """Sets the number of CPU threads of torch; None and 0 leave torch's own choice. Raises ValueError if negative."""
-    if number and number < 0:
+    """Sets the number of CPU threads of torch; None and 0 leave torch's own choice.
+
+    Raises:
+        ValueError: if it is no whole number of 0 or more.
+    """
+    if number is not None and (type(number) is not int or number < 0):
         raise ValueError(f"threads={number}; expected a number of threads, or null for torch's own choice")
     if number:
         import torch
@@ -245,6 +250,7 @@ class Call:
         sys.argv = [sys.argv[0], self.verb, f"conf={conf}", *self.options, *self.overrides]
         try:
             set_threads(cfg.threads)
+            check_whole_number("seed", cfg.seed, 0)
             resolve(VERBS[self.verb].function)(cfg)
             if self.verb != "fit":  # which does so at its start
                 keep_config(cfg, self.verb)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kit.data.paraphrase import caption_words, paraphrase
-from kit.values import check_share
+from kit.values import check_share, check_whole_number
 
 COLOURS = {
     "red": (225, 40, 40), "orange": (245, 140, 30), "yellow": (250, 225, 40), "green": (45, 205, 75),
@@ -253,7 +253,7 @@ class Shapes(Dataset):
             shows towards its end. Their first latent frame is `given`, because the caption does not say what is in sight at
             that time.
     Raises:
-        ValueError: if `late` is not in [0, 1].
+        ValueError: if `fps` is not above 0, `seed` is no whole number of 0 or more, or `late` is not in [0, 1].
     """
 
     split: str = "train"
@@ -271,6 +271,7 @@ class Shapes(Dataset):
     def __post_init__(self):
         if not self.fps > 0:
             raise ValueError(f"fps={self.fps}; shapes are drawn, they have no rate of their own: give one above 0")
+        check_whole_number("seed", self.seed, 0)
         check_share("late", self.late)
 
     def attributes(self, n: int) -> Attributes:

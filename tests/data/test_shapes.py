@@ -74,6 +74,12 @@ def test_neither_what_is_held_out_nor_pictures_are_late():
         Shapes(late=30)
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ValueError, match=f"seed={seed}; expected a whole number of 0 or more"):
+        Shapes(seed=seed)
+
+
 def test_held_out_combinations_are_a_tenth_and_never_trained_on():
     everything = set(itertools.product(COLOURS, SHAPES, MOTIONS))
     assert len(HELD_OUT) == len(everything) // 10 and set(TRAIN) | HELD_OUT == everything
