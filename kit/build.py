@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -123,13 +122,11 @@ def plan_of(cfg: DictConfig) -> StagePlan:
     """Reads the stages of a training that has them.
 
     Raises:
-        ValueError: if the callback that switches stages is missing, or `stage_steps` is below 1; else as `StagePlan.of`.
+        ValueError: if the callback that switches stages is missing; else as `StagePlan.of` and `StagePlan.shortened`.
     """
     if not cfg.callbacks.get("stage_switch"):
         raise ValueError("stages need the callback that moves on: callbacks.stage_switch as in conf/progressive.yaml")
-    plan, most = StagePlan.of(plain(cfg.stages)), cfg.get("stage_steps")
-    check_whole_number("stage_steps", most, 1, optional=True)
-    return plan if most is None else StagePlan(tuple(replace(stage, steps=min(stage.steps, most)) for stage in plan.stages))
+    return StagePlan.of(plain(cfg.stages)).shortened(cfg.get("stage_steps"))
 
 
 def build_stages(cfg: DictConfig, plan: StagePlan, tokenizer: TokenizerConfig) -> StagedClips:

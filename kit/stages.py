@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from kit.values import check_whole_number, from_values
@@ -72,6 +72,15 @@ class StagePlan:
         if not stages:
             raise ValueError("stages: none is left; give one with its steps, or stages=null for a training without")
         return cls(tuple(stages))
+
+    def shortened(self, most: int | None) -> StagePlan:
+        """Returns the plan with at most `most` steps in each stage; None: with all.
+
+        Raises:
+            ValueError: if `most` is below 1.
+        """
+        check_whole_number("stage_steps", most, 1, optional=True)
+        return self if most is None else StagePlan(tuple(replace(s, steps=min(s.steps, most)) for s in self.stages))
 
     @property
     def steps(self) -> int:

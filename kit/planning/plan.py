@@ -33,10 +33,10 @@ COLUMNS = "{:<12}{:>14}{:>8}{:>9}{:>14}{:>8}{:>14}{:>12}{:>11}{:>9}{:>9}"
 
 
 def stages_of(cfg: DictConfig) -> list[tuple[str, int, dict]]:
-    """Lists name, steps and data of each stage; a training without stages is one."""
+    """Lists name, steps and data of each stage, which `stage_steps` may shorten; a training without stages is one."""
     if not cfg.stages:
         return [(cfg.name, cfg.trainer.max_steps, OmegaConf.to_container(cfg.data))]
-    stages = StagePlan.of(OmegaConf.to_container(cfg.stages, resolve=True)).stages
+    stages = StagePlan.of(plain(cfg.stages)).shortened(cfg.get("stage_steps")).stages
     return [(stage.name, stage.steps, {**OmegaConf.to_container(cfg.data), **stage.data}) for stage in stages]
 
 

@@ -136,6 +136,12 @@ def test_devices_are_counted():
     assert clips == {"1": "8", "2": "16", "[0,1]": "16", "-1": "8", "auto": "8"}
 
 
+def test_stages_that_are_shortened_cost_less():
+    cfg = composed("progressive", "stage_steps=2", *TOKENIZER, "tokenizer.scales=[1,2,4,8]")
+    OmegaConf.resolve(cfg)
+    assert [line.split()[3] for line in costs(cfg, composed("doctor"))[1:4]] == ["2", "2", "2"]
+
+
 def test_clips_that_are_encoded_before_are_not_encoded_in_training(pair, tmp_path):
     """This holds for clips that the run encodes ahead, and for a cache."""
     clip = ["data.frames=5", "data.height=32", "data.width=32"]
