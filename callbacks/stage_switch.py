@@ -110,7 +110,8 @@ class StageSwitch(L.Callback):
         self._set_learning_rate(trainer, module, data.stage)
         learning = freeze_all_but(module, stage.train)
         number = f"stage {data.stage + 1} of {len(data.plan.stages)}"
-        clips = f"{data.train}" if data.bucketed else f"{module.schedule}, {data.batch_size} clips a step"
+        of_a_step = data.batch_size * batches_of_a_step(trainer, module) * trainer.world_size
+        clips = f"{data.train}" if data.bucketed else f"{module.schedule}, {of_a_step} clips a step"
         rank_zero_info(f"  {number}, {stage.name}: {clips}, {learning}")
 
     def _set_learning_rate(self, trainer, module, number: int):

@@ -254,9 +254,10 @@ def test_stages_and_their_switch_come_together(pair, tmp_path, capsys):
 
 def test_a_budget_of_tokens_makes_the_batch(pair, tmp_path, caplog):
     plan = ["+stages.low={steps:1,data:{height:16,width:16}}", "+stages.high={steps:1}"]
-    assert fit_stages(tmp_path, pair.tokenizer, *plan, "data.batch_tokens=100") == 0
-    assert "low: 2 latent frames x scales 1 2 = 10 tokens in 4 steps, 10 clips a step" in caplog.text
-    assert "high: 2 latent frames x scales 1 2 4 = 42 tokens in 6 steps, 2 clips a step" in caplog.text
+    words = ["data.batch_tokens=100", "trainer.accumulate_grad_batches=2"]
+    assert fit_stages(tmp_path, pair.tokenizer, *plan, *words) == 0
+    assert "low: 2 latent frames x scales 1 2 = 10 tokens in 4 steps, 20 clips a step" in caplog.text
+    assert "high: 2 latent frames x scales 1 2 4 = 42 tokens in 6 steps, 4 clips a step" in caplog.text
 
 
 def test_a_tokenizer_in_stages_goes_on_too(tmp_path, monkeypatch):

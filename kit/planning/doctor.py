@@ -18,7 +18,7 @@ from kit.confs import CONF, compose, confs, located, trains
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.perceptual import GET_VGG16, load_perceptual, vgg16_path
-from kit.planning.plan import clips_of_a_step, costs, planned_tokenizer, shapes_of, stages_of
+from kit.planning.plan import batches_of_all, clips_of_a_batch, costs, planned_tokenizer, shapes_of, stages_of
 from kit.stages import StagePlan
 from kit.start import given_start
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -160,23 +160,23 @@ def problems(cfg: DictConfig) -> list[str]:
     values, lacking = met("tokenizer", planned_tokenizer, cfg) or (None, None)
     if values is not None and plan is not None:
         for name, clips in clips_by_name(cfg).items():
-            if summary := met(f"tokenizer and clips of {name}", about_clips, clips, values):
+            if summary := met(f"tokenizer and clips of {name}", about_clips, clips, values, batches_of_all(cfg)):
                 print(f"clips of {name}: {summary}")
     if lacking is not None:
         found.append(f"tokenizer_ckpt: {lacking}")
     return found
 
 
-def about_clips(clips: dict, tokenizer: TokenizerConfig) -> str:
+def about_clips(clips: dict, tokenizer: TokenizerConfig, batches: int) -> str:
     """Describes clips in words: their schedule, and for a bucket their number in a step.
 
     Args:
-        clips: the config's `data` for these clips, see `clips_by_name`.
+        clips: the config's `data` for these clips, see `clips_by_name`. batches: of a step, on all devices.
     Raises:
-        as `clips_of_a_step`.
+        as `clips_of_a_batch`.
     """
     schedule = tokenizer.schedule(clips["frames"], clips["height"], clips["width"])
-    return f"{schedule}, {clips_of_a_step(clips, tokenizer)} clips a step" if clips["buckets"] else str(schedule)
+    return f"{schedule}, {clips_of_a_batch(clips, tokenizer) * batches} clips a step" if clips["buckets"] else str(schedule)
 
 
 def clips_by_name(cfg: DictConfig) -> dict[str, dict]:

@@ -86,20 +86,25 @@ def devices_of(cfg: DictConfig) -> int:
     return count * cfg.trainer.get("num_nodes", 1)
 
 
+def batches_of_all(cfg: DictConfig) -> int:
+    """Returns the batches of an optimizer step, on all devices together."""
+    return devices_of(cfg) * accumulate_of(cfg)
+
+
 def generator_config(cfg: DictConfig, tokenizer: TokenizerConfig) -> GeneratorConfig:
     """Returns the config of the generator that a training's config describes, with the default condition."""
     return GeneratorConfig.from_dict(generator_values(cfg, tokenizer, asdict(ConditionConfig())))
 
 
-def clips_of_a_step(data: dict, tokenizer: TokenizerConfig) -> int:
+def clips_of_a_batch(data: dict, tokenizer: TokenizerConfig) -> int:
     """Returns the clips in a batch on one device, for a stage's data. Raises as `batch_size_of`."""
     return batch_size_of(data, tokenizer, data["frames"], data["height"], data["width"])
 
 
-def tokens_of_a_step(data: dict, tokenizer: TokenizerConfig) -> int:
-    """Returns the tokens in a batch on one device, without the condition's. Raises as `clips_of_a_step`."""
+def tokens_of_a_batch(data: dict, tokenizer: TokenizerConfig) -> int:
+    """Returns the tokens in a batch on one device, without the condition's. Raises as `clips_of_a_batch`."""
     length = tokenizer.schedule(data["frames"], data["height"], data["width"]).length
-    return clips_of_a_step(data, tokenizer) * length
+    return clips_of_a_batch(data, tokenizer) * length
 
 
 def memory_of(
@@ -114,7 +119,7 @@ def memory_of(
     """
     values = tokenizer or planned_tokenizer(cfg)[0]
     clip = {key: data[key] for key in ("frames", "height", "width", "fps")}
-    shape, clips = (clip["frames"], clip["height"], clip["width"]), clips_of_a_step(data, values)
+    shape, clips = (clip["frames"], clip["height"], clip["width"]), clips_of_a_batch(data, values)
     encoded = cfg.module == "generator" and not encodes(cfg)
 
     def build() -> TokenizerModule | GeneratorModule:
@@ -145,7 +150,6 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
     devices = devices_of(cfg)
     strategy = cfg.trainer.get("strategy")
     shares = devices / strategy.replicas if isinstance(strategy, DictConfig) and "replicas" in strategy else 1
-    per_step = devices * accumulate_of(cfg)
 
     def cost(frames: int, data: dict) -> ClipCost:
         size = (frames, data["height"], data["width"])
@@ -156,9 +160,9 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
     heads = ("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")
     rows, total = [COLUMNS.format(*heads, "GB held", "at most")], 0.0
     for name, steps, data in stages_of(cfg):
-        data = max(shapes_of(data).values(), key=lambda data: tokens_of_a_step(data, tokenizer))
+        data = max(shapes_of(data).values(), key=lambda data: tokens_of_a_batch(data, tokenizer))
         clip, share = cost(data["frames"], data), data["image_share"]
-        batch = clips_of_a_step(data, tokenizer) * per_step
+        batch = clips_of_a_batch(data, tokenizer) * batches_of_all(cfg)
         try:
             held, most = memory_of(cfg, data, "cuda", True, tokenizer)
             memory = [f"{size / 1e9:,.1f}" for size in (held / shares, held / shares + most - held)]

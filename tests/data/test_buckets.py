@@ -507,11 +507,11 @@ def test_a_mixture_in_buckets_goes_on_to_the_last_bit(encoded, folder, tokenizer
 
 
 def test_doctor_tells_of_each_bucket(folder, capsys):
-    words = ["data=clips", f"data.root={folder}", *CLIP, *TOKENIZER, "data.batch_tokens=90"]
+    words = ["data=clips", f"data.root={folder}", *CLIP, *TOKENIZER, "data.batch_tokens=90", "optimizer.accumulate=2"]
     cfg = composed("stage1_tokenizer", *words, "data.buckets=[5x16x32,9x24x24]")
     assert problems(cfg) == []
-    assert "5x16x32: 2 latent frames x scales 1x2 2x4 = 20 tokens in 4 steps, 4 clips a step" in capsys.readouterr().out
+    assert "5x16x32: 2 latent frames x scales 1x2 2x4 = 20 tokens in 4 steps, 8 clips a step" in capsys.readouterr().out
     row = costs(cfg, composed("doctor"))[1]
-    assert row.split()[1:3] == ["9x24x24", "42"], "the one with the most tokens in a step, twice 42"
+    assert row.split()[1:3] == ["9x24x24", "42"], "the one with the most tokens in a step, four times 42"
     (problem,) = problems(composed("stage1_tokenizer", *words, "data.buckets=[5x16x32,5x24x20]"))
     assert problem.startswith("tokenizer and clips of stage1_tokenizer, 5x24x20: height and width must be multiples of 8")
