@@ -52,12 +52,12 @@ def demo(cfg: DictConfig) -> dict:
     tokenizer = folder / "tokenizer" / "checkpoints" / "last.ckpt"
     generator = folder / "generator" / "checkpoints" / "last.ckpt"
     extra = ["size=tiny", "trainer.devices=1", *cfg.overrides]  # the same small job on every machine
-    seed = f"seed={cfg.seed}"
-    run(command("fit", "conf=stage1_tokenizer", where, "name=tokenizer", "ckpt=last", seed, *extra, *cfg.tokenizer_overrides))
-    run(command("fit", "conf=stage2_generator", where, "name=generator", f"tokenizer_ckpt={tokenizer}", "ckpt=last", seed,
+    own = [f"seed={cfg.seed}", *([f"threads={cfg.threads}"] if cfg.threads else [])]  # for the same keys of each part
+    run(command("fit", "conf=stage1_tokenizer", where, "name=tokenizer", "ckpt=last", *own, *extra, *cfg.tokenizer_overrides))
+    run(command("fit", "conf=stage2_generator", where, "name=generator", f"tokenizer_ckpt={tokenizer}", "ckpt=last", *own,
                 "trainer.val_check_interval=600", *extra, *cfg.generator_overrides))  # fmt: skip
-    run(command("validate", f"ckpt={generator}", where, "name=scores", f"clips={cfg.clips}"))
-    run(command("generate", f"ckpt={generator}", where, "name=videos", f"prompt={PROMPT}", "n=4", "seed=0"))
+    run(command("validate", f"ckpt={generator}", where, "name=scores", f"clips={cfg.clips}", *own))
+    run(command("generate", f"ckpt={generator}", where, "name=videos", f"prompt={PROMPT}", "n=4", *own))
 
     scores = json.loads((folder / "scores" / "metrics.json").read_text())
     seconds = {"tokenizer": train_seconds(tokenizer), "generator": train_seconds(generator)}

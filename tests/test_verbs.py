@@ -256,6 +256,13 @@ def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tm
     assert json.loads((folder / "metrics.json").read_text())["train_seconds"] == metrics["train_seconds"]
 
 
+def test_the_demo_hands_on_its_seed_and_threads(tmp_path, monkeypatch):
+    parts = []
+    monkeypatch.setattr("kit.demo.run", parts.append)
+    assert main(["demo", f"root={tmp_path}", "seed=3", "threads=1"]) == 1, "nothing is there to tell the scores of"
+    assert [words[1] for words in parts if {"seed=3", "threads=1"} <= set(words)] == ["fit", "fit", "validate", "generate"]
+
+
 def test_pixels_survive_the_video_file(tmp_path):
     clip = Shapes("val")[0]["video"]
     with av.open(str(write_video(clip, tmp_path / "x.mp4", 8))) as container:
