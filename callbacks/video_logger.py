@@ -13,6 +13,7 @@ from kit.fsdp import whole_model
 from kit.generator.sampler import Sampling
 from kit.inspection import forced_and_free
 from kit.media import clip_by_clip, contact_sheet, write_video
+from kit.values import check_whole_number
 
 
 class VideoLogger(L.Callback):
@@ -22,10 +23,13 @@ class VideoLogger(L.Callback):
     the true earlier ones) and free sample. "The loss falls but samples are noise" shows here at a glance.
 
     Args:
-        clips: number of clips to show. sampling: values of `Sampling` for the free samples.
+        clips: number of clips to show; 0: no pictures. sampling: values of `Sampling` for the free samples.
+    Raises:
+        ValueError: if `clips` is below 0; as `Sampling`.
     """
 
     def __init__(self, folder: str, clips: int = 4, sampling: dict | None = None):
+        check_whole_number("callbacks.video_logger.clips", clips, 0)
         self.folder, self.clips, self.sampling = Path(folder) / "media", clips, Sampling.of(sampling or {})
 
     def on_validation_epoch_end(self, trainer, module):

@@ -240,6 +240,11 @@ def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
         (["table", "results=x", "threads=all"], "threads=all; expected a number of threads, or null"),
         (["fit", "conf=stage1_tokenizer", "threads=1.5"], "threads=1.5; expected a number of threads, or null"),
         (["fit", "conf=stage1_tokenizer", "seed=1.5"], "seed=1.5; expected a whole number of 0 or more"),
+        (
+            ["fit", "conf=stage1_tokenizer", "+data.source.speed=3"],
+            "Shapes.__init__() got an unexpected keyword argument 'speed'",
+        ),
+        (["fit", "conf=stage1_tokenizer", "callbacks.video_logger.clips=-1"], "callbacks.video_logger.clips=-1; expected a"),
         (["generate", "ckpt=x", "guidance=3"], "guidance=3; expected values such as {'kind': 'constant'"),
         (["fit", "conf=stage1_tokenizer", "init.ckpt=x.ckpt"], "init.ckpt=x.ckpt, but init=scratch takes none"),
         (["fit", "conf=stage1_tokenizer", "data.batch_size=0"], "data.batch_size=0; expected a whole number of 1 or more"),
