@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -22,7 +23,7 @@ from kit.planning.plan import batches_of_all, clips_of_a_batch, costs, planned_t
 from kit.stages import StagePlan
 from kit.start import given_start
 from kit.tokenizer import Tokenizer, TokenizerConfig
-from kit.values import plain
+from kit.values import check_number, check_whole_number, plain
 from kit.words import refused, wrong_words
 
 PACKAGES = {  # package -> the feature that needs it
@@ -189,14 +190,33 @@ def clips_by_name(cfg: DictConfig) -> dict[str, dict]:
     return named
 
 
+def check_gpus(cfg: DictConfig):
+    """Checks the numbers of conf/doctor.yaml about GPUs.
+
+    Raises:
+        ValueError: if a rate is not above 0, the share of it that is reached not above 0 and up to 1, or a number of GPUs no
+            whole number of 1 or more.
+    """
+    for key, most, what in (
+        ("tflops", math.inf, "TFLOP/s, a number above 0"),
+        ("utilisation", 1, "a share, above 0 and up to 1"),
+    ):
+        check_number(key, cfg[key])
+        if not 0 < cfg[key] <= most:
+            raise ValueError(f"{key}={cfg[key]}; expected {what}")
+    for number in cfg.gpus:
+        check_whole_number("gpus", number, 1)
+
+
 def doctor(cfg: DictConfig) -> None:
     """Prints facts about the machine, packages, metric networks and presets, and with `check` the problems and costs of a
     training.
 
     Raises:
-        ValueError: at the end, if `check` is not a training's config or does not compose. Problems found in a config are only
-            printed, because files that it needs may be made later.
+        ValueError: as `check_gpus`; at the end, if `check` is not a training's config or does not compose. Problems found in
+            a config are only printed, because files that it needs may be made later.
     """
+    check_gpus(cfg)
     for title, facts in (("this machine", hardware()), ("packages", versions()), ("metric networks", metric_networks())):
         print(f"{title}\n" + "\n".join(f"  {name:<14}{value}" for name, value in facts.items()))
     print("memory\n" + "\n".join(f"  {row}" for row in presets()))

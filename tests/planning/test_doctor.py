@@ -108,6 +108,19 @@ def test_words_that_do_not_fit_are_an_error(words, said, capsys):
     assert re.search(said, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("utilisation=35", "utilisation=35; expected a share, above 0 and up to 1"),
+        ("tflops=0", "tflops=0; expected TFLOP/s, a number above 0"),
+        ("gpus=[1,0]", "gpus=0; expected a whole number of 1 or more"),
+    ],
+)
+def test_numbers_of_gpus_that_make_no_sense_are_refused(word, said, capsys):
+    assert main(["doctor", "check=stage1_tokenizer", word]) == 1
+    assert said in capsys.readouterr().err
+
+
 def row(*words: str) -> list[str]:
     cfg = composed("stage2_generator", *words)
     OmegaConf.resolve(cfg)
