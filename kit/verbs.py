@@ -107,10 +107,11 @@ def validate(cfg: DictConfig) -> dict:
     """
     folder = Path(cfg.folder)
     with sole_user(folder), replacing(folder / "samples", "*_seed*.mp4"):
-        metrics = validate_tokenizer(cfg) if kind_of(cfg.ckpt) == "tokenizer" else validate_generator(cfg)
+        alone = kind_of(cfg.ckpt) == "tokenizer"
+        metrics = validate_tokenizer(cfg) if alone else validate_generator(cfg)
         write_json(folder / "metrics.json", metrics)
     print(json.dumps(metrics, indent=2))
-    print(f"in {folder}: metrics.json, contact_sheet.png")
+    print(f"in {folder}: metrics.json, contact_sheet.png{'' if alone else ', samples'}")
     return metrics
 
 

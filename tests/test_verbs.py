@@ -112,7 +112,7 @@ def test_each_scale_of_a_trained_tokenizer_lowers_the_error(pair):
     assert psnrs == sorted(psnrs)
 
 
-def test_inspect_and_validate(pair, tmp_path):
+def test_inspect_and_validate(pair, tmp_path, capsys):
     assert run("inspect", pair, tmp_path, "clips=4") == 0
     report = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert len(report["by_scale"]) == len(report["bit_entropy"]) == len(report["bit_accuracy"]) == 3
@@ -125,6 +125,7 @@ def test_inspect_and_validate(pair, tmp_path):
     assert set(metrics["caption_accuracy"]) == {"colour", "shape", "motion", "background", "all"}
     assert metrics["reconstruction_psnr_db"] > 10 and metrics["sample_seconds"] > 0
     assert len(list((tmp_path / "scores" / "samples").glob("*.mp4"))) == 2
+    assert f"in {tmp_path / 'scores'}: metrics.json, contact_sheet.png, samples\n" in capsys.readouterr().out
 
     (tmp_path / "scores" / "videos").mkdir()
     (tmp_path / "scores" / "videos" / "a_suite-0.mp4").touch()
