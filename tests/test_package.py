@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,14 @@ def test_commands_that_do_not_train_do_without_lightning():
     modules = "kit.generation, kit.prepare.run, kit.evaluation.report, kit.data.clips"
     code = f"import sys, {modules}; print({{'lightning', 'torchmetrics'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_what_kit_and_its_tests_need_has_a_version_in_the_constraints():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = project["dependencies"] + project["optional-dependencies"]["test"]
+    names = {re.match(r"[\w-]+", line)[0] for line in needed if "== 'win32'" not in line}
+    fixed = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
+    assert {name.lower() for name in names} <= {name.lower() for name in fixed}
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA here, torchvision needs no help")
