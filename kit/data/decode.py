@@ -239,7 +239,7 @@ class PyAVDecoder(Decoder):
                 times = sorted(times) if known else []
                 header = stream.average_rate or stream.guessed_rate
                 self.fps = true_rate(header, [float(pts * stream.time_base) for pts in times])
-                self._aspect = stream.sample_aspect_ratio
+                self._size = stream.height, display_width(stream.width, stream.sample_aspect_ratio)
                 self._seekable = known and container.format.name in SEEKABLE_FORMATS
         self._count = len(packets)
         if self._seekable:
@@ -254,7 +254,7 @@ class PyAVDecoder(Decoder):
         with _reporting(self.path):
             found = 0
             for numbered in self._ways(indices[0]):
-                for pixels in _forward(numbered, indices[found:], self._aspect):
+                for pixels in _forward(numbered, indices[found:], self._size):
                     found += 1
                     yield pixels
                 if found == len(indices):
@@ -363,17 +363,22 @@ def unpad_rows(frame: np.ndarray) -> np.ndarray:
 
 
 def _forward(
-    numbered: Iterator[tuple[int, av.VideoFrame]], indices: Sequence[int], aspect: Fraction | None
+    numbered: Iterator[tuple[int, av.VideoFrame]], indices: Sequence[int], size: tuple[int, int]
 ) -> Iterator[np.ndarray]:
-    """Yields the frames with ascending `indices` as shown; stops at the first that is missing. For `aspect` see
-    `display_width`."""
+    """Yields the frames with ascending `indices` as shown; stops at the first that is missing.
+
+    Args:
+        size: (H, W) as shown, before they are turned; 0 where the header has none. Frames of another are scaled to it, as
+            decord does: a stream may change its size in its midst.
+    """
     at, frame = -1, None
+    height, width = size
     for index in indices:
         while at < index:
             at, frame = next(numbered, (math.inf, None))
         if at > index:
             return
-        pixels = frame.to_ndarray(format="rgb24", width=display_width(frame.width, aspect))
+        pixels = frame.to_ndarray(format="rgb24", width=width or None, height=height or None)
         matrix = frame.side_data.get("DISPLAYMATRIX")
         yield pixels if matrix is None else upright(pixels, struct.unpack("=9i", matrix))
 

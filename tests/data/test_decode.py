@@ -343,6 +343,23 @@ def test_pixels_are_shown_as_wide_as_they_are(tmp_path, backend, aspect, width):
     assert turned.shape == (width, 32, 3)
 
 
+@both_backends
+def test_a_stream_that_changes_its_size_keeps_that_of_its_start(tmp_path, backend):
+    parts = [write(tmp_path / f"{height}.webm", ramp(height)[:10], "libvpx") for height in (48, 96)]
+    path, stream = tmp_path / "a.webm", None
+    with av.open(str(path), "w") as joined:
+        for seconds, part in zip((0, 0.4), parts, strict=True):
+            with av.open(str(part)) as container:
+                stream = stream or joined.add_stream_from_template(container.streams.video[0])
+                for packet in filter(lambda packet: packet.size, container.demux(video=0)):
+                    later = round(seconds / packet.time_base)
+                    packet.stream, packet.pts, packet.dts = stream, packet.pts + later, packet.dts + later
+                    joined.mux(packet)
+    frames = open_video(path, backend).frames([9, 19, 19])
+    assert frames.shape == (3, 48, 80, 3) and np.abs(frames - 9.0 * STEP).max() <= STEP
+    assert open_video(path, backend).frames([19]).shape == (1, 48, 80, 3)
+
+
 def test_display_width():
     assert [display_width(720, aspect) for aspect in (None, Fraction(1), Fraction(64, 45), Fraction(8, 9))] == [
         720,
