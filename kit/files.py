@@ -34,9 +34,9 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield aside
         os.replace(aside, path)
     except OSError as error:
-        if str(error.filename) == str(aside):
-            error.filename = str(path)
-        raise
+        if error.errno is None or str(error.filename or aside) != str(aside):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # anew: the name in PyAV's errors cannot be changed
     finally:
         aside.unlink(missing_ok=True)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import av
 import pytest
 import torch
 
@@ -314,6 +315,16 @@ def test_a_folder_that_cannot_be_written_to_is_told_by_the_names_of_its_files(tm
     with pytest.raises(FileNotFoundError, match="'.*/config/config.yaml'"), written_aside(path) as aside:
         path.parent.rmdir()
         aside.write_text("seed: 0")
+
+
+def test_a_video_that_cannot_be_written_is_told_by_the_name_of_its_file(tmp_path):
+    """The errors of PyAV do not let their file's name be changed, and those of a full disk have none."""
+    path = tmp_path / "media" / "a.mp4"
+    with pytest.raises(FileNotFoundError, match="'.*/media/a.mp4'"), written_aside(path) as aside:
+        path.parent.rmdir()
+        av.open(str(aside), "w")
+    with pytest.raises(OSError, match="No space left on device: '.*/media/a.mp4'"), written_aside(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_flipped_bit_of_a_checkpoint_is_found(pair, tmp_path):
