@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from lightning_utilities.core.rank_zero import rank_zero_only
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -206,8 +204,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable file of weights: {str(error).splitlines()[0]}") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # damage can raise anything
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"{path} is not a readable file of weights: {reason}") from error
     if not isinstance(weights, dict):
         raise ValueError(f"{path} holds {type(weights).__name__}, expected a dict of weights")
     return weights
