@@ -16,6 +16,7 @@ from kit.files import written_aside
 from kit.pixels import to_bytes
 
 COLUMNS = 8  # frames of a video in a contact sheet
+NARROWEST, WIDEST = 2, 16384  # pixels of a side that libx264 takes
 
 
 def to_uint8(video: Tensor) -> np.ndarray:
@@ -29,7 +30,11 @@ def video_writer(path: Path, fps: float, height: int, width: int) -> Iterator[Ca
 
     Yields:
         a function that adds the next frames (3, n, height, width), any number of them.
+    Raises:
+        ValueError: if a side is too short or too long for the format.
     """
+    if not NARROWEST <= min(height, width) <= max(height, width) <= WIDEST:
+        raise ValueError(f"{path}: an mp4 has {NARROWEST} to {WIDEST} pixels a side, not {width} x {height}; cut the picture")
     height, width = height // 2 * 2, width // 2 * 2
     with written_aside(path) as aside, av.open(str(aside), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))

@@ -207,6 +207,14 @@ def test_command_on_a_picture(pair, tmp_path):
     assert decoded(tmp_path / "out" / "reconstruction_0.mp4").shape == (1, 44, 64, 3)  # 45 rows, cut to an even number
 
 
+def test_sides_that_no_mp4_has_are_told(tmp_path):
+    for height, width in ((1, 32), (32, 16386)):
+        with pytest.raises(ValueError, match=f"2 to 16384 pixels a side, not {width} x {height}"):
+            write_video(torch.zeros(3, 1, height, width), tmp_path / "out.mp4", 8)
+    assert not any(tmp_path.iterdir())
+    write_video(torch.zeros(3, 1, 2, 16384), tmp_path / "out.mp4", 8)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [(["video=nowhere.mp4"], "no such file: nowhere.mp4"), (["video={}", "frames=99"], "too short for 99 frames"),
