@@ -38,13 +38,16 @@ def check_numbers(values: dict):
 
 
 def check_texts(values: dict):
-    """Checks that the texts and paths among the values of conf/generate.yaml can be written to the JSON beside a video.
+    """Checks the paths among the values of conf/generate.yaml, and that they and the texts can be written to the JSON beside
+    a video.
 
     Raises:
-        ValueError: if one cannot, naming its key.
+        ValueError: if a path is empty, or one of them cannot be written, naming its key.
     """
     for name in ("prompt", "label", "negative", "image", "video", "ckpt", "tokenizer"):
         text = values[name]
+        if text == "" and name not in SAID:
+            raise ValueError(f"{name}= names no file. Is a variable of the shell unset?")
         if text is not None and not is_utf8(str(text) if name in SAID else str(Path(text).resolve())):
             raise ValueError(f"{name}={text!r} is not UTF-8, in which the settings are kept; write or name it anew")
 

@@ -401,6 +401,8 @@ def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
         (["prompt=x", "guidance.last=inf"], "guidance.last=inf; expected a number"),
         (["prompt=x", "+guidance.strength=3"], "guidance has no strength; its keys are fine, first, kind, last"),
         (["prompt=x", "seed=4294967296"], "seed=4294967296: expected a number below 2^32"),
+        (["prompt=x", "image="], "image= names no file. Is a variable of the shell unset?"),
+        (["prompt=x", "tokenizer="], "tokenizer= names no file"),
         (["prompt=caf\udce9"], "prompt='caf\\udce9' is not UTF-8"),
         (["prompt=x", "negative=caf\udce9"], "negative='caf\\udce9' is not UTF-8"),
         (["prompt=x", "image=caf\udce9.png"], "image='caf\\udce9.png' is not UTF-8"),
