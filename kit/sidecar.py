@@ -78,6 +78,8 @@ def read_sidecar(path: Path) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"settings={path}: no such file; it is the JSON beside a video that `generate` has made")
+    if path.suffix == ".mp4":
+        raise ValueError(f"settings={path} is the video; give the JSON beside it, {path.with_suffix('.json').name}")
     sidecar = read_json(path)
     found = sidecar.get("settings") if isinstance(sidecar, dict) else None
     known = isinstance(found, dict) and {"seed", *SETTINGS} <= set(found) <= {"seed", "prompt", "label", *SETTINGS}

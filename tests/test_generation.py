@@ -21,6 +21,7 @@ from kit.generator.sampler import Sampling
 from kit.media import write_video
 from kit.request import check_video_length, file_stem, history_of, prompts_of
 from kit.sampling import sample_clips, sample_videos, stream_samples
+from kit.sidecar import read_sidecar
 from kit.tokenizer import Tokenizer
 
 PROMPT = "a red ball moving right over a green field"
@@ -227,6 +228,12 @@ def test_settings_are_data(pair, tmp_path, capsys):
     assert main(["generate", f"settings={path}", f"root={tmp_path}", "name=evil"]) == 1
     assert "frames=five; expected a whole number of 1 or more" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_video_in_place_of_its_settings_is_told(tmp_path):
+    path = write_video(torch.zeros(3, 1, 32, 32), tmp_path / "ball.mp4", 8)
+    with pytest.raises(ValueError, match="ball.mp4 is the video; give the JSON beside it, ball.json"):
+        read_sidecar(path)
 
 
 def test_another_picture_is_another_video(pair, tmp_path, capsys):
