@@ -38,14 +38,14 @@ class RunSummary(L.Callback):
         if trained > averaged:
             parts["discriminators"] = trained - averaged
         data = trainer.datamodule
-        # clips of an optimizer step, on one device
-        batch = data.batch_size * batches_of_a_step(trainer, module)
+        batches = batches_of_a_step(trainer, module)
+        batch = data.batch_size * batches  # clips of an optimizer step, on one device
+        of_them = "them" if batches == 1 else "their batches"
         kind = "images" if data.images is None else "pictures"
         largest = sorted(parts.items(), key=lambda item: -item[1])[:4]
         if isinstance(data, StagedClips):  # StageSwitch prints each
             steps = {f"stage {s.name}": f"{s.steps} steps" for s in data.plan.stages}
         elif data.bucketed:
-            batches = batches_of_a_step(trainer, module)
             steps = {
                 "buckets": str(data.train),
                 "validation": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",
@@ -57,7 +57,7 @@ class RunSummary(L.Callback):
                 "clip": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",
                 "steps": f"{trainer.max_steps} of {batch} clips on {trainer.world_size} device(s), "
                 + (
-                    f"{data.image_share:.0%} of them of {data.image_batch} {kind} instead"
+                    f"{data.image_share:.0%} of {of_them} of {data.image_batch} {kind} instead"
                     if data.image_share
                     else f"{trainer.max_steps * batch * trainer.world_size} clips in all"
                 ),

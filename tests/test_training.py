@@ -290,6 +290,8 @@ def test_images_and_video_jointly(pair, tmp_path, caplog):
 
     joint = fit("joint", "data.image_share=0.5")
     assert "6 of 4 clips on 1 device(s), 50% of them of 8 images instead" in caplog.text
+    fit("parts", "data.image_share=0.5", "trainer.accumulate_grad_batches=2", "recipe.generator.steps=1")
+    assert "1 of 8 clips on 1 device(s), 50% of their batches of 8 images instead" in caplog.text
     torch.testing.assert_close(joint[::2], fit("clips")[:3])
     torch.testing.assert_close(joint[1::2], fit("images", "data.image_share=1")[:3])
     fresh = fit("fresh", "data.image_share=0.5", "recipe.generator.encoded_clips=0")
