@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from kit import machine
 from kit.build import build_data, build_trainer, of_stage, plan_of
 from kit.confs import CONF, compose, confs, located, trains
+from kit.data.datamodule import ClipDataModule
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.perceptual import GET_VGG16, load_perceptual, vgg16_path
@@ -144,7 +145,12 @@ def problems(cfg: DictConfig) -> list[str]:
             cause = error.__cause__ if isinstance(error, InstantiationException) else error
             found.append(f"{what}: {cause}")
 
-    def check_data(what: str, build: Callable):
+    def check_data(what: str, config: Callable[[], DictConfig]):
+        def build() -> ClipDataModule:
+            if OmegaConf.is_missing((given := config()).data, "root"):  # which hydra leaves out: a data set would miss it
+                raise ValueError("data.root is missing; give data.root=...")
+            return build_data(given)
+
         data = met(what, build)
         if data is not None and data.unreadable:
             unreadable = f"{len(data.unreadable)} of the files read so far cannot be read, such as {data.unreadable[0]}"
@@ -152,9 +158,9 @@ def problems(cfg: DictConfig) -> list[str]:
 
     plan = met("stages", plan_of, cfg) if cfg.stages else StagePlan(())
     for stage in plan.stages if plan else ():
-        check_data(f"data of stage {stage.name}", lambda stage=stage: build_data(of_stage(cfg, stage)))
+        check_data(f"data of stage {stage.name}", lambda stage=stage: of_stage(cfg, stage))
     if not cfg.stages:
-        check_data("data", lambda: build_data(cfg))
+        check_data("data", lambda: cfg)
     met("trainer", build_trainer, cfg)
     met("init.ckpt", check_start, cfg)
     met("loss.perceptual", check_perceptual, cfg)

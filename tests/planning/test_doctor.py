@@ -121,6 +121,11 @@ def test_numbers_of_gpus_that_make_no_sense_are_refused(word, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_a_folder_that_is_not_given_is_told_by_its_key(capsys):
+    assert main(["doctor", "check=stage1_tokenizer", "words=[data=clips]"]) == 0
+    assert "  - data: data.root is missing; give data.root=...\n" in capsys.readouterr().out
+
+
 def row(*words: str) -> list[str]:
     cfg = composed("stage2_generator", *words)
     OmegaConf.resolve(cfg)
