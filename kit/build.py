@@ -273,10 +273,12 @@ def check_trainer(trainer: DictConfig):
     """Checks that the trainer has a number of steps and uses the whole data.
 
     Raises:
-        ValueError: if `max_steps` is not a whole number of 1 or more, which the learning rate and the number of encoded clips
-            depend on, or if `limit_train_batches` or `overfit_batches` is set, which need data that ends.
+        ValueError: if `max_steps`, which the learning rate and the number of encoded clips depend on, or
+            `accumulate_grad_batches` is not a whole number of 1 or more, or if `limit_train_batches` or `overfit_batches` is
+            set, which need data that ends.
     """
     check_whole_number("trainer.max_steps", trainer.max_steps, 1)
+    check_whole_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1)
     for key in ("limit_train_batches", "overfit_batches"):
         if trainer.get(key):
             raise ValueError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from kit.fsdp import share_of, whole
+from kit.values import check_number, check_whole_number
 
 PHASES = (2, 3)  # Newton-Schulz iterations per phase; more than three in one would let rounding errors grow
 
@@ -99,6 +101,23 @@ class Muon(torch.optim.Optimizer):
                 self._kept(p, f"moment{i}").lerp_(value, 1 - beta)
             first, second = (state[f"moment{i}"] / (1 - beta**step) for i, beta in enumerate(group["betas"], start=1))
             p.addcdiv_(first, second.sqrt() + group["eps"], value=-group["lr"])
+
+
+def check_optimizer(values: Mapping):
+    """Checks the numbers of the config's `optimizer`; a generator's has no `clip` and `accumulate`.
+
+    Raises:
+        ValueError: if one makes no sense, naming its key.
+    """
+    for key in ("lr", "weight_decay"):
+        check_number(f"optimizer.{key}", values[key], least=0)
+    check_whole_number("optimizer.warmup", values["warmup"], 0)
+    check_whole_number("optimizer.accumulate", values.get("accumulate", 1), 1)
+    clip, betas = values.get("clip"), tuple(values["betas"])
+    if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+        raise ValueError(f"optimizer.clip={clip}; expected a norm above 0, or null: gradients of any")
+    if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"optimizer.betas={list(betas)}; expected two numbers, each from 0 to below 1")
 
 
 def build_optimizer(

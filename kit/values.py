@@ -62,10 +62,10 @@ def check_whole_number(key: str, value: int | None, least: int, optional: bool =
         raise ValueError(f"{as_word(key, value)}; expected a whole number of {least} or more")
 
 
-def check_number(key: str, value: float):
-    """Checks that a value is a finite number. Raises ValueError, naming its key, if not."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{as_word(key, value)}; expected a number")
+def check_number(key: str, value: float, least: float = -math.inf):
+    """Checks that a value is a finite number of at least `least`. Raises ValueError, naming its key, if not."""
+    if not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+        raise ValueError(f"{as_word(key, value)}; expected a number{f' of {least} or more' if math.isfinite(least) else ''}")
 
 
 def check_share(key: str, value: float):

@@ -18,7 +18,7 @@ from kit.generator.rope import ALIGN, positions, rotary_table, rotate
 from kit.machine import onto
 from kit.recompute import recomputed
 from kit.scales import ScaleSchedule
-from kit.values import check_choice, from_values
+from kit.values import check_choice, check_whole_number, from_values
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class GeneratorConfig:
     condition: ConditionConfig = ConditionConfig()
 
     def __post_init__(self):
+        for key in ("layers", "width", "heads", "bits", "scales"):
+            check_whole_number(f"generator.{key}", getattr(self, key), 1)
         if self.width % self.heads or (self.width // self.heads) % 8:
             raise ValueError(f"width / heads must be a multiple of 8 for the rotary axes, got {self.width} / {self.heads}")
         for key, choices in (("align", ALIGN), ("inherit", ("first", "all", "none")), ("history", ("scales", "full"))):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kit.tokenizer.causal import CausalConv3d
+from kit.values import check_whole_number
 
 GROUPS = 8  # groups of channels in the normalisation
 
@@ -17,13 +18,16 @@ class PatchDiscriminator(nn.Module):
         dims: 2 sees each frame alone, 3 the frames before it too.
         width: channels of the first layer, a multiple of 8. layers: number of halvings of height and width.
     Raises:
-        ValueError: for other dims.
+        ValueError: for other dims, widths or numbers of layers.
     """
 
     def __init__(self, dims: int, width: int, layers: int):
         super().__init__()
         if dims not in (2, 3):
             raise ValueError(f"a discriminator has 2 or 3 dims, got {dims}")
+        check_whole_number("loss.adversarial.layers", layers, 1)
+        if type(width) is not int or width < GROUPS or width % GROUPS:
+            raise ValueError(f"loss.adversarial.width={width}; expected a multiple of {GROUPS}")
         self.dims = dims
         past = 3 if dims == 3 else 1
         widths = [3, *(width * 2 ** min(n, 2) for n in range(layers))]

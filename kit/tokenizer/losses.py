@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +12,24 @@ from torch.nn import functional as F
 from kit.perceptual import Perceptual
 from kit.ranks import mean_over_ranks
 from kit.tokenizer.quantizer import Step
+from kit.values import check_number, check_share
+
+
+def check_losses(loss: Mapping):
+    """Checks the numbers of conf/loss/plain.yaml.
+
+    Raises:
+        ValueError: if one makes no sense, naming its key.
+    """
+    against = loss["adversarial"]
+    for key in ("motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end"):
+        check_number(f"loss.{key}", loss[key], least=0)
+    check_number("loss.perceptual.weight", loss["perceptual"]["weight"], least=0)
+    for key in ("weight", "lr", "lecam"):
+        check_number(f"loss.adversarial.{key}", against[key], least=0)
+    check_share("loss.adversarial.warmup", against["warmup"])
+    if not 0 <= against["start"] < 1:
+        raise ValueError(f"loss.adversarial.start={against['start']}; expected a share of the training, 0 to below 1")
 
 
 def reconstruction_loss(output: Tensor, video: Tensor, kind: str) -> Tensor:

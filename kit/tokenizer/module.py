@@ -11,7 +11,7 @@ from kit.draws import Draws
 from kit.fsdp import ShardedStrategy
 from kit.loop import logs_now
 from kit.machine import onto
-from kit.optim import WarmupCosine, build_optimizer
+from kit.optim import WarmupCosine, build_optimizer, check_optimizer
 from kit.perceptual import load_perceptual
 from kit.pixels import psnr
 from kit.ranks import mean_over_ranks
@@ -20,6 +20,7 @@ from kit.tokenizer.discriminator import Discriminator
 from kit.tokenizer.losses import (
     adaptive_weight,
     adversarial_loss,
+    check_losses,
     commitment_loss,
     discriminator_loss,
     entropy_loss,
@@ -28,6 +29,7 @@ from kit.tokenizer.losses import (
     perceptual_loss,
     reconstruction_loss,
 )
+from kit.values import check_whole_number
 
 ANCHOR_DECAY = 0.99  # of LeCAM's moving averages, per iteration
 
@@ -63,19 +65,18 @@ class TokenizerModule(L.LightningModule):
         self.enter(clip)
         self.loss, self.optimizer, self.steps, self.seed = loss, optimizer, steps, seed
         self.scale_dropout = scale_dropout
-        if not (0 <= scale_dropout["last"] < self.schedule.scales and 0 <= scale_dropout["p"] < 1):
+        check_optimizer(optimizer)
+        check_losses(loss)
+        check_whole_number("scale_dropout.last", scale_dropout["last"], 0)
+        if not (scale_dropout["last"] < self.schedule.scales and 0 <= scale_dropout["p"] < 1):
             raise ValueError(
                 f"scale_dropout={scale_dropout}; expected `last`, 0 to {self.schedule.scales - 1} of the "
                 f"{self.schedule.scales} scales, and `p`, 0 to below 1"
             )
-        if optimizer["accumulate"] < 1:
-            raise ValueError(f"optimizer.accumulate={optimizer['accumulate']}; an iteration has 1 batch or more")
         seen, against = loss["perceptual"], loss["adversarial"]
         self.perceptual = load_perceptual(seen["kind"], seen["weights"]) if seen["weight"] else None
         self.discriminator, self.start = None, steps
         if against["weight"]:
-            if not 0 <= against["start"] < 1:
-                raise ValueError(f"loss.adversarial.start={against['start']}; expected a share of the training, 0 to below 1")
             self.discriminator = Discriminator(against["dims"], against["width"], against["layers"])
             self.start = round(against["start"] * steps)  # the discriminators' first iteration
             self.register_buffer("anchors", torch.zeros(len(against["dims"]), 2))  # LeCAM's

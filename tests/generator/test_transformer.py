@@ -273,11 +273,13 @@ def test_errors_name_what_is_known(make_generator):
     [
         ({"inherit": "some"}, "inherit=some; expected one of: first, all, none"),
         ({"history": "short"}, "history=short; expected one of: scales, full"),
+        ({"layers": -1}, "generator.layers=-1; expected a whole number of 1 or more"),
+        ({"heads": 0}, "generator.heads=0; expected a whole number of 1 or more"),
     ],
 )
-def test_unknown_choices_are_refused(value, message):
+def test_unknown_choices_and_wrong_numbers_are_refused(value, message):
     with pytest.raises(ValueError, match=message):
-        GeneratorConfig(layers=1, width=32, heads=2, bits=4, scales=3, **value)
+        GeneratorConfig(**{"layers": 1, "width": 32, "heads": 2, "bits": 4, "scales": 3, **value})
 
 
 @pytest.mark.parametrize("width, heads", [(30, 4), (36, 3), (8, 2)])
