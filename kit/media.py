@@ -88,7 +88,7 @@ def contact_sheet(groups: list[dict[str, Tensor]], titles: list[str], path: str 
     margin, gap, line = 108, 2, 20
     rows = []
     for group, title in zip(groups, titles, strict=True):
-        rows.append(title)
+        rows.append(" ".join(title.split()))  # in one line: of a caption with several the frames would cover the others
         rows.extend(group.items())
 
     first = next(iter(groups[0].values()))

@@ -23,7 +23,7 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.files import load_checked, save_checked, sole_user
-from kit.media import write_video
+from kit.media import contact_sheet, write_video
 from kit.verbs import held_out, per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
 from tests.processes import Command, demo_part
@@ -273,3 +273,12 @@ def test_pixels_survive_the_video_file(tmp_path):
     written = ((clip + 1) * 127.5).permute(1, 2, 3, 0).numpy()
     assert read.shape == (17, 64, 64, 3)
     assert np.abs(read - written).mean() < 3
+
+
+def test_a_caption_of_several_lines_has_one_on_a_contact_sheet(tmp_path):
+    """Else the frames would cover its other lines."""
+    sheets = [
+        contact_sheet([{"real": torch.zeros(3, 1, 64, 64)}], [title], tmp_path / f"{number}.png")
+        for number, title in enumerate(("a red ball\n over a\tfield\n", "a red ball over a field"))
+    ]
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()
