@@ -264,7 +264,10 @@ def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
             ["fit", "conf=stage1_tokenizer", "loss.adversarial.weight=1", "loss.adversarial.layers=0"],
             "layers=0; expected a w",
         ),
-        (["fit", "conf=stage1_tokenizer", "scale_dropout.last=1.5"], "scale_dropout.last=1.5; expected a whole number of 0"),
+        (
+            ["fit", "conf=stage1_tokenizer", "scale_dropout.last=1.5"],
+            "scale_dropout={'last': 1.5, 'p': 0.0}; expected `last`",
+        ),
         (["fit", "conf=progressive", "trainer.max_steps=9"], "trainer.max_steps counts nothing beside stages; give stages."),
         (["fit", "conf=progressive", "recipe.generator.steps=9"], "recipe.generator.steps counts nothing beside stages"),
     ],

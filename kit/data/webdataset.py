@@ -35,7 +35,7 @@ from kit.files import read_json, write_json
 from kit.machine import cache_folder
 
 WORDS = (".txt", ".json", ".cls")  # files that hold the caption or class of a clip
-INDEX = 2  # what an index means; another number with each change, so that those kept before are made anew
+INDEX = 3  # what an index means; another number with each change, so that those kept before are made anew
 
 
 class Member(NamedTuple):
@@ -116,13 +116,14 @@ def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None) ->
     with files.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
         end = 0
         for member in tar:
-            name = PurePosixPath(member.name)
-            if member.isfile() and name.suffix.lower() in SUFFIXES + PICTURES:
+            name, end = PurePosixPath(member.name), member.offset_data + member.size
+            if not member.isfile() or any(part.startswith(".") for part in name.parts):  # hidden: a Mac puts ._a.mp4 there
+                continue
+            if name.suffix.lower() in SUFFIXES + PICTURES:
                 videos[member.name] = [member.offset_data, member.size]
-            elif member.isfile() and name.suffix in WORDS:
+            elif name.suffix in WORDS:
                 words[str(name.with_suffix(""))][name.suffix] = tar.extractfile(member).read()
-            count[member.name] += member.isfile()
-            end = member.offset_data + member.size
+            count[member.name] += 1
         if size is not None and end > size:
             raise tarfile.ReadError(f"it ends after {size} bytes, in the midst of a file")
     twice = {str(PurePosixPath(name).with_suffix("")) for name, times in count.items() if times > 1}

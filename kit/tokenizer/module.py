@@ -29,7 +29,6 @@ from kit.tokenizer.losses import (
     perceptual_loss,
     reconstruction_loss,
 )
-from kit.values import check_whole_number
 
 ANCHOR_DECAY = 0.99  # of LeCAM's moving averages, per iteration
 
@@ -67,8 +66,8 @@ class TokenizerModule(L.LightningModule):
         self.scale_dropout = scale_dropout
         check_optimizer(optimizer)
         check_losses(loss)
-        check_whole_number("scale_dropout.last", scale_dropout["last"], 0)
-        if not (scale_dropout["last"] < self.schedule.scales and 0 <= scale_dropout["p"] < 1):
+        last, p = scale_dropout["last"], scale_dropout["p"]
+        if not (type(last) is int and 0 <= last < self.schedule.scales and 0 <= p < 1):
             raise ValueError(
                 f"scale_dropout={scale_dropout}; expected `last`, 0 to {self.schedule.scales - 1} of the "
                 f"{self.schedule.scales} scales, and `p`, 0 to below 1"

@@ -82,7 +82,7 @@ def test_their_clips_are_sorted_into_buckets_too(packed, videos, tmp_path):
     wide = torch.zeros(3, 6, 32, 64)
     pack(packed / "train-3.tar", {"wide.mp4": write_video(wide, tmp_path / "wide.mp4", 8.0).read_bytes()})
     clips = BucketClips(ShardClips(packed, "all", **SHAPE), [Bucket(5, 16, 32, 2), Bucket(9, 32, 32, 1)])
-    assert clips.files == [1, 12] and clips[0]["video"].shape == (3, 5, 16, 32)
+    assert clips.count == [1, 12] and clips[0]["video"].shape == (3, 5, 16, 32)
     files = FolderClips(videos, "all", 9, 32, 32)
     number = [Path(name).name for name in clips.parts[1].files].index(Path(clips.parts[1].file(0)).name)
     assert torch.equal(clips[1]["video"], files[number]["video"])
@@ -164,6 +164,16 @@ def test_brackets_may_be_part_of_a_name(tmp_path):
     assert list_shards(str(shard.parent)) == list_shards(str(shard)) == [str(shard)]
     assert list_shards(f"{tmp_path}/*/[ab].tar") == [str(shard)]
     assert list_shards(f"{shard.parent}/[ab]*.tar") == [str(shard)]
+
+
+def test_hidden_files_are_no_clips(packed, videos):
+    """Tars that are made on a Mac have a ._a.mp4 for a.mp4, which is no video."""
+    clip = (videos / "00.mp4").read_bytes()
+    pack(packed / "train-0.tar", {"./._00.mp4": b"attributes", "./00.mp4": clip, ".trash/01.mp4": clip, "._00.txt": b"\xff"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files = ShardClips(packed / "train-0.tar", "all", **SHAPE).files
+    assert files == [f"{packed}/train-0.tar/./00.mp4"]
 
 
 def test_a_shard_is_read_through_once(packed, monkeypatch):
