@@ -42,9 +42,10 @@ def data_for(cfg: DictConfig, model: Loaded, frames: int | None = None) -> ClipD
     Args:
         frames: T of the clips; None: as in training.
     Raises:
-        ValueError: if `shown` is below 1; else as `build_data`.
+        ValueError: if `shown`, `clips` or `batch_size` is below 1; else as `build_data`.
     """
-    check_whole_number("shown", cfg.shown, 1)
+    for key in ("shown", "clips", "batch_size"):
+        check_whole_number(key, cfg[key], 1)
     clip = {**model.clip, "frames": frames or model.clip["frames"]}
     cfg = cfg.copy()
     cfg.data.update({**clip, "batch_size": cfg.batch_size, "val_clips": cfg.clips, "workers": 0})

@@ -145,8 +145,9 @@ def test_what_models_show_is_of_one_process_and_of_some_clips(verb, pair, tmp_pa
     with sole_user(tmp_path / "out"):
         assert main(words) == 1
     assert f"another process is at work in {tmp_path / 'out'}" in capsys.readouterr().err
-    assert main([*words, "shown=0"]) == 1
-    assert "shown=0; expected a whole number of 1 or more" in capsys.readouterr().err
+    for key in ("shown", "clips", "batch_size"):
+        assert main([*words, f"{key}=0"]) == 1
+        assert f"kit {words[0]}: {key}=0; expected a whole number of 1 or more" in capsys.readouterr().err
 
 
 def demo_words(root: Path, *generator: str) -> list[str]:

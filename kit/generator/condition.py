@@ -111,7 +111,9 @@ class WordEncoder(nn.Module):
 
     def notes(self, text: str) -> list[str]:
         """Lists warnings about a text: words that are not read, and words that never occurred in training."""
-        words, notes = self.split(text), []
+        if not (words := self.split(text)):
+            return [f"{text!r} has no words: clips of any kind"]
+        notes = []
         if len(words) > self.length:
             notes.append(f"of {text!r} the first {self.length} words are read, not: {' '.join(words[self.length :])}")
         seen = self.seen.tolist()

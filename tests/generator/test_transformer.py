@@ -231,6 +231,7 @@ def test_words_not_read_or_never_trained_are_told(make_generator):
     assert condition.notes("a blue ball") == ["never seen in training, so without a meaning: blue"]
     assert condition.notes("a red ball in blue") == ["of 'a red ball in blue' the first 3 words are read, not: in blue"]
     assert condition.notes("  ") == ["the prompt is empty: clips of any kind"]
+    assert condition.notes("...") == ["'...' has no words: clips of any kind"]
 
 
 def test_captions_that_are_cut_are_told(make_generator):
