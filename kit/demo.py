@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from kit.files import write_json
 from kit.machine import fast_bfloat16
 
+PATIENCE = 10.0  # seconds that a part has to end after Ctrl-C, which a terminal sends to it too, before it is told by SIGTERM
 PROMPT = "a red ball moving right over a green field"
 
 
@@ -26,13 +27,22 @@ def command(verb: str, *overrides: str) -> list[str]:
 
 
 def run(words: list[str]):
-    """Prints a command and runs it.
+    """Prints a command and runs it. After Ctrl-C it waits for the command, which saves before it ends.
 
     Raises:
-        ValueError: if it fails.
+        ValueError: if it fails. KeyboardInterrupt: after Ctrl-C.
     """
     print(f"\n$ python -m {shlex.join(words)}", flush=True)
-    status = subprocess.run([sys.executable, "-m", *words]).returncode
+    process = subprocess.Popen([sys.executable, "-m", *words])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        raise
     if status:
         raise ValueError("this part of the demo failed; the message is above. Start the demo again and it goes on from there")
 

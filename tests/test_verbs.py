@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from kit.verbs import held_out, per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
 from tests.processes import Command, demo_part
 
+ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a red ball moving right over a green field"
 
 
@@ -263,6 +266,33 @@ def test_the_demo_hands_on_its_seed_and_threads(tmp_path, monkeypatch):
     monkeypatch.setattr("kit.demo.run", parts.append)
     assert main(["demo", f"root={tmp_path}", "seed=3", "threads=1"]) == 1, "nothing is there to tell the scores of"
     assert [words[1] for words in parts if {"seed=3", "threads=1"} <= set(words)] == ["fit", "fit", "validate", "generate"]
+
+
+PART = """
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+try:
+    pathlib.Path("began").touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)  # as a training that ends its step
+    pathlib.Path("saved").touch()
+"""
+
+
+@pytest.mark.parametrize("tell", [os.killpg, os.kill])
+def test_a_part_of_the_demo_saves_after_ctrl_c(tmp_path, tell):
+    """A terminal tells all processes, others only the first."""
+    (tmp_path / "part.py").write_text(PART)
+    code = "import kit.demo; kit.demo.PATIENCE = 2.0; kit.demo.run(['part'])"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+    ) as running:
+        while running.poll() is None and not (tmp_path / "began").exists():
+            time.sleep(0.01)
+        tell(running.pid, signal.SIGINT)
+        assert running.wait(60) != 0 and (tmp_path / "saved").exists()
 
 
 def test_pixels_survive_the_video_file(tmp_path):
