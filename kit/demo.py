@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from kit.files import write_json
 from kit.machine import fast_bfloat16
+from kit.signals import interrupted_by_sigterm
 
 PATIENCE = 10.0  # seconds that a part has to end after Ctrl-C, which a terminal sends to it too, before it is told by SIGTERM
 PROMPT = "a red ball moving right over a green field"
@@ -27,15 +28,16 @@ def command(verb: str, *overrides: str) -> list[str]:
 
 
 def run(words: list[str]):
-    """Prints a command and runs it. After Ctrl-C it waits for the command, which saves before it ends.
+    """Prints a command and runs it. After Ctrl-C or SIGTERM it waits for the command, which saves before it ends.
 
     Raises:
-        ValueError: if it fails. KeyboardInterrupt: after Ctrl-C.
+        ValueError: if it fails. KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
     print(f"\n$ python -m {shlex.join(words)}", flush=True)
     process = subprocess.Popen([sys.executable, "-m", *words])
     try:
-        status = process.wait()
+        with interrupted_by_sigterm():
+            status = process.wait()
     except KeyboardInterrupt:
         try:
             process.wait(PATIENCE)

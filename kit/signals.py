@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -16,10 +16,24 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 @contextmanager
 def ended_at_once() -> Iterator[None]:
     """Lets SIGTERM end the process while the block runs, in place of Lightning's handler, which waits for a step's end."""
+    with _on_sigterm(signal.SIG_DFL):
+        yield
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Lets SIGTERM raise KeyboardInterrupt while the block runs, as Ctrl-C does."""
+    with _on_sigterm(signal.default_int_handler):
+        yield
+
+
+@contextmanager
+def _on_sigterm(handler: Callable | signal.Handlers) -> Iterator[None]:
+    """Sets the handler of SIGTERM while the block runs, in the main thread; others cannot have one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    before = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:

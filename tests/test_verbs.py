@@ -280,8 +280,8 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("tell", [os.killpg, os.kill])
-def test_a_part_of_the_demo_saves_after_ctrl_c(tmp_path, tell):
+@pytest.mark.parametrize("tell, number", [(os.killpg, signal.SIGINT), (os.kill, signal.SIGINT), (os.kill, signal.SIGTERM)])
+def test_a_part_of_the_demo_saves_when_it_is_told_to_end(tmp_path, tell, number):
     """A terminal tells all processes, others only the first."""
     (tmp_path / "part.py").write_text(PART)
     code = "import kit.demo; kit.demo.PATIENCE = 2.0; kit.demo.run(['part'])"
@@ -291,7 +291,7 @@ def test_a_part_of_the_demo_saves_after_ctrl_c(tmp_path, tell):
     ) as running:
         while running.poll() is None and not (tmp_path / "began").exists():
             time.sleep(0.01)
-        tell(running.pid, signal.SIGINT)
+        tell(running.pid, number)
         assert running.wait(60) != 0 and (tmp_path / "saved").exists()
 
 
