@@ -55,10 +55,12 @@ def encode(data: ClipDataModule, cfg: DictConfig, tokenizer: Loaded, folder: Pat
         write_cache(place, about, sources, clips, tokenizer.model, data.workers)
         return read_manifest(place)
 
-    train, held_out = data.train, ({"val": data.val}, {"val": cfg.val_clips})
+    train = data.train
     if not data.bucketed:
-        return [part(folder, data.clip, {"train": train} | held_out[0], {"train": cfg.clips} | held_out[1])]
-    parts = [part(folder, data.clip, *held_out, buckets=list(map(str, train.buckets)))]
+        sources, clips = {"train": train, "val": data.val}, {"train": cfg.clips, "val": cfg.val_clips}
+        return [part(folder, data.clip, sources, clips)]
+    buckets = list(map(str, train.buckets))
+    parts = [part(folder, data.clip, {"val": data.val}, {"val": cfg.val_clips}, buckets=buckets)]
     for source, bucket, weight in zip(train.parts, train.buckets, train.weights, strict=True):
         clip = {**data.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
         clips = {"train": share_of(cfg.clips, weight / sum(train.weights))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -101,6 +102,11 @@ def part_of(batch_size: int, at_once: int | None) -> int:
 def batches_of(batch_size: int, at_once: int | None, accumulate: int) -> int:
     """Returns the number of `equal_parts` in `accumulate` batches."""
     return accumulate * equal_parts(batch_size, at_once)
+
+
+def hash_of(texts: Iterable[str]) -> str:
+    """Returns 8 hex digits of the SHA-256 of texts, such as names of files, in their order."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
 
 
 def differences(a: dict, b: dict, prefix: str = "") -> list[str]:

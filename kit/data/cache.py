@@ -33,6 +33,7 @@ from kit.files import file_sha256, not_saved, read_json, write_json, written_asi
 from kit.machine import device, inference_precision
 from kit.scales import latent_frames
 from kit.tokenizer import Tokenizer
+from kit.values import hash_of
 
 MANIFEST = "manifest.json"
 CLIPS, BATCH = 512, 16  # clips in a file; clips encoded at a time
@@ -276,8 +277,7 @@ class CachedClips(Dataset):
         self.native_fps = clip["fps"]
         names = [file.name for file in files_of({split: self.count})]
         self.written = [self._check(name, manifest["files"], verify) for name in names]
-        hashes = "\n".join(manifest["files"][name]["sha256"] for name in names)
-        self.contents = hashlib.sha256(hashes.encode()).hexdigest()[:8]
+        self.contents = hash_of(manifest["files"][name]["sha256"] for name in names)
 
     def _check(self, name: str, files: dict, verify: bool) -> tuple[str, int]:
         path = self.root / name
@@ -319,7 +319,7 @@ class CachedBuckets:
         first, *_ = self.parts.values()
         self.tokenizer, self.classes, self.captioned = first.tokenizer, first.classes, first.captioned
         self.native_fps = first.native_fps
-        self.contents = hashlib.sha256("\n".join(part.contents for part in self.parts.values()).encode()).hexdigest()[:8]
+        self.contents = hash_of(part.contents for part in self.parts.values())
 
     def part(self, bucket: str) -> tuple[CachedClips, int, int]:
         """Returns the clips of a bucket, their number, and their weight among all clips, which is their number too.

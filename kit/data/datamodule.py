@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from kit.data.buckets import Bucket, BucketClips, image_buckets
 from kit.data.cache import CachedClips
 from kit.data.numbered import Numbered
 from kit.loop import batches_done, batches_of_a_step
-from kit.values import check_share, check_whole_number, differences
+from kit.values import check_share, check_whole_number, differences, hash_of
 
 
 def leave_signals_to_the_trainer(worker: int):
@@ -278,7 +277,3 @@ def check_videos(data: ClipDataModule):
     """
     if data.cached:
         raise ValueError(f"{data.val.root} holds encoded clips; give the videos they are of: data=clips data.root=DIR")
-
-
-def hash_of(names: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
