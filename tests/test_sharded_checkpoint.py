@@ -163,13 +163,18 @@ def test_one_file_of_it_is_what_a_whole_save_holds(saved, tmp_path, capsys):
     assert contents_hash(load_checked(made)) == contents_hash(load_checked(tmp_path / "gathered.ckpt"))
     names = {"gathered.ckpt", "last.ckpt", "last.shards", "last_whole.ckpt", "met_saves", "consolidated"}
     assert {p.name for p in tmp_path.iterdir()} == names, "nothing is left of the way there"
+    assert main(words) == 0, "what it made before it makes anew"
+    other = tmp_path / "gathered.ckpt"
+    before = other.read_bytes()
     for word, told in (
         (f"ckpt={made}", "is one file already"),
+        (f"out={other}", "gathered.ckpt is there already; give another name"),
         (f"out={path}", "give another name"),
         (f"ckpt={tmp_path / 'last.shards'}", "give the file beside it, last.ckpt"),
     ):
         assert main([*words, word]) == 1
         assert told in capsys.readouterr().err
+    assert other.read_bytes() == before
 
 
 def test_no_room_for_one_file_is_told_before_it_is_made(saved, tmp_path, monkeypatch, capsys):

@@ -104,6 +104,8 @@ def write_cache(
     for split, number in clips.items():
         if number < 1:
             raise ValueError(f"{number} clips of the split {split}; expected 1 or more")
+    if _holds(folder, about, clips):  # before anything is written: a finished cache may be read only
+        return
     claimed = _claim(folder, about, clips)
     model, frames, files, met = tokenizer.to(device()).eval(), about["clip"]["frames"], files_of(claimed), set()
     with tqdm(total=sum(claimed.values()), desc="encode", unit="clip", disable=None) as bar:
@@ -141,6 +143,14 @@ def _locked(path: Path, seconds: float) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _holds(folder: Path, about: dict, clips: dict[str, int]) -> bool:
+    """Whether a finished cache holds these clips, or more, in files that are whole."""
+    path = folder / MANIFEST
+    found = read_json(path) if path.is_file() else {}
+    enough = found.get("about") == about and all(found["clips"].get(split, 0) >= n for split, n in clips.items())
+    return enough and "files" in found and all(is_whole(folder / file.name, file) for file in files_of(found["clips"]))
 
 
 def _claim(folder: Path, about: dict, clips: dict[str, int]) -> dict[str, int]:

@@ -74,9 +74,10 @@ def test_files_are_encoded_once_and_added_to(pair, tmp_path):
     seen = []
     write(pair, tmp_path, seen=seen)
     assert sum(seen) == 24
-    before = contents(tmp_path)
+    before, written = contents(tmp_path), tmp_path.stat().st_mtime_ns
     write(pair, tmp_path, seen=(again := []))
     assert not again and contents(tmp_path) == before
+    assert tmp_path.stat().st_mtime_ns == written, "a finished cache may be read only: no lock is made in it"
     write(pair, tmp_path, train=40, seen=(more := []))
     assert sum(more) == 24, "the first 16 of 40 were there"
     assert contents(tmp_path)["train_00000.safetensors"] == before["train_00000.safetensors"]
