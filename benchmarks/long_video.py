@@ -25,8 +25,9 @@ from streaming import megabytes
 
 from kit.checkpoint import Loaded
 from kit.generator.sampler import Sampling
-from kit.generator.transformer import Generator, GeneratorConfig
+from kit.generator.transformer import Generator
 from kit.media import video_writer
+from kit.planning.plan import generator_config
 from kit.sampling import stream_samples
 from kit.scales import latent_frames, pixel_frames
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -43,8 +44,7 @@ def fresh_pair(words: list[str]) -> tuple[Loaded, Loaded, Sampling, str]:
     cfg = composed("stage2_generator", ["size=tiny", *of_model])
     how = composed("generate", [word for word in words if word not in of_model])
     values = TokenizerConfig(**plain(cfg.tokenizer))
-    chosen = {"history": cfg.history, "window": cfg.window}
-    config = GeneratorConfig(**plain(cfg.generator), bits=values.bits, scales=len(values.scales), **chosen)
+    config = generator_config(cfg, values)
     clip = {key: cfg.data[key] for key in ("frames", "height", "width", "fps")}
     models = (Generator(config).eval().requires_grad_(False), Tokenizer(values).eval().requires_grad_(False))
     return *(Loaded(model, clip, Path("fresh"), 0, "") for model in models), Sampling.of(plain(how)), how.precision

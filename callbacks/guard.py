@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from kit.checkpoint import last_checkpoint
 from kit.files import disk_errors, not_saved, written_aside
 from kit.retries import LostLoss
 
@@ -50,7 +51,7 @@ class LossGuard(L.Callback):
             kept = self._keep(path)
         far = f", far above their mean, {self.mean:g}," if math.isfinite(size) else ""
         message = "the loss of another device is lost" if good else f"the loss is {loss.item():g}{far}"
-        last = self.folder / "checkpoints" / "last.ckpt"
+        last = last_checkpoint(self.folder)
         saved = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint is saved yet"
         data, batch = trainer.datamodule, trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
         raise LostLoss(

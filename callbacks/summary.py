@@ -7,6 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from kit.data.staged import StagedClips
 from kit.loop import batches_of_a_step
+from kit.optim import BYTES_AVERAGED, BYTES_TRAINED
 
 
 def million(n: int) -> str:
@@ -67,8 +68,8 @@ class RunSummary(L.Callback):
             f"({', '.join(f'{name} {million(n)}' for name, n in largest if n)})",
             "data": data.about,
             **steps,
-            "memory": f"up to {16 * trained / 1e9:.2f} GB for weights, gradients and optimizer, "
-            f"{4 * averaged / 1e9:.2f} GB for EMA, and the activations",
+            "memory": f"up to {BYTES_TRAINED * trained / 1e9:.2f} GB for weights, gradients and optimizer, "
+            f"{BYTES_AVERAGED * averaged / 1e9:.2f} GB for EMA, and the activations",
             "precision": f"{trainer.precision} on {trainer.strategy.root_device}",
             "run": str(trainer.default_root_dir),
         }

@@ -18,6 +18,7 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.staged import StagedClips
 from kit.generator.module import GeneratorModule
 from kit.generator.pretrained import find_encoder
+from kit.loop import accumulated
 from kit.scales import latent_frames
 from kit.stages import Stage, StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -145,9 +146,8 @@ def build_stages(cfg: DictConfig, plan: StagePlan, tokenizer: TokenizerConfig) -
 
 
 def accumulate_of(cfg: DictConfig) -> int:
-    """Returns the number of batches on each device per optimizer step; under manual optimization the module accumulates
-    them."""
-    return cfg.optimizer.get("accumulate", cfg.trainer.accumulate_grad_batches)
+    """Returns the number of batches on each device per optimizer step."""
+    return accumulated(cfg.optimizer, cfg.trainer)
 
 
 def tokenizer_config(cfg: DictConfig) -> TokenizerConfig:

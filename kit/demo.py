@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from kit.checkpoint import last_checkpoint
 from kit.files import write_json
 from kit.machine import fast_bfloat16
 from kit.signals import interrupted_by_sigterm
@@ -61,8 +62,7 @@ def demo(cfg: DictConfig) -> dict:
     if not fast_bfloat16():
         print("note: without bfloat16 instructions this takes more than an hour on two cores, not a quarter of one")
     where = f"root={folder.as_posix()}"
-    tokenizer = folder / "tokenizer" / "checkpoints" / "last.ckpt"
-    generator = folder / "generator" / "checkpoints" / "last.ckpt"
+    tokenizer, generator = (last_checkpoint(folder / part) for part in ("tokenizer", "generator"))
     extra = ["size=tiny", "trainer.devices=1", *cfg.overrides]  # the same small job on every machine
     own = [f"seed={cfg.seed}", *([f"threads={cfg.threads}"] if cfg.threads else [])]  # for the same keys of each part
     run(command("fit", "conf=stage1_tokenizer", where, "name=tokenizer", "ckpt=last", *own, *extra, *cfg.tokenizer_overrides))

@@ -17,6 +17,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kit.values import hash_of
+
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
@@ -25,7 +27,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     A kill, an error or a full disk leaves nothing half-written at `path`. The temporary path is always the same, so the next
     write replaces what a kill left there. An error of the system names `path`.
     """
-    name = hashlib.sha256(path.name.encode()).hexdigest()[:12]  # short, for long names
+    name = hash_of([path.name], 12)  # short, for long names
     aside = path.with_name(f".{name}.part{path.suffix}")  # PyAV chooses the container by the suffix
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

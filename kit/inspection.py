@@ -48,8 +48,8 @@ def bit_use(bits: Tensor, schedule: ScaleSchedule) -> dict[str, Tensor]:
     """
     scale = schedule.coordinates[:, 1]
     ones = torch.stack([bits[:, scale == k].float().mean((0, 1)) for k in range(schedule.scales)])
-    for k, d in enumerate(schedule.bits):
-        ones[k, d:] = torch.nan
+    for k in range(schedule.scales):
+        ones[k, schedule.bits_of(k, bits.shape[-1]) :] = torch.nan
     return {"ones": ones, "entropy": entropy_of(ones)}
 
 

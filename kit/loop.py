@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import lightning as L
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def batches_done(trainer: L.Trainer) -> int:
@@ -11,8 +17,14 @@ def batches_done(trainer: L.Trainer) -> int:
 
 
 def batches_of_a_step(trainer: L.Trainer, module: L.LightningModule) -> int:
-    """Returns the batches on each device per optimizer step; under manual optimization the module accumulates them."""
-    return module.hparams.optimizer.get("accumulate", trainer.accumulate_grad_batches)
+    """Returns the batches on each device per optimizer step."""
+    return accumulated(module.hparams.optimizer, trainer)
+
+
+def accumulated(optimizer: Mapping, trainer: L.Trainer | DictConfig) -> int:
+    """As `batches_of_a_step`, from the config's `optimizer` and the trainer or its config: a module under manual optimization
+    accumulates by the first."""
+    return optimizer.get("accumulate", trainer.accumulate_grad_batches)
 
 
 def between_steps(trainer: L.Trainer, module: L.LightningModule) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kit.fsdp import share_of, whole
 from kit.values import check_number, check_whole_number
 
+BYTES_TRAINED, BYTES_AVERAGED = 16, 4  # of a float32 parameter with its gradient and AdamW's moments; of its moving average
 PHASES = (2, 3)  # Newton-Schulz iterations per phase; more than three in one would let rounding errors grow
 
 

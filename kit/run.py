@@ -24,6 +24,7 @@ from kit.build import (
     plan_of,
     tokenizer_config,
 )
+from kit.checkpoint import last_checkpoint
 from kit.confs import keep_config
 from kit.data.buckets import Bucket
 from kit.data.cache import CachedClips, describe, share_of, write_cache
@@ -127,7 +128,7 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
         FileExistsError: if a new run would take the folder of an old one, without `overwrite`.
         FileNotFoundError: if the checkpoint asked for does not exist.
     """
-    last = last_checkpoint(cfg)
+    last = last_checkpoint(Path(cfg.folder))
     if cfg.ckpt == "last":
         return last if last.exists() else None
     if cfg.ckpt is not None:
@@ -154,7 +155,7 @@ def fit(cfg: DictConfig) -> L.Trainer:
     with sole_user(Path(cfg.folder)):
         resume = checkpoint_to_resume(cfg)
         try:
-            return with_retries(lambda *where: train(cfg, *where), resume, last_checkpoint(cfg), cfg.retries)
+            return with_retries(lambda *where: train(cfg, *where), resume, last_checkpoint(Path(cfg.folder)), cfg.retries)
         finally:
             finish_wandb()
 
@@ -166,14 +167,9 @@ def finish_wandb():
         wandb.finish()
 
 
-def last_checkpoint(cfg: DictConfig) -> Path:
-    """Returns the path of the checkpoint that ckpt=last goes on from."""
-    return Path(cfg.folder) / "checkpoints" / "last.ckpt"
-
-
 def goes_on(cfg: DictConfig, resume: Path | None) -> bool:
     """Returns whether a checkpoint to resume from is one of the run's own folder."""
-    return resume is not None and resume.resolve().parent == last_checkpoint(cfg).parent.resolve()
+    return resume is not None and resume.resolve().parent == last_checkpoint(Path(cfg.folder)).parent.resolve()
 
 
 @rank_zero_only
@@ -182,7 +178,7 @@ def take_folder(cfg: DictConfig, resume: Path | None):
     restart with ckpt=last would take for its own. A training that goes on from an earlier checkpoint of its own begins with
     a copy of that as the last one."""
     keep_config(cfg)
-    last = last_checkpoint(cfg)
+    last = last_checkpoint(Path(cfg.folder))
     if not goes_on(cfg, resume):
         for path in [last, *(last.parent.glob("*.ckpt") if cfg.overwrite else ())]:
             path.unlink(missing_ok=True)

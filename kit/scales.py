@@ -164,10 +164,14 @@ class ScaleSchedule:
         """
         return ScaleSchedule(self.latent_frames, (*self.grids, self.grid))
 
+    def bits_of(self, k: int, d: int) -> int:
+        """Returns d_k, how many of a token's d bits scale k has."""
+        return self.bits[k] if self.bits else d
+
     def used_bits(self, d: int) -> torch.Tensor:
         """Returns which bits of each token its scale has, (L, d) bool."""
         scale = self.coordinates[:, 1]
-        used = torch.tensor(self.bits or (d,) * self.scales, device=scale.device)[scale]
+        used = torch.tensor([self.bits_of(k, d) for k in range(self.scales)], device=scale.device)[scale]
         return torch.arange(d, device=scale.device) < used[:, None]
 
     @cached_property

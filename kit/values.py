@@ -104,9 +104,9 @@ def batches_of(batch_size: int, at_once: int | None, accumulate: int) -> int:
     return accumulate * equal_parts(batch_size, at_once)
 
 
-def hash_of(texts: Iterable[str]) -> str:
-    """Returns 8 hex digits of the SHA-256 of texts, such as names of files, in their order."""
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
+def hash_of(texts: Iterable[str], digits: int = 8) -> str:
+    """Returns the first hex digits, of 64, of the SHA-256 of texts, such as names of files, in their order."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:digits]
 
 
 def differences(a: dict, b: dict, prefix: str = "") -> list[str]:

@@ -28,8 +28,8 @@ class EndlessSampler(Sampler[Batch], ABC):
 
     def __iter__(self) -> Iterator[Batch]:
         for i in numbers_from(self.first_batch, self.left_out):
-            images = int(i * self.image_share)  # batches of images before this one
-            if int((i + 1) * self.image_share) > images:
+            images = images_among(i, self.image_share)
+            if images_among(i + 1, self.image_share) > images:
                 yield self.images(images)
             else:
                 yield self.clips(i - images)
@@ -99,6 +99,11 @@ class BucketSampler(EndlessSampler):
         i, before = source.clip_turns.of(number)
         bucket = source.buckets[i]
         return [(source.number(i, n), bucket.frames) for n in self.numbers(before, bucket.batch_size)]
+
+
+def images_among(batches: int, image_share: float) -> int:
+    """Returns how many of the first `batches` batches hold images."""
+    return int(batches * image_share)
 
 
 def numbers_from(first: int, left_out: frozenset[int]) -> Iterator[int]:

@@ -12,7 +12,6 @@ files are the clips to validate on, which have one shape.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -82,8 +81,7 @@ def describe(clip: dict, tokenizer: Tokenizer, tokenizer_hash: str, how: dict, s
 
 def _listing_of(source: Dataset) -> dict:
     names, words = source.listing(), source.said()
-    hashes = {"sha256": "\n".join(names), "words": json.dumps(words)}
-    return {"count": len(names), **{key: hashlib.sha256(text.encode()).hexdigest() for key, text in hashes.items()}}
+    return {"count": len(names), "sha256": hash_of(names, 64), "words": hash_of([json.dumps(words)], 64)}
 
 
 def write_cache(

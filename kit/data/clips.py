@@ -9,9 +9,9 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -148,6 +148,8 @@ class FolderClips(Dataset):
     verify: bool = False
     patience: float | None = 60.0
 
+    unused: ClassVar[tuple[str, ...]] = ()  # arguments that a subclass has no use for
+
     files: list[str] = field(init=False, repr=False)
     classes: tuple[str, ...] = field(init=False, repr=False)
     spare: list[str] = field(init=False, repr=False, default_factory=list)
@@ -220,6 +222,10 @@ class FolderClips(Dataset):
             check_choice(key, getattr(self, key), choices)
         for key, least in (("frames", 1), ("height", 1), ("width", 1), ("seed", 0), ("val_every", 2)):
             check_whole_number(key, getattr(self, key), least)
+        usual = {argument.name: argument.default for argument in fields(self)}
+        for key in self.unused:
+            if getattr(self, key) != usual[key]:
+                raise ValueError(f"{key}={getattr(self, key)}: {type(self).__name__} does not use it; leave it out")
         if (self.fps or 0) < 0:
             raise ValueError(f"fps={self.fps}; expected frames per second, or 0: the files' own")
         if self.patience is not None and self.patience <= 0:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
-from kit.data.batches import BucketSampler, StreamSampler, numbers_from
+from kit.data.batches import BucketSampler, StreamSampler, images_among, numbers_from
 from kit.data.buckets import Bucket, BucketClips, image_buckets
 from kit.data.cache import CachedClips
 from kit.data.numbered import Numbered
@@ -160,7 +160,7 @@ class ClipDataModule(ClipsOnDevice):
         return self._loader(Numbered(self.train, self.images), self.encoded, batch_sampler=stream)
 
     def _encode(self):
-        images = int(self.batches * self.image_share)  # batches of images, as `EndlessSampler` counts them
+        images = images_among(self.batches, self.image_share)
         clips = self.batches - images
         if self.images is None:
             self.train = self._encoded(self.train, self.bucket, clips, images)

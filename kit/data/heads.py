@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from kit.data.decode import UnreadableVideo
 from kit.files import read_json, write_json
 from kit.machine import cache_folder
+from kit.values import hash_of
 
 if TYPE_CHECKING:
     from kit.data.clips import FolderClips
@@ -39,7 +39,7 @@ def read_heads(source: FolderClips) -> dict[str, Head]:
     """
     root = str(source.root)
     about = f"{root if '://' in root else os.path.abspath(root)} {source.backend} {READING}"
-    path = cache_folder() / "heads" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.json"
+    path = cache_folder() / "heads" / f"{hash_of([about], 32)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = {name: f"{name} {line.rpartition(' ')[2]}" for name, line in zip(source.files, source.listing(), strict=True)}
     with FileLock(path.with_suffix(".lock")):

@@ -49,6 +49,8 @@ class UCF101(FolderClips):
         as `FolderClips`; FileNotFoundError also if a list is missing, or videos that it names, by name.
     """
 
+    unused = ("val_every",)
+
     label_from: str = "folder"
     official: int = 1
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import glob
-import hashlib
 import itertools
 import json
 import tarfile
@@ -33,6 +32,7 @@ from kit.data.decode import PICTURES, UnreadableVideo
 from kit.data.listing import SUFFIXES, is_utf8, split_files
 from kit.files import read_json, write_json
 from kit.machine import cache_folder
+from kit.values import hash_of
 
 WORDS = (".txt", ".json", ".cls")  # files that hold the caption or class of a clip
 INDEX = 3  # what an index means; another number with each change, so that those kept before are made anew
@@ -96,7 +96,7 @@ def index_of(shard: str) -> dict[str, list]:
         raise unreachable(shard, error) from error
     written = about.get("mtime") or about.get("LastModified") or about.get("ETag")
     state = json.dumps([INDEX, shard, about["size"], str(written)])
-    kept = cache_folder() / "shards" / f"{hashlib.sha256(state.encode()).hexdigest()[:32]}.json"
+    kept = cache_folder() / "shards" / f"{hash_of([state], 32)}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(kept.with_suffix(".lock")):  # the processes of a training begin together
         if not kept.exists():
@@ -178,17 +178,19 @@ def _order(seed: int, epoch: int, counts: tuple[int, ...]) -> np.ndarray:
 
 @dataclass(eq=False)
 class ShardClips(FolderClips):
-    """Data set of the clips in WebDataset shards, which `FolderClips` numbers, splits and skips.
+    """Data set of the clips in WebDataset shards, which `FolderClips` numbers, reads and skips.
 
     Training goes through the shards in a new order each epoch, and through the files of each shard in a new order, so that
     clips that are near each other in the stream are near on the disk.
 
     A broken shard is reported and left out; one that cannot be reached ends the training at its start. Captions and classes
-    are the shards' own; there are classes only if all clips have one.
+    are the shards' own; there are classes only if all clips have one. Of each shard every `val_every`-th file is held out.
 
     Args:
         root: see `list_shards`.
     """
+
+    unused = ("label_from", "filename_pattern", "captions")
 
     members: dict[str, Member] = field(init=False, repr=False, default_factory=dict)
     counts: tuple[int, ...] = field(init=False, repr=False, default=())  # this split's files in each shard

@@ -5,7 +5,6 @@ A distance depends on the detector as much as on the clips.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from kit.evaluation.i3d import I3D, LEAST_FRAMES, SIDE
 from kit.files import file_sha256, read_weights
 from kit.machine import cache_folder, device
-from kit.values import check_choice
+from kit.values import check_choice, hash_of
 
 I3D_FILE = "i3d_kinetics400.safetensors"
 PAIR = 2  # clips computed together, always: rounding depends on the size of a batch, results must not
@@ -141,7 +140,7 @@ def load_videomae(path: str | Path | None = None) -> Detector:
         return model(pixel_values=pixels.transpose(1, 2)).last_hidden_state.mean(dim=1)
 
     parts = [file_sha256(Path(path) / name) for name in ("config.json", "model.safetensors")]
-    sha256, frames = hashlib.sha256("".join(parts).encode()).hexdigest(), config.num_frames
+    sha256, frames = hash_of(["".join(parts)], 64), config.num_frames
     return Detector("videomae", sha256, config.hidden_size, frames, frames, network)
 
 

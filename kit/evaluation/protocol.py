@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
-from kit.values import check_choice, check_whole_number
+from kit.values import check_choice, check_whole_number, hash_of
 
 STARTS = ("first", "middle", "random")
 SOURCES = ("folder", "ucf101", "shapes")
@@ -160,4 +159,4 @@ class Protocol:
 
 def digest(values) -> str:
     """sha256 of plain values, independent of the order of their keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hash_of([json.dumps(values, sort_keys=True)], 64)

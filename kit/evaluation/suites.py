@@ -6,7 +6,6 @@ prompts/README.md (sampling).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from kit.files import read_json, read_text, write_json
 from kit.media import write_video
 from kit.sampling import seed_of
+from kit.values import hash_of
 
 SAMPLES = 5  # VBench reads the videos 0 to 4 of each prompt
 # For this dimension VBench reads five videos of a prompt that hold still, picked by its static_filter.py. It does not say
@@ -94,7 +94,7 @@ def video_name(text: str, index: int) -> str:
     if not re.search(r"[/\0]", text) and len(name.encode()) <= NAME_BYTES:
         return name
     readable = re.sub(r"[/\0]", " ", text).encode()[:READABLE_BYTES].decode(errors="ignore")
-    return f"{readable} {hashlib.sha256(text.encode()).hexdigest()[:12]}-{index}.mp4"
+    return f"{readable} {hash_of([text], 12)}-{index}.mp4"
 
 
 def video_table(prompts: list[Prompt], seed: int) -> dict[str, dict]:
@@ -137,7 +137,7 @@ def write_suite(
     folder = Path(folder)
     videos = folder / "videos"
     texts = json.dumps([prompt.text for prompt in prompts])
-    common = {"seed": seed, "fps": fps, "prompts": hashlib.sha256(texts.encode()).hexdigest()[:16]}
+    common = {"seed": seed, "fps": fps, "prompts": hash_of([texts], 16)}
     table = video_table(prompts, seed)
     _claim(folder, settings | common)
     path = folder / "videos.json"

@@ -41,8 +41,8 @@ def scale_weights(schedule: ScaleSchedule, d: int, kind: str) -> Tensor:
 
 def accuracy_by_block(right: Tensor, schedule: ScaleSchedule) -> Tensor:
     """Returns the share of right bits in each frame and scale, (F, K). right: (B, L, d) bool."""
-    bits = schedule.bits or (right.shape[-1],) * schedule.scales
-    shares = torch.stack([right[:, b.slice, : bits[b.k]].float().mean() for b in schedule.blocks])
+    d = right.shape[-1]
+    shares = torch.stack([right[:, b.slice, : schedule.bits_of(b.k, d)].float().mean() for b in schedule.blocks])
     return shares.view(schedule.latent_frames, schedule.scales)
 
 

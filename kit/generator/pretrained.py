@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import sqlite3
 from contextlib import closing
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from kit.files import file_sha256
 from kit.machine import autocast, cache_folder, device, exact_float32
+from kit.values import hash_of
 
 KEPT = 4096  # captions whose states are held in memory
 MOVED = "KIT_TEXT_ENCODER"  # environment variable: folder of an encoder that was moved
@@ -116,7 +116,7 @@ def _missing(name: str, error: Exception) -> FileNotFoundError:
 def folder_revision(folder: Path) -> str:
     """Returns `files-` and 16 hex digits: a hash of names and contents of the files that an encoder's states depend on."""
     files = sorted(path for path in folder.iterdir() if path.suffix in DECIDING)
-    return "files-" + hashlib.sha256("".join(f"{p.name} {file_sha256(p)} " for p in files).encode()).hexdigest()[:16]
+    return "files-" + hash_of(["".join(f"{p.name} {file_sha256(p)} " for p in files)], 16)
 
 
 class PretrainedEncoder(nn.Module):
@@ -135,7 +135,7 @@ class PretrainedEncoder(nn.Module):
         source = functools.cache(lambda: self._source(name, revision))
         place = Path(os.environ.get(MOVED) or name)
         found = folder_revision(place) if place.is_dir() else ""  # it may hold another encoder than the commit asked for
-        key = hashlib.sha256(f"{revision or name} {found} {channels} {length}".encode()).hexdigest()[:16]
+        key = hash_of([f"{revision or name} {found} {channels} {length}"], 16)
         self.store = cache_folder() / "text" / f"{key}.sqlite"
         self.longest = functools.cache(lambda: source().longest)
         self.tokenizer = functools.cache(lambda: open_tokenizer(source()))

@@ -146,7 +146,7 @@ class FrameSampler:
             logits = self.cached.block(f, k, self._rows(total), self._rows(self.finished))
             if self.copies == 2:
                 logits = guided(logits, self.sampling.guidance.gamma(f, k, self.schedule))
-            used = self.schedule.bits[k] if self.schedule.bits else logits.shape[-1]
+            used = self.schedule.bits_of(k, logits.shape[-1])
             drawn = draw_bits(logits[..., :used], self.sampling.temperature, self.sampling.top_p, self.generators)
             bits.append(F.pad(drawn, (0, logits.shape[-1] - used)))
             total = self._add(total, bits[-1], k)

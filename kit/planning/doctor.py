@@ -19,6 +19,7 @@ from kit.confs import CONF, compose, confs, located, trains
 from kit.data.datamodule import ClipDataModule
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator, GeneratorConfig
+from kit.optim import BYTES_AVERAGED, BYTES_TRAINED
 from kit.perceptual import GET_VGG16, load_perceptual, vgg16_path
 from kit.planning.plan import batches_of_all, clips_of_a_batch, costs, planned_tokenizer, shapes_of, stages_of
 from kit.stages import StagePlan
@@ -32,7 +33,6 @@ PACKAGES = {  # package -> the feature that needs it
     "wandb": "logger=wandb", "tensorboard": "logger=tensorboard", "torchvision": "", "xformers": "",
     "transformers": "protocol.detector.kind=videomae and condition.encoder",
 }  # fmt: skip
-BYTES_TRAINED = 20  # per parameter: float32 weights, gradients, two AdamW moments, EMA
 
 
 def versions() -> dict[str, str]:
@@ -89,7 +89,8 @@ def presets() -> list[str]:
     rows = [f"{'size':<8}{'tokenizer':>12}{'generator':>12}{'train tok.':>12}{'train gen.':>12}{'generate':>12}"]
     sizes = {path.stem: parameters(path.stem) for path in (CONF / "size").glob("*.yaml")}
     for size, (tokenizer, generator) in sorted(sizes.items(), key=lambda item: item[1][1]):
-        gigabytes = [BYTES_TRAINED * tokenizer / 1e9, BYTES_TRAINED * generator / 1e9 + 4 * tokenizer / 1e9]
+        trained = BYTES_TRAINED + BYTES_AVERAGED
+        gigabytes = [trained * tokenizer / 1e9, trained * generator / 1e9 + 4 * tokenizer / 1e9]
         gigabytes.append(4 * (tokenizer + generator) / 1e9)
         cells = [f"{n / 1e6:.1f} M" for n in (tokenizer, generator)] + [f"{g:.2f} GB" for g in gigabytes]
         rows.append(f"{size:<8}" + "".join(f"{cell:>12}" for cell in cells))

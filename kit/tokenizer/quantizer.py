@@ -32,16 +32,15 @@ def to_code(bits: Tensor) -> Tensor:
 
 def used_of(bits: Tensor, k: int, schedule: ScaleSchedule) -> Tensor:
     """Sets those of the bits (..., d) to False that scale k does not have (see `ScaleSchedule.bits`)."""
-    if not schedule.bits or schedule.bits[k] == bits.shape[-1]:
-        return bits
-    return bits & (torch.arange(bits.shape[-1], device=bits.device) < schedule.bits[k])
+    d = bits.shape[-1]
+    used = schedule.bits_of(k, d)
+    return bits if used == d else bits & (torch.arange(d, device=bits.device) < used)
 
 
 def residual_map(bits: Tensor, k: int, schedule: ScaleSchedule) -> Tensor:
     """Returns what scale k adds to the running sum: bits (N, h_k * w_k, d) -> (N, d, h, w) float32."""
     code = to_code(bits).contiguous()  # makes the map channels-last, which a GPU resizes far faster
-    if schedule.bits:
-        code[..., schedule.bits[k] :] = 0
+    code[..., schedule.bits_of(k, bits.shape[-1]) :] = 0
     return up(tokens_to_map(code, schedule.grids[k]), schedule.grid)
 
 
@@ -107,7 +106,7 @@ def pyramid(
         bits = label if disturb is None else used_of(disturb(k, label), k, schedule)
         added = residual_map(bits, k, schedule)
         total = total + (added if kept is None else added * kept[:, k, None, None, None])
-        yield Step(residual[:, : schedule.bits[k]] if schedule.bits else residual, label, bits, total)
+        yield Step(residual[:, : schedule.bits_of(k, residual.shape[1])], label, bits, total)
 
 
 def frames_of(feature: Tensor) -> Tensor:

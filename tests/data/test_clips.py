@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from kit.data.clips import FolderClips, fit, frame_numbers
 from kit.data.decode import UnreadableVideo
 from tests.data.videos import COUNT, same, shown, write, write_bad
+from tests.fixtures import composed
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -23,6 +25,14 @@ def test_item_format(videos):
     assert item["video"].shape == (3, 5, 16, 24) and item["video"].dtype == torch.float32
     assert item["video"].is_contiguous() and item["video"].abs().max() <= 1
     assert isinstance(item["caption"], str) and isinstance(item["label"], int)
+
+
+def test_the_confs_defaults_are_the_class_s():
+    shown = composed("stage1_tokenizer", "data=clips", "data.root=videos").data.source
+    usual = {argument.name: argument.default for argument in fields(FolderClips)}
+    assert {key: usual[key] for key in shown if key[0] != "_" and key != "root"} == {
+        key: value for key, value in shown.items() if key[0] != "_" and key != "root"
+    }
 
 
 @pytest.mark.parametrize("backend", ["decord", "pyav"])

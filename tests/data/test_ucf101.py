@@ -71,6 +71,8 @@ def test_missing_classes_are_counted(ucf101):
 def test_wrong_arguments_and_lists(ucf101, tmp_path):
     with pytest.raises(ValueError, match="official=4; UCF-101 has the official splits 1, 2 and 3"):
         UCF101(ucf101, official=4, **SHAPE)
+    with pytest.raises(ValueError, match="val_every=3: UCF101 does not use it; leave it out"):
+        UCF101(ucf101, val_every=3, **SHAPE)
     with pytest.raises(FileNotFoundError, match="trainlist02.txt is missing"):
         UCF101(ucf101, official=2, **SHAPE)
     (tmp_path / "list.txt").write_text("Class000/v_Class000_g01_c01.avi 1\n\nv_Class000_g01_c01.avi\n")

@@ -68,6 +68,13 @@ def packed(videos, tmp_path) -> Path:
     return tmp_path / "shards"
 
 
+@pytest.mark.parametrize("given", [{"captions": "a.csv"}, {"label_from": "folder"}, {"filename_pattern": "(?P<label>.)"}])
+def test_words_from_elsewhere_are_refused(packed, given):
+    (key,) = given
+    with pytest.raises(ValueError, match=f"{key}=.*: ShardClips does not use it; leave it out"):
+        ShardClips(packed, **given, **SHAPE)
+
+
 def test_items_are_those_of_the_files(packed, videos):
     source, files = ShardClips(packed, "all", **SHAPE), FolderClips(videos, "all", **SHAPE)
     assert [Path(name).name for name in source.files] == files.files

@@ -9,6 +9,8 @@ import pytest
 
 from kit.confs import CONF
 from kit.evaluation.protocol import Network, Protocol, Real
+from kit.perceptual import VGG16_SHA256
+from kit.prepare.i3d import I3D_SHA256
 from kit.values import differences, plain
 from tests.fixtures import composed
 
@@ -34,6 +36,11 @@ def test_shipped_protocols_say_everything(name):
     protocol = Protocol.from_dict(shipped(name))
     assert protocol.name == name and protocol.detector.kind == "i3d" and len(protocol.detector.sha256) == 64
     assert protocol.hash in str(protocol) and f"{protocol.frames} frames" in str(protocol)
+
+
+def test_the_shipped_ones_want_the_networks_that_kit_helps_to():
+    protocol = Protocol.from_dict(shipped("folder"))
+    assert (protocol.detector.sha256, protocol.perceptual.sha256) == (I3D_SHA256, VGG16_SHA256)
 
 
 def test_ucf101_by_the_literature():
