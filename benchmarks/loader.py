@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 from kit.data import decode
 from kit.data.batches import StreamSampler
-from kit.data.clips import FolderClips, frame_numbers
+from kit.data.clips import FolderClips
+from kit.data.frames import frame_numbers
 from kit.data.numbered import Numbered
 from runs import parted
 

@@ -111,11 +111,11 @@ def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):
     """
     for part in data.parts if isinstance(data, StagedClips) else [data]:
         if part.cached and module.kind == "tokenizer":
-            raise ValueError(f"{part.val.root} holds encoded clips, which a generator trains on; a tokenizer needs videos")
+            raise ValueError(f"{part.val.name} holds encoded clips, which a generator trains on; a tokenizer needs videos")
         for clips in (part.val, part.images):
-            if isinstance(clips, CachedClips) and clips.tokenizer != module.hparams.tokenizer_hash:
+            if clips is not None and clips.tokenizer not in (None, module.hparams.get("tokenizer_hash")):
                 raise ValueError(
-                    f"the clips in {clips.root} are encoded by the tokenizer {clips.tokenizer}, the generator is to learn "
+                    f"the clips in {clips.name} are encoded by the tokenizer {clips.tokenizer}, the generator is to learn "
                     f"those of {module.hparams.tokenizer_hash} ({module.hparams.tokenizer_path}); give tokenizer_ckpt=, or "
                     f"make another cache"
                 )

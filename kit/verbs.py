@@ -83,12 +83,11 @@ def held_out(data: ClipDataModule) -> dict:
     """
     check_videos(data)
 
-    own = getattr(data.val, "own", lambda n: True)  # sources without files never repeat
-    numbers = [n for n in range(data.val_clips) if own(n)]
+    numbers = [n for n in range(data.val_clips) if data.val.distinct(n)]
     if len(numbers) < data.val_clips:
         print(f"  clips={data.val_clips}, but {len(numbers)} held out: each is taken once")
     clips = [(n, data.val[n]) for n in numbers]
-    clips = [clip for n, clip in clips if own(n)]
+    clips = [clip for n, clip in clips if data.val.distinct(n)]  # not those whose file has turned out to be unreadable
     if len(clips) < len(numbers):
         print(f"  {len(numbers) - len(clips)} of {len(numbers)} cannot be read and are left out")
     if not clips:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch.utils.data import Sampler
 
-from kit.data.buckets import BucketClips
+from kit.data.bucketed import BucketClips
 
 Batch = list[tuple[int, int]]  # (clip number, how many of its frames)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +24,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from kit.data.buckets import Bucket
 from kit.data.numbered import Numbered
+from kit.data.source import BucketPart, ClipSource
 from kit.files import file_sha256, not_saved, read_json, write_json, written_aside
 from kit.machine import device, inference_precision
 from kit.scales import latent_frames
@@ -61,16 +63,15 @@ def share_of(clips: int, share: float) -> int:
     return max(1, math.ceil(clips * share))
 
 
-def describe(clip: dict, tokenizer: Tokenizer, tokenizer_hash: str, how: dict, sources: dict[str, Dataset]) -> dict:
+def describe(clip: dict, tokenizer: Tokenizer, tokenizer_hash: str, how: dict, sources: dict[str, ClipSource]) -> dict:
     """Describes the clips of a cache as plain values, for its manifest.
 
     Args:
         clip: `frames`, `height`, `width`, `fps`. how: plain values that choose the clips, the config's `data.source`.
-        sources: split -> data set. If a data set has a `listing` of files, their names, sizes, captions and classes count
-            too.
+        sources: split -> data set. If it has files, their names, sizes, captions and classes count too.
     """
     schedule = tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
-    files = {split: _listing_of(source) for split, source in sources.items() if hasattr(source, "listing")}
+    files = {split: _listing_of(source) for split, source in sources.items() if source.files}
     first = next(iter(sources.values()))
     about = {
         "tokenizer": tokenizer_hash, "schedule": str(schedule), "clip": clip, "source": how, "files": files,
@@ -79,13 +80,13 @@ def describe(clip: dict, tokenizer: Tokenizer, tokenizer_hash: str, how: dict, s
     return json.loads(json.dumps(about))
 
 
-def _listing_of(source: Dataset) -> dict:
-    names, words = source.listing(), source.said()
-    return {"count": len(names), "sha256": hash_of(names, 64), "words": hash_of([json.dumps(words)], 64)}
+def _listing_of(source: ClipSource) -> dict:
+    lines = source.listing()
+    return {"count": len(lines), "sha256": hash_of(lines, 64), "words": hash_of([json.dumps(source.texts())], 64)}
 
 
 def write_cache(
-    folder: Path, about: dict, sources: dict[str, Dataset], clips: dict[str, int], tokenizer: Tokenizer, workers: int
+    folder: Path, about: dict, sources: dict[str, ClipSource], clips: dict[str, int], tokenizer: Tokenizer, workers: int
 ):  # fmt: skip
     """Encodes the first clips of each split, and writes the files of the cache that do not exist yet.
 
@@ -183,7 +184,7 @@ def is_whole(path: Path, file: CacheFile) -> bool:
 
 
 def _encoded(
-    source: Dataset, file: CacheFile, model: Tokenizer, frames: int, workers: int, bar: tqdm
+    source: ClipSource, file: CacheFile, model: Tokenizer, frames: int, workers: int, bar: tqdm
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:  # fmt: skip
     """Yields the encoded clips of a file in batches: feature (b, d, F, h, w), label (b,), given (b,) and captions."""
     items = [(n, frames) for n in range(file.first, file.first + file.clips)]
@@ -249,7 +250,7 @@ def open_cache(root: str | Path, split: str = "train", **shape_and_verify) -> Ca
     return CachedClips(root, split, **shape_and_verify)
 
 
-class CachedClips(Dataset):
+class CachedClips(ClipSource):
     """Data set of the clips in a cache, read from disk as they are asked for.
 
     Items are {"feature": (d, F, h, w) float16, "caption": str, "label": int, "given": int}, numbered from 0 without end: the
@@ -262,8 +263,7 @@ class CachedClips(Dataset):
         height, width, fps: must be those of the cache; None accepts any.
         verify: compare the hash of each file now, which reads them all; else only their sizes.
     Attributes:
-        tokenizer: hash of the tokenizer that encoded the clips. contents: hash of the files of the split. classes, captioned,
-            native_fps: those of the encoded data set.
+        contents: hash of the files of the split. classes, captioned, native_fps: those of the encoded data set.
     Raises:
         FileNotFoundError, ValueError: as `read_manifest`, if the clips have another shape, or if a file is damaged.
     """
@@ -282,7 +282,7 @@ class CachedClips(Dataset):
                 raise ValueError(f"data.{key}={value}, but the clips of the cache {root} have {clip[key]}; leave it out")
         self.latents = latent_frames(frames or clip["frames"])
         self.tokenizer, self.classes, self.captioned = about["tokenizer"], tuple(about["classes"]), about["captioned"]
-        self.native_fps = clip["fps"]
+        self.fps = clip["fps"]
         names = [file.name for file in files_of({split: self.count})]
         self.written = [self._check(name, manifest["files"], verify) for name in names]
         self.contents = hash_of(manifest["files"][name]["sha256"] for name in names)
@@ -302,47 +302,62 @@ class CachedClips(Dataset):
         words = {"caption": captions[row], "label": labels[row]}
         return {"feature": features[row, :, : self.latents], "given": given[row], **words}
 
-    def said(self) -> list[dict]:
-        """`caption` of each clip."""
+    @property
+    def name(self) -> str:
+        return str(self.root)
+
+    @property
+    def native_fps(self) -> float:
+        return self.fps
+
+    @property
+    def draws(self) -> dict:
+        return {"contents": self.contents}
+
+    def texts(self) -> list[dict]:
         return [{"caption": caption} for file in self.written for caption in _open(*file)[-1]]
 
 
-class CachedBuckets:
+class CachedBuckets(ClipSource):
     """The training clips of a cache in buckets, for `BucketClips`.
 
     Args:
         root: the cache's folder. verify: as for `CachedClips`.
     Attributes:
-        parts: bucket, such as 17x96x160 -> its clips. seed: of the order in which buckets take turns. tokenizer, contents,
-            classes, captioned, native_fps: as of `CachedClips`.
+        parts: bucket, such as 17x96x160 -> its clips. contents, classes, captioned, native_fps: as of `CachedClips`.
     Raises:
         as `CachedClips`.
     """
-
-    seed = 0
 
     def __init__(self, root: str | Path, verify: bool = False):
         self.root = Path(root)
         self.parts = {name: CachedClips(self.root / name, verify=verify) for name in of_manifest(root, "buckets")}
         first, *_ = self.parts.values()
         self.tokenizer, self.classes, self.captioned = first.tokenizer, first.classes, first.captioned
-        self.native_fps = first.native_fps
+        self.fps = first.fps
         self.contents = hash_of(part.contents for part in self.parts.values())
 
-    def part(self, bucket: str) -> tuple[CachedClips, int, int]:
-        """Returns the clips of a bucket, their number, and their weight among all clips, which is their number too.
+    @property
+    def name(self) -> str:
+        return str(self.root)
 
-        Raises:
-            ValueError: if the cache has no such bucket.
-        """
-        if bucket not in self.parts:
-            raise ValueError(f"data.buckets: the cache {self.root} has no {bucket}; choose from {', '.join(self.parts)}")
-        part = self.parts[bucket]
-        return part, part.count, part.count
+    @property
+    def native_fps(self) -> float:
+        return self.fps
 
-    def said(self) -> list[dict]:
-        """`caption` of each clip."""
-        return [words for part in self.parts.values() for words in part.said()]
+    @property
+    def draws(self) -> dict:
+        return {"contents": self.contents}
+
+    def texts(self) -> list[dict]:
+        return [text for part in self.parts.values() for text in part.texts()]
+
+    def in_buckets(self, buckets: Sequence[Bucket]) -> list[BucketPart | None]:
+        """Finds the clips that were encoded in each bucket. Raises ValueError if the cache has no such bucket."""
+        if missing := [str(bucket) for bucket in buckets if str(bucket) not in self.parts]:
+            raise ValueError(f"data.buckets: the cache {self.root} has no {missing[0]}; choose from {', '.join(self.parts)}")
+        parts = [self.parts[str(bucket)] for bucket in buckets]
+        return [BucketPart(part, part.count, part.count) for part in parts]
 
     def __getitem__(self, n: int):
         raise ValueError(f"the clips of the cache {self.root} are in buckets: leave out data.buckets=, which are the cache's")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from kit.data.buckets import Bucket
 from kit.data.decode import UnreadableVideo, load_backend
 from kit.data.decoder_process import open_video
-from kit.data.heads import Head
+from kit.data.frames import fit, frame_numbers
+from kit.data.heads import Head, sort_files
 from kit.data.listing import (
     CAPTION_FILES,
     LABEL_SOURCES,
@@ -33,46 +32,11 @@ from kit.data.listing import (
     read_captions,
     split_files,
 )
-from kit.pixels import from_bytes
+from kit.data.source import BucketPart, ClipSource
 from kit.values import check_choice, check_whole_number
 
 SAME_RATE = 1.05  # rates that differ by no more than this factor count as one
 ORDERS = 64  # file orders of epochs kept in memory: each bucket uses two, for its clips and for its images
-
-
-def frame_numbers(count: int, rate: float, frames: int, fps: float | None, start: float) -> np.ndarray:
-    """Chooses the frames of a file that make a clip: int (T,). Numbers of `count` and more mean that the file is too short.
-
-    Args:
-        count, rate: number of frames and frames per second of the file.
-        frames: T. fps: frames per second of the clip, the file's own if None or 0; the nearest frame is taken at each step.
-        start: place of the clip, from 0 (it begins with the file) to 1 (it ends with the file).
-    """
-    step = rate / fps if fps else 1.0
-    slack = max(count - 1 - step * (frames - 1), 0)
-    return np.floor(start * slack + step * np.arange(frames) + 0.5).astype(int)
-
-
-def most_frames(count: int, rate: float, fps: float | None) -> int:
-    """Number of frames of the longest clip that a file is long enough for; arguments as for `frame_numbers`."""
-    step = rate / fps if fps else 1.0
-    return math.ceil((count - 0.5) / step)
-
-
-def fit(video: np.ndarray, height: int, width: int, top: float = 0.5, left: float = 0.5) -> Tensor:
-    """Resizes uint8 (T, H, W, 3) until it just covers (height, width), and crops it.
-
-    Args:
-        top, left: where the crop lies, 0 to 1; 0.5 is the centre.
-    Returns: float32 (3, T, height, width) in [-1, 1].
-    """
-    clip = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2)
-    scale = max(height / clip.shape[2], width / clip.shape[3])
-    size = [max(round(side * scale), least) for side, least in zip(clip.shape[2:], (height, width), strict=True)]
-    clip = F.interpolate(clip, size, mode="bilinear", antialias=True)
-    y, x = round(top * (size[0] - height)), round(left * (size[1] - width))
-    clip = clip[:, :, y : y + height, x : x + width].permute(1, 0, 2, 3).contiguous()
-    return from_bytes(clip)
 
 
 @functools.lru_cache(maxsize=ORDERS)
@@ -102,7 +66,7 @@ def size_of(path: Path) -> int:
 
 
 @dataclass(eq=False)
-class FolderClips(Dataset):
+class FolderClips(ClipSource):
     """Data set of video files: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}.
 
     Item n is a pure function of (seed, n), for any n >= 0. `train` is endless: it goes through its files in a new order each
@@ -232,12 +196,18 @@ class FolderClips(Dataset):
             raise ValueError(f"patience={self.patience}; expected seconds above 0, or null")
         load_backend(self.backend)
 
+    @property
+    def name(self) -> str:
+        return str(self.root)
+
+    @property
+    def draws(self) -> dict:
+        return {"seed": self.seed}
+
     def listing(self) -> list[str]:
-        """`NAME BYTES` of each file of the split; together with `said` it identifies the clips of a cache."""
         return [f"{name} {size_of(self.root / name)}" for name in self.files]
 
-    def said(self) -> list[dict]:
-        """`words` of each file of the split, in the order of `listing`."""
+    def texts(self) -> list[dict]:
         return [self.words(name) for name in self.files]
 
     @property
@@ -271,9 +241,7 @@ class FolderClips(Dataset):
         epoch, position = divmod(n, len(self.files))
         return self.files[self._order_of(epoch)[position] if self.split == "train" else position]
 
-    def own(self, n: int) -> bool:
-        """Whether item n of `val` or `all` is of a file of its own: not the second of a file, nor, as far as is known by
-        now, of another file because its own cannot be read."""
+    def distinct(self, n: int) -> bool:  # not the second of a file, nor of another file because its own cannot be read
         return n < len(self.files) and self.path_of(self.file(n)) not in self.skipped
 
     def _order_of(self, epoch: int) -> np.ndarray:
@@ -351,6 +319,11 @@ class FolderClips(Dataset):
         part.spare = [name for name in self.files if name not in own]
         part._begin_records()
         return part
+
+    def in_buckets(self, buckets: Sequence[Bucket]) -> list[BucketPart | None]:
+        """Puts each file into the bucket that suits it. Raises as `sort_files`."""
+        sorted_files = zip(buckets, sort_files(self, buckets), strict=True)
+        return [BucketPart(self.part(files, *b[:3]), len(files), len(files)) if files else None for b, files in sorted_files]
 
     def skip(self, name: str, error: UnreadableVideo) -> None:
         """Records a file that cannot be read, and warns the first time.

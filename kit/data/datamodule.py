@@ -11,12 +11,13 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from kit.data.batches import BucketSampler, StreamSampler, images_among, numbers_from
-from kit.data.buckets import Bucket, BucketClips, image_buckets
-from kit.data.cache import CachedClips
+from kit.data.bucketed import BucketClips
+from kit.data.buckets import Bucket, image_buckets
 from kit.data.numbered import Numbered
+from kit.data.source import ClipSource, check_source
 from kit.loop import batches_done, batches_of_a_step
 from kit.values import check_share, check_whole_number, differences, hash_of
 
@@ -58,9 +59,7 @@ class ClipDataModule(ClipsOnDevice):
     """Training and validation clips of one resolution and duration, or training clips in buckets.
 
     Args:
-        source: builds the data set of a split: source(split=, frames=, height=, width=, fps=) -> items numbered from 0
-            without end, each {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}, some with "given": int, see
-            `Numbered`.
+        source: builds the data set of a split: source(split=, frames=, height=, width=, fps=) -> `ClipSource`.
         frames: T = 1 + 4n. height, width: pixels. fps: frames per second; 0: the files' own.
         batch_size: clips in a batch on a rank. val_clips: number of clips of the validation split to use.
         workers: number of processes that load clips.
@@ -75,9 +74,9 @@ class ClipDataModule(ClipsOnDevice):
     """
 
     def __init__(
-        self, source: Callable[..., Dataset], frames: int, height: int, width: int, fps: float,
+        self, source: Callable[..., ClipSource], frames: int, height: int, width: int, fps: float,
         batch_size: int, val_clips: int, workers: int, image_share: float = 0.0, buckets: Sequence[Mapping] = (),
-        images: Callable[..., Dataset] | None = None,
+        images: Callable[..., ClipSource] | None = None,
     ):  # fmt: skip
         super().__init__()
         for key, number, least in (("batch_size", batch_size, 1), ("val_clips", val_clips, 1), ("workers", workers, 0)):
@@ -93,6 +92,7 @@ class ClipDataModule(ClipsOnDevice):
         self.batch_size, self.val_clips, self.workers = batch_size, val_clips, workers
         shape = dict(frames=frames, height=height, width=width, fps=fps)
         self.train, self.val = source(split="train", **shape), source(split="val", **shape)
+        check_source(self.train, "data.source")
         self.fps = fps or self.train.native_fps
         self.classes, self.captioned = tuple(self.train.classes), self.train.captioned
         self.images = images(split="train", frames=1, height=height, width=width) if images else None
@@ -102,10 +102,11 @@ class ClipDataModule(ClipsOnDevice):
             if self.images is not None:
                 self.images = BucketClips(self.images, image_buckets(shapes))
         self.sources = [source for source in (self.train, self.val, self.images) if source is not None]
+        self.bucketed = bool(buckets)
         self.encode, self.batches, self.encoded, self.batches_done = None, 0, self.cached, 0
         self.left_out: frozenset[int] = frozenset()  # numbers of batches in the stream
 
-    def encode_ahead(self, encode: Callable[..., CachedClips], batches: int):
+    def encode_ahead(self, encode: Callable[..., ClipSource], batches: int):
         """Makes training read encoded clips, which are made or found at its start.
 
         Args:
@@ -117,29 +118,19 @@ class ClipDataModule(ClipsOnDevice):
         self.encode, self.batches = encode, batches
 
     @property
-    def bucketed(self) -> bool:
-        """Whether the training's clips are in buckets."""
-        return isinstance(self.train, BucketClips)
-
-    @property
     def cached(self) -> bool:
         """Whether the clips come encoded, from a cache that was made before."""
-        return isinstance(self.val, CachedClips)
+        return self.val.tokenizer is not None
 
     @property
     def unreadable(self) -> list[Path]:
         """Files that could not be read so far, in this process or a worker."""
-        return [path for source in self.sources for path in getattr(source, "unreadable", [])]
-
-    @property
-    def _unsorted(self) -> list[Dataset]:
-        """Its sources as they were before they were sorted into buckets."""
-        return [source.source if isinstance(source, BucketClips) else source for source in self.sources]
+        return [path for source in self.sources for path in source.unreadable]
 
     @property
     def captions(self) -> set[str]:
         """The captions of its files, class names where there are none; empty if it has no files."""
-        return {words["caption"] for source in self._unsorted if hasattr(source, "said") for words in source.said()} - {""}
+        return {text["caption"] for source in self.sources for text in source.texts()} - {""}
 
     @property
     def clip(self) -> dict:
@@ -166,11 +157,11 @@ class ClipDataModule(ClipsOnDevice):
             self.train = self._encoded(self.train, self.bucket, clips, images)
             return
         self.train = self._encoded(self.train, self.bucket, clips, 0)
-        if not isinstance(self.images, CachedClips):
+        if self.images.tokenizer is None:
             (bucket,) = image_buckets([self.bucket])
             self.images = self._encoded(self.images, bucket, images, 0, images=True)
 
-    def _encoded(self, source: Dataset, bucket: Bucket, clips: int, pictures: int, images: bool = False) -> Dataset:
+    def _encoded(self, source: ClipSource, bucket: Bucket, clips: int, pictures: int, images: bool = False) -> ClipSource:
         """Returns a source with encoded clips in place of its own.
 
         Args:
@@ -179,7 +170,7 @@ class ClipDataModule(ClipsOnDevice):
                 `images`.
         """
 
-        def encode(part: Dataset, shape: Bucket, share: float, needed: int) -> CachedClips:
+        def encode(part: ClipSource, shape: Bucket, share: float, needed: int) -> ClipSource:
             return self.encode(part, shape, share, needed * self.trainer.world_size, images)  # the processes share the work
 
         if isinstance(source, BucketClips):
@@ -218,10 +209,9 @@ class ClipDataModule(ClipsOnDevice):
     @property
     def about(self) -> str:
         """Describes the data in words: where clips come from, how many files, captions or classes."""
-        train, val = (source.source if isinstance(source, BucketClips) else source for source in (self.train, self.val))
-        parts = [str(getattr(train, "root", type(train).__name__.lower()))]
-        if hasattr(train, "files"):
-            parts.append(f"{len(train.files)} files to train on, {len(val.files)} held out")
+        parts = [self.train.name]
+        if self.train.files:
+            parts.append(f"{len(self.train.files)} files to train on, {len(self.val.files)} held out")
         known = f"{len(self.classes)} classes" if self.classes else "neither captions nor classes"
         return ", ".join([*parts, "captions" if self.captioned else known])
 
@@ -238,18 +228,15 @@ class ClipDataModule(ClipsOnDevice):
         """Plain values that decide which clips the batches of a step hold; of files, a hash of their names, of caches one of
         what they hold."""
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
-        sources = self._unsorted
-        names = [name for source in sources for name in getattr(source, "files", ())]
-        keys = ("seed", "weights", "late", "contents", "draws")
-        draws = {key: [getattr(source, key) for source in sources if hasattr(source, key)] for key in keys}
+        names = [name for source in self.sources for name in source.files]
         steps = {}
         if self.trainer is not None:
             batches = batches_of_a_step(self.trainer, self.trainer.lightning_module)
             steps = {"devices": self.trainer.world_size, "batches_of_a_step": batches}
         return {
             **self.clip, "batch_size": self.batch_size, "image_share": self.image_share, "buckets": buckets,
-            "files": hash_of(names), "held_out": None if self.cached else hash_of(getattr(self.val, "files", ())),
-            **draws, **steps,
+            "files": hash_of(names), "held_out": None if self.cached else hash_of(self.val.files),
+            "draws": [source.draws for source in self.sources], **steps,
         }  # fmt: skip
 
     def state_dict(self) -> dict:
@@ -276,4 +263,4 @@ def check_videos(data: ClipDataModule):
         ValueError: if it holds encoded clips, from a cache.
     """
     if data.cached:
-        raise ValueError(f"{data.val.root} holds encoded clips; give the videos they are of: data=clips data.root=DIR")
+        raise ValueError(f"{data.val.name} holds encoded clips; give the videos they are of: data=clips data.root=DIR")

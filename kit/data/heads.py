@@ -1,16 +1,20 @@
-"""Lengths and frame sizes of the videos of a folder, read once and kept in kit's cache folder."""
+"""Lengths and frame sizes of the videos of a folder, read once and kept in kit's cache folder, and the buckets that suit."""
 
 from __future__ import annotations
 
 import os
 import time
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from filelock import FileLock
 from tqdm import tqdm
 
+from kit.data.buckets import Bucket, suiting
 from kit.data.decode import UnreadableVideo
+from kit.data.frames import most_frames
 from kit.files import read_json, write_json
 from kit.machine import cache_folder
 from kit.values import hash_of
@@ -63,3 +67,27 @@ def _read_missing(source: FolderClips, lines: dict[str, str], kept: dict[str, He
             saved = time.monotonic()
     if lines:
         write_json(path, kept)
+
+
+def sort_files(folder: FolderClips, buckets: Sequence[Bucket]) -> list[list[str]]:
+    """Sorts the readable files of a folder into the buckets that suit them: the files of each bucket.
+
+    Warns about files that are too short for every bucket, which are left out.
+
+    Raises:
+        ValueError: if all files are too short, or none can be read.
+    """
+    files: list[list[str]] = [[] for _ in buckets]
+    if not (heads := read_heads(folder)):
+        raise folder.nothing_readable()
+    for name, head in heads.items():
+        frames = most_frames(head.count, head.rate, folder.fps)
+        if (i := suiting(buckets, frames, head.height, head.width)) is not None:
+            files[i].append(name)
+    if lost := len(heads) - sum(map(len, files)):
+        shapes = ", ".join(map(str, buckets))
+        message = f"{lost} of {len(heads)} files in {folder.root} are shorter than each of data.buckets, {shapes}"
+        if lost == len(heads):
+            raise ValueError(f"{message}; add a shorter one")
+        warnings.warn(f"{message}, and left out; add a shorter one", stacklevel=4)
+    return files

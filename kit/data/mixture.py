@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
+
+from kit.data.buckets import Bucket
+from kit.data.source import BucketPart, ClipSource, check_source
 
 PERIOD = 1000  # items; each source has its share of every period, to a thousandth
 
@@ -62,7 +64,7 @@ def label_among(classes: Sequence[str], own: Sequence[str], label: int) -> int:
     return classes.index(name) if name in classes else -1
 
 
-class Mixture(Dataset):
+class Mixture(ClipSource):
     """Data set that mixes items of several endless sources, which take `Turns`.
 
     Item n is a pure function of n, as the items of the sources are, and no item of a source is left out.
@@ -72,15 +74,16 @@ class Mixture(Dataset):
             sum.
         split, shape: for the sources, which all have the same `frames`, `height`, `width` and `fps`.
         seed: of the order of turns.
-    Attributes: seed, weights, draws; classes, those of all sources, sorted; captioned, whether any source is: one that has
-    only classes is captioned by their names.
+    Attributes:
+        classes: those of all sources, sorted. captioned: whether any source is: one that has only classes is captioned by
+            their names.
     Raises:
         ValueError: if there are no sources, the names of `sources` and `weights` differ, or a source holds encoded clips; as
             `shares`.
     """
 
     def __init__(
-        self, sources: Mapping[str, Callable[..., Dataset]], weights: Mapping[str, float], split: str = "train",
+        self, sources: Mapping[str, Callable[..., ClipSource]], weights: Mapping[str, float], split: str = "train",
         seed: int = 0, **shape,
     ):  # fmt: skip
         if not sources:
@@ -88,7 +91,9 @@ class Mixture(Dataset):
         if set(sources) != set(weights):
             raise ValueError(f"data.source.weights are of {', '.join(weights)}, the sources are {', '.join(sources)}")
         self.sources = {name: build(split=split, **shape) for name, build in sources.items()}
-        if encoded := [name for name, source in self.sources.items() if hasattr(source, "tokenizer")]:
+        for name, source in self.sources.items():
+            check_source(source, f"data.source.sources.{name}")
+        if encoded := [name for name, source in self.sources.items() if source.tokenizer]:
             raise ValueError(
                 f"the source {encoded[0]} is a cache of encoded clips, which cannot be mixed; give the videos it is of, and "
                 f"encode the mixture: python -m kit cache data=mixture ..."
@@ -102,7 +107,7 @@ class Mixture(Dataset):
             message = f"of the sources of the mixture {', '.join(wordless)} have neither captions nor classes, as others have"
             warnings.warn(f"{message}: their clips train without a condition; caption them, or take them out", stacklevel=3)
 
-    def of_parts(self, parts: Mapping[str, Dataset], weights: Mapping[str, float]) -> Mixture:
+    def of_parts(self, parts: Mapping[str, ClipSource], weights: Mapping[str, float]) -> Mixture:
         """The same mixture of parts of its sources, in shares of their own."""
         mixture = copy.copy(self)
         mixture.sources, mixture.weights, mixture.turns = dict(parts), dict(weights), Turns(weights, self.seed)
@@ -114,33 +119,40 @@ class Mixture(Dataset):
         item = source[number]
         return {"given": 0, **item, "label": label_among(self.classes, source.classes, item["label"])}
 
-    def own(self, n: int) -> bool:
-        """`FolderClips.own` of an item; sources without files never repeat."""
+    def distinct(self, n: int) -> bool:
         name, number = self.turns.of(n)
-        source = self.sources[name]
-        return source.own(number) if hasattr(source, "own") else True
+        return self.sources[name].distinct(number)
 
     @property
-    def draws(self) -> dict[str, dict]:
-        """What each source draws by, as far as it says so: plain values."""
-        keys = ("seed", "late")
-        return {name: {k: getattr(source, k) for k in keys if hasattr(source, k)} for name, source in self.sources.items()}
+    def draws(self) -> dict:
+        sources = {name: source.draws for name, source in self.sources.items()}
+        return {"seed": self.seed, "weights": self.weights, "sources": sources}
 
     @property
     def files(self) -> list[str]:
-        """Files of all sources that have files, as SOURCE/FILE."""
-        return [f"{name}/{file}" for name, source in self._of_files() for file in source.files]
+        """Files of all sources, as SOURCE/FILE."""
+        return [f"{name}/{file}" for name, source in self.sources.items() for file in source.files]
 
     def listing(self) -> list[str]:
-        """`FolderClips.listing` of all sources that have one, each line with its source's name."""
-        return [f"{name}: {line}" for name, source in self._of_files() for line in source.listing()]
+        """The lines of all sources, each with its source's name."""
+        return [f"{name}: {line}" for name, source in self.sources.items() for line in source.listing()]
 
-    def said(self) -> list[dict]:
-        """`FolderClips.said` of all sources that have files, one after another."""
-        return [words for _, source in self._of_files() for words in source.said()]
+    def texts(self) -> list[dict]:
+        return [text for source in self.sources.values() for text in source.texts()]
 
-    def _of_files(self) -> list[tuple[str, Dataset]]:
-        return [(name, source) for name, source in self.sources.items() if hasattr(source, "listing")]
+    def in_buckets(self, buckets: Sequence[Bucket]) -> list[BucketPart | None]:
+        """Sorts the clips of each source; a bucket's part is a mixture of the sources that have clips for it. A source keeps
+        its share of all clips, in the buckets together."""
+        sorted_clips = {name: source.in_buckets(buckets) for name, source in self.sources.items()}
+        whole = {name: sum(part.weight for part in parts if part) for name, parts in sorted_clips.items()}
+        found = []
+        for i in range(len(buckets)):
+            parts = {name: each[i] for name, each in sorted_clips.items() if each[i]}
+            shares = {name: self.weights[name] * part.weight / whole[name] for name, part in parts.items()}
+            clips = self.of_parts({name: part.clips for name, part in parts.items()}, shares) if parts else None
+            count = sum(part.count for part in parts.values())
+            found.append(BucketPart(clips, count, sum(shares.values())) if parts else None)
+        return found
 
     @property
     def native_fps(self) -> float:
@@ -152,4 +164,4 @@ class Mixture(Dataset):
 
     @property
     def unreadable(self) -> list[Path]:
-        return [path for source in self.sources.values() for path in getattr(source, "unreadable", [])]
+        return [path for source in self.sources.values() for path in source.unreadable]

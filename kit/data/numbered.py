@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.utils.data import Dataset
 
 from kit.data.mixture import label_among
+from kit.data.source import ClipSource
 from kit.pixels import check_pixels
 from kit.scales import latent_frames
 
@@ -16,7 +17,7 @@ class Numbered(Dataset):
     `given` of an item is the number of its first latent frames that are not to be predicted, 0 if the source does not say.
     """
 
-    def __init__(self, source: Dataset, images: Dataset | None = None):
+    def __init__(self, source: ClipSource, images: ClipSource | None = None):
         self.source, self.images = source, images
 
     def __getitem__(self, key: tuple[int, int]) -> dict:

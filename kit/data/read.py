@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kit.data.clips import fit, frame_numbers
 from kit.data.decode import Decoder, is_picture, open_video
+from kit.data.frames import fit, frame_numbers
 
 CHUNK = 16  # frames of a long video held at a time
 

@@ -12,9 +12,9 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from kit.data.paraphrase import caption_words, paraphrase
+from kit.data.source import ClipSource
 from kit.values import check_share, check_whole_number
 
 COLOURS = {
@@ -241,7 +241,7 @@ def render(
 
 
 @dataclass(frozen=True)
-class Shapes(Dataset):
+class Shapes(ClipSource):
     """Data set of drawn clips: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int, "given": int}.
 
     Args:
@@ -299,6 +299,10 @@ class Shapes(Dataset):
             "label": SHAPES.index(shown.shape),
             "given": 0 if start is None else 1,
         }
+
+    @property
+    def draws(self) -> dict:
+        return {"seed": self.seed, "late": self.late}
 
     def start(self, n: int) -> float | None:
         """Time in seconds at which clip n begins if it is a late one, else None."""

@@ -93,7 +93,7 @@ def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Sha
         raise ValueError(f"protocol.folds={protocol.folds} of {len(videos.files)} videos have no two each; say fewer")
     protocol = protocol.resolved(samples=samples)
     if cfg.paired:
-        if odd := sorted(set(videos.files) ^ set(getattr(source, "files", []))):
+        if odd := sorted(set(videos.files) ^ set(source.files)):
             raise ValueError(
                 f"paired=true needs the same file names in videos={cfg.videos} and real={cfg.real}; {odd[0]} is in one only"
             )

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from kit.data.clips import fit
+from kit.data.frames import fit
 from kit.data.listing import is_captioned, write_captions
 from kit.machine import cache_folder
 from kit.media import write_video

@@ -16,9 +16,11 @@ from kit.build import buckets_of
 from kit.cli import main
 from kit.data import heads
 from kit.data.batches import BucketSampler
-from kit.data.buckets import Bucket, BucketClips, read_shape, suiting
-from kit.data.clips import FolderClips, frame_numbers, most_frames
+from kit.data.bucketed import BucketClips
+from kit.data.buckets import Bucket, read_shape, suiting
+from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
+from kit.data.frames import frame_numbers, most_frames
 from kit.data.heads import Head, read_heads
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes

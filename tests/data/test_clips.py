@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from kit.data.clips import FolderClips, fit, frame_numbers
+from kit.data.clips import FolderClips
 from kit.data.decode import UnreadableVideo
+from kit.data.frames import fit, frame_numbers
 from tests.data.videos import COUNT, same, shown, write, write_bad
 from tests.fixtures import composed
 

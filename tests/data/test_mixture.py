@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import PERIOD, Mixture, shares
 from kit.data.shapes import Shapes
+from kit.data.source import ClipSource
 from kit.media import write_video
 from tests.fixtures import CLIP, QUICK, TOKENIZER
 
@@ -105,7 +105,9 @@ def test_sources_without_words_are_told_once(tmp_path):
 
 def test_caches_are_not_mixed():
     def cached(**_):
-        return SimpleNamespace(tokenizer="0123", classes=(), captioned=False)  # as `CachedClips` has them
+        source = ClipSource()
+        source.tokenizer = "0123"  # as `CachedClips` has it
+        return source
 
     with pytest.raises(
         ValueError, match="the source mine is a cache of encoded clips, which cannot be mixed; give the videos"

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Subset
 
 from kit.cli import main
 from kit.data import webdataset
-from kit.data.buckets import Bucket, BucketClips
+from kit.data.bucketed import BucketClips
+from kit.data.buckets import Bucket
 from kit.data.clips import FolderClips
 from kit.data.shapes import Shapes
 from kit.data.webdataset import ShardClips, list_shards

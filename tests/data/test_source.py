@@ -1,0 +1,65 @@
+"""A data set of one's own: what it need not say has a default, and what it lacks is told."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from kit.cli import main
+from kit.data.bucketed import BucketClips
+from kit.data.buckets import Bucket
+from kit.data.datamodule import ClipDataModule
+from kit.data.mixture import Mixture
+from kit.data.shapes import Shapes
+from kit.data.source import ClipSource
+from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER
+
+SHAPE = {"frames": 5, "height": 32, "width": 32, "fps": 8}
+LOADING = {"batch_size": 2, "val_clips": 2, "workers": 0}
+
+
+class Stripes(ClipSource):
+    """Stripes that move: the least that a data set has to be."""
+
+    def __init__(self, split: str, frames: int, height: int, width: int, fps: float, **of_shapes):
+        self.shape, self.captioned = (frames, height, width), True
+
+    def __getitem__(self, n):
+        frames, _, width = self.shape
+        rows = torch.arange(width) / 8 + torch.arange(frames)[:, None, None] * (1 + n % 3)
+        return {"video": rows.sin().expand(3, *self.shape), "caption": f"stripes at speed {n % 3}", "label": -1}
+
+
+class Strange(Dataset):
+    def __init__(self, **_): ...
+
+
+def test_it_trains_is_cached_mixed_and_validated(tmp_path):
+    trainer, shape = CLIP[:2], [word for word in CLIP if word.startswith("data.")]
+    own = ["data.source._target_=tests.data.test_source.Stripes", f"root={tmp_path}", *shape]
+    few = ["trainer.max_steps=2", *(word for word in QUICK if "val_check" not in word), "trainer.val_check_interval=2"]
+    assert main(["fit", "conf=stage1_tokenizer", *own, *trainer, *few, *TOKENIZER, "name=codec"]) == 0
+    codec = f"tokenizer_ckpt={tmp_path / 'codec' / 'checkpoints' / 'last.ckpt'}"
+    assert main(["cache", *own, codec, "clips=8", "val_clips=4", "name=cached"]) == 0
+    cached = ["data=cached", f"data.root={tmp_path / 'cached'}", f"root={tmp_path}", *trainer, *few]
+    assert main(["fit", "conf=stage2_generator", *cached, codec, *GENERATOR, "name=generator"]) == 0
+    generator = tmp_path / "generator" / "checkpoints" / "last.ckpt"
+    assert main(["validate", f"ckpt={generator}", f"root={tmp_path}", own[0], "clips=2", "name=scores"]) == 0
+    mixture = Mixture({"own": Stripes, "drawn": Shapes}, {"own": 1, "drawn": 1}, "train", **SHAPE)
+    assert {mixture[n]["label"] >= 0 for n in range(9)} == {True, False}
+    data = ClipDataModule(partial(Mixture, {"own": Stripes}, {"own": 1}), **SHAPE, **LOADING)
+    assert data.about == "mixture, captions" and not data.captions and data.settings["draws"][0]["sources"] == {"own": {}}
+
+
+def test_what_it_lacks_is_told():
+    with pytest.raises(ValueError, match="data.source makes a Strange; derive it from kit.data.source.ClipSource"):
+        ClipDataModule(Strange, **SHAPE, **LOADING)
+    with pytest.raises(ValueError, match="data.source.sources.own makes a Strange; derive it"):
+        Mixture({"own": Strange}, {"own": 1}, **SHAPE)
+    with pytest.raises(ValueError, match="Stripes has no such files"):
+        BucketClips(Stripes("train", **SHAPE), [Bucket(5, 32, 32, 1)])
+    with pytest.raises(ValueError, match="clips of stripes have no frame rate of their own; give data.fps=N"):
+        ClipDataModule(Stripes, **{**SHAPE, "fps": 0}, **LOADING)
