@@ -1,20 +1,30 @@
-"""The verb `cache`: encodes the clips of a data set once, for any number of trainings of a generator."""
+"""Clips encoded once for generators: by the verb `cache` for any number of trainings, or by a training for itself."""
 
 from __future__ import annotations
 
+import math
 import shlex
+import shutil
 import time
+from functools import partial
 from pathlib import Path
 
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
-from torch.utils.data import Dataset
 
-from kit.build import build_data
+from kit.build import accumulate_of, build_data, of_stage
 from kit.checkpoint import Loaded, load_tokenizer
-from kit.data.cache import describe, read_manifest, share_of, write_cache
+from kit.data.buckets import Bucket
+from kit.data.cache import CachedClips, read_manifest
 from kit.data.datamodule import ClipDataModule, check_videos
-from kit.run import choice_of
-from kit.values import check_whole_number
+from kit.data.source import ClipSource
+from kit.data.staged import StagedClips
+from kit.encoding import describe, write_cache
+from kit.generator.module import GeneratorModule
+from kit.signals import ended_at_once
+from kit.stages import Stage
+from kit.values import check_whole_number, plain
 
 
 def cache(cfg: DictConfig) -> Path:
@@ -49,7 +59,7 @@ def encode(data: ClipDataModule, cfg: DictConfig, tokenizer: Loaded, folder: Pat
         the manifest of each part. Raises as `write_cache`.
     """
 
-    def part(place: Path, clip: dict, sources: dict[str, Dataset], clips: dict[str, int], **more) -> dict:
+    def part(place: Path, clip: dict, sources: dict[str, ClipSource], clips: dict[str, int], **more) -> dict:
         about = describe(clip, tokenizer.model, tokenizer.hash, choice_of(cfg.data.source), sources) | more
         print(f"{' + '.join(map(str, clips.values()))} clips, {about['schedule']}")
         write_cache(place, about, sources, clips, tokenizer.model, data.workers)
@@ -62,7 +72,99 @@ def encode(data: ClipDataModule, cfg: DictConfig, tokenizer: Loaded, folder: Pat
     buckets = list(map(str, train.buckets))
     parts = [part(folder, data.clip, {"val": data.val}, {"val": cfg.val_clips}, buckets=buckets)]
     for source, bucket, weight in zip(train.parts, train.buckets, train.weights, strict=True):
-        clip = {**data.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
         clips = {"train": share_of(cfg.clips, weight / sum(train.weights))}
-        parts.append(part(folder / str(bucket), clip, {"train": source}, clips))
+        parts.append(part(folder / str(bucket), shaped(data.clip, bucket), {"train": source}, clips))
     return parts
+
+
+def shaped(clip: dict, bucket: Bucket) -> dict:
+    """Returns the values of a clip in the shape of a bucket."""
+    return {**clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+
+
+def share_of(clips: int, share: float) -> int:
+    """Returns the number of clips of a part that has a share of all: rounded up, so at least one."""
+    return max(1, math.ceil(clips * share))
+
+
+def encoded_clips_of(cfg: DictConfig, *parts: str) -> Path:
+    """Returns the folder of the clips that a run encodes for itself.
+
+    Args:
+        parts: names of the stage and the bucket, if any, each of which has a folder of its own.
+    """
+    return Path(cfg.folder) / "_".join(("encoded_clips", *parts))
+
+
+def choice_of(source: DictConfig) -> dict:
+    """Returns the plain values that choose the clips of a source. The folder is not among them: a cache lists its files."""
+
+    def chosen(values: dict) -> dict:  # recursive: a mixture has sources within
+        others = {"_partial_", "root", "patience", "verify"}
+        if not values.get("late"):  # chooses the same clips as before this key existed: older caches stay valid
+            others.add("late")
+        return {key: chosen(v) if isinstance(v, dict) else v for key, v in values.items() if key not in others}
+
+    return chosen(plain(source))
+
+
+def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: GeneratorModule):
+    """Makes training read clips that are encoded once at its start: `encoded_clips` of them in each stage, or fewer if it
+    does not read as many.
+
+    Raises:
+        ValueError: if `encoded_clips` is below 1.
+    """
+    check_whole_number("encoded_clips", cfg.encoded_clips, 1)
+    staged = isinstance(data, StagedClips)
+    stages = data.plan.stages if staged else [None]
+    for stage, part in zip(stages, data.parts if staged else [data], strict=True):
+        if part.cached:
+            continue
+        steps = stage.steps if stage else cfg.trainer.max_steps
+        part.encode_ahead(partial(encoded, cfg, part, stage, module), steps * accumulate_of(cfg))
+
+
+def encoded(
+    cfg: DictConfig, part: ClipDataModule, stage: Stage | None, module: GeneratorModule,
+    source: ClipSource, bucket: Bucket, share: float, needed: int, images: bool,
+) -> CachedClips:  # fmt: skip
+    """Encodes clips into the run's folder, or finds those that it encoded before.
+
+    Args:
+        part: the data that the clips are of. stage: its stage; None: the training has none.
+        source, bucket, share, needed, images: see `ClipDataModule.encode_ahead`.
+    """
+    data, of = (of_stage(cfg, stage).data, [stage.name]) if stage else (cfg.data, [])
+    folder = encoded_clips_of(cfg, *of, *["images"] * images, *[str(bucket)] * part.bucketed)
+    how = choice_of(data.images if images else data.source)
+    sources, clips = {"train": source}, {"train": min(share_of(cfg.encoded_clips, share), max(1, needed))}
+    about = describe(shaped(part.clip, bucket), module.tokenizer, module.hparams.tokenizer_hash, how, sources)
+    with ended_at_once():  # files that are whole stay
+        write_cache(folder, about, sources, clips, module.tokenizer, part.workers)
+    return CachedClips(folder)
+
+
+def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):
+    """Checks that clips from a cache suit the module.
+
+    Raises:
+        ValueError: if the module trains a tokenizer, which needs videos, or if the clips were encoded by another tokenizer
+            than the generator's.
+    """
+    for part in data.parts if isinstance(data, StagedClips) else [data]:
+        if part.cached and module.kind == "tokenizer":
+            raise ValueError(f"{part.val.name} holds encoded clips, which a generator trains on; a tokenizer needs videos")
+        for clips in (part.val, part.images):
+            if clips is not None and clips.tokenizer not in (None, module.hparams.get("tokenizer_hash")):
+                raise ValueError(
+                    f"the clips in {clips.name} are encoded by the tokenizer {clips.tokenizer}, the generator is to learn "
+                    f"those of {module.hparams.tokenizer_hash} ({module.hparams.tokenizer_path}); give tokenizer_ckpt=, or "
+                    f"make another cache"
+                )
+
+
+@rank_zero_only  # the other processes wait for rank 0 before they encode
+def remove_encoded_clips(folder: Path):
+    for path in folder.glob("encoded_clips*"):
+        shutil.rmtree(path)

@@ -34,14 +34,14 @@ class Verb(NamedTuple):
 
 VERBS = {
     "fit": Verb("kit.run:fit", None, "train a stage; ckpt=last continues it"),
-    "validate": Verb("kit.verbs:validate", "validate", "score a checkpoint on held-out clips"),
-    "reconstruct": Verb("kit.verbs:reconstruct", "reconstruct", "clips through the tokenizer and back, PSNR and SSIM"),
+    "validate": Verb("kit.validation:validate", "validate", "score a checkpoint on held-out clips"),
+    "reconstruct": Verb("kit.reconstruction:reconstruct", "reconstruct", "clips through the tokenizer and back: PSNR, SSIM"),
     "generate": Verb("kit.generation:generate", "generate", "videos from prompt=, label= or prompts=FILE, image= or video="),
     "evaluate": Verb("kit.evaluation.run:evaluate", "evaluate", "FVD, PSNR, SSIM, LPIPS and more, by a named protocol"),
     "table": Verb("kit.evaluation.report:show_table", "table", "results of one protocol side by side"),
-    "inspect": Verb("kit.verbs:inspect", "inspect", "what each scale's bits hold, and how well they are predicted"),
+    "inspect": Verb("kit.inspection:inspect", "inspect", "what each scale's bits hold, and how well they are predicted"),
     "cache": Verb("kit.caching:cache", "cache", "encode clips once, for generators to train on"),
-    "consolidate": Verb("kit.verbs:consolidate", "consolidate", "one file of a checkpoint in shards"),
+    "consolidate": Verb("kit.checkpoint:consolidate", "consolidate", "one file of a checkpoint in shards"),
     "prepare": Verb("kit.prepare.run:prepare", "prepare", "make what kit cannot ship: i3d, infinity, fluent_emoji, vizdoom"),
     "doctor": Verb("kit.planning.doctor:doctor", "doctor", "what this machine can run"),
     "demo": Verb("kit.demo:demo", "demo", "train, generate, score on the embedded data: 15 minutes on 2 cores with bfloat16"),

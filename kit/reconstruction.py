@@ -1,23 +1,89 @@
-"""Reconstructs a video file of any length and size with a tokenizer, a chunk of frames at a time."""
+"""The verb `reconstruct`: held-out clips, or a video file of any length and size, through a tokenizer and back."""
 
 from __future__ import annotations
 
+import json
+import statistics
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from torchmetrics.aggregation import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio
 from tqdm import tqdm
 
-from kit.checkpoint import Loaded
+from kit.checkpoint import Loaded, load_tokenizer
 from kit.data.read import ClipFile, open_clip_file
+from kit.files import replacing, sole_user
+from kit.held_out import data_for, held_out
 from kit.machine import device, inference_precision
-from kit.media import contact_sheet, spread, video_writer
+from kit.media import clip_by_clip, contact_sheet, spread, video_writer, write_video
 from kit.pixels import ssim
 from kit.scales import whole_groups
 from kit.tokenizer import Tokenizer
 from kit.tokenizer.streaming import coded_size, scaled_size, stream_scales
+
+
+def reconstruct(cfg: DictConfig) -> dict:
+    """Writes originals and reconstructions side by side, and prints PSNR (dB) and SSIM after each scale.
+
+    Takes a video file if `video` is given, else held-out clips of the data.
+
+    Returns:
+        `by_scale`: see `reconstruct_file`.
+    Raises:
+        ValueError: if the video would be overwritten by its reconstruction; else as `reconstruct_file` and `held_out`.
+    """
+    tokenizer, folder = load_tokenizer(cfg.ckpt), Path(cfg.folder)
+    pattern = "reconstruction*.*"
+    if cfg.video is not None and Path(cfg.video).resolve() in [path.resolve() for path in folder.glob(pattern)]:
+        raise ValueError(f"video={cfg.video} would be overwritten by its reconstruction; give another name=")
+    with sole_user(folder), replacing(folder, pattern):  # an earlier call may have written more clips
+        if cfg.video is not None:
+            by_scale = reconstruct_file(tokenizer, cfg.video, cfg.frames, folder)
+        else:
+            by_scale = reconstruct_held_out(tokenizer, cfg)
+    print(json.dumps(by_scale, indent=2))
+    print(f"in {folder}: reconstruction.png, reconstruction_*.mp4 (real | reconstruction)")
+    return {"by_scale": by_scale}
+
+
+def reconstruct_held_out(tokenizer: Loaded, cfg: DictConfig) -> list[dict]:
+    """Reconstructs held-out clips; writes reconstruction.png and mp4s of the first `shown`. Returns as `reconstruct_file`."""
+    data = data_for(cfg, tokenizer, cfg.frames)
+    video = held_out(data)["video"]
+    rows, by_scale, _ = per_scale(tokenizer, video, cfg.batch_size)
+    folder, groups = Path(cfg.folder), clip_by_clip(rows, cfg.shown)
+    contact_sheet(groups, [f"clip {i}" for i in range(len(groups))], folder / "reconstruction.png")
+    side = torch.cat([video, rows[f"scales 1-{len(by_scale)}"]], dim=-1)
+    for i, pair in enumerate(side[: cfg.shown]):
+        write_video(pair, folder / f"reconstruction_{i}.mp4", data.fps)
+    return by_scale
+
+
+@torch.no_grad()
+def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[str, Tensor], list[dict], Tensor]:
+    """Reconstructs clips from the first k scales of each frame, for each k of 1..K.
+
+    Args:
+        video: (n, 3, T, H, W) in [-1, 1].
+    Returns:
+        name -> videos (n, 3, T, H, W), the real clips first; for each k psnr_db and ssim, means over the clips; and the bits
+        (n, L, d). All on the CPU.
+    """
+    model = tokenizer.model.to(device())
+    schedule = model.schedule_of(video)
+    rows, metrics = {"real": video}, []
+    with inference_precision():
+        bits = [model.bits(v.to(device())) for v in video.split(batch_size)]
+    for k in range(1, schedule.scales + 1):
+        with inference_precision():
+            parts = [model.decode_bits(b, schedule, k).cpu() for b in bits]
+        output = rows[f"scales 1-{k}"] = torch.cat(parts)
+        scores = [Scores().add(o, v).values() for o, v in zip(output, video)]
+        metrics.append({"scales": k} | {name: statistics.fmean(s[name] for s in scores) for name in scores[0]})
+    return rows, metrics, torch.cat(bits).cpu()
 
 
 class Scores:

@@ -2,123 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig
-from torch.utils.data import Dataset
 
 from kit.build import (
     BUILDERS,
-    accumulate_of,
     build_data,
     build_stages,
     build_trainer,
     check_sharded_tokenizer,
-    of_stage,
     plan_of,
     tokenizer_config,
 )
+from kit.caching import check_cache, encode_ahead, remove_encoded_clips
 from kit.checkpoint import last_checkpoint
 from kit.confs import keep_config
-from kit.data.buckets import Bucket
-from kit.data.cache import CachedClips, describe, share_of, write_cache
-from kit.data.datamodule import ClipDataModule
-from kit.data.staged import StagedClips
 from kit.files import sole_user
 from kit.fsdp import ShardedStrategy, find_unused
-from kit.generator.module import GeneratorModule
 from kit.machine import fast_float32_products, keep_freed_memory
 from kit.retries import BatchPosition, noticing_dead_workers, with_retries
 from kit.sharded_checkpoint import remove_shards
-from kit.signals import end_with_launcher, ended_at_once
-from kit.stages import Stage
+from kit.signals import end_with_launcher
 from kit.start import start
 from kit.training_checkpoint import check_resume, copy_checkpoint
-from kit.values import check_whole_number, plain
-
-
-def encoded_clips_of(cfg: DictConfig, *parts: str) -> Path:
-    """Returns the folder of the clips that a run encodes for itself.
-
-    Args:
-        parts: names of the stage and the bucket, if any, each of which has a folder of its own.
-    """
-    return Path(cfg.folder) / "_".join(("encoded_clips", *parts))
-
-
-def choice_of(source: DictConfig) -> dict:
-    """Returns the plain values that choose the clips of a source. The folder is not among them: a cache lists its files."""
-
-    def chosen(values: dict) -> dict:  # recursive: a mixture has sources within
-        others = {"_partial_", "root", "patience", "verify"}
-        if not values.get("late"):  # chooses the same clips as before this key existed: older caches stay valid
-            others.add("late")
-        return {key: chosen(v) if isinstance(v, dict) else v for key, v in values.items() if key not in others}
-
-    return chosen(plain(source))
-
-
-def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: GeneratorModule):
-    """Makes training read clips that are encoded once at its start: `encoded_clips` of them in each stage, or fewer if it
-    does not read as many.
-
-    Raises:
-        ValueError: if `encoded_clips` is below 1.
-    """
-    check_whole_number("encoded_clips", cfg.encoded_clips, 1)
-    staged = isinstance(data, StagedClips)
-    stages = data.plan.stages if staged else [None]
-    for stage, part in zip(stages, data.parts if staged else [data], strict=True):
-        if part.cached:
-            continue
-        steps = stage.steps if stage else cfg.trainer.max_steps
-        part.encode_ahead(partial(encoded, cfg, part, stage, module), steps * accumulate_of(cfg))
-
-
-def encoded(
-    cfg: DictConfig, part: ClipDataModule, stage: Stage | None, module: GeneratorModule,
-    source: Dataset, bucket: Bucket, share: float, needed: int, images: bool,
-) -> CachedClips:  # fmt: skip
-    """Encodes clips into the run's folder, or finds those that it encoded before.
-
-    Args:
-        part: the data that the clips are of. stage: its stage; None: the training has none.
-        source, bucket, share, needed, images: see `ClipDataModule.encode_ahead`.
-    """
-    data, of = (of_stage(cfg, stage).data, [stage.name]) if stage else (cfg.data, [])
-    folder = encoded_clips_of(cfg, *of, *["images"] * images, *[str(bucket)] * part.bucketed)
-    how = choice_of(data.images if images else data.source)
-    sources, clips = {"train": source}, {"train": min(share_of(cfg.encoded_clips, share), max(1, needed))}
-    clip = {**part.clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
-    about = describe(clip, module.tokenizer, module.hparams.tokenizer_hash, how, sources)
-    with ended_at_once():  # files that are whole stay
-        write_cache(folder, about, sources, clips, module.tokenizer, part.workers)
-    return CachedClips(folder)
-
-
-def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):
-    """Checks that clips from a cache suit the module.
-
-    Raises:
-        ValueError: if the module trains a tokenizer, which needs videos, or if the clips were encoded by another tokenizer
-            than the generator's.
-    """
-    for part in data.parts if isinstance(data, StagedClips) else [data]:
-        if part.cached and module.kind == "tokenizer":
-            raise ValueError(f"{part.val.name} holds encoded clips, which a generator trains on; a tokenizer needs videos")
-        for clips in (part.val, part.images):
-            if clips is not None and clips.tokenizer not in (None, module.hparams.get("tokenizer_hash")):
-                raise ValueError(
-                    f"the clips in {clips.name} are encoded by the tokenizer {clips.tokenizer}, the generator is to learn "
-                    f"those of {module.hparams.tokenizer_hash} ({module.hparams.tokenizer_path}); give tokenizer_ckpt=, or "
-                    f"make another cache"
-                )
+from kit.values import plain
 
 
 def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
@@ -185,12 +97,6 @@ def take_folder(cfg: DictConfig, resume: Path | None):
             remove_shards(path)
     elif resume.resolve() != last.resolve():
         copy_checkpoint(resume, last)
-
-
-@rank_zero_only  # the other processes wait for rank 0 before they encode
-def remove_encoded_clips(folder: Path):
-    for path in folder.glob("encoded_clips*"):
-        shutil.rmtree(path)
 
 
 def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[BatchPosition] = ()) -> L.Trainer:

@@ -311,7 +311,7 @@ def test_a_full_gpu_is_told_without_a_traceback(words, way, capsys, monkeypatch,
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kit.run.fit" if "fit" in words else "kit.verbs.validate", full)
+    monkeypatch.setattr("kit.run.fit" if "fit" in words else "kit.validation.validate", full)
     assert main(words.split()) == 1
     error = capsys.readouterr().err
     assert "CUDA out of memory" in error and way in error and "Traceback" not in error

@@ -25,8 +25,9 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.files import load_checked, save_checked, sole_user
+from kit.held_out import held_out
 from kit.media import contact_sheet, write_video
-from kit.verbs import held_out, per_scale
+from kit.reconstruction import per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
 from tests.processes import Command, demo_part
 

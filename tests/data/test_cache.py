@@ -12,16 +12,18 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from kit import encoding
+from kit.caching import choice_of
 from kit.checkpoint import load_tokenizer
 from kit.cli import main
 from kit.data import cache
-from kit.data.cache import CachedClips, describe, files_of, read_manifest, write_cache
+from kit.data.cache import CachedClips, files_of, read_manifest
 from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
+from kit.encoding import describe, write_cache
 from kit.media import write_video
-from kit.run import choice_of
 from tests.fixtures import CLIP, GENERATOR, QUICK, composed, fit_generator
 from tests.test_training import losses
 
@@ -94,14 +96,14 @@ def test_a_call_for_fewer_clips_keeps_all(pair, tmp_path):
 
 
 def test_clips_that_another_process_asks_for_meanwhile_are_made_too(pair, tmp_path, monkeypatch):
-    finish, claims = cache._finish, [40]
+    finish, claims = encoding._finish, [40]
 
     def late(folder, about, clips):
         if claims:
-            cache._claim(folder, about, {**clips, "train": claims.pop()})
+            encoding._claim(folder, about, {**clips, "train": claims.pop()})
         return finish(folder, about, clips)
 
-    monkeypatch.setattr(cache, "_finish", late)
+    monkeypatch.setattr(encoding, "_finish", late)
     write(pair, tmp_path)
     assert CachedClips(tmp_path).count == 40
     write(pair, tmp_path / "whole", train=40)
@@ -140,7 +142,7 @@ def test_processes_share_the_work(pair, tmp_path):
     write(pair, tmp_path / "one", train=100)
     torch.set_num_threads(1)  # forked processes cannot use the threads of this one
     context, seen = multiprocessing.get_context("fork"), []
-    counts, both, write_file = context.Queue(), context.Barrier(2), cache._write
+    counts, both, write_file = context.Queue(), context.Barrier(2), encoding._write
 
     def write_together(path, features):
         """Makes both processes write their first file before either begins its second."""
@@ -150,7 +152,7 @@ def test_processes_share_the_work(pair, tmp_path):
 
     def work():
         torch.set_num_threads(1)
-        cache._write = write_together  # in this process alone
+        encoding._write = write_together  # in this process alone
         write(pair, tmp_path / "two", train=100, seen=seen)
         counts.put(sum(seen))
 
@@ -177,9 +179,9 @@ def test_a_file_that_was_removed_is_made_again_and_hashed_anew(pair, tmp_path):
     file.unlink()
     manifest = read_manifest(tmp_path)
     manifest["files"][file.name]["sha256"] = "of another machine"
-    cache.write_json(tmp_path / "manifest.json", manifest)
+    encoding.write_json(tmp_path / "manifest.json", manifest)
     write(pair, tmp_path)
-    assert read_manifest(tmp_path)["files"][file.name]["sha256"] == cache.file_sha256(file)
+    assert read_manifest(tmp_path)["files"][file.name]["sha256"] == encoding.file_sha256(file)
     assert CachedClips(tmp_path, verify=True).count == 20
 
 
@@ -335,7 +337,7 @@ def test_wrong_use_of_a_cache_is_told(pair, tmp_path, capsys):
     assert "a tokenizer needs videos" in capsys.readouterr().err
     manifest = read_manifest(tmp_path)
     manifest["about"]["tokenizer"] = "another"
-    cache.write_json(tmp_path / "manifest.json", manifest)
+    encoding.write_json(tmp_path / "manifest.json", manifest)
     assert main(["fit", "conf=stage2_generator", f"tokenizer_ckpt={pair.tokenizer}", *cached]) == 1
     assert "are encoded by the tokenizer another" in capsys.readouterr().err
 

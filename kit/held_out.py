@@ -1,0 +1,70 @@
+"""The held-out clips that a trained model is looked at with."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+from torch.utils.data import default_collate
+
+from kit.build import build_data
+from kit.checkpoint import Loaded
+from kit.data.datamodule import ClipDataModule, check_videos
+from kit.values import check_whole_number
+
+
+def data_for(cfg: DictConfig, model: Loaded, frames: int | None = None) -> ClipDataModule:
+    """Builds the data of `cfg` with clips of the shape that a checkpoint was trained on, and prints a description of it.
+
+    Args:
+        frames: T of the clips; None: as in training.
+    Raises:
+        ValueError: if `shown`, `clips` or `batch_size` is below 1; else as `build_data`.
+    """
+    for key in ("shown", "clips", "batch_size"):
+        check_whole_number(key, cfg[key], 1)
+    clip = {**model.clip, "frames": frames or model.clip["frames"]}
+    cfg = cfg.copy()
+    cfg.data.update({**clip, "batch_size": cfg.batch_size, "val_clips": cfg.clips, "workers": 0})
+    if cfg.data.get("buckets"):  # those of the training; held-out clips have one shape
+        cfg.data.buckets = []
+    data = build_data(cfg)
+    print("clips of {frames} x {height} x {width} at {fps:g} fps, held out of".format(**clip), data.about)
+    if model.held_out is not None and model.held_out != data.settings["held_out"]:
+        print(
+            "  other clips than were held out of its training, some of which it may have learned: to score those, give the "
+            "training's words for data, data.root and data.source.val_every"
+        )
+    return data
+
+
+def check_classes(generator: Loaded, data: ClipDataModule):
+    """Checks that the data has the classes that a class-conditional generator was trained on.
+
+    Raises:
+        ValueError: if it has other classes.
+    """
+    condition = generator.model.config.condition
+    if condition.kind == "class" and condition.classes != data.classes:
+        raise ValueError(
+            f"this generator knows the classes {', '.join(condition.classes)}, the data has "
+            f"{', '.join(data.classes) or 'none'}; give the data it was trained on, such as data=clips data.root=DIR"
+        )
+
+
+def held_out(data: ClipDataModule) -> dict:
+    """Returns the held-out clips as one batch: of readable files each once, since their clips repeat.
+
+    Raises:
+        as `check_videos`; ValueError if none of the files can be read.
+    """
+    check_videos(data)
+
+    numbers = [n for n in range(data.val_clips) if data.val.distinct(n)]
+    if len(numbers) < data.val_clips:
+        print(f"  clips={data.val_clips}, but {len(numbers)} held out: each is taken once")
+    clips = [(n, data.val[n]) for n in numbers]
+    clips = [clip for n, clip in clips if data.val.distinct(n)]  # not those whose file has turned out to be unreadable
+    if len(clips) < len(numbers):
+        print(f"  {len(numbers) - len(clips)} of {len(numbers)} cannot be read and are left out")
+    if not clips:
+        raise ValueError(f"clips={data.val_clips}: none of them can be read; give more, or mend the files")
+    return default_collate(clips)

@@ -1,0 +1,144 @@
+"""The verb `validate`: scores a checkpoint on held-out clips."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
+from kit.data.datamodule import ClipDataModule
+from kit.data.shapes import Shapes
+from kit.evaluation.shapes_score import caption_accuracy
+from kit.files import replacing, sole_user, write_json
+from kit.generator.corruption import teacher_forced
+from kit.generator.module import accuracy_by_block
+from kit.generator.sampler import Sampling
+from kit.held_out import check_classes, data_for, held_out
+from kit.machine import autocast, device, inference_precision
+from kit.media import clip_by_clip, contact_sheet, write_video
+from kit.pixels import psnr
+from kit.request import file_stem
+from kit.sampling import sample_clips, sample_videos
+from kit.values import plain
+
+
+def validate(cfg: DictConfig) -> dict:
+    """Scores a checkpoint on held-out clips, and prints the metrics.
+
+    Writes metrics.json and contact_sheet.png to the run's folder, for a generator also mp4s in `samples`.
+
+    Returns:
+        the metrics.
+    Raises:
+        as `sole_user`, `data_for`, `check_videos` and `check_classes`.
+    """
+    folder = Path(cfg.folder)
+    with sole_user(folder), replacing(folder / "samples", "*_seed*.mp4"):
+        alone = kind_of(cfg.ckpt) == "tokenizer"
+        metrics = validate_tokenizer(cfg) if alone else validate_generator(cfg)
+        write_json(folder / "metrics.json", metrics)
+    print(json.dumps(metrics, indent=2))
+    print(f"in {folder}: metrics.json, contact_sheet.png{'' if alone else ', samples'}")
+    return metrics
+
+
+def validate_tokenizer(cfg: DictConfig) -> dict:
+    tokenizer = load_tokenizer(cfg.ckpt)
+    data = data_for(cfg, tokenizer)
+    batch = held_out(data)
+    video = batch["video"]
+    output = reconstruct_batches(tokenizer, video, cfg.batch_size)
+    groups = clip_by_clip({"real": video, "reconstruction": output}, cfg.shown)
+    contact_sheet(groups, batch["caption"][: cfg.shown], Path(cfg.folder) / "contact_sheet.png")
+    return {"clips": len(video), **reconstruction_metrics(output, batch, data)}
+
+
+def validate_generator(cfg: DictConfig) -> dict:
+    generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
+    data = data_for(cfg, generator)
+    batch = held_out(data)
+    check_classes(generator, data)
+    video, prompts = batch["video"], generator.model.condition.prompts(batch)
+    output = reconstruct_batches(tokenizer, video, cfg.batch_size)
+    seeds = [cfg.seed + i for i in range(len(prompts))]
+    size, sampling = tuple(video.shape[2:]), Sampling.of(plain(cfg))
+    samples = sample_videos(generator, tokenizer, prompts, seeds, size, sampling, cfg.precision, cfg.batch_size)
+
+    folder = Path(cfg.folder)
+    groups = clip_by_clip({"real": video, "reconstruction": output, "sample": samples}, cfg.shown)
+    contact_sheet(groups, list(prompts)[: cfg.shown], folder / "contact_sheet.png")
+    for i, (prompt, sample) in enumerate(zip(prompts, samples[: cfg.shown])):
+        write_video(sample, folder / "samples" / f"{file_stem(prompt)}_seed{seeds[i]}.mp4", generator.clip["fps"])
+    metrics = {
+        "clips": len(video),
+        **reconstruction_metrics(output, batch, data),
+        **teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size),
+        "sample_seconds": seconds_for_one(generator, tokenizer, prompts[0], size, sampling, cfg.precision),
+    }
+    if isinstance(data.val, Shapes) and generator.model.config.condition.kind == "text":
+        metrics["caption_accuracy"] = caption_accuracy(list(samples), batch["caption"], data.fps)
+    return metrics
+
+
+def reconstruction_metrics(output: Tensor, batch: dict, data: ClipDataModule) -> dict:
+    """Measures reconstructions, which bound the quality of samples.
+
+    Args:
+        output: (n, 3, T, H, W), the reconstructed clips. batch: the real ones.
+    Returns:
+        the PSNR in dB, and for `Shapes` how often captions can still be read from the pixels.
+    """
+    metrics = {"reconstruction_psnr_db": psnr(output, batch["video"]).item()}
+    if isinstance(data.val, Shapes):  # the only data whose captions can be read from pixels
+        metrics["reconstruction_caption_accuracy"] = caption_accuracy(list(output), batch["caption"], data.fps)
+    return metrics
+
+
+def reconstruct_batches(tokenizer: Loaded, video: Tensor, batch_size: int) -> Tensor:
+    """Reconstructs clips (n, 3, T, H, W) with a tokenizer, in batches; the result is on the CPU."""
+    model = tokenizer.model.to(device())
+    with inference_precision():
+        return torch.cat([model.reconstruct(part.to(device())).cpu() for part in video.split(batch_size)])
+
+
+@torch.no_grad()
+def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, batch_size: int) -> dict:
+    """Computes the share of correctly predicted bits with the true bits as history.
+
+    Returns:
+        `bit_accuracy` for each scale, and `bit_accuracy_by_frame` for each frame and scale.
+    """
+    model, codec = generator.model.to(device()), tokenizer.model.to(device())
+    schedule, right = codec.schedule_of(batch["video"]), []
+    prompts = model.condition.prompts(batch)
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        with inference_precision():
+            feature = codec.encode(batch["video"][part].to(device()))
+            logits, sequence = teacher_forced(model, feature, schedule, model.condition(prompts[part]))
+        right.append(((logits > 0) == sequence.targets).cpu())
+    accuracy = accuracy_by_block(torch.cat(right), schedule)
+
+    def rounded(shares: Tensor) -> list[float]:
+        return [round(share, 4) for share in shares.tolist()]
+
+    return {"bit_accuracy": rounded(accuracy.mean(0)), "bit_accuracy_by_frame": list(map(rounded, accuracy))}
+
+
+def seconds_for_one(
+    generator: Loaded, tokenizer: Loaded, prompt: str, size: tuple[int, int, int], sampling: Sampling, precision: str
+) -> float:
+    """Measures the seconds to sample and decode one clip: the median of three runs, after one to warm up."""
+    model, codec, seconds = generator.model.to(device()), tokenizer.model.to(device()), []
+    for _ in range(4):
+        begin = time.perf_counter()
+        with autocast(precision):
+            sample_clips(model, codec, codec.schedule(*size), [prompt], [0], sampling).cpu()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:])
