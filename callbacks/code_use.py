@@ -6,8 +6,8 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
+from callbacks.pictures import log_picture, may_fail
 from kit.inspection import bit_use, bit_use_picture, entropy_of
 
 DEAD = 0.01  # bits of entropy, below which a bit is dead: alike in all but one of 1,200 tokens
@@ -42,12 +42,6 @@ class CodeUse(L.Callback):
         metrics = {f"val/bit_entropy_scale{k + 1}": e for k, e in enumerate(entropy.nanmean(1))}
         module.log_dict({**metrics, "val/dead_bits": (entropy < DEAD).float().sum()}, rank_zero_only=True)
         if trainer.is_global_zero:
-            step = trainer.global_step
-            try:
+            with may_fail("picture of the bits' use", step := trainer.global_step):
                 picture = bit_use_picture(ones, self.folder / f"bit_use_step{step:06d}.png")
-            except OSError as error:  # a full disk must not end a training over a picture
-                rank_zero_warn(f"no picture of the bits' use at step {step}: {error}")
-                return
-            for logger in trainer.loggers:
-                if hasattr(logger, "log_image"):  # W&B
-                    logger.log_image("bit_use", [str(picture)], step=step)
+                log_picture(trainer, "bit_use", picture)

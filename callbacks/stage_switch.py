@@ -8,9 +8,10 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from kit.data.staged import StagedClips
-from kit.fsdp import find_unused
+from kit.fsdp import check_unused
 from kit.loop import batches_done, batches_of_a_step
-from kit.stages import Stage, StagePlan, starts
+from kit.stages import Stage, starts
+from kit.tokenizer.module import check_adaptive
 from kit.values import check_choice
 
 
@@ -48,19 +49,18 @@ class StageSwitch(L.Callback):
         """Checks that the stages can be trained.
 
         Raises:
-            ValueError: if there are no stages, a stage shall train parts that do not exist, or some of the parts on several
-                devices without the strategy for that; as `check_adaptive`.
+            ValueError: if there are no stages, or a stage shall train parts that do not exist; as `check_unused` and
+                `check_adaptive`.
         """
         if not isinstance(trainer.datamodule, StagedClips):
             raise ValueError("callbacks.stage_switch is for trainings in stages: give stages, or callbacks.stage_switch=null")
         chosen = [stage for stage in trainer.datamodule.plan.stages if stage.train is not None]
         for stage in chosen:
             check_names(module, stage)
-        check_adaptive(module, trainer.datamodule.plan)
-        if chosen and trainer.world_size > 1 and not find_unused(trainer.strategy):
-            raise ValueError(
-                f"stages.{chosen[0].name}.train on several devices needs +trainer.strategy=ddp_find_unused_parameters_true"
-            )
+        if module.kind == "tokenizer":
+            check_adaptive(module, trainer.datamodule.plan)
+        if chosen:
+            check_unused(trainer, f"stages.{chosen[0].name}.train")
 
     def on_train_start(self, trainer, module):
         self._enter(trainer, module)
@@ -143,22 +143,6 @@ def check_names(module: L.LightningModule, stage: Stage):
         if not any(name.startswith(beginning) for name in names):
             parts = ", ".join(name for name, _ in module.model.named_children())
             raise ValueError(f"stages.{stage.name}.train: no parameter's name begins with {beginning}; the parts are {parts}")
-
-
-def check_adaptive(module: L.LightningModule, plan: StagePlan):
-    """Checks that each stage trains what an adaptive adversarial loss looks at.
-
-    Raises:
-        ValueError: if a stage does not, and lasts beyond the beginning of that loss.
-    """
-    if getattr(module, "discriminator", None) is None or not module.loss["adversarial"]["adaptive"]:
-        return
-    for stage, end in zip(plan.stages, starts([stage.steps for stage in plan.stages])[1:]):
-        if stage.train and end > module.start and not "decoder.head.weight".startswith(tuple(stage.train)):
-            raise ValueError(
-                f"stages.{stage.name}.train={list(stage.train)}: loss.adversarial.adaptive=true weighs losses by what they "
-                f"ask of decoder.head, which does not learn then; add decoder.head, or set loss.adversarial.adaptive=false"
-            )
 
 
 def freeze_all_but(module: L.LightningModule, beginnings: tuple[str, ...] | None) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import default_collate
 
+from callbacks.pictures import log_picture, may_fail
 from kit.fsdp import whole_model
 from kit.generator.sampler import Sampling
 from kit.inspection import forced_and_free
@@ -37,10 +37,8 @@ class VideoLogger(L.Callback):
             return
         model = whole_model(module.model, lambda: type(module.model)(module.model.config))
         if trainer.is_global_zero:
-            try:
+            with may_fail("pictures", trainer.global_step):
                 self._show(trainer, module, model)
-            except OSError as error:  # a full disk must not end a training over a picture
-                rank_zero_warn(f"no pictures of step {trainer.global_step}: {error}")
 
     @torch.no_grad()
     def _show(self, trainer, module, model):
@@ -55,10 +53,7 @@ class VideoLogger(L.Callback):
         picture = contact_sheet(groups, titles, self.folder / f"step{step:06d}.png")
         side_by_side = torch.cat([torch.cat(list(group.values()), dim=-1) for group in groups], dim=-2)
         video = write_video(side_by_side, self.folder / f"step{step:06d}.mp4", data.fps)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):  # W&B
-                logger.log_image("samples", [str(picture)], step=step)
-                logger.log_video("samples_video", [str(video)], step=step, format=["mp4"])
+        log_picture(trainer, "samples", picture, video)
 
     def rows(self, module, model, batch: dict) -> dict[str, torch.Tensor]:
         """Videos to show: name -> (clips, 3, T, H, W)."""

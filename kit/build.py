@@ -16,6 +16,7 @@ from kit.checkpoint import load_tokenizer
 from kit.data.buckets import Bucket, read_shape
 from kit.data.datamodule import ClipDataModule
 from kit.data.staged import StagedClips
+from kit.fsdp import ShardedStrategy, check_unused
 from kit.generator.module import GeneratorModule
 from kit.generator.pretrained import find_encoder
 from kit.loop import accumulated
@@ -262,7 +263,7 @@ def condition_of(condition: dict, data: ClipDataModule) -> dict:
             raise ValueError(
                 f"condition.length={condition['length']}; the text encoder {encoder.name} reads {longest} tokens at most"
             )
-        condition |= {"encoder": encoder.name, "revision": encoder.revision, "channels": encoder.channels}
+        condition = {**condition, "encoder": encoder.name, "revision": encoder.revision, "channels": encoder.channels}
     return {**condition, "kind": kind, "classes": list(data.classes) if kind == "class" else []}
 
 
@@ -316,13 +317,17 @@ def check_launch(trainer: L.Trainer):
         )
 
 
-def check_sharded_tokenizer(module: TokenizerModule):
-    """Checks that a tokenizer can be trained with sharded weights (trainer=fsdp).
+def check_devices_of_tokenizer(trainer: L.Trainer, module: TokenizerModule):
+    """Checks that a tokenizer can be trained on a trainer's devices.
 
     Raises:
-        ValueError: if it learns its amplitude, a single number that cannot be sharded, or has the adaptive adversarial
-            weight, which needs an unsharded weight of the decoder.
+        ValueError: with sharded weights (trainer=fsdp), if it learns its amplitude, a single number that cannot be sharded,
+            or has the adaptive adversarial weight, which needs an unsharded weight of the decoder; else as `check_unused`.
     """
+    if module.discriminator is not None:
+        check_unused(trainer, "adversarial training")
+    if not isinstance(trainer.strategy, ShardedStrategy):
+        return
     for key, asked in (
         ("tokenizer.learned_amplitude", module.model.config.learned_amplitude),
         ("loss.adversarial.adaptive", module.discriminator is not None and module.loss["adversarial"]["adaptive"]),

@@ -116,9 +116,8 @@ def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: Ge
         ValueError: if `encoded_clips` is below 1.
     """
     check_whole_number("encoded_clips", cfg.encoded_clips, 1)
-    staged = isinstance(data, StagedClips)
-    stages = data.plan.stages if staged else [None]
-    for stage, part in zip(stages, data.parts if staged else [data], strict=True):
+    stages = data.plan.stages if isinstance(data, StagedClips) else [None]
+    for stage, part in zip(stages, data.parts, strict=True):
         if part.cached:
             continue
         steps = stage.steps if stage else cfg.trainer.max_steps
@@ -152,7 +151,7 @@ def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):
         ValueError: if the module trains a tokenizer, which needs videos, or if the clips were encoded by another tokenizer
             than the generator's.
     """
-    for part in data.parts if isinstance(data, StagedClips) else [data]:
+    for part in data.parts:
         if part.cached and module.kind == "tokenizer":
             raise ValueError(f"{part.val.name} holds encoded clips, which a generator trains on; a tokenizer needs videos")
         for clips in (part.val, part.images):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CONFIGS = {"generator": GeneratorConfig.from_dict, "tokenizer": TokenizerConfig.from_dict}
 KINDS = tuple(CONFIGS)  # also the keys of the architecture's values in a checkpoint
+UNSTAGED, STAGED = "ClipDataModule", "StagedClips"  # keys of the data's state, which Lightning names after the class
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -167,9 +168,9 @@ def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike, average
 
 def data_settings(checkpoint: dict) -> dict:
     """Returns `ClipDataModule.settings` of a checkpoint's training, in the stage it was in; empty if they are not known."""
-    if staged := checkpoint.get("StagedClips"):
+    if staged := checkpoint.get(STAGED):
         return dict(enumerate(staged.get("settings", ()))).get(staged["stage"], {})
-    return checkpoint.get("ClipDataModule", {}).get("settings", {})
+    return checkpoint.get(UNSTAGED, {}).get("settings", {})
 
 
 def consolidate(cfg: DictConfig) -> Path:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -19,9 +20,20 @@ from kit.values import check_choice, check_whole_number
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, in the CPU memory of the first process
 
 
-def find_unused(strategy: Strategy) -> bool:
-    """Returns whether a strategy allows parameters without a gradient. All do but DDP, unless it is told to."""
-    return not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters", False)
+def check_unused(trainer: L.Trainer, what: str):
+    """Checks that a trainer allows parameters without a gradient. All do but those with DDP, unless it is told to.
+
+    Args:
+        what: what it is that leaves parameters without one.
+    Raises:
+        ValueError: if it does not.
+    """
+    strategy = trainer.strategy
+    strict = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters", False)
+    if strict and trainer.world_size > 1:
+        raise ValueError(
+            f"{what} on several devices needs +trainer.strategy=ddp_find_unused_parameters_true; or take trainer.devices=1"
+        )
 
 
 class ShardedStrategy(ModelParallelStrategy):

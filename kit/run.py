@@ -15,7 +15,7 @@ from kit.build import (
     build_data,
     build_stages,
     build_trainer,
-    check_sharded_tokenizer,
+    check_devices_of_tokenizer,
     plan_of,
     tokenizer_config,
 )
@@ -23,7 +23,6 @@ from kit.caching import check_cache, encode_ahead, remove_encoded_clips
 from kit.checkpoint import last_checkpoint
 from kit.confs import keep_config
 from kit.files import sole_user
-from kit.fsdp import ShardedStrategy, find_unused
 from kit.machine import fast_float32_products, keep_freed_memory
 from kit.retries import BatchPosition, noticing_dead_workers, with_retries
 from kit.sharded_checkpoint import remove_shards
@@ -129,14 +128,8 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[BatchPosit
             remove_encoded_clips(Path(cfg.folder))
         encode_ahead(cfg, data, module)
     trainer = build_trainer(cfg)
-    if module.kind == "tokenizer" and isinstance(trainer.strategy, ShardedStrategy):
-        check_sharded_tokenizer(module)
-    adversarial = getattr(module, "discriminator", None) is not None
-    if adversarial and trainer.world_size > 1 and not find_unused(trainer.strategy):
-        raise ValueError(
-            "adversarial training on several devices needs trainer.strategy=ddp_find_unused_parameters_true (with a + before "
-            "it), or trainer.devices=1"
-        )
+    if module.kind == "tokenizer":
+        check_devices_of_tokenizer(trainer, module)
     take_folder(cfg, resume)
     with fast_float32_products(), noticing_dead_workers():
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)

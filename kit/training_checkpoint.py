@@ -12,7 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.tensor import DTensor
 
-from kit.checkpoint import CONFIGS, read_checkpoint, weights_of
+from kit.checkpoint import CONFIGS, STAGED, UNSTAGED, read_checkpoint, weights_of
 from kit.files import save_checked, written_aside
 from kit.sharded_checkpoint import described, folder_of, load_whole, mapped, remove_shards, save_shards
 from kit.values import differences
@@ -95,9 +95,8 @@ def check_resume(path: str | os.PathLike, module: L.LightningModule, data: L.Lig
     checkpoint = read_checkpoint(path, kind, described)
     if "optimizer_states" not in checkpoint:
         raise ValueError(f"{path} holds weights alone, no training to continue; start anew from them, see `init`")
-    ours = type(data).__qualname__  # as Lightning names its state
-    if theirs := next((name for name in ("ClipDataModule", "StagedClips") if name in checkpoint and name != ours), None):
-        ways = {"ClipDataModule": "without stages", "StagedClips": "in stages"}
+    ways, ours = {UNSTAGED: "without stages", STAGED: "in stages"}, type(data).__qualname__
+    if theirs := next((name for name in ways if name in checkpoint and name != ours), None):
         raise ValueError(
             f"{path} is of a training {ways[theirs]}, this one is {ways[ours]} and would not find its place in the data; "
             f"start anew from its weights: init=weights init.ckpt={path} and another name=..."

@@ -285,7 +285,7 @@ def test_a_full_disk_costs_pictures_and_not_the_run(tmp_path, monkeypatch):
     words = ["recipe.tokenizer.steps=4", "trainer.val_check_interval=2", "callbacks.video_logger.clips=1"]
     with pytest.warns(UserWarning) as told:
         assert fit_tokenizer(tmp_path, *words, name="run") == 0
-    for what in ("no pictures of step 2: .*No space left", "no picture of the bits' use at step 4"):
+    for what in ("no pictures of step 2: .*No space left", "no picture of the bits' use of step 4"):
         assert any(re.search(what, str(warning.message)) for warning in told)
 
 

@@ -118,6 +118,11 @@ class ClipDataModule(ClipsOnDevice):
         self.encode, self.batches = encode, batches
 
     @property
+    def parts(self) -> list[ClipDataModule]:
+        """The data of each stage; a training without stages is one."""
+        return [self]
+
+    @property
     def cached(self) -> bool:
         """Whether the clips come encoded, from a cache that was made before."""
         return self.val.tokenizer is not None

@@ -163,9 +163,8 @@ def build_tools(
     Raises:
         ValueError, FileNotFoundError, ImportError: if a metric is unknown, does not fit or lacks its weights.
     """
-    texts = not isinstance(candidate, Samples) or candidate.generator.model.config.condition.kind == "text"
-    captioned = isinstance(source, Shapes) and not isinstance(candidate, GivenVideos) and texts
-    wanted, left_out = wanted_metrics(cfg.metrics, candidate.paired, captioned), {}
+    readable = isinstance(source, Shapes) and candidate.captioned
+    wanted, left_out = wanted_metrics(cfg.metrics, candidate.paired, readable), {}
 
     def load(metric: str, function, *arguments):
         if metric not in wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,8 +21,52 @@ from kit.scales import whole_groups
 from kit.tokenizer.streaming import pad_to
 
 
+class Clips:
+    """Clips to score, as they are in the batches of a data set.
+
+    Attributes:
+        row: what one of them is called. paired: whether each has its real clip. one_size: whether all must have the same
+            number of pixels before they are resized.
+    """
+
+    row = "clip"
+    paired = False
+    one_size = False
+
+    def make(self, batch: dict) -> Tensor:
+        """Returns the clips of a batch, (n, 3, T, H, W) in [-1, 1] on the CPU."""
+        return batch["video"]
+
+
+class RealClips(Clips):
+    """The real clips themselves."""
+
+    row = "real"
+
+
+class Candidate(Clips, ABC):
+    """What a protocol compares with real clips.
+
+    Attributes:
+        distance: what its Fréchet distance is called. captioned: whether the clips show what the captions of real ones say.
+        path: where it lies.
+    """
+
+    distance = "fvd"
+    captioned = True
+    path: Path
+
+    @abstractmethod
+    def about(self) -> dict:
+        """Returns plain values that decide how the clips look; where a checkpoint lies is not among them."""
+
+    @abstractmethod
+    def dataset(self, protocol: Protocol, real: FileClips | DrawnClips, fold: int) -> Dataset:
+        """Returns what the clips of a fold are made from; item n is for clip n."""
+
+
 @dataclass(frozen=True)
-class Reconstructions:
+class Reconstructions(Candidate):
     """Real clips, encoded and decoded by a tokenizer.
 
     A length that is not 1 + 4n is padded by the last frame, and cut back.
@@ -31,9 +76,9 @@ class Reconstructions:
     precision: str
     row = "reconstruction"
     paired = True
+    distance = "rfvd"
 
     def about(self) -> dict:
-        """Values that decide how the clips look; where the checkpoint lies is not among them."""
         return {"kind": "tokenizer", "hash": self.tokenizer.hash, "steps": self.tokenizer.steps, "precision": self.precision}
 
     @property
@@ -54,7 +99,7 @@ class Reconstructions:
 
 
 @dataclass(frozen=True)
-class Samples:
+class Samples(Candidate):
     """A generator's samples for the captions or classes of the real clips, in their order, each with a seed of its own.
 
     Args:
@@ -67,7 +112,10 @@ class Samples:
     precision: str
     shape: tuple[int, int, int]
     row = "sample"
-    paired = False
+
+    @property
+    def captioned(self) -> bool:
+        return self.generator.model.config.condition.kind == "text"
 
     def about(self) -> dict:
         return {
@@ -106,7 +154,7 @@ class Seeded(Dataset):
 
 
 @dataclass(frozen=True)
-class GivenVideos:
+class GivenVideos(Candidate):
     """Videos of a folder, all of one size.
 
     Args:
@@ -116,6 +164,8 @@ class GivenVideos:
     source: FolderClips
     paired: bool
     row = "video"
+    one_size = True
+    captioned = False
 
     def about(self) -> dict:
         return {"kind": "videos", "files": fingerprint(self.source), "paired": self.paired}
@@ -127,20 +177,3 @@ class GivenVideos:
     def dataset(self, protocol: Protocol, real: FileClips | DrawnClips, fold: int) -> Dataset:
         clips = given_clips(protocol, self.source, fold)
         return Together(clips, real) if self.paired else clips
-
-    def make(self, batch: dict) -> Tensor:
-        return batch["video"]
-
-
-@dataclass(frozen=True)
-class RealClips:
-    """The real clips themselves."""
-
-    row = "real"
-    paired = False
-
-    def make(self, batch: dict) -> Tensor:
-        return batch["video"]
-
-
-Candidate = RealClips | Reconstructions | Samples | GivenVideos

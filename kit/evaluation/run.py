@@ -18,7 +18,7 @@ from kit import __version__
 from kit.data.clips import FolderClips
 from kit.data.shapes import Shapes
 from kit.evaluation.build import Tools, build_candidate, build_protocol, build_tools
-from kit.evaluation.candidates import Candidate, GivenVideos, RealClips, Reconstructions
+from kit.evaluation.candidates import Candidate, Clips, RealClips
 from kit.evaluation.clips import DrawnClips, FileClips, collate, real_clips
 from kit.evaluation.protocol import Protocol, digest
 from kit.evaluation.report import CLIPS, Shown, best_median_worst, read_result, result_lines, write_report
@@ -51,14 +51,14 @@ class Pass:
     def __init__(self, state: Path, key: str):
         self.state, self.key = state, key
 
-    def run(self, candidate: Candidate, clips: Dataset, scores: dict[str, Score], loading: Loading, title: str) -> Errors:
+    def run(self, candidate: Clips, clips: Dataset, scores: dict[str, Score], loading: Loading, title: str) -> Errors:
         """Adds all clips to `scores`; returns the error of each clip for each score.
 
         Raises:
             ValueError: if a clip cannot be read, or its pixels or features are not finite.
         """
         done, errors = self._load(scores)
-        size = clips[0].get("size") if isinstance(candidate, GivenVideos) else None
+        size = clips[0].get("size") if candidate.one_size else None
         rest = Subset(clips, range(done, len(clips)))
         loader = DataLoader(rest, loading.batch_size, num_workers=loading.workers, collate_fn=collate)
         saved = time.monotonic()
@@ -79,7 +79,7 @@ class Pass:
         return errors
 
     @staticmethod
-    def _output(candidate: Candidate, batch: dict, size: str | None) -> torch.Tensor:
+    def _output(candidate: Clips, batch: dict, size: str | None) -> torch.Tensor:
         """Makes the candidate's clips of a batch; rounds them, and the real clips of the batch, to 8 bits."""
         if "error" in batch:
             raise ValueError(batch["error"])
@@ -235,7 +235,7 @@ def score(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes, can
                 real_results.append(reference["captions"].result())
         shown = shown_clips(candidate, clips[0], real[0], errors[0])
 
-    names = {"frechet": "rfvd" if isinstance(candidate, Reconstructions) else "fvd", "captions": "caption_accuracy"}
+    names = {"frechet": candidate.distance, "captions": "caption_accuracy"}
     metrics = {names.get(name, name): over_folds([result[name] for result in results]) for name in tools.metrics}
     if real_results:
         metrics["caption_accuracy_of_real"] = over_folds(real_results)

@@ -141,19 +141,15 @@ class GeneratorModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: dict, _):
-        logits, sequence, schedule = self.teacher_forced(batch)
+        feature = self.feature(batch)
+        schedule = self.tokenizer.schedule_of_feature(feature)
+        condition = self.model.condition(self.model.condition.prompts(batch))
+        logits, sequence = teacher_forced(self.model, feature, schedule, condition)
         accuracy = accuracy_by_block((logits > 0) == sequence.targets, schedule).mean(0)
         metrics = {f"val/bit_accuracy_scale{k + 1}": a for k, a in enumerate(accuracy)}
         loss = self.bit_loss(logits, sequence, schedule)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(logits), sync_dist=True)
         self.log_dict(metrics, batch_size=len(logits), sync_dist=True)
-
-    def teacher_forced(self, batch: dict) -> tuple[Tensor, TrainingSequence, ScaleSchedule]:
-        """Predicts a batch with its true bits as history: logits (B, L, d), the sequence with the targets, the schedule."""
-        feature = self.feature(batch)
-        schedule = self.tokenizer.schedule_of_feature(feature)
-        condition = self.model.condition(self.model.condition.prompts(batch))
-        return *teacher_forced(self.model, feature, schedule, condition), schedule
 
     def configure_optimizers(self):
         warmup = self.optimizer["warmup"]

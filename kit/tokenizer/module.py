@@ -15,6 +15,7 @@ from kit.optim import WarmupCosine, build_optimizer, check_optimizer
 from kit.perceptual import load_perceptual
 from kit.pixels import psnr
 from kit.ranks import mean_over_ranks
+from kit.stages import StagePlan, starts
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.discriminator import Discriminator
 from kit.tokenizer.losses import (
@@ -229,6 +230,22 @@ class TokenizerModule(L.LightningModule):
             optimizers.append(build_optimizer(self.discriminator, "adamw", against["lr"], against["betas"], 0.0))
             schedules.append(WarmupCosine(optimizers[1], 0, self.steps - self.start))
         return optimizers, [{"scheduler": schedule, "interval": "step"} for schedule in schedules]  # the interval of logging
+
+
+def check_adaptive(module: TokenizerModule, plan: StagePlan):
+    """Checks that each stage trains the weight whose gradients `adversarial_term` compares.
+
+    Raises:
+        ValueError: if a stage does not, and lasts beyond the beginning of an adaptive adversarial loss.
+    """
+    if module.discriminator is None or not module.loss["adversarial"]["adaptive"]:
+        return
+    for stage, end in zip(plan.stages, starts([stage.steps for stage in plan.stages])[1:]):
+        if stage.train and end > module.start and not "decoder.head.weight".startswith(tuple(stage.train)):
+            raise ValueError(
+                f"stages.{stage.name}.train={list(stage.train)}: loss.adversarial.adaptive=true weighs losses by what they "
+                f"ask of decoder.head, which does not learn then; add decoder.head, or set loss.adversarial.adaptive=false"
+            )
 
 
 def some_frames(frames: int, wanted: int | None, draws: Draws) -> Tensor | None:
