@@ -206,7 +206,7 @@ def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorMo
     """
     tokenizer, condition = load_tokenizer(cfg.tokenizer_ckpt), condition_of(plain(cfg.condition), data)
     module = generator_module(cfg, data.clip, condition, tokenizer.model, tokenizer.hash, str(tokenizer.path.resolve()))
-    if condition["kind"] == "text" and (message := module.model.condition.cut(data.captions)):
+    if message := module.model.condition.cut(data.captions):
         rank_zero_warn(message)
     return module
 

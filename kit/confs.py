@@ -106,7 +106,7 @@ def keep_config(cfg: DictConfig, verb: str = "fit"):
     """Writes a composed config, and the words of the command line, to `config` in the run's folder.
 
     Args:
-        verb: whose they are. In the folder of a training, those of another verb go to a folder of their own below `config`.
+        verb: of the command. In the folder of a training another verb's go to `config/VERB`, beside the training's own.
     """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf

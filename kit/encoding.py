@@ -159,8 +159,8 @@ def _write(path: Path, parts: Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]
 
 
 def _finish(folder: Path, about: dict, clips: dict[str, int]) -> bool:
-    """Writes the hashes of all files to the manifest, which marks the cache as finished; returns whether it is that of
-    `clips`."""
+    """Writes the hashes of all files to the manifest, which marks the cache as finished; returns False if another process has
+    asked for more clips than `clips` meanwhile."""
     path = folder / MANIFEST
     with _locked(path, -1):
         found = read_json(path)

@@ -154,7 +154,7 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
         super().__init__(optimizer)
 
     def begin(self, lr: float, warmup: int, steps: int, began: int):
-        """Switches to a new schedule with peak `lr`, which began after `began` steps; the next step follows it."""
+        """Switches to a new schedule with peak `lr`, counted from step `began` of the training; the next step follows it."""
         self.warmup, self.steps, self.began = warmup, steps, began
         self.base_lrs = [lr] * len(self.base_lrs)
         for group, rate in zip(self.optimizer.param_groups, self.get_lr()):

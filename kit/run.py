@@ -85,9 +85,11 @@ def goes_on(cfg: DictConfig, resume: Path | None) -> bool:
 
 @rank_zero_only
 def take_folder(cfg: DictConfig, resume: Path | None):
-    """Makes the run's folder that of the training which begins now: its config, and no checkpoints of another run, which a
-    restart with ckpt=last would take for its own. A training that goes on from an earlier checkpoint of its own begins with
-    a copy of that as the last one."""
+    """Makes the run's folder that of the training which begins now.
+
+    It keeps the config, and removes checkpoints of another run, which a restart with ckpt=last would take for its own. If
+    the training goes on from an earlier checkpoint of its own, that becomes the last one.
+    """
     keep_config(cfg)
     last = last_checkpoint(Path(cfg.folder))
     if not goes_on(cfg, resume):

@@ -41,6 +41,6 @@ def _on_sigterm(handler: Callable | signal.Handlers) -> Iterator[None]:
 
 
 def end_with_launcher():
-    """Has a further process of a training end when the one that launched it does, which it would wait for; on Linux."""
+    """Makes a process of a training end with the one that launched it, for which it would else wait forever. On Linux."""
     if "LOCAL_RANK" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -288,17 +288,17 @@ class Shapes(ClipSource):
         rng = self._rng(n, 1)
         return paraphrase(shown.colour, shown.shape, None if still else shown.motion, shown.background, rng)
 
+    def words(self, n: int) -> dict:
+        """`caption` and `label` of clip n."""
+        shown = self.attributes(n)
+        return {"caption": self._caption(shown, n), "label": SHAPES.index(shown.shape)}
+
     def __getitem__(self, n: int) -> dict:
         rng = self._rng(n)
         shown = attributes_of(rng, self.split)
         start = self.start(n)
         video = render(shown, rng, self.frames, self.height, self.width, self.fps, start or 0.0)
-        return {
-            "video": torch.from_numpy(video),
-            "caption": self._caption(shown, n),
-            "label": SHAPES.index(shown.shape),
-            "given": 0 if start is None else 1,
-        }
+        return {"video": torch.from_numpy(video), **self.words(n), "given": 0 if start is None else 1}
 
     @property
     def draws(self) -> dict:

@@ -70,9 +70,8 @@ class DrawnClips(Dataset):
         return self.clips
 
     def words(self, n: int) -> dict:
-        shown = self.source.attributes(self.first + n)
-        return {"caption": self.source.caption(self.first + n), "label": self.source.classes.index(shown.shape),
-                "name": f"shapes {self.source.split} {self.first + n}", "n": n}  # fmt: skip
+        number = self.first + n
+        return {**self.source.words(number), "name": f"shapes {self.source.split} {number}", "n": n}
 
     def __getitem__(self, n: int) -> dict:
         return {**self.source[self.first + n], **self.words(n), "size": f"{self.source.height} x {self.source.width}"}

@@ -93,7 +93,7 @@ class WordEncoder(nn.Module):
     def bucket(self, word: str) -> int:
         return zlib.crc32(word.encode()) % self.table.num_embeddings
 
-    def words(self, texts: list[str]) -> Tensor:
+    def ids(self, texts: list[str]) -> Tensor:
         """Returns the bucket of each word, (B, S) int64 on the CPU; -1 where there is no word."""
         ids = torch.full((len(texts), self.length), -1)
         for row, text in zip(ids, texts, strict=True):
@@ -102,7 +102,8 @@ class WordEncoder(nn.Module):
         return ids
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        ids, device = self.words(texts), self.table.weight.device
+        """Returns the words' vectors (B, S, channels), and where there is a word, (B, S) bool."""
+        ids, device = self.ids(texts), self.table.weight.device
         if self.training:  # DDP copies the first rank's buffers to all, so it must record what every rank reads
             read = from_all_ranks(ids, device)
             self.seen[onto(read[read >= 0], device)] = True
@@ -192,6 +193,10 @@ class ClassCondition(nn.Module):
         """Notes if no class is given. Raises ValueError for an unknown class."""
         self.check([text])
         return [] if text else ["no class: clips of any kind"]
+
+    def cut(self, captions: set[str]) -> None:
+        """As of `TextCondition`: there is no label that is not read to its end."""
+        return None
 
     def check(self, labels: list[str]):
         """Checks that each label is a known class or empty.

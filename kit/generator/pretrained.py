@@ -24,12 +24,12 @@ DECIDING = (".json", ".txt", ".model", ".safetensors")  # suffixes of the files 
 class EncoderSource(NamedTuple):
     """Location and configuration of a text encoder.
 
-    Fields: name, a folder or a name on the Hugging Face hub; words, keyword arguments of `from_pretrained`; config, the
+    Fields: name, a folder or a name on the Hugging Face hub; options, arguments of `from_pretrained`; config, the
         configuration object of transformers; revision, `folder_revision` of a folder, the commit of a name on the hub.
     """
 
     name: str
-    words: dict
+    options: dict
     config: object
     revision: str
 
@@ -61,20 +61,20 @@ def find_encoder(name: str, revision: str | None = None) -> EncoderSource:
         raise ImportError("a pretrained text encoder needs a package: pip install 'kit-videoar[hf]'") from error
     disable_progress_bar(), set_verbosity_error()
     source = os.environ.get(MOVED) or name
-    words = {"trust_remote_code": False}
+    options = {"trust_remote_code": False}
     found = folder_revision(Path(source)) if Path(source).is_dir() else None
     if revision and (found is not None) == revision.startswith("files-"):
         if found is None:
-            words["revision"] = revision
+            options["revision"] = revision
         elif found != revision:
             raise ValueError(
                 f"the text encoder in {source} is of revision {found}, the generator was trained with {revision}"
             )
     try:
-        config = AutoConfig.from_pretrained(source, **words)
+        config = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise _missing(source, error) from error
-    return EncoderSource(source, words, config, found or config._commit_hash or "")
+    return EncoderSource(source, options, config, found or config._commit_hash or "")
 
 
 def open_tokenizer(source: EncoderSource):
@@ -82,7 +82,7 @@ def open_tokenizer(source: EncoderSource):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.name, **source.words)
+        return AutoTokenizer.from_pretrained(source.name, **source.options)
     except (OSError, ValueError) as error:
         raise _missing(source.name, error) from error
 
@@ -98,7 +98,7 @@ def open_model(source: EncoderSource) -> nn.Module:
     kind = CLIPTextModel if source.config.model_type == "clip" else AutoModelForTextEncoding
     files = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     try:
-        model, report = kind.from_pretrained(source.name, **files, **source.words)
+        model, report = kind.from_pretrained(source.name, **files, **source.options)
     except (OSError, ValueError) as error:
         raise _missing(source.name, error) from error
     if lacking := sorted(key for key in report["missing_keys"] if "pooler" not in key and "position_ids" not in key):
@@ -153,12 +153,13 @@ class PretrainedEncoder(nn.Module):
         return source
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Returns states (B, length, channels), and which of them are of tokens, (B, length) bool."""
         x = torch.zeros(len(texts), self.length, self.channels)
         mask = torch.zeros(len(texts), self.length, dtype=torch.bool)
-        for row, words, text in zip(x, mask, texts):
+        for row, known, text in zip(x, mask, texts):
             if text.strip():
                 states = self.states(text)
-                row[: len(states)], words[: len(states)] = states, True
+                row[: len(states)], known[: len(states)] = states, True
         return x.to(self.anchor.device), mask.to(self.anchor.device)
 
     def lengths(self, texts: list[str]) -> list[int]:
@@ -192,7 +193,7 @@ class PretrainedEncoder(nn.Module):
 
     @torch.no_grad()
     def _encode(self, text: str) -> Tensor:
-        words = self.tokenizer()(text, truncation=True, max_length=self.length, return_tensors="pt").to(device())
+        tokens = self.tokenizer()(text, truncation=True, max_length=self.length, return_tensors="pt").to(device())
         with autocast("float32"), exact_float32():  # a training rounds more, and its states are kept for sampling
-            states = self.model()(**{key: words[key] for key in ("input_ids", "attention_mask")}).last_hidden_state
+            states = self.model()(**{key: tokens[key] for key in ("input_ids", "attention_mask")}).last_hidden_state
         return states[0].half().cpu()

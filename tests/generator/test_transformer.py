@@ -170,7 +170,7 @@ def test_every_word_and_its_place_count(make_generator):
 
 def test_text_is_read_without_case_and_punctuation_up_to_its_length():
     encoder = WordEncoder(8, length=3, buckets=64)
-    ids = encoder.words(["A red, ball.", "a red ball", "a red ball again", "a", ""])
+    ids = encoder.ids(["A red, ball.", "a red ball", "a red ball again", "a", ""])
     assert ids.shape == (5, 3)
     assert torch.equal(ids[0], ids[1]) and torch.equal(ids[1], ids[2])
     assert ids[3, 0] == ids[0, 0] and (ids[3, 1:] == -1).all() and (ids[4] == -1).all()
@@ -182,7 +182,7 @@ def test_words_of_shapes_have_buckets_of_their_own():
     config = ConditionConfig()
     words = sorted({w for phrase in (*COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS, "a", "an") for w in phrase.split()})
     encoder = WordEncoder(1, length=1, buckets=config.buckets)
-    assert len(set(encoder.words(words).flatten().tolist())) == len(words)
+    assert len(set(encoder.ids(words).flatten().tolist())) == len(words)
     captions = (f"a {c} {s} {m} {b}" for c in COLOURS for s in SHAPES for m in MOTIONS for b in BACKGROUNDS)
     longest = max(len(caption.split()) for caption in captions)
     assert longest <= config.length
