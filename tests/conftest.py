@@ -48,6 +48,12 @@ def own_cache(tmp_path_factory):
     os.environ["KIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """Sets a cache folder of the test's own; for a whole file: pytestmark = pytest.mark.usefixtures("empty_cache")."""
+    monkeypatch.setenv("KIT_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_composition():
     """Keeps hydra from composing a command's config once more only to read `hydra.mode`, which no conf sets: of hundreds of

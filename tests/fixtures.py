@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import pytest
 import torch
 
@@ -91,6 +92,12 @@ def composed(name: str, *overrides: str):
     """Composes a conf as the command line does."""
     register_resolvers()
     return compose(located(name), overrides)
+
+
+def frames_of(path: Path) -> int:
+    """Counts the frames of a video that can be decoded."""
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
 
 
 def fit_tokenizer(root: Path, *overrides: str, name: str = "tokenizer") -> int:

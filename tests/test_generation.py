@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
-import av
 import pytest
 import torch
 from PIL import Image
@@ -23,14 +22,10 @@ from kit.request import check_video_length, file_stem, history_of, prompts_of
 from kit.sampling import sample_clips, sample_videos, stream_samples
 from kit.sidecar import read_sidecar
 from kit.tokenizer import Tokenizer
+from tests.fixtures import frames_of
 
 PROMPT = "a red ball moving right over a green field"
 GUIDED = Sampling(Guidance("constant", 2.0), temperature=1.0)
-
-
-def frames_of(path) -> int:
-    with av.open(str(path)) as container:
-        return sum(1 for _ in container.decode(video=0))
 
 
 def run(pair, tmp_path, *words, name="out") -> int:

@@ -19,7 +19,7 @@ import av
 import pytest
 import torch
 
-import kit.run
+import kit.caching
 from callbacks import LastCheckpoint, last_checkpoint
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.files import load_checked, save_checked, written_aside
@@ -132,14 +132,14 @@ def test_a_run_that_was_moved_knows_its_best_score(tmp_path, recwarn):
 
 
 def test_while_clips_are_encoded_sigterm_ends_the_run_at_once(pair, tmp_path, monkeypatch):
-    handlers, write = [], kit.run.write_cache
+    handlers, write = [], kit.caching.write_cache
     before = signal.getsignal(signal.SIGTERM)
 
     def watched(*args):
         handlers.append(signal.getsignal(signal.SIGTERM))
         write(*args)
 
-    monkeypatch.setattr(kit.run, "write_cache", watched)
+    monkeypatch.setattr(kit.caching, "write_cache", watched)
     words = ["recipe.generator.encoded_clips=4", "recipe.generator.steps=2", "trainer.val_check_interval=2"]
     assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == 0
     assert handlers == [signal.SIG_DFL] and signal.getsignal(signal.SIGTERM) == before

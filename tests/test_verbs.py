@@ -35,11 +35,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a red ball moving right over a green field"
 
 
-def frames_of(path) -> int:
-    with av.open(str(path)) as container:
-        return sum(1 for _ in container.decode(video=0))
-
-
 def run(verb, pair, tmp_path, *overrides, model="generator") -> int:
     return main([verb, f"ckpt={getattr(pair, model)}", f"root={tmp_path}", "name=out", *overrides])
 

@@ -338,7 +338,7 @@ def display_width(width: int, aspect: Fraction | None) -> int:
     """Returns the width of a frame as shown.
 
     Args:
-        width: as stored. aspect: of a pixel, width by height. Ignored if under 1 % or, as nonsense, above 8 to 1.
+        width: as stored. aspect: of a pixel, width by height. One that is square to 1 %, or beyond 8 to 1, is ignored.
     """
     stretched = aspect and 0.01 < abs(aspect - 1) and 1 / 8 <= aspect <= 8
     return round(width * aspect) if stretched else width

@@ -32,9 +32,7 @@ from tests.fixtures import CLIP, QUICK, TOKENIZER
 SHAPE = dict(frames=5, height=32, width=32)
 
 
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KIT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,6 @@ from kit.evaluation.shapes_score import Reading, caption_accuracy, fit_backgroun
 CHANCE = {"colour": 1 / 8, "shape": 1 / 5, "motion": 1 / 9, "background": 1 / 4}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def accuracy(data: Shapes, clips: int, change=lambda video, n: video, caption=None) -> dict[str, float]:
     """`caption_accuracy` on the first clips of a data set, a few at a time to spare memory."""
     parts = [

@@ -30,6 +30,7 @@ from kit.generator.guidance import Guidance
 from kit.generator.sampler import Sampling
 from kit.media import write_video
 from kit.sampling import sample_videos, seed_of
+from tests.fixtures import frames_of
 
 PROMPTS = [Prompt("a cat", 2), Prompt("a dog, close-up", 3), Prompt("in/out", 2)]
 SETTINGS = {"model": "0123456789abcdef", "guidance": {"kind": "constant", "first": 3.0}, "size": (16, 16)}
@@ -57,12 +58,6 @@ class Counted:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def decoded(path: Path) -> int:
-    """Returns the number of frames that can be decoded."""
-    with av.open(str(path)) as container:
-        return sum(1 for _ in container.decode(video=0))
 
 
 def written(path: Path, value) -> Path:
@@ -157,7 +152,7 @@ def test_a_suite_is_made_and_can_be_traced_back(tmp_path):
     table = json.loads((tmp_path / "s" / "videos.json").read_text())
     assert table == video_table(PROMPTS, 5)
     assert videos == tmp_path / "s" / "videos" and {path.name for path in videos.iterdir()} == set(table)
-    assert all(decoded(path) == 5 for path in videos.iterdir())
+    assert all(frames_of(path) == 5 for path in videos.iterdir())
     suite = json.loads((tmp_path / "s" / "suite.json").read_text())
     assert suite["guidance"] == {"kind": "constant", "first": 3.0} and suite["seed"] == 5 and suite["fps"] == 8
 
@@ -303,7 +298,7 @@ def test_a_killed_suite_has_whole_videos_and_goes_on(tmp_path):
         process.kill()
         process.wait()
     whole = {path.name: path.read_bytes() for path in videos.glob("a-*.mp4")}
-    assert all(decoded(videos / name) == 61 for name in whole)
+    assert all(frames_of(videos / name) == 61 for name in whole)
     write_suite(eval(noise), [Prompt("a", len(whole) + 1)], tmp_path, {}, seed=0, batch_size=1, fps=8)
     after = contents(videos)
     assert whole.items() <= after.items() and len(after) == len(whole) + 1  # and what was cut off is gone
@@ -352,7 +347,7 @@ def test_a_suite_of_a_trained_pair(pair, tmp_path):
     how = dict(seed=1, batch_size=4, fps=generator.clip["fps"])
     videos = write_suite(sample, prompts, tmp_path / "whole", settings, **how)
     assert sorted(video_name(text, index) for text in captions for index in (0, 1)) == sorted(contents(videos))
-    assert all(decoded(path) == 5 for path in videos.iterdir())
+    assert all(frames_of(path) == 5 for path in videos.iterdir())
 
     def stopped(prompts, seeds):
         if len(seeds) < 4:

@@ -23,10 +23,7 @@ def inputs_of(schedule: ScaleSchedule = SCHEDULE, batch: int = 1, d: int = 4, se
     return torch.randn(batch, schedule.length, d, generator=torch.Generator().manual_seed(seed)) * d**-0.5
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def touched(a: torch.Tensor, b: torch.Tensor, schedule: ScaleSchedule) -> list[bool]:

@@ -31,9 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LEVELS = [5 * n for n in range(30)]
 
 
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KIT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def webp(frames: list[np.ndarray]) -> bytes:

@@ -21,10 +21,7 @@ from kit.prepare import i3d
 from kit.prepare.i3d import BRANCHES, PACKAGE_SHA256, ArrayUnpickler, convert_i3d, prepare_i3d
 from tests.conftest import randomise
 
-
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KIT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def as_package(state: dict[str, torch.Tensor]) -> dict:
