@@ -280,7 +280,8 @@ except KeyboardInterrupt:
 def test_a_part_of_the_demo_saves_when_it_is_told_to_end(tmp_path, tell, number):
     """A terminal tells all processes, others only the first."""
     (tmp_path / "part.py").write_text(PART)
-    code = "import kit.demo; kit.demo.PATIENCE = 2.0; kit.demo.run(['part'])"
+    heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # which a shell's job may ignore
+    code = f"{heeded}; import kit.demo; kit.demo.PATIENCE = 2.0; kit.demo.run(['part'])"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
