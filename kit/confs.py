@@ -198,9 +198,10 @@ def misspelt_in(conf: Path) -> list[str]:
         alone = Path(folder).resolve() / conf.name
         alone.write_text(yaml.safe_dump(defaults))
         try:
-            known = leaves(compose(alone, beside_it=conf.parent))
-            keys = [key for key in leaves(OmegaConf.create(values)) if not key.startswith("stages.")]  # names of one's own
-            return nearest(keys, known)
+            known, keys = leaves(compose(alone, beside_it=conf.parent)), leaves(OmegaConf.create(values))
+            added = [key for key in keys if key not in known and f"{key}._target_" in keys]
+            own = ("stages.", *(f"{key}." for key in added))  # names of one's own, and objects such as callbacks
+            return nearest([key for key in keys if not f"{key}.".startswith(own)], known)
         except Exception:  # reported elsewhere
             return []
 

@@ -130,6 +130,16 @@ def test_a_users_stages_are_no_misspelt_keys(own_conf, capfd):
     assert "note" not in capfd.readouterr().err
 
 
+def test_a_users_callbacks_are_no_misspelt_keys(own_conf, capfd):
+    own_conf.write_text(
+        "defaults: [stage1_tokenizer, _self_]\n"
+        "callbacks: {emma: {_target_: lightning.pytorch.callbacks.Timer, duration: null}, vidoe_logger: {clips: 0}}\n"
+    )
+    assert main(["fit", f"conf={own_conf}", "--cfg", "job"]) == 0
+    told = capfd.readouterr().err
+    assert "did you mean callbacks.video_logger?" in told and "emma" not in told
+
+
 def test_conf_takes_a_file_built_on_one_of_kits(own_conf, capfd):
     assert main(["fit", f"conf={own_conf}", "--cfg", "job", "--resolve"]) == 0
     cfg = OmegaConf.create(capfd.readouterr().out)
