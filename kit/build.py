@@ -289,8 +289,17 @@ def check_trainer(trainer: DictConfig):
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """Builds the Lightning trainer with its loggers and callbacks. Raises as `check_trainer` and `check_launch`."""
+    """Builds the Lightning trainer with its loggers and callbacks.
+
+    Raises:
+        ValueError: if a logger or a callback has no `_target_`; else as `check_trainer` and `check_launch`.
+    """
     check_trainer(cfg.trainer)
+    for group in ("logger", "callbacks"):
+        if empty := [
+            f"{group}.{name}" for name, values in (cfg.get(group) or {}).items() if values and "_target_" not in values
+        ]:
+            raise ValueError(f"{empty[0]} has no _target_, so it makes nothing; give the class, or mend its name")
     loggers = [instantiate(c) for c in (cfg.get("logger") or {}).values()]
     parts, interval = accumulate_of(cfg), cfg.trainer.get("val_check_interval")
     every = {"val_check_interval": -(-interval // parts) * parts} if isinstance(interval, int) else {}  # after whole steps

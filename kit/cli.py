@@ -174,7 +174,7 @@ def explained(error: Exception, verb: str) -> str | None:
     if os.environ.get("KIT_TRACEBACK"):
         return None
     if isinstance(error, InstantiationException):  # hydra's, about an error of what it builds
-        if isinstance(error.__cause__, TypeError):  # about a key that was added there, or a value of another kind
+        if isinstance(error.__cause__, TypeError | AttributeError):  # about a key or a value there, or a class of the user's
             return f"{' '.join(str(error).split())}\n(KIT_TRACEBACK=1 shows where)"
         error = error.__cause__ or error  # which an error from another process has lost
     if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):

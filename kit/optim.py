@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.fsdp import share_of, whole
-from kit.values import check_number, check_whole_number
+from kit.values import check_choice, check_number, check_whole_number
 
 BYTES_TRAINED, BYTES_AVERAGED = 16, 4  # of a float32 parameter with its gradient and AdamW's moments; of its moving average
 PHASES = (2, 3)  # Newton-Schulz iterations per phase; more than three in one would let rounding errors grow
@@ -104,12 +104,18 @@ class Muon(torch.optim.Optimizer):
             p.addcdiv_(first, second.sqrt() + group["eps"], value=-group["lr"])
 
 
+KEYS = ("name", "lr", "betas", "weight_decay", "warmup", "clip", "accumulate")
+
+
 def check_optimizer(values: Mapping):
-    """Checks the numbers of the config's `optimizer`; a generator's has no `clip` and `accumulate`.
+    """Checks the name, keys and numbers of the config's `optimizer`; a generator's has no `clip` and `accumulate`.
 
     Raises:
-        ValueError: if one makes no sense, naming its key.
+        ValueError: for an unknown name or key, or if a number makes no sense, naming its key.
     """
+    if unknown := sorted(set(values) - set(KEYS)):
+        raise ValueError(f"optimizer has no {', '.join(unknown)}; its keys are {', '.join(KEYS)}")
+    check_choice("optimizer.name", values["name"], ("adamw", "muon"))
     for key in ("lr", "weight_decay"):
         check_number(f"optimizer.{key}", values[key], least=0)
     check_whole_number("optimizer.warmup", values["warmup"], 0)
