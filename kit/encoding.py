@@ -68,14 +68,15 @@ def write_cache(
     if _holds(folder, about, clips):  # before anything is written: a finished cache may be read only
         return
     claimed = _claim(folder, about, clips)
-    model, frames, files, met = tokenizer.to(device()).eval(), about["clip"]["frames"], files_of(claimed), set()
+    model, files, met = tokenizer.to(device()).eval(), files_of(claimed), set()
     with tqdm(total=sum(claimed.values()), desc="encode", unit="clip", disable=None) as bar:
         for seconds in (0, -1):  # first the free files; then wait for those of others, who may have died
             for file in files:
                 try:
                     with _locked(folder / file.name, seconds):
                         if not is_whole(folder / file.name, file):
-                            _write(folder / file.name, _encoded(sources[file.split], file, model, frames, workers, bar))
+                            parts = _encoded(sources[file.split], file, model, about["clip"], workers, bar)
+                            _write(folder / file.name, parts)
                         elif file not in met:
                             bar.update(file.clips)
                     met.add(file)
@@ -137,11 +138,12 @@ def _claim(folder: Path, about: dict, clips: dict[str, int]) -> dict[str, int]:
 
 
 def _encoded(
-    source: ClipSource, file: CacheFile, model: Tokenizer, frames: int, workers: int, bar: tqdm
+    source: ClipSource, file: CacheFile, model: Tokenizer, clip: dict, workers: int, bar: tqdm
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:  # fmt: skip
     """Yields the encoded clips of a file in batches: feature (b, d, F, h, w), label (b,), given (b,) and captions."""
-    items = [(n, frames) for n in range(file.first, file.first + file.clips)]
-    for batch in DataLoader(Numbered(source), sampler=items, batch_size=BATCH, num_workers=workers):
+    items = [(n, clip["frames"]) for n in range(file.first, file.first + file.clips)]
+    clips = Numbered(source, size=(clip["height"], clip["width"]))
+    for batch in DataLoader(clips, sampler=items, batch_size=BATCH, num_workers=workers):
         with torch.no_grad(), inference_precision():
             feature = model.encode(batch["video"].to(device()))
         yield feature.half().cpu(), batch["label"], batch["given"], batch["caption"]

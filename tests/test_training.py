@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +114,26 @@ def test_pixels_of_another_range_are_told_before_they_are_learned(verb, pair, tm
     assert main([*verb.split(), *clip, *own.get(verb, [*GENERATOR, given]), f"root={tmp_path}"]) == 1
     error = capsys.readouterr().err
     assert "clip 0 of the data: expected pixels in [-1, 1], found 4" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda item: {"video": item["video"], "label": -1}, "clip 0 of the data: it has no caption; expected video, "),
+        (lambda item: {**item, "label": "red"}, "its label is 'red'; expected its place in `classes`"),
+        (lambda item: {**item, "video": item["video"].numpy()}, "its video is ndarray; expected a tensor"),
+        (lambda item: {**item, "video": item["video"][:, :1]}, "it has 1 x 16 x 16 pixels, expected 5 x 16 x 16"),
+        (lambda item: {**item, "video": item["video"][..., 1:]}, "it has 5 x 16 x 15 pixels, expected 5 x 16 x 16"),
+    ],
+)
+def test_items_of_a_users_source_are_checked(change, told):
+    class Own(Shapes):
+        def __getitem__(self, n):
+            return change(super().__getitem__(n))
+
+    data = ClipDataModule(Own, 5, 16, 16, 8.0, batch_size=2, val_clips=2, workers=0)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        next(iter(data.val_dataloader()))
 
 
 def test_a_training_ends_after_its_time_and_goes_on(tmp_path, caplog):

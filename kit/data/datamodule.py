@@ -153,7 +153,8 @@ class ClipDataModule(ClipsOnDevice):
         else:
             images = (self.image_share, self.image_batch)
             stream = StreamSampler(self.batch_size, *where, self.frames, *images, self.left_out)
-        return self._loader(Numbered(self.train, self.images), self.encoded, batch_sampler=stream)
+        size = None if self.bucketed else (self.height, self.width)
+        return self._loader(Numbered(self.train, self.images, size), self.encoded, batch_sampler=stream)
 
     def _encode(self):
         images = images_among(self.batches, self.image_share)
@@ -200,7 +201,8 @@ class ClipDataModule(ClipsOnDevice):
         """
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         keys = [(n, self.frames) for n in range(rank, self.val_clips // ranks * ranks, ranks)]
-        return self._loader(Numbered(self.val), self.cached, batch_size=self.batch_size, sampler=keys)
+        clips = Numbered(self.val, size=(self.height, self.width))
+        return self._loader(clips, self.cached, batch_size=self.batch_size, sampler=keys)
 
     def _loader(self, dataset: Numbered, encoded: bool, **order) -> DataLoader:
         on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.utils.data import Dataset
 
 from kit.data.mixture import label_among
@@ -15,10 +16,13 @@ class Numbered(Dataset):
 
     Single frames are taken from `images`, if given; their labels count if clips have the same class, else they are -1.
     `given` of an item is the number of its first latent frames that are not to be predicted, 0 if the source does not say.
+
+    Args:
+        size: height and width of the videos; None: any, as in buckets.
     """
 
-    def __init__(self, source: ClipSource, images: ClipSource | None = None):
-        self.source, self.images = source, images
+    def __init__(self, source: ClipSource, images: ClipSource | None = None, size: tuple[int, int] | None = None):
+        self.source, self.images, self.size = source, images, size
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         n, frames = key
@@ -27,13 +31,40 @@ class Numbered(Dataset):
             item["label"] = label_among(self.source.classes, self.images.classes, item["label"])
         else:
             item = {"given": 0, **self.source[n], "n": n}
-        if "video" in item:
-            try:
-                check_pixels(item["video"][None])
-            except ValueError as error:
-                if item["video"].isfinite().all():  # else its loss is lost, and `retries` leaves out the batch alone
-                    raise ValueError(f"clip {n} of the data: {error}") from error
+        try:
+            check_item(item, frames, self.size)
+        except ValueError as error:
+            raise ValueError(f"clip {n} of the data: {error}") from error
         for name, used in (("video", frames), ("feature", latent_frames(frames))):
             if name in item:
                 item[name] = item[name][:, :used]
         return item
+
+
+def check_item(item: dict, frames: int, size: tuple[int, int] | None):
+    """Checks an item of a source, which may be a user's own: its parts, and shape, type and range of its pixels.
+
+    Pixels that are no numbers pass: their loss is lost, and `retries` leaves out the batch alone.
+
+    Args:
+        frames: least number of its frames. size: height and width; None: any.
+    Raises:
+        ValueError: if something is amiss.
+    """
+    if missing := [key for key in ("caption", "label") if key not in item]:
+        raise ValueError(f"it has no {' and no '.join(missing)}; expected video, caption ('' for none), label (-1 for none)")
+    if isinstance(item["label"], str):
+        raise ValueError(f"its label is {item['label']!r}; expected its place in `classes` of the data set, or -1")
+    if (video := item.get("video")) is None:
+        return
+    if not isinstance(video, torch.Tensor):
+        raise ValueError(f"its video is {type(video).__name__}; expected a tensor (3, T, H, W) in [-1, 1]")
+    try:
+        check_pixels(video[None])
+    except ValueError:
+        if video.isfinite().all():
+            raise
+    _, found, *sides = video.shape
+    if found < frames or size not in (None, tuple(sides)):
+        height, width = size or sides
+        raise ValueError(f"it has {found} x {sides[0]} x {sides[1]} pixels, expected {frames} x {height} x {width}")
