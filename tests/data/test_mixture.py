@@ -103,6 +103,11 @@ def test_sources_without_words_are_told_once(tmp_path):
         Mixture(mine, {"mine": 1}, **SHAPE)
 
 
+def test_a_mixture_of_drawn_clips_tells_of_no_files():
+    data = ClipDataModule(partial(Mixture, THREE, {"a": 1, "b": 1, "c": 1}), **SHAPE, batch_size=1, val_clips=1, workers=0)
+    assert data.about == "mixture, captions"
+
+
 def test_caches_are_not_mixed():
     def cached(**_):
         source = ClipSource()
