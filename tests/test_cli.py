@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -15,6 +17,7 @@ import wandb
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
@@ -569,6 +572,15 @@ def test_sweep_commands_run_as_an_agent_would_call_them(pair, tmp_path, monkeypa
     assert wandb.run is None, "the next training of this process is a run of its own"
     folder = {"generator": "sweep_generator", "ablation": "ablation_standard_0"}[name]
     assert (tmp_path / "runs" / folder / "run1" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_wandb_is_told_the_data_and_the_trainer(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")  # which the logger sets too
+    monkeypatch.setattr(wandb, "init", lambda **values: SimpleNamespace(**values))
+    logger = instantiate(composed("stage2_generator", "logger=wandb", "name=x", "data.batch_size=3").logger.wandb)
+    told = logger.experiment
+    assert told.config["data"]["batch_size"] == 3 and told.config["trainer"]["max_steps"] > 0 and told.id is None
+    json.dumps(told.config)
 
 
 @pytest.mark.parametrize("logger", ["csv", "tensorboard"])
