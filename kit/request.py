@@ -20,6 +20,7 @@ from kit.values import check_whole_number
 from kit.words import SAID
 
 WHOLE_NUMBERS = {"n": 1, "batch_size": 1, "seed": 0, "frames": 1, "history_frames": 1, "overlap": 1}  # key -> minimum
+TABLES = (".csv", ".tsv", ".json", ".jsonl")
 SLOWEST, FASTEST = 0.001, 1000  # frames per second of an mp4: far lower ones it would round to 0, and play at 24
 
 
@@ -74,13 +75,23 @@ def prompts_of(values: dict, kind: str) -> tuple[str, list[str]]:
         path = Path(values["prompts"])
         if not path.is_file():
             raise FileNotFoundError(f"prompts={path}: no such file; it holds one {wanted} a line")
-        lines = [line.strip() for line in read_text(path).split("\n")]
-        if not any(lines):
+        if not (lines := read_lines(path)):
             raise ValueError(f"prompts={path} holds no {wanted}; write one a line")
-        return wanted, list(dict.fromkeys(line for line in lines if line))
+        return wanted, list(dict.fromkeys(lines))
     if values[wanted] is None and kind == "class":
         raise ValueError("this generator was trained on classes: give label=")
     return wanted, ["" if values[wanted] is None else str(values[wanted])]
+
+
+def read_lines(path: Path) -> list[str]:
+    """Reads the lines of a text file, each without blanks around it; blank ones are left out.
+
+    Raises:
+        ValueError: if it is a table, whose lines are no prompts; else as `read_text`.
+    """
+    if path.suffix.lower() in TABLES:
+        raise ValueError(f"{path} is no list of lines; write the prompts or labels into a text file, one a line")
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 def notes_on(prompts: list[str], sampling: Sampling, notes: Callable[[str], list[str]]) -> list[str]:
@@ -134,6 +145,10 @@ def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
     height, width = file.size
     if height * clip["width"] != width * clip["height"]:
         print(f"note: {path} is {width} x {height}: scaled, and cut in the centre to {clip['width']} x {clip['height']}")
+    if file.video.moves:
+        print(
+            f"note: {path} moves; its first frame is taken, as of every picture: make it a gif or mp4 to go on from its end"
+        )
     if file.video.transparent:
         print(f"note: transparent areas of {path} become white")
     return file.read(clip["height"], clip["width"]), {"given_sha256": file_sha256(path)}

@@ -426,6 +426,9 @@ def test_explains_bad_files(pair, tmp_path, capsys):
     (tmp_path / "latin.txt").write_bytes(b"a ball\n\xe9t\xe9\n")
     assert run(pair, tmp_path, f"prompts={tmp_path / 'latin.txt'}") == 1
     assert "latin.txt, line 2: not UTF-8" in capsys.readouterr().err
+    (tmp_path / "captions.csv").write_text("file,caption\na.mp4,a red ball\n")
+    assert run(pair, tmp_path, f"prompts={tmp_path / 'captions.csv'}") == 1
+    assert "captions.csv is no list of lines; write the prompts or labels into a text file" in capsys.readouterr().err
     (tmp_path / "other.json").write_text("[]")
     assert run(pair, tmp_path, f"settings={tmp_path / 'other.json'}") == 1
     assert "is not the JSON beside a video" in capsys.readouterr().err
@@ -436,6 +439,14 @@ def test_explains_bad_files(pair, tmp_path, capsys):
     assert "use history_frames=1 or less" in capsys.readouterr().err
     assert main(["generate", f"root={tmp_path}", "prompt=x"]) == 1
     assert "give ckpt=PATH" in capsys.readouterr().err
+
+
+def test_the_first_frame_of_a_moving_picture_is_told(tmp_path, capsys):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "two.png", save_all=True, append_images=frames[1:])
+    values = {"image": None, "video": str(tmp_path / "two.png"), "history_frames": 1}
+    given, _ = history_of(values, {"frames": 5, "height": 32, "width": 32, "fps": 8})
+    assert given[0].min() == 1 and "two.png moves; its first frame is taken" in capsys.readouterr().out
 
 
 def test_notes_tell_what_is_done_with_odd_input(pair, tmp_path, capsys):
@@ -450,7 +461,7 @@ def test_notes_tell_what_is_done_with_odd_input(pair, tmp_path, capsys):
     Image.new("RGBA", (40, 30), "orange").save(tmp_path / "wide.png")
     assert run(pair, tmp_path, f"image={tmp_path / 'wide.png'}", "prompt=", "frames=9", "overlap=1", name="empty") == 0
     told = capsys.readouterr().out
-    assert "transparent" not in told
+    assert "transparent" not in told and "moves" not in told
     assert "the prompt is empty" in told and "9 frames, 5 at a time, each time from the last 1 on" in told
     assert run(pair, tmp_path, f"prompt={PROMPT}", "negative=x", "guidance.first=1", name="neutral") == 0
     assert "negative has no effect without guidance" in capsys.readouterr().out

@@ -57,7 +57,8 @@ class UnreadableVideo(RuntimeError):
 class Decoder(ABC):
     """An opened video file.
 
-    Attributes: path; fps, the average number of frames per second; transparent, whether parts were, which are white now.
+    Attributes: path; fps, the average number of frames per second; transparent, whether parts were, which are white now;
+    moves, whether it is a picture of several frames, of which the first is read.
     `len` is the number of frames.
     Class attributes: module, what is imported; package, what pip installs for it.
     """
@@ -67,6 +68,7 @@ class Decoder(ABC):
     path: Path
     fps: float
     transparent: bool = False
+    moves: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -302,6 +304,7 @@ class PictureDecoder(Decoder):
         with _reporting(path), Image.open(path) as picture:
             if picture.mode.startswith("I"):
                 raise ValueError("it has 16 bits a pixel, expected 8")  # its conversion to RGBA would be white
+            self.moves = getattr(picture, "is_animated", False)
             upright = ImageOps.exif_transpose(picture).convert("RGBA")
             self.transparent = upright.getextrema()[-1][0] < 255
             self._pixels = np.array(Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright))[..., :3]

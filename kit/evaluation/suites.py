@@ -15,8 +15,9 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from kit.files import read_json, read_text, write_json
+from kit.files import read_json, write_json
 from kit.media import write_video
+from kit.request import read_lines
 from kit.sampling import seed_of
 from kit.values import hash_of
 
@@ -60,7 +61,7 @@ def read_prompts(path: str | Path, samples: int = SAMPLES, flickering_samples: i
     if path.suffix.lower() == ".json":
         found = [(text, flickering_samples if FLICKERING in names else samples) for text, names in _read_full_info(path)]
     else:
-        found = [(line.strip(), samples) for line in read_text(path).split("\n") if line.strip()]
+        found = [(line, samples) for line in read_lines(path)]
     if not found:
         raise ValueError(f"{path} holds no prompt; write one a line")
     wanted: dict[str, int] = {}
