@@ -93,8 +93,8 @@ class ClipDataModule(ClipsOnDevice):
         shape = dict(frames=frames, height=height, width=width, fps=fps)
         self.train, self.val = source(split="train", **shape), source(split="val", **shape)
         check_source(self.train, "data.source")
-        self.fps = fps or self.train.native_fps
-        self.classes, self.captioned = tuple(self.train.classes), self.train.captioned
+        self.fps = fps or float(self.train.native_fps)  # plain values, for checkpoints; a user's may be numpy's
+        self.classes, self.captioned = tuple(map(str, self.train.classes)), bool(self.train.captioned)
         self.images = images(split="train", frames=1, height=height, width=width) if images else None
         if buckets:
             shapes = [Bucket(**bucket) for bucket in buckets]
@@ -235,14 +235,14 @@ class ClipDataModule(ClipsOnDevice):
         """Plain values that decide which clips the batches of a step hold; of files, a hash of their names, of caches one of
         what they hold."""
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
-        names = [name for source in self.sources for name in source.files]
+        names = [str(name) for source in self.sources for name in source.files]
         steps = {}
         if self.trainer is not None:
             batches = batches_of_a_step(self.trainer, self.trainer.lightning_module)
             steps = {"devices": self.trainer.world_size, "batches_of_a_step": batches}
         return {
             **self.clip, "batch_size": self.batch_size, "image_share": self.image_share, "buckets": buckets,
-            "files": hash_of(names), "held_out": None if self.cached else hash_of(self.val.files),
+            "files": hash_of(names), "held_out": None if self.cached else hash_of(map(str, self.val.files)),
             "draws": [source.draws for source in self.sources], **steps,
         }  # fmt: skip
 

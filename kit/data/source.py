@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -78,9 +79,17 @@ class ClipSource(Dataset):
 
 
 def check_source(source: object, key: str):
-    """Checks what the function that the config names at `key` has made. Raises ValueError if it is no `ClipSource`."""
+    """Checks what the function that the config names at `key` has made.
+
+    Raises:
+        ValueError: if it is no `ClipSource`, or a checkpoint could not hold its `draws`.
+    """
     if not isinstance(source, ClipSource):
         raise ValueError(f"{key} makes a {type(source).__name__}; derive it from kit.data.source.ClipSource")
+    try:
+        json.dumps(source.draws)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}: `draws` of {type(source).__name__} holds more than plain values ({error})") from error
 
 
 class BucketPart(NamedTuple):

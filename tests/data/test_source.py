@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -33,6 +36,10 @@ class Stripes(ClipSource):
         return {"video": rows.sin().expand(3, *self.shape), "caption": f"stripes at speed {n % 3}", "label": -1}
 
 
+class Drawing(Stripes):
+    draws = {"weights": np.ones(2)}
+
+
 class Strange(Dataset):
     def __init__(self, **_): ...
 
@@ -54,11 +61,22 @@ def test_it_trains_is_cached_mixed_and_validated(tmp_path):
     assert data.about == "mixture, captions" and not data.captions and data.settings["draws"][0]["sources"] == {"own": {}}
 
 
+def test_a_checkpoint_holds_plain_values_of_it():
+    class Own(Stripes):
+        classes, native_fps, files = np.array(["a", "b"]), np.float64(8), [Path("a.npy")]
+
+    data = ClipDataModule(Own, **{**SHAPE, "fps": 0}, **LOADING)
+    assert data.classes == ("a", "b") and data.fps == 8.0
+    json.dumps([data.settings, data.classes, data.captioned])
+
+
 def test_what_it_lacks_is_told():
     with pytest.raises(ValueError, match="data.source makes a Strange; derive it from kit.data.source.ClipSource"):
         ClipDataModule(Strange, **SHAPE, **LOADING)
     with pytest.raises(ValueError, match="data.source.sources.own makes a Strange; derive it"):
         Mixture({"own": Strange}, {"own": 1}, **SHAPE)
+    with pytest.raises(ValueError, match="data.source: `draws` of Drawing holds more than plain values"):
+        ClipDataModule(Drawing, **SHAPE, **LOADING)
     with pytest.raises(ValueError, match="Stripes has no such files"):
         BucketClips(Stripes("train", **SHAPE), [Bucket(5, 32, 32, 1)])
     with pytest.raises(ValueError, match="clips of stripes have no frame rate of their own; give data.fps=N"):
