@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from kit.build import build_data
 from kit.cli import VERBS, main, split
 from kit.data.shapes import Shapes
+from kit.evaluation import detectors
+from kit.evaluation.detectors import Detector
 from kit.media import write_video
 from kit.words import quoted
 from tests.fixtures import CLIP, GENERATOR, INFINITY, QUICK, TOKENIZER, composed, infinity_file
@@ -97,6 +102,39 @@ def test_commands_of_the_docs_have_keys_that_there_are(page):
         words = [quoted(re.sub(r"=([^\[{,]+),.*", r"=\1", word) if "prompt" not in word else word) for word in words]
         found.append(composed(conf or VERBS[verb].conf or "stage1_tokenizer", *words))  # the last: fit --help
     assert all(found) and len(found) >= text.count("\npython -m kit ") - text.count("\npython -m kit --help")
+
+
+def test_what_extending_shows_works(pair, tmp_path, monkeypatch):
+    """Its source gives clips, its config composes and gives the source, its callback and its calls from Python run."""
+    text = (
+        (ROOT / "docs" / "extending.md").read_text().replace("runs/demo/generator/checkpoints/last.ckpt", str(pair.generator))
+    )
+    source, callback, *calls = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+    (tmp_path / "mine_of_extending.py").write_text(source)
+    (tmp_path / "data").mkdir()
+    config = re.search(r"^```yaml\n(.*?)^```", text, re.S | re.M)[1].replace(
+        "mine.ArrayClips", "mine_of_extending.ArrayClips"
+    )
+    (tmp_path / "data" / "arrays.yaml").write_text(config)
+    np.save(tmp_path / "clips.npy", np.zeros((10, 17, 20, 30, 3), np.uint8))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = composed("stage1_tokenizer", "data=arrays", f"hydra.searchpath=[file://{tmp_path}]", "data.workers=0")
+    data = build_data(cfg)
+    video = next(iter(data.val_dataloader()))["video"]
+    assert video.shape[1:] == (3, 17, 64, 64) and (video == -1).all() and data.about == "arrayclips, captions"
+    train = [data.train[n]["caption"] for n in range(16)]
+    assert len(set(train[:8])) == 8 and train[:8] != train[8:]
+
+    detector = Detector("fake", "", 2, 1, None, lambda pair: pair.flatten(2).mean(2)[:, :2])
+    monkeypatch.setattr(detectors, "load_detector", lambda kind, path, frames: detector)
+    names: dict = {}
+    exec(callback, names)
+    module = SimpleNamespace(loss={})
+    names["Calmer"]().on_train_batch_start(SimpleNamespace(global_step=500), module, None, 0)
+    assert module.loss == {"motion_weight": 0.05} and "motion_weight" in cfg.loss
+    exec("\n".join(calls), names)
+    assert names["coarse"].shape[1] == 1 and names["samples"].shape == (4, 3, 5, 32, 32)
 
 
 def test_functions_named_in_the_paper_map_exist():
