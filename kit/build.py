@@ -40,9 +40,10 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
     check_batch_parts(cfg)
     values = {k: v for k, v in plain(cfg.data).items() if k not in ("root", "batch_tokens")}
     images = values.pop("images", None)
-    if images and images["root"] == "???":
+    root = (images or {}).get("root", "")  # a source of the user's own may have none; null: no pictures
+    if root == "???":
         raise ValueError("data.images.root is missing: the folder of the cache that holds the pictures")
-    if images and images["root"] is not None and (values["image_share"] or not cfg.get("stages")):
+    if images and root is not None and (values["image_share"] or not cfg.get("stages")):
         values["images"] = images  # a stage that has no batches of images ignores them
     if values.get("buckets"):
         values["buckets"] = [bucket._asdict() for bucket in buckets_of(cfg, tokenizer)]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kit.build import build_data
 from kit.cli import main
 from kit.data.buckets import Bucket, image_buckets
 from kit.data.clips import FolderClips
@@ -19,7 +20,7 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import SHAPES, Shapes
 from kit.files import read_json
 from tests.data.test_buckets import FILES, write
-from tests.fixtures import CLIP, fit_generator, fit_tokenizer
+from tests.fixtures import CLIP, composed, fit_generator, fit_tokenizer
 from tests.test_training import interrupt_after, losses
 
 SHAPE = dict(frames=5, height=32, width=32, fps=8.0, batch_size=2, val_clips=1, workers=0)
@@ -63,6 +64,12 @@ def test_every_other_batch_is_of_pictures(pictures):
         else:
             assert batch["label"].tolist() == [item["label"] for item in expected]
     assert {"star", "tree"} == {images.words(name)["caption"] for name in images.files}
+
+
+def test_pictures_may_come_from_a_source_without_a_root():
+    own = "+data.images={_target_: kit.data.shapes.Shapes, _partial_: true, seed: 5}"
+    cfg = composed("stage2_generator", "size=tiny", *CLIP, "~data.images", own, "data.image_share=0.5")
+    assert (images := build_data(cfg).images).seed == 5 and images[0]["video"].shape == (3, 1, 32, 32)
 
 
 def test_pictures_are_sorted_into_the_sizes_of_the_buckets(pictures, tmp_path):
