@@ -63,6 +63,9 @@ class RunSummary(L.Callback):
                     else f"{trainer.max_steps * batch * trainer.world_size} clips in all"
                 ),
             }
+        interval = trainer.val_check_interval
+        if not isinstance(data, StagedClips) and isinstance(interval, int) and interval > trainer.max_steps * batches:
+            steps["validation"] = f"none: trainer.val_check_interval={interval} is after the end; no best.ckpt, no pictures"
         return {
             "model": f"{module.kind}, {million(averaged)} parameters "
             f"({', '.join(f'{name} {million(n)}' for name, n in largest if n)})",

@@ -109,6 +109,7 @@ def test_a_training_says_nothing_that_is_no_users_business(pair, tmp_path, caplo
     """Lightning's advertisement, and its warnings about what is intended, are suppressed."""
     assert fit_generator(tmp_path, "debug=smoke", tokenizer=pair.tokenizer) == 0
     assert "GPU available" in caplog.text and "litlogger" not in caplog.text
+    assert "validation  none: trainer.val_check_interval=50 is after the end" in caplog.text
     assert not [str(w.message) for w in recwarn if "LeafSpec" in str(w.message) or "eval mode" in str(w.message)]
 
 
