@@ -85,6 +85,7 @@ def split(args: list[str]) -> tuple[str | None, list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit status: 0 success, 1 failure, 2 invalid command line."""
+    own = sys.argv  # a verb sets it, for hydra and for Lightning's further ranks
     try:
         status = understand(argv)
         sys.stdout.flush()
@@ -93,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    finally:
+        sys.argv = own
     return status
 
 

@@ -226,6 +226,12 @@ def test_commas_within_brackets_and_quotes_divide_nothing():
     assert parse(quoted("tokenizer_overrides=['debug=smoke']")).value() == ["debug=smoke"]
 
 
+def test_a_call_from_python_leaves_its_command_line_as_it_was(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--own"])
+    assert main(["fit", "conf=stage1_tokenizer", "--cfg", "job"]) == 0
+    assert sys.argv == ["mine.py", "--own"]
+
+
 def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
     """Hydra adds an unknown key without complaint, and it would have no effect."""
     assert main(["fit", f"conf={own_conf}", "--cfg", "job"]) == 0
