@@ -49,6 +49,12 @@ def test_paper_is_the_default():
     assert FlipLaw() == FlipLaw(p_min=0.0, p_max=0.25, delta=0.01, inherit=True)
 
 
+@pytest.mark.parametrize("value", [{"p_min": -0.1}, {"p_min": 0.3}, {"p_max": 1.1}, {"delta": -0.01}])
+def test_impossible_laws_are_refused(value):
+    with pytest.raises(ValueError, match="flip probabilities need 0 <= p_min <= p_max <= 1 and delta >= 0, got FlipLaw"):
+        FlipLaw(**value)
+
+
 @pytest.mark.parametrize("scales", [1, 3])
 def test_first_block_of_a_frame_inherits_from_the_last_one_before(scales):
     """The rate of (f, 0) is U(rate of (f - 1, K - 1), p_max + delta f): its place in that range is uniform and independent of
@@ -159,7 +165,7 @@ def assert_rate(flips: torch.Tensor, rate: torch.Tensor):
 
 
 def test_measured_flips_match_their_rates_in_every_block(monkeypatch):
-    """Flips are counted in each frame and scale, where the bits enter the sum."""
+    """Flips are counted in each frame and scale, where the bits enter the sum; those of two frames are independent."""
     seen = []
 
     def spy(*args):
@@ -172,7 +178,9 @@ def test_measured_flips_match_their_rates_in_every_block(monkeypatch):
     rates = FlipLaw(p_max=0.4, delta=0.02).draw(SCHEDULE, draws_of(3))
     training_sequence(feature, SCHEDULE, rates, draws_of(len(feature), 1))
     for k, flips in enumerate(seen):
-        assert_rate(flips.unflatten(0, (3, 3)).flatten(2), rates[:, :, k])
+        flips = flips.unflatten(0, (3, 3)).flatten(2)
+        assert_rate(flips, rates[:, :, k])
+        assert_rate(flips[:, 0] & flips[:, 1], rates[:, 0, k] * rates[:, 1, k])
 
 
 def test_flipped_bits_are_what_the_next_frame_reads():

@@ -99,6 +99,30 @@ def test_without_a_condition():
     assert torch.equal(attention_mask(SCHEDULE, 0), attention_mask(SCHEDULE, S)[S:, S:])
 
 
+def test_where_all_is_seen_there_is_no_mask(monkeypatch):
+    """With one block per frame a view has a mask only where frames are dropped; its keys are a slice."""
+    monkeypatch.setattr(masks, "SHORT", 0)
+    schedule, nothing_dropped = ScaleSchedule(3, ((2, 2),)), torch.ones(1, 3, dtype=torch.bool)
+    for kept, masked in ((None, [False] * 4), (nothing_dropped, [False, False, True, True])):
+        found = attention_views(schedule, S, schedule.length, kept=kept)
+        assert [view.mask is not None for view in found] == masked
+        assert [view.keys for view in found] == [slice(0, n) for n in (2, 6, 10, 14)]
+
+
+def test_masks_of_long_sequences_are_not_kept(monkeypatch):
+    found = {}
+    for short in (100, 0):
+        monkeypatch.setattr(masks, "SHORT", short)
+        found[short] = [attention_views(SCHEDULE, S, SCHEDULE.length)[-1].mask for _ in range(2)]
+    assert found[100][0] is found[100][1] and found[0][0] is not found[0][1]
+
+
+def test_a_sequence_ends_with_a_block():
+    assert attention_views(SCHEDULE, S, 3)[-1].queries.stop == S + 3
+    with pytest.raises(ValueError, match="2 tokens end within a block of 4 latent frames"):
+        attention_views(SCHEDULE, S, 2)
+
+
 @pytest.mark.parametrize("window", [None, 2])
 def test_frame_mask_hides_whole_frames_from_later_frames_alone(window):
     """Compares every sample with the rule; the condition and a frame's own blocks are never dropped."""

@@ -82,6 +82,13 @@ def test_turning_keeps_lengths_and_the_origin():
     assert rotate(x.bfloat16(), rotary_table(where, 64)).dtype == torch.bfloat16
 
 
+def test_halves_turn_as_complex_numbers():
+    """Channels i and i + head_dim / 2 are the real and the imaginary part; all turn to the same side."""
+    x, (cos, sin) = torch.randn(2, 3, 4, 16), rotary_table(torch.rand(4, 3) * 20, 16)
+    turned = torch.complex(x[..., :8], x[..., 8:]) * torch.complex(cos, sin)
+    torch.testing.assert_close(rotate(x, (cos, sin)), torch.cat([turned.real, turned.imag], -1))
+
+
 def scores(q: torch.Tensor, k: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     table = rotary_table(where, q.shape[-1])
     return rotate(q, table) @ rotate(k, table).transpose(-1, -2)

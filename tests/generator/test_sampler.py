@@ -193,12 +193,12 @@ def test_cache_does_not_grow_with_the_clip(make_generator, monkeypatch, history,
 
     monkeypatch.setattr(Cache, "layer", spy)
     model = make_generator(window=2, history=history)
-    for frames in (3, 7, 20):
+    for frames in (2, 3, 7, 20):
         made.clear(), attended.clear()
         sample(model, schedule=SCHEDULE.with_latent_frames(frames))
         caches = {id(cache): cache for cache in made}
         assert len(caches) == 1
-        most = 3 + 2 * kept + SCHEDULE.tokens_per_frame
+        most = 3 + min(2, frames - 1) * kept + SCHEDULE.tokens_per_frame
         assert made[0].keys.shape == made[0].values.shape == (2, 2, 2, most, 16)
         assert max(attended) == most
 
@@ -238,6 +238,9 @@ def test_guidance_of_one_block_is_defined(guidance):
 def test_unknown_guidance_is_refused():
     with pytest.raises(ValueError, match="guidance.kind=up; expected one of: rising, falling, constant"):
         Guidance("up")
+    for name in ("first", "last", "fine"):
+        with pytest.raises(ValueError, match=f"guidance.{name}=much; expected a number"):
+            Guidance(**{name: "much"})
 
 
 @pytest.mark.parametrize("guidance", [RISING, FALLING, Guidance("constant", first=3.0)], ids=lambda g: g.kind)

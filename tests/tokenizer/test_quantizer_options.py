@@ -123,6 +123,7 @@ def test_bits_a_scale_lacks_are_neither_read_nor_predicted():
     used = FEWER.used_bits(6)
     assert not (targets & ~used).any() and targets[:, used].any()
     assert not margins[:, ~used].any() and (margins[:, used] > 0).all()
+    torch.testing.assert_close(margins[:, 0, :2], feature[:, :2, 0].mean((2, 3)).abs() * 6**0.5)
     bits = feature_to_bits(feature, FEWER)
     torch.testing.assert_close(bits_to_feature(bits | ~used, FEWER), bits_to_feature(bits, FEWER))
 
