@@ -109,6 +109,18 @@ def test_a_larger_clip_than_the_model_knows_is_refused(make_generator):
         sample(make_generator(), schedule=large)
 
 
+@pytest.mark.parametrize("clips, tokens", [(1, 11), (2, 10), (2, 6 * 11)])
+def test_a_history_that_does_not_fit_is_refused(make_generator, clips, tokens):
+    with pytest.raises(ValueError, match=rf"bits \(2, tokens, d\) of up to 5 whole frames .* got \({clips}, {tokens}, 4\)"):
+        sample(make_generator(), history=random_bits(tokens, batch=clips))
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_each_prompt_needs_a_seed(make_generator, seeds):
+    with pytest.raises(ValueError, match=f"each of the 2 prompts needs a seed, got {len(seeds)}"):
+        sample(make_generator(), seeds=seeds)
+
+
 @pytest.mark.parametrize("given", [1, 2, 5])
 @pytest.mark.parametrize("window", [None, 0, 1, 2])
 @pytest.mark.parametrize("inherit", ["first", "all", "none"])

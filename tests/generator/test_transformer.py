@@ -10,8 +10,12 @@ import torch
 from kit.confs import CONF
 from kit.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
 from kit.generator.condition import ClassCondition, ConditionConfig, TextCondition, WordEncoder
-from kit.generator.transformer import Generator, GeneratorConfig, RMSNorm
+from kit.generator.mask import View
+from kit.generator.rope import rotary_table
+from kit.generator.transformer import Attention, Generator, GeneratorConfig, RMSNorm, SwiGLU
 from kit.scales import ScaleSchedule
+from kit.tokenizer.quantizer import to_code
+from tests.conftest import randomise
 from tests.fixtures import composed
 
 SCHEDULE = ScaleSchedule(3, ((1, 1), (2, 2), (2, 3)))
@@ -273,6 +277,7 @@ def test_errors_name_what_is_known(make_generator):
         ({"history": "short"}, "history=short; expected one of: scales, full"),
         ({"layers": -1}, "generator.layers=-1; expected a whole number of 1 or more"),
         ({"heads": 0}, "generator.heads=0; expected a whole number of 1 or more"),
+        ({"window": -1}, "window must be null or a number of latent frames, 0 or more, got -1"),
     ],
 )
 def test_unknown_choices_and_wrong_numbers_are_refused(value, message):
@@ -402,3 +407,35 @@ def test_norms_are_the_same_in_every_precision():
     exact = RMSNorm(64)(x)
     torch.testing.assert_close(exact.pow(2).mean(-1), torch.ones(4), atol=5e-3, rtol=0)
     torch.testing.assert_close(RMSNorm(64)(x.bfloat16()).float(), exact, atol=2e-2, rtol=2e-2)
+
+
+def test_attention_depends_on_relative_positions_only():
+    """It would not if queries and keys were rotated before they are normalised."""
+    attention, x, where = randomise(Attention(32, 2)), torch.randn(1, 6, 32), torch.randint(0, 9, (6, 3)).float()
+    here, there, other = (
+        attention(x, rotary_table(to, 16), [View(slice(None), slice(None), None)]) for to in (where, where + 7, 2 * where)
+    )
+    torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(here, other, atol=1e-3)
+
+
+def test_the_feed_forward_layer_by_hand():
+    layer, x = randomise(SwiGLU(8, 12)), torch.randn(3, 8)
+    gate, up = x @ layer.gate.weight.T, x @ layer.up.weight.T
+    torch.testing.assert_close(layer(x), (gate / (1 + (-gate).exp()) * up) @ layer.down.weight.T)
+
+
+def test_new_weights_have_their_sizes():
+    """What is added to the residual stream is smaller in deep models; bits enter it with size 1."""
+    model = Generator(GeneratorConfig(8, 64, 2, 16, 3))
+    for weight, size in (
+        (model.project.weight, 16**-0.5),
+        (model.scale_embedding.weight, 0.02),
+        (model.start, 0.02),
+        (model.layers[3].attention.qkv.weight, 0.02),
+        (model.layers[3].attention.out.weight, 0.02 / 4),
+        (model.layers[3].mlp.down.weight, 0.02 / 4),
+    ):
+        assert weight.std().item() == pytest.approx(size, rel=0.3)
+    code = to_code(torch.rand(1, 50, 16) < 0.5)
+    assert model.embed(code, torch.zeros(50, dtype=torch.long)).std().item() == pytest.approx(1, rel=0.3)
