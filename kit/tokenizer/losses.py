@@ -112,9 +112,9 @@ def adaptive_weight(reference: Tensor, adversarial: Tensor, last: Tensor) -> Ten
     Returns:
         a scalar in [0, 10,000], without gradient.
     """
-    slopes = [torch.autograd.grad(loss, last, retain_graph=True)[0].float() for loss in (reference, adversarial)]
+    slopes = [torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (reference, adversarial)]
     pulls = [mean_over_ranks(slope).norm() for slope in slopes]
-    return (pulls[0] / (pulls[1] + 1e-4)).clamp(0, 1e4).detach()
+    return (pulls[0] / (pulls[1] + 1e-4)).clamp(0, 1e4)
 
 
 def entropy_of(p: Tensor) -> Tensor:

@@ -314,8 +314,8 @@ def test_validation_leaves_accumulated_gradients_alone():
 def test_values_that_make_no_sense():
     with pytest.raises(ValueError, match="optimizer.accumulate=0; expected a whole number of 1 or more"):
         make_module("optimizer.accumulate=0")
-    with pytest.raises(ValueError, match="loss.adversarial.start=1000; expected a share of the training"):
-        make_module("loss.adversarial.start=1000")
+    with pytest.raises(ValueError, match="loss.adversarial.start=1; expected a share of the training"):
+        make_module("loss.adversarial.start=1")
 
 
 def test_gradients_are_clipped_each_for_itself():

@@ -66,3 +66,16 @@ def test_the_latent_has_a_shortcut_of_its_own_frame():
     x = torch.randn(2, 12, 5, 3, 3)
     torch.testing.assert_close(silent(FromLatent(12, 4, temporal=True))(x), x.unflatten(1, (4, 3)).mean(2))
     torch.testing.assert_close(silent(FromLatent(12, 24, temporal=True))(x), x.repeat_interleave(2, dim=1))
+
+
+def test_the_feature_has_a_shortcut_past_norm_and_activation():
+    encoder, seen = Tokenizer(TokenizerConfig(bits=4, scales=(1, 2), patch=2, widths=(8, 16), blocks=1)).encoder, []
+    encoder.norm.register_forward_hook(lambda module, inputs, output: seen.extend(inputs))
+    silent(encoder.head)
+    feature = encoder(torch.rand(1, 3, 5, 8, 8))
+    torch.testing.assert_close(feature, fit_channels(seen[0], 4))
+
+
+def test_a_new_block_changes_nothing():
+    x = torch.randn(2, 8, 3, 4, 4)
+    assert torch.equal(ResBlock(8, 8, temporal=True)(x), x)

@@ -265,5 +265,11 @@ def test_entropy_loss_by_hand():
 @pytest.mark.parametrize("tokens, expected", [([[1, 1], [-1, -1]], 0.0), ([[1, 1], [1, 1]], 1.0)])
 def test_entropy_loss_is_zero_for_sure_and_balanced_bits_and_one_for_unused_ones(tokens, expected):
     residual = torch.tensor(tokens, dtype=torch.float32).view(2, 2, 1, 1)
-    loss = entropy_loss([step_of(residual, residual)], inverse_temperature=50.0)
+    loss = entropy_loss([step_of(residual, residual)] * 3, inverse_temperature=50.0)
     assert loss.item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_entropy_of_an_exact_match_is_finite():
+    residual = torch.zeros(2, 2, 1, 1, requires_grad=True)
+    entropy_loss([step_of(residual, residual)], inverse_temperature=2.0).backward()
+    assert residual.grad.isfinite().all()

@@ -204,10 +204,11 @@ def test_entropy_weight_goes_in_a_straight_line():
 
 
 def test_entropy_is_of_the_bits_there_are():
-    feature = noise(4, 6, 4, 4)
-    few = list(pyramid(feature, FEWER))[:1]
-    alone = list(pyramid(feature[:, :2], ScaleSchedule(1, GRIDS)))[:1]
-    torch.testing.assert_close(entropy_loss(few, 2.0), entropy_loss(alone, 2.0))
+    feature = noise(4, 6, 4, 4).requires_grad_()
+    few = entropy_loss(list(pyramid(feature, FEWER))[:1], 2.0)
+    alone = entropy_loss(list(pyramid(feature[:, :2], ScaleSchedule(1, GRIDS)))[:1], 2.0)
+    torch.testing.assert_close(few, alone)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, feature)[0] for loss in (few, alone)))
 
 
 def test_bit_use_has_no_value_where_there_is_no_bit():
