@@ -22,6 +22,7 @@ from kit.tokenizer.discriminator import Discriminator, PatchDiscriminator
 from kit.tokenizer.losses import (
     adaptive_weight,
     adversarial_loss,
+    check_losses,
     discriminator_loss,
     lecam_loss,
     motion_loss,
@@ -316,6 +317,16 @@ def test_values_that_make_no_sense():
         make_module("optimizer.accumulate=0")
     with pytest.raises(ValueError, match="loss.adversarial.start=1; expected a share of the training"):
         make_module("loss.adversarial.start=1")
+    loss = plain(composed("stage1_tokenizer", "size=tiny").loss)
+    for part, keys in (
+        ("", ("motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end")),
+        ("perceptual", ("weight",)),
+        ("adversarial", ("weight", "lr", "lecam", "warmup", "start")),
+    ):
+        for key in keys:
+            wrong = {**loss, part: {**loss[part], key: -1}} if part else {**loss, key: -1}
+            with pytest.raises(ValueError, match=f"loss.{part and part + '.'}{key}=-1; expected a"):
+                check_losses(wrong)
 
 
 def test_gradients_are_clipped_each_for_itself():
