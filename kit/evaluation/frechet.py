@@ -50,7 +50,7 @@ class Gaussian:
     @classmethod
     def from_state(cls, state: dict) -> Gaussian:
         gaussian = cls(len(state["mean"]))
-        gaussian.count, gaussian.mean, gaussian.scatter = state["count"], state["mean"].clone(), state["scatter"].clone()
+        gaussian.count, gaussian.mean, gaussian.scatter = state["count"], state["mean"], state["scatter"]
         return gaussian
 
 

@@ -73,7 +73,10 @@ def test_ssim_by_hand(pair_of_clips):
     errors = scored(score, clips, batch_of(real))
     pairs = (((x.double() + 1) * 127.5).flatten(0, 2).numpy() for x in (real, clips))  # (B * 3 * T, H, W)
     expected = np.mean([ssim_of_bytes(a, b) for a, b in zip(*pairs)])
-    assert score.result()["value"] == pytest.approx(expected, abs=1e-4)
+    found = score.result()
+    assert found["value"] == pytest.approx(expected, abs=1e-4)
+    assert found["first_frame"] == pytest.approx(found["by_frame"][0])
+    assert found["later_frames"] == pytest.approx(sum(found["by_frame"][1:]) / 2)
     assert sum(errors) / 2 == pytest.approx(1 - expected, abs=1e-4)
 
 
