@@ -111,6 +111,9 @@ def test_captions_of_real_clips_and_of_spoilt_ones():
     assert score.add(clips, {"caption": captions}) == [0] * 4
     found = score.result()
     assert found["value"] == found["shape"] == found["motion"] == 1 and found["by_frame"]["colour"] == [1] * 9
+    again = CaptionScore(12)
+    again.load(score.state())
+    assert again.result() == found
     drifting = clips.clone()
     drifting[:, :, 5:] = -drifting[:, :, 5:]  # the negative shows other colours
     score = CaptionScore(12)

@@ -28,7 +28,8 @@ from kit.tokenizer.losses import (
     motion_loss,
     perceptual_loss,
 )
-from kit.tokenizer.module import TokenizerModule, chosen_frames, some_frames, weighted_sum
+from kit.tokenizer.module import TokenizerModule, amplitude_of, chosen_frames, some_frames, weighted_sum
+from kit.tokenizer.quantizer import to_code, tokens_to_map
 from kit.values import plain
 from tests import fixtures
 from tests.fixtures import QUICK, composed, fit_tokenizer
@@ -125,6 +126,11 @@ def test_some_frames_are_drawn_of_each_clip_by_its_number():
     assert torch.equal(chosen_frames(video, numbers), expected)
 
 
+def test_the_amplitude_of_codes_is_one():
+    code = to_code(torch.rand(2, 12, 16) < 0.5)
+    assert amplitude_of(3 * tokens_to_map(code, (3, 4))).item() == pytest.approx(3)
+
+
 def test_patch_discriminators():
     frames, motion = (PatchDiscriminator(dims, 8, 2).eval() for dims in (2, 3))
     video = torch.rand(2, 3, 5, 16, 24)
@@ -199,8 +205,10 @@ def test_anchors_are_the_mean_of_all_batches_at_first_and_then_of_about_a_hundre
         module.anchors.zero_()
         monkeypatch.setattr(TokenizerModule, "global_step", 1000)
         for number in range(batches):
-            module.discriminator_terms(real, fake, number)
+            terms = module.discriminator_terms(real, fake, number)
         torch.testing.assert_close(module.anchors, 0.01 * means(module), atol=1e-6, rtol=1e-4)
+        maps = [module.discriminator(clips) for clips in (real, fake)]
+        torch.testing.assert_close(terms["lecam"][1], lecam_loss(*maps, module.anchors))
 
 
 def test_the_discriminators_have_an_optimizer_of_their_own():
@@ -292,11 +300,16 @@ def test_adaptive_weight_scales_the_adversarial_term():
     assert weight.item() == pytest.approx((0.5 * pulls[0] / (pulls[1] + 1e-4)).item(), rel=1e-4)
 
 
-def test_accumulated_batches_are_one_large_batch():
+def test_accumulated_batches_are_one_large_batch(monkeypatch):
     """This holds for the losses that are means over clips; the entropy is of the whole batch, and is left out here."""
     words = ["loss.entropy_weight=0", "optimizer.clip=null", "optimizer.name=adamw", "loss.adversarial.lecam=0"]
+    terms, numbers = TokenizerModule.discriminator_terms, []
+    monkeypatch.setattr(
+        TokenizerModule, "discriminator_terms", lambda self, *args: numbers.append(args[-1]) or terms(self, *args)
+    )
     whole = train(make_module(*words), 3, batch_size=4)
     parts = train(make_module(*words, "optimizer.accumulate=2"), 3, batch_size=2)
+    assert numbers == [0] * 3 + [0, 1] * 3
     assert parts.trainer.global_step == 3 and len(parts.logged) == 6
     for name, p in whole.weights[-1].items():
         assert torch.allclose(p, parts.weights[-1][name], atol=2e-5), name
