@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kit.optim import Muon, WarmupCosine, build_optimizer, orthogonalise, orthogonalise_all
+from kit.optim import Muon, WarmupCosine, build_optimizer, check_optimizer, orthogonalise, orthogonalise_all
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -223,6 +223,20 @@ def test_muon_moves_matrices_and_leaves_tables_and_vectors_to_adamw():
 def test_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match="'adamw' or 'muon', got 'sgd'"):
         build_optimizer(Parts(), "sgd", lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_paper_is_the_default(name):
+    matrices = build_optimizer(Parts(), name, lr=0.1).param_groups[0]
+    assert (matrices["betas"], matrices["weight_decay"]) == ((0.9, 0.95), 0.05)
+
+
+@pytest.mark.parametrize("key, value", [("clip", 0), ("betas", [0.9, 1]), ("betas", [0.9]), ("lr", -1), ("warmup", -1)])
+def test_values_that_make_no_sense(key, value):
+    good = {"lr": 1e-4, "weight_decay": 0.05, "warmup": 0, "clip": None, "betas": [0.9, 0.95]}
+    check_optimizer(good)
+    with pytest.raises(ValueError, match=f"optimizer.{key}="):
+        check_optimizer({**good, key: value})
 
 
 # --- learning rate ---------------------------------------------------------------------------------------------------

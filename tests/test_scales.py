@@ -62,6 +62,12 @@ def test_a_frame_slice_holds_its_blocks():
         assert UCF.frame(f) == slice(UCF.block(f, 0).start, UCF.block(f, 5).stop)
 
 
+@pytest.mark.parametrize("f, k", [(-1, 0), (5, 0), (0, -1), (0, 6)])
+def test_there_is_no_block_outside(f, k):
+    with pytest.raises(IndexError, match=rf"no block \({f}, {k}\) among 5 frames of 6 scales"):
+        UCF.block(f, k)
+
+
 def test_coordinates_written_out():
     """Each token has (f, k, y, x); rows come first."""
     frame = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [2, 0, 0], [2, 0, 1], [2, 1, 0], [2, 1, 1], [2, 2, 0], [2, 2, 1]]

@@ -50,8 +50,9 @@ def test_the_schedule_knows_which_bits_there_are():
     assert FEWER.used_bits(6)[: FEWER.tokens_per_frame].sum() == 2 + 3 * 4 + 6 * 16
     assert ScaleSchedule(2, GRIDS).used_bits(6).shape == (2 * 21, 6) and ScaleSchedule(2, GRIDS).used_bits(6).all()
     assert FEWER.with_latent_frames(7).bits == FEWER.bits
-    with pytest.raises(ValueError, match="each of the 3 scales needs 1 bit or more"):
-        ScaleSchedule(2, GRIDS, (2, 6))
+    for wrong in ((2, 6), (0, 3, 6)):
+        with pytest.raises(ValueError, match="each of the 3 scales needs 1 bit or more"):
+            ScaleSchedule(2, GRIDS, wrong)
     for wrong in ((2, 3, 7), (2, 6), (0, 3, 6), (2, 3, 3), (7, 3, 6)):
         with pytest.raises(ValueError, match="scale_bits=.*expected 3 numbers of 1 to 6, the last one 6"):
             TokenizerConfig(**SHAPE, scale_bits=wrong)
