@@ -92,6 +92,16 @@ def test_every_epoch_shows_every_file_once_in_a_new_order(videos):
     epochs = [[dataset.file(n) for n in range(e * count, (e + 1) * count)] for e in range(4)]
     assert all(sorted(epoch) == dataset.files for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
+    other = FolderClips(videos, seed=2)
+    assert [other.file(n) for n in range(4 * count)] != [name for epoch in epochs for name in epoch]
+
+
+def test_all_takes_the_middle_of_each_file_in_order_and_repeats(videos):
+    dataset = FolderClips(videos, "all", frames=4, height=16, width=16)
+    count = len(dataset.files)
+    assert [dataset.file(n) for n in range(2 * count)] == dataset.files * 2
+    assert shown(dataset[0]) == [15, 16, 17, 18]  # walk_001.mp4 has 34 frames
+    assert same(dataset[0], dataset[count])
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -164,9 +174,10 @@ def test_files_of_different_rates_are_told(tmp_path):
         write(tmp_path / f"{name}.mp4", count=4, rate=rate)
     with pytest.warns(UserWarning, match="have 10 to 61 fps, .*data.fps=N .* takes all at one rate"):
         assert FolderClips(tmp_path, "all", frames=2).native_fps == 60
-    (tmp_path / "a.mp4").unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        assert FolderClips(tmp_path, "all", frames=1).native_fps == 60  # pictures do not move
+        (tmp_path / "a.mp4").unlink()
         assert FolderClips(tmp_path, "all", frames=2).native_fps == 60.5
 
 
@@ -188,6 +199,15 @@ def test_failure_in_one_clip_of_a_file_does_not_change_its_others(videos, monkey
         assert not same(dataset[n], expected[n])
     monkeypatch.setattr(clips, "open_video", original)
     assert same(dataset[later], expected[later])
+
+
+@pytest.mark.filterwarnings("ignore:cannot read")
+def test_the_one_readable_file_stands_in_for_all_others(tmp_path):
+    for i in range(3):
+        write_bad(tmp_path / f"{i}_bad.mp4")
+    write(tmp_path / "good.mp4", count=4)
+    dataset = FolderClips(tmp_path, "all", frames=2, height=16, width=16)
+    assert [shown(dataset[n]) for n in range(4)] == [[1, 2]] * 4
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -260,6 +280,8 @@ def test_flip_and_random_crop(tmp_path):
         mirrored += torch.equal(a.flip(-1), b)
         assert torch.equal(a, b) or torch.equal(a.flip(-1), b)
     assert 0 < mirrored < 12
+    name = flipped.files[0]
+    assert torch.equal(flipped._read(name, top=0.1, left=0.1, mirror=0.9), plain._read(name))  # of a draw of its own
     crops = FolderClips(tmp_path, frames=1, height=32, width=32, random_crop=True)
     assert len({round(float(crops[n]["video"][2].mean()), 2) for n in range(8)}) > 2
     centred = FolderClips(tmp_path, frames=1, height=32, width=32)
