@@ -105,6 +105,17 @@ def test_splits_share_no_clip_and_epochs_go_shard_by_shard(packed):
     assert len({train.members[epoch[0]].shard for epoch in epochs + [[train.file(9 * e)] for e in range(4, 20)]}) == 3
 
 
+def test_a_part_of_the_files_is_gone_through_each_epoch(packed):
+    """Such as those of a bucket."""
+    train = ShardClips(packed, "train", val_every=4, **SHAPE)
+    part = train.part(train.files[::2], 5, 16, 32)
+    count = len(part.files)
+    for epoch in range(3):
+        assert sorted(part.file(epoch * count + i) for i in range(count)) == sorted(part.files)
+    other = ShardClips(packed, "train", val_every=4, seed=1, **SHAPE)
+    assert [other.file(n) for n in range(36)] != [train.file(n) for n in range(36)]
+
+
 def test_a_lost_shard_moves_no_clip_of_the_others_to_another_split(packed):
     held_out = set(ShardClips(packed, "val", val_every=3, **SHAPE).files)  # no divisor of a shard's 4 clips
     assert 3 <= len(held_out) <= 6
