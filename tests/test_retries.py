@@ -193,6 +193,12 @@ def test_exploding_loss_is_as_bad_as_none(tmp_path, monkeypatch):
     guard.on_before_backward(trainer, None, torch.tensor(2.1))
     assert guard.state_dict() == {"stage": 1, "mean": pytest.approx(2.1), "count": 1}, "a stage's losses are its own"
 
+    guard.load_state_dict({"stage": 1, "mean": 0.5, "count": 99})
+    guard.on_train_batch_start(trainer, None, {"n": torch.arange(2), "stage": 1}, 9)
+    guard.on_before_backward(trainer, None, torch.tensor(2.1))  # the hundredth of the stage, in which the run goes on
+    with pytest.raises(LostLoss):
+        guard.on_before_backward(trainer, None, torch.tensor(2.1))
+
 
 def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
     """Batch 2 has clips 16 to 23, distributed over both; clip 22 is NaN."""

@@ -234,6 +234,12 @@ def test_ema_is_the_average_of_the_weights():
     torch.testing.assert_close(module.model.weight.detach(), expected)
     ema.on_validation_end(trainer, module)
     assert torch.equal(module.model.weight, live)
+    resumed, before = EMA(decay=0.5), ema.average["model.weight"].clone()
+    resumed.on_load_checkpoint(trainer, module, {"ema": ema.average})
+    resumed.load_state_dict(ema.state_dict())
+    resumed.on_train_start(trainer, module)
+    resumed.on_train_batch_end(trainer, module, None, None, 0)  # the first batch of several of a step
+    assert torch.equal(resumed.average["model.weight"], before)
 
 
 def test_nan_loss_stops_before_the_weights_and_saves_the_batch(tmp_path):
