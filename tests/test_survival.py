@@ -22,7 +22,7 @@ import torch
 import kit.caching
 from callbacks import LastCheckpoint, last_checkpoint
 from kit.checkpoint import load_tokenizer, read_checkpoint
-from kit.files import load_checked, save_checked, written_aside
+from kit.files import contents_hash, load_checked, save_checked, written_aside
 from kit.tokenizer.module import TokenizerModule
 from kit.training_checkpoint import TrainingCheckpointIO
 from tests.fixtures import fit_generator, fit_tokenizer
@@ -177,6 +177,13 @@ def test_what_sigterm_did_before_it_does_again(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_after_an_error_signals_do_what_they_did_before(tmp_path, monkeypatch):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.setattr(TokenizerModule, "training_step", MagicMock(side_effect=ValueError("no")))
+    assert fit_tokenizer(tmp_path, *STEPS, "recipe.tokenizer.steps=1", name="run") == 1
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
 def fill(folder: Path):
     """Fills a file system up to 1 MB, which is enough for logs but not for a checkpoint."""
     with open(folder / "filler", "wb") as file:
@@ -274,6 +281,19 @@ def test_a_folder_that_cannot_be_synced_loses_no_save(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", files_alone)
     save_checked({"step": 2}, tmp_path / "last.ckpt")
     assert load_checked(tmp_path / "last.ckpt") == {"step": 2}
+
+
+def test_a_file_and_its_name_reach_the_disk(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.path.isdir(f"/proc/self/fd/{number}")), sync(number)))
+    save_checked({"step": 2}, tmp_path / "last.ckpt")
+    assert synced == [False, True]
+
+
+def test_a_hash_tells_apart_what_looks_alike():
+    numbers = torch.arange(4)
+    alike = [[[1], [2]], [[1, 2]], [{}, 1], {1: {}}, numbers, numbers.view(2, 2), numbers.int(), numbers.float()]
+    assert len({contents_hash({"entry": value}) for value in alike}) == len(alike)
 
 
 def test_a_full_disk_costs_pictures_and_not_the_run(tmp_path, monkeypatch):
