@@ -284,7 +284,7 @@ def test_a_tokenizer_in_stages_goes_on_too(tmp_path, monkeypatch):
 
 
 def test_learning_rates_follow_steps_of_several_batches(tmp_path):
-    plan = "stages={low:{steps:3,data:{height:16,width:16}},high:{steps:2,lr:1e-3}}"
+    plan = "stages={low:{steps:3,data:{height:16,width:16}},high:{steps:2,lr:1e-3},then:{steps:1,lr:1e-3,warmup:0}}"
     switch = (
         "+callbacks.stage_switch={_target_:callbacks.StageSwitch,folder:'${folder}/checkpoints',monitor:val/psnr,mode:max}"
     )
@@ -292,7 +292,7 @@ def test_learning_rates_follow_steps_of_several_batches(tmp_path):
     with open(tmp_path / "run/logs/version_0/metrics.csv") as log:
         name = next(key for key in csv.DictReader(log).fieldnames if key.startswith("lr"))
     peak = composed("stage1_tokenizer", "size=tiny").optimizer.lr
-    steps = [peak * share for share in (0.25, 0.5, 0.75)] + [1e-3 * share for share in (0.25, 0.5)]
+    steps = [peak * share for share in (0.25, 0.5, 0.75)] + [1e-3 * share for share in (0.25, 0.5, 1)]
     assert column(tmp_path / "run", name) == pytest.approx([rate for rate in steps for _ in range(2)])
 
 
@@ -318,6 +318,17 @@ def test_a_run_that_goes_on_with_less_patience_has_lost_it():
     for data.handed_out in (5, 6):
         switch.on_validation_end(trainer, module)
         assert data.ended == {0: 5}
+
+
+@pytest.mark.parametrize("mode, worse", [("min", 0.7), ("max", 0.3)])
+def test_what_is_better_depends_on_the_metric(mode, worse):
+    switch = StageSwitch("folder", "val/score", mode)
+    data = StagedClips(StagePlan((Stage("a", 9, patience=2),)), [], [9])
+    trainer = SimpleNamespace(datamodule=data, sanity_checking=False, accumulate_grad_batches=1)
+    for score, waited in ((0.5, 0), (worse, 1), (1 - worse, 0), (1 - worse, 1)):
+        trainer.callback_metrics = {"val/score": torch.tensor(score)}
+        switch.on_validation_end(trainer, None)
+        assert switch.waited == waited
 
 
 def test_what_a_run_in_stages_cannot_go_on_with_is_told(whole, pair, tmp_path, monkeypatch, capsys):
