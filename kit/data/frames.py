@@ -40,7 +40,7 @@ def fit(video: np.ndarray, height: int, width: int, top: float = 0.5, left: floa
     """
     clip = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2)
     scale = max(height / clip.shape[2], width / clip.shape[3])
-    size = [max(round(side * scale), least) for side, least in zip(clip.shape[2:], (height, width), strict=True)]
+    size = [round(side * scale) for side in clip.shape[2:]]
     clip = F.interpolate(clip, size, mode="bilinear", antialias=True)
     y, x = round(top * (size[0] - height)), round(left * (size[1] - width))
     clip = clip[:, :, y : y + height, x : x + width].permute(1, 0, 2, 3).contiguous()
