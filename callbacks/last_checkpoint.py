@@ -54,14 +54,11 @@ class LastCheckpoint(Checkpoint):
         self.path, self.every, self.may_fail = Path(folder) / "last.ckpt", every, may_fail
         self.saved = None
         self.told = 0  # signal that has told this process to end
-        self.handlers = {}  # signal -> what handled it before
-
-    def on_fit_start(self, trainer, module):
-        self._on_signal(signal.SIGTERM, signal.SIG_DFL)  # nothing to save yet: it ends at once
+        self.interrupt = None  # what Ctrl-C did before
 
     def on_train_start(self, trainer, module):
         self._on_signal(signal.SIGTERM, self._end)  # in place of Lightning's, which ends within a step
-        self.handlers = {signal.SIGINT: self._on_signal(signal.SIGINT, self._end)}  # Lightning restores that of SIGTERM
+        self.interrupt = self._on_signal(signal.SIGINT, self._end)  # Lightning restores both when the training ends
 
     @staticmethod
     def _on_signal(number, handler):
@@ -74,20 +71,9 @@ class LastCheckpoint(Checkpoint):
     def _end(self, number, _):
         self.told = number
         if number == signal.SIGINT:
-            self._restore()
+            self._on_signal(signal.SIGINT, self.interrupt)
             with suppress(RuntimeError):  # it came while something else was being printed
                 rank_zero_info("\n  saving after this step; Ctrl-C once more ends at once")
-
-    def _restore(self):
-        for number, handler in self.handlers.items():
-            self._on_signal(number, handler)
-        self.handlers = {}
-
-    def teardown(self, trainer, module, stage):
-        self._restore()
-
-    def on_exception(self, trainer, module, exception):
-        self._restore()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if between_steps(trainer, module) and not validates_next(trainer):  # else gathered gradients would be lost

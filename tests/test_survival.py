@@ -171,17 +171,29 @@ def test_two_trainings_do_not_share_a_folder(whole, tmp_path, capsys):
     assert not list((tmp_path / "run").glob(".*lock"))
 
 
-def test_what_sigterm_did_before_it_does_again(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    assert fit_tokenizer(tmp_path, *STEPS, "recipe.tokenizer.steps=1", name="run") == 0
-    assert signal.getsignal(signal.SIGTERM) == before
+@pytest.fixture
+def handlers():
+    """Handlers of a program that trains by `kit.run.fit`: signal -> handler."""
+    own = {number: lambda *_: None for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
+    yield own
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def test_after_an_error_signals_do_what_they_did_before(tmp_path, monkeypatch):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(TokenizerModule, "training_step", MagicMock(side_effect=ValueError("no")))
-    assert fit_tokenizer(tmp_path, *STEPS, "recipe.tokenizer.steps=1", name="run") == 1
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_signals_did_before_they_do_again(fails, handlers, tmp_path, monkeypatch):
+    train = TokenizerModule.training_step
+
+    def step(module, *batch):
+        assert signal.getsignal(signal.SIGINT) != handlers[signal.SIGINT]
+        if fails:
+            raise ValueError("no")
+        return train(module, *batch)
+
+    monkeypatch.setattr(TokenizerModule, "training_step", step)
+    assert fit_tokenizer(tmp_path, *STEPS, "recipe.tokenizer.steps=1", name="run") == fails
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
 def fill(folder: Path):
