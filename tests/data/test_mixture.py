@@ -12,7 +12,7 @@ import torch
 from kit.cli import main
 from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
-from kit.data.mixture import PERIOD, Mixture, shares
+from kit.data.mixture import PERIOD, Mixture, label_among, shares
 from kit.data.shapes import Shapes
 from kit.data.source import ClipSource
 from kit.media import write_video
@@ -81,6 +81,10 @@ def test_classes_are_those_of_all(tmp_path):
     assert mixture.unreadable == []
 
 
+def test_what_has_no_class_gets_none():
+    assert [label_among(("a", "b", "c"), ("c", "d"), label) for label in (0, 1, -1)] == [2, -1, -1]
+
+
 @pytest.mark.parametrize(
     "weights, message",
     [({"a": 1, "b": 0, "c": 1}, "weights {'b': 0}; expected numbers above 0"),
@@ -125,15 +129,20 @@ def test_what_a_mixture_draws_is_known_when_a_run_goes_on(tmp_path):
         for i in range(count):
             write_video(torch.zeros(3, 5, 16, 16), tmp_path / name / f"{i}.mp4", 8)
 
-    def settings(folder="one", seed=0, weight=1.0, shapes=0):
-        sources = {"shapes": partial(Shapes, seed=shapes), "folder": partial(FolderClips, tmp_path / folder)}
+    def settings(folder="one", seed=0, weight=1.0, shapes=0, late=0.0):
+        sources = {"shapes": partial(Shapes, seed=shapes, late=late), "folder": partial(FolderClips, tmp_path / folder)}
         source = partial(Mixture, sources, {"shapes": weight, "folder": 1.0}, seed=seed)
         return ClipDataModule(source, 5, 16, 16, 8.0, batch_size=2, val_clips=2, workers=0).settings
 
     assert settings() == settings()
-    others = ({"folder": "two"}, {"seed": 3}, {"weight": 9.0}, {"shapes": 3})
+    others = ({"folder": "two"}, {"seed": 3}, {"weight": 9.0}, {"shapes": 3}, {"late": 0.5})
     assert all(settings(**other) != settings() for other in others)
     assert settings(folder="two")["held_out"] != settings()["held_out"]
+
+    def alone(late):
+        return ClipDataModule(partial(Shapes, late=late), 5, 16, 16, 8.0, batch_size=2, val_clips=2, workers=0).settings
+
+    assert alone(0.5) != alone(0.0)
 
 
 def test_own_rates_must_agree(tmp_path):
