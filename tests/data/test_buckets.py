@@ -118,6 +118,10 @@ def test_heads_are_read_once(folder, tmp_path, monkeypatch):
     assert read_heads(FolderClips(own, "train", patience=None)).items() <= found.items() and not read
     write(own, {"tall_1": (9, 64, 36)})
     assert read_heads(FolderClips(own, "all", patience=None))["tall_1.mp4"].count == 1 and read == ["tall_1.mp4"]
+    read.clear()
+    monkeypatch.chdir(tmp_path)
+    assert read_heads(FolderClips("own", "all", patience=None)) and not read
+    assert len(read_heads(FolderClips(own, "all", patience=None, backend="pyav"))) == len(read) == len(found)
     monkeypatch.setattr(heads, "READING", heads.READING + 1)
     read.clear()
     assert len(read_heads(FolderClips(own, "all", patience=None))) == len(read) == len(found)

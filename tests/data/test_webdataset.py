@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import tarfile
 import time
 import warnings
@@ -114,6 +115,15 @@ def test_a_part_of_the_files_is_gone_through_each_epoch(packed):
         assert sorted(part.file(epoch * count + i) for i in range(count)) == sorted(part.files)
     other = ShardClips(packed, "train", val_every=4, seed=1, **SHAPE)
     assert [other.file(n) for n in range(36)] != [train.file(n) for n in range(36)]
+
+
+def test_a_shard_of_the_same_size_that_was_packed_anew_is_read_anew(videos, tmp_path):
+    video, shard = (videos / "00.mp4").read_bytes(), tmp_path / "shards" / "a.tar"
+    for seconds, caption in enumerate(("a dog", "a cat"), start=1):
+        pack(shard, {"a.mp4": video, "a.txt": caption.encode()})
+        os.utime(shard, (seconds, seconds))
+        (words,) = ShardClips(shard.parent, "all", **SHAPE).said()
+        assert words["caption"] == caption
 
 
 def test_a_lost_shard_moves_no_clip_of_the_others_to_another_split(packed):
