@@ -161,7 +161,7 @@ def usual_length(history: Tensor | None, sampling: Sampling, trained: int) -> in
     are added to the history.
     """
     taken = 0 if history is None else history.shape[1]
-    return taken + trained - 1 if sampling.extend == "positions" and taken >= trained > 1 else trained
+    return taken + trained - 1 if sampling.extend == "positions" and taken >= trained else trained
 
 
 def check_video_length(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from kit.checkpoint import load_generator
 from kit.cli import main
@@ -18,7 +20,7 @@ from kit.files import sole_user
 from kit.generator.guidance import Guidance
 from kit.generator.sampler import Sampling
 from kit.media import write_video
-from kit.request import check_video_length, file_stem, history_of, prompts_of
+from kit.request import check_numbers, check_video_length, file_stem, history_of, prompts_of
 from kit.sampling import sample_clips, sample_videos, stream_samples
 from kit.sidecar import read_sidecar
 from kit.tokenizer import Tokenizer
@@ -79,6 +81,13 @@ def test_a_video_is_gone_on_with_from_its_end_at_the_generators_rate(tmp_path):
     torch.testing.assert_close(history.mean((0, 2, 3)), levels[[11, 13, 15, 17, 19]], atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("trained, taken", [(1, 1), (5, 1), (9, 5), (33, 9)])
+def test_how_many_frames_of_a_video_are_gone_on_with(trained, taken, tmp_path):
+    write_video(torch.zeros(3, 9, 32, 32), tmp_path / "dark.mp4", 8)
+    values = {"image": None, "video": str(tmp_path / "dark.mp4"), "history_frames": None}
+    assert history_of(values, {"frames": trained, "height": 32, "width": 32, "fps": 8.0})[0].shape[1] == taken
+
+
 def test_an_animated_image_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (32, 32), (shade, shade, shade)) for shade in (20, 120, 220)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
@@ -104,6 +113,18 @@ def test_a_clip_is_the_same_in_any_batch(loaded, how):
     for batch in (1, 2, 5):
         assert torch.equal(sample_videos(*loaded, prompts, seeds, size, how, "float32", batch), together), batch
     assert not torch.equal(together[0], together[3])  # another seed
+
+
+def test_progress_ends_at_its_total(loaded, monkeypatch):
+    bars = []
+
+    def bar(**how) -> tqdm:
+        bars.append(tqdm(**{**how, "disable": False, "file": io.StringIO()}))
+        return bars[-1]
+
+    monkeypatch.setattr("kit.sampling.tqdm", bar)
+    sample_videos(*loaded, [PROMPT] * 3, [0, 1, 2], (13, 32, 32), Sampling(overlap=1), "float32", 2)
+    assert bars[0].n == bars[0].total == 2 * 3 * 2 * 3  # batches, windows, latent frames, scales
 
 
 def test_bfloat16_is_near(loaded):
@@ -180,11 +201,12 @@ def test_the_command_line_goes_before_the_settings(pair, tmp_path, capsys):
 
 
 def test_a_variant_does_not_take_the_place_of_its_original(pair, tmp_path, capsys):
-    assert run(pair, tmp_path, f"prompt={PROMPT}") == 0
+    assert run(pair, tmp_path, f"prompt={PROMPT}", "seed=1") == 0
     before, path = contents(tmp_path / "out"), next((tmp_path / "out").glob("*.json"))
     again = ["generate", f"settings={path}", f"root={tmp_path}", "name=out"]
-    assert main([*again, "temperature=0.5"]) == 1
-    assert "would be overwritten by a variant; give another name=" in capsys.readouterr().err
+    for words in ([], ["seed=0", "n=2"]):
+        assert main([*again, "temperature=0.5", *words]) == 1
+        assert "would be overwritten by a variant; give another name=" in capsys.readouterr().err
     assert main(again) == 0 and main([*again, "seed=9"]) == 0 and before.items() <= contents(tmp_path / "out").items()
 
 
@@ -285,6 +307,13 @@ def test_two_processes_do_not_write_to_a_folder(pair, tmp_path, capsys):
         assert run(pair, tmp_path, f"prompt={PROMPT}") == 1
     assert f"another process is at work in {tmp_path / 'out'}" in capsys.readouterr().err
     assert run(pair, tmp_path, f"prompt={PROMPT}") == 0 and not (tmp_path / "out" / ".lock").exists()
+
+
+def test_further_machines_of_a_command_enter_its_folder(tmp_path, monkeypatch):
+    with sole_user(tmp_path):
+        monkeypatch.setenv("NODE_RANK", "1")
+        with sole_user(tmp_path):
+            pass
 
 
 def test_settings_with_another_beginning(pair, tmp_path):
@@ -417,6 +446,15 @@ def test_explains_bad_input(pair, tmp_path, capsys, words, expected):
     assert run(pair, tmp_path, *words) == 1
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_are_whole_and_seeds_have_32_bits():
+    values = {"batch_size": 1, "frames": None, "history_frames": None, "overlap": None, "fps": None}
+    check_numbers({**values, "seed": 2**32 - 2, "n": 2})
+    with pytest.raises(ValueError, match="expected a number below 2"):
+        check_numbers({**values, "seed": 2**32 - 2, "n": 3})
+    with pytest.raises(ValueError, match="n=True; expected a whole number of 1 or more"):
+        check_numbers({**values, "seed": 0, "n": True})
 
 
 def test_explains_bad_files(pair, tmp_path, capsys):
