@@ -342,6 +342,15 @@ def test_failed_save_leaves_what_was_there(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+def test_a_file_is_replaced_and_not_written_over(tmp_path):
+    path = tmp_path / "last.ckpt"
+    path.write_text("old")
+    with path.open() as before:
+        with written_aside(path) as aside:
+            aside.write_text("new")
+        assert before.read() == "old" and path.read_text() == "new"
+
+
 def test_a_folder_that_cannot_be_written_to_is_told_by_the_names_of_its_files(tmp_path):
     path = tmp_path / "config" / "config.yaml"
     with pytest.raises(FileNotFoundError, match="'.*/config/config.yaml'"), written_aside(path) as aside:
@@ -368,6 +377,13 @@ def test_a_flipped_bit_of_a_checkpoint_is_found(pair, tmp_path):
     (tmp_path / "flipped.ckpt").write_bytes(contents)
     with pytest.raises(ValueError, match="flipped.ckpt is damaged"):
         load_tokenizer(tmp_path / "flipped.ckpt")
+
+
+@pytest.mark.parametrize("error", [PermissionError("not yours"), MemoryError()])
+def test_a_file_that_may_not_be_read_is_not_called_broken(error, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.load", MagicMock(side_effect=error))
+    with pytest.raises(type(error)):
+        load_checked(tmp_path / "last.ckpt")
 
 
 def test_saves_take_no_more_than_their_share_of_the_time(tmp_path, monkeypatch):
@@ -399,6 +415,10 @@ def test_saves_take_no_more_than_their_share_of_the_time(tmp_path, monkeypatch):
             trainer.global_step = progress.total.processed = step
             callback.on_train_batch_end(trainer, module, None, None, step)
         assert saved == expected
+    rest = callback.rest_until
+    callback.saved = None
+    callback._save(trainer, 0)
+    assert callback.rest_until == rest + 8, "a save out of turn counts, too"
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.5])
