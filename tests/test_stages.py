@@ -132,6 +132,7 @@ def test_each_stage_has_its_clips_and_its_learning_rate(whole):
     assert column(whole, "stage") == [0] * 4 + [1] * 3 + [2] * 3
     lr = column(whole, [k for k in csv.DictReader((whole / "logs/version_0/metrics.csv").open()).fieldnames if "lr" in k][0])
     assert lr[:2] == pytest.approx([0.01, 0.02]), "the first stage's own peak and warm-up"
+    assert lr[3] == pytest.approx(0.02 * (0.01 + 0.99 / 2)), "half of its own cosine"
     assert lr[4] == pytest.approx(8e-3 / 40) and lr[7] == pytest.approx(8e-3 / 40), "then the config's, anew with each stage"
     for name, frames, side in (("low", 5, 16), ("high", 5, 32), ("long", 9, 32)):
         checkpoint = read_checkpoint(whole / "checkpoints" / f"{name}.ckpt", "generator")
@@ -325,10 +326,11 @@ def test_what_is_better_depends_on_the_metric(mode, worse):
     switch = StageSwitch("folder", "val/score", mode)
     data = StagedClips(StagePlan((Stage("a", 9, patience=2),)), [], [9])
     trainer = SimpleNamespace(datamodule=data, sanity_checking=False, accumulate_grad_batches=1)
-    for score, waited in ((0.5, 0), (worse, 1), (1 - worse, 0), (1 - worse, 1)):
+    module = SimpleNamespace(hparams=SimpleNamespace(optimizer={}))
+    for score, waited in ((0.5, 0), (worse, 1), (1 - worse, 0), (1 - worse, 1), (worse, 2)):
         trainer.callback_metrics = {"val/score": torch.tensor(score)}
-        switch.on_validation_end(trainer, None)
-        assert switch.waited == waited
+        switch.on_validation_end(trainer, module)
+        assert switch.waited == waited and bool(data.ended) == (waited == 2)
 
 
 def test_what_a_run_in_stages_cannot_go_on_with_is_told(whole, pair, tmp_path, monkeypatch, capsys):
