@@ -11,6 +11,8 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from kit import encoding
 from kit.caching import choice_of
@@ -70,6 +72,20 @@ def test_fewer_frames_are_the_beginnings_of_the_clips(pair, tmp_path):
     image = CachedClips(tmp_path, "train", frames=1, height=32)[3]["feature"]
     expected = tokenizer.encode(sources["train"][3]["video"][None, :, :1])[0]
     torch.testing.assert_close(image.float(), expected, atol=0.02, rtol=0.02)
+
+
+def test_a_file_that_was_made_anew_is_read_anew(pair, tmp_path):
+    write(pair, tmp_path, train=2, val=1)
+    assert CachedClips(tmp_path)[0]["feature"].any() and not list(tmp_path.glob(".train*")), "nor are locks left behind"
+    path = tmp_path / "train_00000.safetensors"
+    with safe_open(path, "pt") as file:
+        zeros, words = (
+            {name: torch.zeros_like(file.get_tensor(name)) for name in ("feature", "label", "given")},
+            file.metadata(),
+        )
+    path.unlink()
+    save_file(zeros, path, words)
+    assert not CachedClips(tmp_path)[0]["feature"].any()
 
 
 def test_files_are_encoded_once_and_added_to(pair, tmp_path):
