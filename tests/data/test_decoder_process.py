@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -76,6 +77,19 @@ def test_decoder_that_dies_or_hangs_costs_its_clip_alone(videos, monkeypatch, nu
     assert hurt.poll() is not None, "nothing is left behind"
     assert source.unreadable == [videos / source.file(0)]
     assert torch.equal(source[0]["video"], expected[0])
+
+
+def test_pyav_is_not_recommended_for_what_it_could_not_read(videos):
+    process = DecoderProcess()
+    process.ask(videos / "0.mp4", "pyav", None, 60.0)
+    os.kill(process._process.pid, signal.SIGKILL)
+    with pytest.raises(UnreadableVideo, match="died of it. Check"):
+        process.ask(videos / "0.mp4", "pyav", None, 60.0)
+
+
+def test_each_thread_has_a_decoder_process_of_its_own():
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(decoder_process).result() is not decoder_process()
 
 
 def test_an_interrupted_question_is_not_answered_later(videos, monkeypatch):

@@ -47,6 +47,7 @@ def test_chunks_are_read_when_they_are_asked_for(video, monkeypatch):
         (10, range(20)),
         (5, range(0, 20, 2)),
         (4, [0, 3, 5, 8, 10, 13, 15, 18]),
+        (2.7, [0, 4, 7, 11, 15, 19]),
         (20, [*range(20), *range(1, 20)]),
     ],
 )

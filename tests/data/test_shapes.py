@@ -87,6 +87,7 @@ def test_held_out_combinations_are_a_tenth_and_never_trained_on():
         assert set(values) in (set(COLOURS), set(SHAPES), set(MOTIONS))
     train, val = (Shapes(split) for split in ("train", "val"))
     assert not any(train.attributes(n).held_out for n in range(500))
+    assert any(train.attributes(n).background != val.attributes(n).background for n in range(50)), "drawn apart"
     assert all(val.attributes(n).held_out for n in range(100))
     with pytest.raises(ValueError, match="'train' and 'val'"):
         Shapes("test")[0]

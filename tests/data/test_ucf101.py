@@ -50,8 +50,11 @@ def test_lists_may_lie_inside_or_beside(ucf101, tmp_path):
     moved = (tmp_path / "ucfTrainTestlist").rename(tmp_path / "lists")
     with pytest.raises(FileNotFoundError, match="testlist01.txt is missing; unpack UCF101TrainTestSplits"):
         UCF101(ucf101, "val", **SHAPE)
-    moved.rename(ucf101 / "ucfTrainTestlist")
+    inside = moved.rename(ucf101 / "ucfTrainTestlist")
     assert len(UCF101(ucf101, "val", **SHAPE).files) == 101
+    shutil.copytree(inside, tmp_path / "ucfTrainTestlist")
+    (inside / "testlist01.txt").write_text("Class003/v_Class003_g02_c01.avi\n")
+    assert len(UCF101(ucf101, "val", **SHAPE).files) == 1, "those inside go first"
 
 
 def test_missing_videos_are_named(ucf101):
@@ -77,6 +80,9 @@ def test_wrong_arguments_and_lists(ucf101, tmp_path):
         UCF101(ucf101, official=2, **SHAPE)
     (tmp_path / "list.txt").write_text("Class000/v_Class000_g01_c01.avi 1\n\nv_Class000_g01_c01.avi\n")
     with pytest.raises(ValueError, match="list.txt, line 3: expected `Class/v_Class_g01_c01.avi 1`, found 'v_Class000"):
+        read_list(tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("Class000/v_Class000_g01_c01.avi Class000/v_Class000_g01_c02.avi 1")
+    with pytest.raises(ValueError, match="list.txt, line 1: expected"):
         read_list(tmp_path / "list.txt")
 
 
