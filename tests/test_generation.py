@@ -22,7 +22,7 @@ from kit.generator.sampler import Sampling
 from kit.media import write_video
 from kit.request import check_numbers, check_video_length, file_stem, history_of, prompts_of
 from kit.sampling import sample_clips, sample_videos, stream_samples
-from kit.sidecar import read_sidecar
+from kit.sidecar import SETTINGS, merged, read_sidecar
 from kit.tokenizer import Tokenizer
 from tests.fixtures import frames_of
 
@@ -332,6 +332,13 @@ def test_settings_with_another_beginning(pair, tmp_path):
     assert main(["generate", f"root={tmp_path}", "name=3", f"settings={settings}", "video=null"]) == 0
     assert run(pair, tmp_path, f"prompt={PROMPT}", "frames=9", "overlap=1", name="4") == 0
     assert contents(tmp_path / "3") == contents(tmp_path / "4")
+
+
+def test_frames_to_go_on_from_count_if_they_are_typed():
+    """Without a video they are refused then; those of a video that is left out are not."""
+    values = dict.fromkeys(SETTINGS) | {"history_frames": 5}
+    for typed, kept in ((["history_frames"], 5), ([], None)):
+        assert merged(values, values, typed)["history_frames"] == kept
 
 
 def test_no_guidance_is_kept_as_what_it_is(pair, tmp_path):
