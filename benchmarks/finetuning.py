@@ -25,7 +25,7 @@ from kit.generator.guidance import Guidance
 from kit.generator.sampler import Sampling
 from kit.media import contact_sheet
 from kit.sampling import sample_videos
-from kit.validation import reconstruct_batches
+from kit.verbs.validate import reconstruct_batches
 from runs import kit, parted
 
 SIDE = 16  # pixels of the averages

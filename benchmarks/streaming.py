@@ -25,9 +25,9 @@ import torch
 from kit.checkpoint import Loaded
 from kit.machine import fast_bfloat16
 from kit.media import video_writer
-from kit.reconstruction import reconstruct_file
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.values import plain
+from kit.verbs.reconstruct import reconstruct_file
 from runs import composed
 
 VIDEOS = ((17, 128, 128), (170, 128, 128), (1700, 128, 128), (17, 1080, 1920), (170, 1080, 1920))

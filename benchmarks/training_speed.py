@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from kit.build import accumulate_of
 from kit.planning.costs import generator_cost, tokenizer_cost
 from kit.planning.plan import generator_config
-from kit.run import fit
 from kit.tokenizer import TokenizerConfig
+from kit.verbs.fit import fit
 from runs import composed
 
 QUIET = (

@@ -1,4 +1,4 @@
-"""Checkpoints as files of models: loaded without executing code, rebuilt into models by path, made one file of shards."""
+"""Checkpoints as files of models: loaded without executing code, and rebuilt into models by path."""
 
 from __future__ import annotations
 
@@ -8,19 +8,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from kit import sharded_checkpoint
 from kit.files import save_checked
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.sharded_checkpoint import described, load_whole
 from kit.tokenizer import Tokenizer, TokenizerConfig
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 CONFIGS = {"generator": GeneratorConfig.from_dict, "tokenizer": TokenizerConfig.from_dict}
 KINDS = tuple(CONFIGS)  # also the keys of the architecture's values in a checkpoint
@@ -171,19 +166,3 @@ def data_settings(checkpoint: dict) -> dict:
     if staged := checkpoint.get(STAGED):
         return dict(enumerate(staged.get("settings", ()))).get(staged["stage"], {})
     return checkpoint.get(UNSTAGED, {}).get("settings", {})
-
-
-def consolidate(cfg: DictConfig) -> Path:
-    """Writes a sharded checkpoint as one file, keeps the shards, and returns the file's path.
-
-    Raises:
-        FileExistsError: if `out` is a file; else as `kind_of` and `sharded_checkpoint.consolidate`.
-    """
-    path = Path(cfg.ckpt)
-    if cfg.out is not None and Path(cfg.out).exists():
-        raise FileExistsError(f"out={cfg.out} is there already; give another name")
-    kind_of(path)
-    out = path.with_name(f"{path.stem}_whole{path.suffix}") if cfg.out is None else Path(cfg.out)
-    sharded_checkpoint.consolidate(path, out)
-    print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")
-    return out

@@ -11,7 +11,6 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -27,24 +26,26 @@ if TYPE_CHECKING:
 
 
 class Verb(NamedTuple):
-    function: str  # module:function, imported when it is needed
+    """A function of the verb's name, in a module that is imported when it is needed."""
+
+    module: str
     conf: str | None  # config it uses without conf=
     help: str
 
 
 VERBS = {
-    "fit": Verb("kit.run:fit", None, "train a stage; ckpt=last continues it"),
-    "validate": Verb("kit.validation:validate", "validate", "score a checkpoint on held-out clips"),
-    "reconstruct": Verb("kit.reconstruction:reconstruct", "reconstruct", "clips through the tokenizer and back: PSNR, SSIM"),
-    "generate": Verb("kit.generation:generate", "generate", "videos from prompt=, label= or prompts=FILE, image= or video="),
-    "evaluate": Verb("kit.evaluation.run:evaluate", "evaluate", "FVD, PSNR, SSIM, LPIPS and more, by a named protocol"),
-    "table": Verb("kit.evaluation.report:show_table", "table", "results of one protocol side by side"),
-    "inspect": Verb("kit.inspection:inspect", "inspect", "what each scale's bits hold, and how well they are predicted"),
-    "cache": Verb("kit.caching:cache", "cache", "encode clips once, for generators to train on"),
-    "consolidate": Verb("kit.checkpoint:consolidate", "consolidate", "one file of a checkpoint in shards"),
-    "prepare": Verb("kit.prepare.run:prepare", "prepare", "make what kit cannot ship: i3d, infinity, fluent_emoji, vizdoom"),
-    "doctor": Verb("kit.planning.doctor:doctor", "doctor", "what this machine can run"),
-    "demo": Verb("kit.demo:demo", "demo", "train, generate, score on the embedded data: 15 minutes on 2 cores with bfloat16"),
+    "fit": Verb("kit.verbs.fit", None, "train a stage; ckpt=last continues it"),
+    "validate": Verb("kit.verbs.validate", "validate", "score a checkpoint on held-out clips"),
+    "reconstruct": Verb("kit.verbs.reconstruct", "reconstruct", "clips through the tokenizer and back, PSNR and SSIM"),
+    "generate": Verb("kit.verbs.generate", "generate", "videos from prompt=, label= or prompts=FILE, image= or video="),
+    "evaluate": Verb("kit.evaluation.run", "evaluate", "FVD, PSNR, SSIM, LPIPS and more, by a named protocol"),
+    "table": Verb("kit.evaluation.report", "table", "results of one protocol side by side"),
+    "inspect": Verb("kit.verbs.inspect", "inspect", "what each scale's bits hold, and how well they are predicted"),
+    "cache": Verb("kit.verbs.cache", "cache", "encode clips once, for generators to train on"),
+    "consolidate": Verb("kit.verbs.consolidate", "consolidate", "one file of a checkpoint in shards"),
+    "prepare": Verb("kit.prepare.run", "prepare", "make what kit cannot ship: i3d, infinity, fluent_emoji, vizdoom"),
+    "doctor": Verb("kit.planning.doctor", "doctor", "what this machine can run"),
+    "demo": Verb("kit.verbs.demo", "demo", "train, sample, score on the embedded data: 15 minutes on 2 cores with bfloat16"),
 }  # fmt: skip
 
 
@@ -65,11 +66,6 @@ def usage() -> str:
         '  python -m kit generate ckpt=runs/demo/generator/checkpoints/last.ckpt prompt="a red ball moving right over a '
         'green field" n=4 seed=0\n'
     )
-
-
-def resolve(function: str) -> Callable:
-    module, name = function.split(":")
-    return getattr(import_module(module), name)
 
 
 def complain(message: str) -> int:
@@ -256,7 +252,7 @@ class Call:
         try:
             set_threads(cfg.threads)
             check_whole_number("seed", cfg.seed, 0)
-            resolve(VERBS[self.verb].function)(cfg)
+            getattr(import_module(VERBS[self.verb].module), self.verb)(cfg)
             if self.verb != "fit":  # which does so at its start
                 keep_config(cfg, self.verb)
         except Exception as error:

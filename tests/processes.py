@@ -82,7 +82,7 @@ class Command:
 
 
 def demo_part(said: Path, words: list[str]):
-    """Runs a part of the demo as `kit.demo.run` does, forked. Args: said: file for what it writes to stderr."""
+    """Runs a part of the demo as `kit.verbs.demo.run` does, forked. Args: said: file for what it writes to stderr."""
     assert words[0] == "kit" and Command(words[1:], said).wait() == 0, said.read_text()[-2000:]
 
 

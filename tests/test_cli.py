@@ -334,7 +334,7 @@ def test_a_full_gpu_is_told_without_a_traceback(words, way, capsys, monkeypatch,
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kit.run.fit" if "fit" in words else "kit.validation.validate", full)
+    monkeypatch.setattr("kit.verbs.fit.fit" if "fit" in words else "kit.verbs.validate.validate", full)
     assert main(words.split()) == 1
     error = capsys.readouterr().err
     assert "CUDA out of memory" in error and way in error and "Traceback" not in error
@@ -434,7 +434,7 @@ def test_slurm_is_told_how_many_devices_its_machines_have(tmp_path, capsys):
 def test_further_ranks_are_started_with_words_that_parse(monkeypatch, tmp_path):
     """Lightning starts further ranks as `python -m kit` with the sys.argv of the running verb."""
     seen = []
-    monkeypatch.setattr("kit.run.fit", lambda cfg: seen.append((list(sys.argv[1:]), cfg.seed)))
+    monkeypatch.setattr("kit.verbs.fit.fit", lambda cfg: seen.append((list(sys.argv[1:]), cfg.seed)))
     words = ["fit", "conf=stage1_tokenizer", "seed=3", f"root={tmp_path}"]
     assert main(words) == 0
     assert main(seen[0][0]) == 0

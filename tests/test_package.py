@@ -25,7 +25,7 @@ except RuntimeError:
 
 def test_commands_that_do_not_train_do_without_lightning():
     """Importing it takes longer than making a video."""
-    modules = "kit.generation, kit.prepare.run, kit.evaluation.report, kit.data.clips"
+    modules = "kit.verbs.generate, kit.prepare.run, kit.evaluation.report, kit.data.clips"
     code = f"import sys, {modules}; print({{'lightning', 'torchmetrics'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "set()"
 

@@ -19,7 +19,7 @@ import av
 import pytest
 import torch
 
-import kit.caching
+import kit.verbs.cache
 from callbacks import LastCheckpoint, last_checkpoint
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.files import contents_hash, load_checked, save_checked, written_aside
@@ -132,14 +132,14 @@ def test_a_run_that_was_moved_knows_its_best_score(tmp_path, recwarn):
 
 
 def test_while_clips_are_encoded_sigterm_ends_the_run_at_once(pair, tmp_path, monkeypatch):
-    handlers, write = [], kit.caching.write_cache
+    handlers, write = [], kit.verbs.cache.write_cache
     before = signal.getsignal(signal.SIGTERM)
 
     def watched(*args):
         handlers.append(signal.getsignal(signal.SIGTERM))
         write(*args)
 
-    monkeypatch.setattr(kit.caching, "write_cache", watched)
+    monkeypatch.setattr(kit.verbs.cache, "write_cache", watched)
     words = ["recipe.generator.encoded_clips=4", "recipe.generator.steps=2", "trainer.val_check_interval=2"]
     assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == 0
     assert handlers == [signal.SIG_DFL] and signal.getsignal(signal.SIGTERM) == before
@@ -173,7 +173,7 @@ def test_two_trainings_do_not_share_a_folder(whole, tmp_path, capsys):
 
 @pytest.fixture
 def handlers():
-    """Handlers of a program that trains by `kit.run.fit`: signal -> handler."""
+    """Handlers of a program that trains by `kit.verbs.fit.fit`: signal -> handler."""
     own = {number: lambda *_: None for number in (signal.SIGTERM, signal.SIGINT)}
     before = {number: signal.signal(number, handler) for number, handler in own.items()}
     yield own

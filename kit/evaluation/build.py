@@ -17,9 +17,9 @@ from kit.generator.condition import ConditionConfig
 from kit.generator.sampler import Sampling
 from kit.machine import check_precision
 from kit.perceptual import Perceptual, load_perceptual
-from kit.request import check_video_length, notes_on
 from kit.scales import whole_groups
 from kit.values import plain
+from kit.verbs.request import check_video_length, notes_on
 
 METRICS = ("frechet", "psnr", "ssim", "lpips", "captions")
 ANOTHER = "which makes it another protocol"

@@ -147,7 +147,7 @@ def read_result(path: Path) -> dict:
         raise ValueError(f"{path} is not a result of `python -m kit evaluate`: {error!r}") from error
 
 
-def table(results: list[dict]) -> str:
+def side_by_side(results: list[dict]) -> str:
     """Formats results as a Markdown table, with the protocol that they share above.
 
     Raises:
@@ -172,10 +172,10 @@ def table(results: list[dict]) -> str:
     return f"{Protocol.from_dict(first['protocol'])}\n\n{rows}"
 
 
-def show_table(cfg: DictConfig) -> str:
+def table(cfg: DictConfig) -> str:
     """Prints the results that `cfg.results` names, side by side."""
     wanted = [cfg.results] if isinstance(cfg.results, str) else cfg.results
     paths = [Path(path) for name in wanted for path in ([name] if Path(name).is_file() else sorted(glob(name)) or [name])]
-    shown = table([read_result(path) for path in paths])
+    shown = side_by_side([read_result(path) for path in paths])
     print(shown)
     return shown

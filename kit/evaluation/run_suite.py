@@ -17,8 +17,8 @@ from kit.files import read_json, sole_user, write_json, written_aside
 from kit.generator.sampler import Sampling
 from kit.machine import check_precision, exact_float32
 from kit.media import contact_sheet
-from kit.request import check_video_length, notes_on
 from kit.values import check_whole_number, plain
+from kit.verbs.request import check_video_length, notes_on
 
 SHOWN = 8  # videos on the page and the contact sheet
 

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kit import encoding
-from kit.caching import choice_of
 from kit.checkpoint import load_tokenizer
 from kit.cli import main
 from kit.data import cache
@@ -26,6 +25,7 @@ from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.encoding import describe, write_cache
 from kit.media import write_video
+from kit.verbs.cache import choice_of
 from tests.fixtures import CLIP, GENERATOR, QUICK, composed, fit_generator
 from tests.test_training import losses
 

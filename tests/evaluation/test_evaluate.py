@@ -14,7 +14,7 @@ from kit.data.shapes import Shapes
 from kit.evaluation import run
 from kit.evaluation.candidates import Reconstructions, Samples
 from kit.evaluation.clips import FileClips, choose
-from kit.evaluation.report import details, read_result, table
+from kit.evaluation.report import details, read_result, side_by_side
 from kit.machine import cache_folder
 from kit.media import write_video
 from tests.fixtures import fit_generator
@@ -309,7 +309,7 @@ def test_results_side_by_side_if_they_may(evaluate, pair, tmp_path, capsys):
     refused = capsys.readouterr().err
     assert "follow different protocols" in refused and "seed: 0, 9" in refused
     with pytest.raises(ValueError, match="no results to show"):
-        table([])
+        side_by_side([])
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match="x.json is not a result of"):
         read_result(tmp_path / "x.json")

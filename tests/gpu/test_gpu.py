@@ -15,12 +15,12 @@ from kit.data.shapes import Shapes
 from kit.generator.sampler import Sampling, sample_frames
 from kit.machine import exact_float32
 from kit.planning.plan import memory_of, stages_of
-from kit.run import fit
 from kit.scales import ScaleSchedule
 from kit.self_check import self_check
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.streaming import reconstruct_stream
 from kit.values import plain
+from kit.verbs.fit import fit
 from tests.fixtures import CLIP, GENERATOR, PROMPTS, QUICK, RISING, TOKENIZER, composed
 from tests.test_self_check import HARDLY_LEARNED
 from tests.test_training import losses

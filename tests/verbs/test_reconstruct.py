@@ -18,8 +18,8 @@ from kit.data.decode import PyAVDecoder, UnreadableVideo
 from kit.data.read import ClipFile, open_clip_file
 from kit.data.shapes import Shapes
 from kit.media import video_writer, write_video
-from kit.reconstruction import Scores, fitting_note, per_scale, reconstruct_file
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.verbs.reconstruct import Scores, fitting_note, per_scale, reconstruct_file
 from tests.conftest import randomise
 
 

@@ -19,7 +19,6 @@ from kit.build import (
     plan_of,
     tokenizer_config,
 )
-from kit.caching import check_cache, encode_ahead, remove_encoded_clips
 from kit.checkpoint import last_checkpoint
 from kit.confs import keep_config
 from kit.files import sole_user
@@ -30,6 +29,7 @@ from kit.signals import end_with_launcher
 from kit.start import start
 from kit.training_checkpoint import check_resume, copy_checkpoint
 from kit.values import plain
+from kit.verbs.cache import check_cache, encode_ahead, remove_encoded_clips
 
 
 def checkpoint_to_resume(cfg: DictConfig) -> Path | None:

@@ -25,13 +25,13 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.files import load_checked, save_checked, sole_user
-from kit.held_out import held_out
 from kit.media import contact_sheet, write_video
-from kit.reconstruction import per_scale
+from kit.verbs.held_out import held_out
+from kit.verbs.reconstruct import per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
 from tests.processes import Command, demo_part
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red ball moving right over a green field"
 
 
@@ -242,7 +242,7 @@ def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tm
     begun = read_checkpoint(last, "generator")["global_step"]
     assert 0 < begun < 60 and not (folder / "metrics.json").exists()
 
-    monkeypatch.setattr("kit.demo.run", partial(demo_part, tmp_path / "said"))
+    monkeypatch.setattr("kit.verbs.demo.run", partial(demo_part, tmp_path / "said"))
     assert main(words) == 0
     assert read_checkpoint(last, "generator")["global_step"] == 60
     assert len(list((folder / "generator" / "logs").glob("version_*"))) == 2
@@ -259,7 +259,7 @@ def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tm
 
 def test_the_demo_hands_on_its_seed_and_threads(tmp_path, monkeypatch):
     parts = []
-    monkeypatch.setattr("kit.demo.run", parts.append)
+    monkeypatch.setattr("kit.verbs.demo.run", parts.append)
     assert main(["demo", f"root={tmp_path}", "seed=3", "threads=1"]) == 1, "nothing is there to tell the scores of"
     assert [words[1] for words in parts if {"seed=3", "threads=1"} <= set(words)] == ["fit", "fit", "validate", "generate"]
 
@@ -281,7 +281,7 @@ def test_a_part_of_the_demo_saves_when_it_is_told_to_end(tmp_path, tell, number)
     """A terminal tells all processes, others only the first."""
     (tmp_path / "part.py").write_text(PART)
     heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # which a shell's job may ignore
-    code = f"{heeded}; import kit.demo; kit.demo.PATIENCE = 2.0; kit.demo.run(['part'])"
+    code = f"{heeded}; import kit.verbs.demo; kit.verbs.demo.PATIENCE = 2.0; kit.verbs.demo.run(['part'])"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.DEVNULL

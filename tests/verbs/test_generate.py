@@ -20,10 +20,10 @@ from kit.files import sole_user
 from kit.generator.guidance import Guidance
 from kit.generator.sampler import Sampling
 from kit.media import write_video
-from kit.request import check_numbers, check_video_length, file_stem, history_of, prompts_of
 from kit.sampling import sample_clips, sample_videos, stream_samples
-from kit.sidecar import SETTINGS, merged, read_sidecar
 from kit.tokenizer import Tokenizer
+from kit.verbs.request import check_numbers, check_video_length, file_stem, history_of, prompts_of
+from kit.verbs.sidecar import SETTINGS, merged, read_sidecar
 from tests.fixtures import frames_of
 
 PROMPT = "a red ball moving right over a green field"
@@ -372,7 +372,7 @@ def test_a_video_left_without_its_settings_is_made_again(pair, tmp_path, monkeyp
     """A kill between the two writes leaves no settings, in particular not those of the previous video."""
     assert run(pair, tmp_path, f"prompt={PROMPT}") == 0
     before = contents(tmp_path / "out")
-    monkeypatch.setattr("kit.generation.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("kit.verbs.generate.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(pair, tmp_path, f"prompt={PROMPT}", "temperature=1.5") != 0
     monkeypatch.undo()
     assert contents(tmp_path / "out") != before and not list((tmp_path / "out").glob("*.json"))
@@ -406,7 +406,7 @@ def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
         yield next(stream(*args, **kwargs))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kit.generation.stream_samples", stopped)
+    monkeypatch.setattr("kit.verbs.generate.stream_samples", stopped)
     assert run(pair, tmp_path, f"prompt={PROMPT}") != 0
     assert not any((tmp_path / "out").iterdir())
 

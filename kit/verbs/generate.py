@@ -18,7 +18,9 @@ from kit.files import read_json, sole_user, write_json
 from kit.generator.sampler import Sampling
 from kit.machine import device
 from kit.media import contact_sheet, spread, video_writer
-from kit.request import (
+from kit.sampling import progress, stream_samples
+from kit.values import plain
+from kit.verbs.request import (
     check_numbers,
     check_texts,
     check_video_length,
@@ -28,9 +30,7 @@ from kit.request import (
     prompts_of,
     usual_length,
 )
-from kit.sampling import progress, stream_samples
-from kit.sidecar import SETTINGS, Job, check_same, with_settings
-from kit.values import plain
+from kit.verbs.sidecar import SETTINGS, Job, check_same, with_settings
 
 SHOWN = 16  # clips on the contact sheet, at most
 

@@ -19,13 +19,13 @@ from kit.files import replacing, sole_user, write_json
 from kit.generator.corruption import teacher_forced
 from kit.generator.module import accuracy_by_block
 from kit.generator.sampler import Sampling
-from kit.held_out import check_classes, data_for, held_out
 from kit.machine import autocast, device, inference_precision
 from kit.media import clip_by_clip, contact_sheet, write_video
 from kit.pixels import psnr
-from kit.request import file_stem
 from kit.sampling import sample_clips, sample_videos
 from kit.values import plain
+from kit.verbs.held_out import check_classes, data_for, held_out
+from kit.verbs.request import file_stem
 
 
 def validate(cfg: DictConfig) -> dict:

@@ -16,13 +16,13 @@ from tqdm import tqdm
 from kit.checkpoint import Loaded, load_tokenizer
 from kit.data.read import ClipFile, open_clip_file
 from kit.files import replacing, sole_user
-from kit.held_out import data_for, held_out
 from kit.machine import device, inference_precision
 from kit.media import clip_by_clip, contact_sheet, spread, video_writer, write_video
 from kit.pixels import ssim
 from kit.scales import whole_groups
 from kit.tokenizer import Tokenizer
 from kit.tokenizer.streaming import coded_size, scaled_size, stream_scales
+from kit.verbs.held_out import data_for, held_out
 
 
 def reconstruct(cfg: DictConfig) -> dict:

@@ -1,0 +1,82 @@
+"""The verb `inspect`: how bits are used, what is predicted with and without the true history, and the self-check."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
+from kit.files import sole_user, write_json
+from kit.generator.sampler import Sampling
+from kit.inspection import bit_use, bit_use_picture, forced_and_free
+from kit.machine import autocast, device
+from kit.media import clip_by_clip, contact_sheet
+from kit.self_check import Check, self_check
+from kit.values import plain
+from kit.verbs.held_out import check_classes, data_for, held_out
+from kit.verbs.reconstruct import per_scale
+from kit.verbs.validate import teacher_forced_metrics
+
+CHECKED = 8  # number of clips that are self-checked and sampled
+
+
+def inspect(cfg: DictConfig) -> dict:
+    """Writes pictures of what each scale holds and of bit use, and inspect.json; prints the same numbers.
+
+    For a generator also the share of correctly predicted bits, the self-check, and a picture of clips predicted with the true
+    history and sampled without it.
+
+    Returns:
+        the contents of inspect.json.
+    """
+    folder = Path(cfg.folder)
+    with sole_user(folder):
+        is_generator = kind_of(cfg.ckpt) == "generator"
+        generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer) if is_generator else (None, load_tokenizer(cfg.ckpt))
+        data = data_for(cfg, generator or tokenizer)
+        if generator is not None:
+            check_classes(generator, data)
+        batch, checks, pictures = held_out(data), [], ["scales.png", "bit_use.png"]
+        report = inspect_tokenizer(tokenizer, batch, cfg)
+        if generator is not None:
+            checks = inspect_generator(generator, tokenizer, batch, cfg)
+            report |= teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size)
+            pictures.append("samples.png")
+        checked = {"self_check": {check.name: asdict(check) for check in checks}} if checks else {}
+        write_json(folder / "inspect.json", report | checked)
+    print(json.dumps(report, indent=2))
+    print("\n".join([check.line() for check in checks] + [f"in {folder}: {', '.join(pictures)}, inspect.json"]))
+    return report | checked
+
+
+def inspect_tokenizer(tokenizer: Loaded, batch: dict, cfg: DictConfig) -> dict:
+    """Writes pictures of what each scale holds and of the use of its bits.
+
+    Returns:
+        the schedule, PSNR and SSIM after each scale, and the mean entropy (bits) of each scale's bits.
+    """
+    rows, by_scale, bits = per_scale(tokenizer, batch["video"], cfg.batch_size)
+    schedule, folder = tokenizer.model.schedule_of(batch["video"]), Path(cfg.folder)
+    use = bit_use(bits, schedule)
+    contact_sheet(clip_by_clip(rows, cfg.shown), list(batch["caption"])[: cfg.shown], folder / "scales.png")
+    bit_use_picture(use["ones"], folder / "bit_use.png")
+    entropy = use["entropy"].nanmean(1)
+    return {"schedule": str(schedule), "by_scale": by_scale, "bit_entropy": [round(e.item(), 4) for e in entropy]}
+
+
+def inspect_generator(generator: Loaded, tokenizer: Loaded, batch: dict, cfg: DictConfig) -> list[Check]:
+    """Runs the self-check on the first `CHECKED` clips, and writes a picture of them: real, reconstructed, predicted with the
+    true history, and sampled without it."""
+    few = {key: value[:CHECKED] for key, value in batch.items()}
+    model, codec, video = generator.model.to(device()), tokenizer.model.to(device()), few["video"].to(device())
+    prompts = model.condition.prompts(few)
+    checks = self_check(model, codec, video, prompts)
+    with autocast(cfg.precision):
+        feature, schedule = codec.encode(video), codec.schedule_of(video)
+        rows = {"real": video, **forced_and_free(model, codec, feature, schedule, prompts, Sampling.of(plain(cfg)))}
+    groups = clip_by_clip({name: videos.float().cpu() for name, videos in rows.items()}, len(prompts))
+    contact_sheet(groups, list(prompts), Path(cfg.folder) / "samples.png")
+    return checks
