@@ -19,6 +19,8 @@ from torch import Tensor
 
 from kit.values import hash_of
 
+TABLES = (".csv", ".tsv", ".json", ".jsonl")  # suffixes of files whose lines are rows
+
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
@@ -224,6 +226,17 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: not UTF-8; save the file in that encoding") from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """Reads the lines of a text file, each without blanks around it; blank ones are left out.
+
+    Raises:
+        ValueError: if it is a table, whose lines are no prompts; else as `read_text`.
+    """
+    if path.suffix.lower() in TABLES:
+        raise ValueError(f"{path} is no list of lines; write the prompts or labels into a text file, one a line")
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 def read_json(path: Path):

@@ -57,14 +57,6 @@ class Clip(NamedTuple):
     size: tuple[int, int]
 
 
-def size_of(path: Path) -> int:
-    """Returns the bytes of a file; -1 if it is gone, as one behind a broken link: whoever reads it will tell."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
 @dataclass(eq=False)
 class FolderClips(ClipSource):
     """Data set of video files: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}.
@@ -205,7 +197,14 @@ class FolderClips(ClipSource):
         return {"seed": self.seed}
 
     def listing(self) -> list[str]:
-        return [f"{name} {size_of(self.root / name)}" for name in self.files]
+        return [f"{name} {self.bytes_of(name)}" for name in self.files]
+
+    def bytes_of(self, name: str) -> int:
+        """Size of a file; -1 if it is gone, as one behind a broken link: whoever reads it will tell."""
+        try:
+            return self.path_of(name).stat().st_size
+        except OSError:
+            return -1
 
     def texts(self) -> list[dict]:
         return [self.words(name) for name in self.files]

@@ -45,7 +45,7 @@ def read_heads(source: FolderClips) -> dict[str, Head]:
     about = f"{root if '://' in root else os.path.abspath(root)} {source.backend} {READING}"
     path = cache_folder() / "heads" / f"{hash_of([about], 32)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = {name: f"{name} {line.rpartition(' ')[2]}" for name, line in zip(source.files, source.listing(), strict=True)}
+    lines = {name: f"{name} {source.bytes_of(name)}" for name in source.files}
     with FileLock(path.with_suffix(".lock")):
         kept = read_json(path) if path.exists() else {}
         _read_missing(source, {name: line for name, line in lines.items() if line not in kept}, kept, path)

@@ -266,4 +266,7 @@ class ShardClips(FolderClips):
         def within(name: str) -> str:  # the shard's own name and what is in it, wherever it lies
             return name[len(self.members[name].shard.rpartition("/")[0]) + 1 :]
 
-        return [f"{within(name)} {self.members[name].size}" for name in self.files]
+        return [f"{within(name)} {self.bytes_of(name)}" for name in self.files]
+
+    def bytes_of(self, name: str) -> int:
+        return self.members[name].size

@@ -17,9 +17,9 @@ from kit.generator.condition import ConditionConfig
 from kit.generator.sampler import Sampling
 from kit.machine import check_precision
 from kit.perceptual import Perceptual, load_perceptual
+from kit.sampling import check_video_length, tell_notes
 from kit.scales import whole_groups
 from kit.values import plain
-from kit.verbs.request import check_video_length, notes_on
 
 METRICS = ("frechet", "psnr", "ssim", "lpips", "captions")
 ANOTHER = "which makes it another protocol"
@@ -79,8 +79,7 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
     check_size(tokenizer, shape)
     sampling = Sampling.of(plain(cfg))
     check_video_length(tokenizer, (whole_groups(shape[0]), *shape[1:]), None, sampling, generator.clip["frames"])
-    for note in notes_on([], sampling, generator.model.condition.notes):
-        print(f"note: {note}")
+    tell_notes([], sampling, generator.model.condition.notes)
     protocol = protocol.resolved(samples=protocol.samples or protocol.real.clips)
     return Samples(generator, tokenizer, sampling, cfg.precision, shape), protocol
 

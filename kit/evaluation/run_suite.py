@@ -17,8 +17,8 @@ from kit.files import read_json, sole_user, write_json, written_aside
 from kit.generator.sampler import Sampling
 from kit.machine import check_precision, exact_float32
 from kit.media import contact_sheet
+from kit.sampling import check_video_length, tell_notes
 from kit.values import check_whole_number, plain
-from kit.verbs.request import check_video_length, notes_on
 
 SHOWN = 8  # videos on the page and the contact sheet
 
@@ -52,8 +52,7 @@ def make_suite(cfg: DictConfig) -> dict:
     clip = generator.clip
     shape, sampling = (suite.frames or clip["frames"], clip["height"], clip["width"]), Sampling.of(plain(cfg))
     check_video_length(tokenizer, shape, None, sampling, clip["frames"])
-    for note in notes_on([prompt.text for prompt in prompts], sampling, generator.model.condition.notes):
-        print(f"note: {note}")
+    tell_notes([prompt.text for prompt in prompts], sampling, generator.model.condition.notes)
     candidate = Samples(generator, tokenizer, sampling, cfg.precision, shape)
     settings = {"suite": suite.name, "size": list(shape), **candidate.about()}
     with sole_user(folder), exact_float32():

@@ -15,11 +15,10 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from kit.files import read_json, write_json
+from kit.files import read_json, read_lines, write_json
 from kit.media import write_video
 from kit.sampling import seed_of
 from kit.values import hash_of
-from kit.verbs.request import read_lines
 
 SAMPLES = 5  # VBench reads the videos 0 to 4 of each prompt
 # For this dimension VBench reads five videos of a prompt that hold still, picked by its static_filter.py. It does not say

@@ -18,15 +18,13 @@ from kit.files import read_json, sole_user, write_json
 from kit.generator.sampler import Sampling
 from kit.machine import device
 from kit.media import contact_sheet, spread, video_writer
-from kit.sampling import progress, stream_samples
+from kit.sampling import check_video_length, progress, stream_samples, tell_notes
 from kit.values import plain
 from kit.verbs.request import (
     check_numbers,
     check_texts,
-    check_video_length,
     file_stem,
     history_of,
-    notes_on,
     prompts_of,
     usual_length,
 )
@@ -54,8 +52,7 @@ def generate(cfg: DictConfig) -> list[Path]:
     generator, tokenizer = load_generator(values["ckpt"], values["tokenizer"])
     condition, clip, sampling = generator.model.condition, generator.clip, Sampling.of(values)
     key, prompts = prompts_of(values, generator.model.config.condition.kind)
-    for note in notes_on(prompts, sampling, condition.notes):
-        print(f"note: {note}")
+    tell_notes(prompts, sampling, condition.notes)
     history, given = history_of(values, clip)
     about = {
         "kit": __version__, "torch": torch.__version__, "device": device().type, "generator_hash": generator.hash,

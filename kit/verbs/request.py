@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from kit.checkpoint import Loaded
 from kit.data.listing import is_utf8
 from kit.data.read import open_clip_file
-from kit.files import file_sha256, read_text
+from kit.files import file_sha256, read_lines
 from kit.generator.sampler import Sampling
-from kit.sampling import windows
 from kit.scales import TAU, latent_frames
 from kit.values import check_whole_number
 from kit.words import SAID
 
 WHOLE_NUMBERS = {"n": 1, "batch_size": 1, "seed": 0, "frames": 1, "history_frames": 1, "overlap": 1}  # key -> minimum
-TABLES = (".csv", ".tsv", ".json", ".jsonl")
 SLOWEST, FASTEST = 0.001, 1000  # frames per second of an mp4: far lower ones it would round to 0, and play at 24
 
 
@@ -83,33 +79,6 @@ def prompts_of(values: dict, kind: str) -> tuple[str, list[str]]:
     return wanted, ["" if values[wanted] is None else str(values[wanted])]
 
 
-def read_lines(path: Path) -> list[str]:
-    """Reads the lines of a text file, each without blanks around it; blank ones are left out.
-
-    Raises:
-        ValueError: if it is a table, whose lines are no prompts; else as `read_text`.
-    """
-    if path.suffix.lower() in TABLES:
-        raise ValueError(f"{path} is no list of lines; write the prompts or labels into a text file, one a line")
-    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
-
-
-def notes_on(prompts: list[str], sampling: Sampling, notes: Callable[[str], list[str]]) -> list[str]:
-    """Lists notes on the prompts that a user should see before generation begins.
-
-    Args:
-        notes: the condition's notes on a text.
-    Raises:
-        ValueError: for the first class that the model does not know.
-    """
-    found = [note for prompt in prompts for note in notes(prompt)]
-    if sampling.negative is not None:
-        found += [f"negative: {note}" for note in notes(sampling.negative)]
-        if sampling.guidance.neutral:
-            found.append("negative has no effect without guidance (guidance.first=1)")
-    return list(dict.fromkeys(found))
-
-
 def file_stem(prompt: str) -> str:
     """Converts a prompt to part of a file name. Adds a hash if letters, signs or length are lost, to keep names distinct."""
     stem = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")
@@ -162,35 +131,3 @@ def usual_length(history: Tensor | None, sampling: Sampling, trained: int) -> in
     """
     taken = 0 if history is None else history.shape[1]
     return taken + trained - 1 if sampling.extend == "positions" and taken >= trained else trained
-
-
-def check_video_length(
-    tokenizer: Loaded, size: tuple[int, int, int], history: Tensor | None, sampling: Sampling, trained: int
-):
-    """Checks that a video of this length can be made, and prints a note if it is longer than the training clips.
-
-    Args:
-        size: T, H, W of the video. history: (3, T0, H, W), the given frames. trained: T of the training clips.
-    Raises:
-        ValueError: if T is not 1 + 4n or not above T0, T0 is too long for one window, or the tokenizer cannot take T frames,
-            such as one of images.
-    """
-    frames = size[0]
-    latent_frames(frames)
-    longest, overlap = sampling.window(trained, frames)
-    windows(frames, longest, overlap)
-    tokenizer.model.schedule(min(frames, longest), *size[1:])
-    taken = 0 if history is None else history.shape[1]
-    if taken >= longest == 1 and sampling.extend == "reencode":
-        raise ValueError("this generator makes pictures, of one frame: it cannot go on from one; leave out image= and video=")
-    if taken >= longest and sampling.extend == "reencode":
-        least = max(1, longest - TAU)
-        message = f"{taken} frames are given, but this generator makes clips of {longest}"
-        raise ValueError(f"{message}: use history_frames={least} or less")
-    if taken >= frames:
-        raise ValueError(f"frames={frames}, of which {taken} are given: ask for more frames, or take fewer history_frames")
-    if frames > trained and sampling.extend == "positions":
-        print(f"note: {frames} frames in one sequence, {trained} were trained; extend=reencode stays within what was trained")
-    elif frames > longest:
-        how_made = f"{longest} at a time, each time from the last {overlap} on"
-        print(f"note: {frames} frames, {how_made}; training saw {trained}, not what comes after them")

@@ -20,9 +20,9 @@ from kit.files import sole_user
 from kit.generator.guidance import Guidance
 from kit.generator.sampler import Sampling
 from kit.media import write_video
-from kit.sampling import sample_clips, sample_videos, stream_samples
+from kit.sampling import check_video_length, sample_clips, sample_videos, stream_samples
 from kit.tokenizer import Tokenizer
-from kit.verbs.request import check_numbers, check_video_length, file_stem, history_of, prompts_of
+from kit.verbs.request import check_numbers, file_stem, history_of, prompts_of
 from kit.verbs.sidecar import SETTINGS, merged, read_sidecar
 from tests.fixtures import frames_of
 
