@@ -58,7 +58,7 @@ def read_heads(source: FolderClips) -> dict[str, Head]:
 
 
 def _read_missing(source: FolderClips, lines: dict[str, str], kept: dict[str, Head | None], path: Path):
-    """Reads the heads of files (name -> line of the listing), adds them to `kept` by line, and saves `kept` at `path`."""
+    """Reads the heads of files (name -> `NAME BYTES`), adds them to `kept` by line, and saves `kept` at `path`."""
     saved = time.monotonic()
     for name, line in tqdm(lines.items(), desc="sizes and lengths", unit="file", disable=None if lines else True):
         kept[line] = source.head(name)

@@ -29,10 +29,10 @@ class Cache:
     def __init__(self, model: Generator, schedule: ScaleSchedule, rows: int, dtype: torch.dtype):
         config, (h, w) = model.config, schedule.grid
         self.condition, self.full = model.condition.length, config.history == "full"
-        self.finished = h * w if self.full else schedule.tokens_per_frame  # tokens that a finished frame keeps
+        self.frame_tokens = h * w if self.full else schedule.tokens_per_frame  # tokens that a finished frame keeps
         past = schedule.latent_frames - 1  # frames that the last frame can see
         self.window = past if config.window is None else min(config.window, past)
-        length = self.condition + self.window * self.finished + schedule.tokens_per_frame
+        length = self.condition + self.window * self.frame_tokens + schedule.tokens_per_frame
         shape = (config.layers, rows, config.heads, length, config.width // config.heads)
         self.keys = torch.empty(shape, dtype=dtype, device=model.start.device)
         self.values = torch.empty_like(self.keys)
@@ -41,17 +41,17 @@ class Cache:
 
     def start_frame(self, f: int):
         """Starts frame f. The frame before it replaces the oldest one if the window is full."""
-        home = self.condition + min(f, self.window) * self.finished
-        place = self.condition + (f - 1) % max(self.window, 1) * self.finished  # where the frame before is kept
-        before = slice(place, place + self.finished)
+        home = self.condition + min(f, self.window) * self.frame_tokens
+        place = self.condition + (f - 1) % max(self.window, 1) * self.frame_tokens  # where the frame before is kept
+        before = slice(place, place + self.frame_tokens)
         if f and self.window and self.full:
             self.history = before
         elif f > self.window and self.window:  # the frame before is finished: it replaces the oldest one
             for store in (self.keys, self.values):
-                store[..., before, :] = store[..., home : home + self.finished, :].clone()
+                store[..., before, :] = store[..., home : home + self.frame_tokens, :].clone()
         self.current = slice(home, home)
 
-    def expect(self, blocks: Sequence[int]) -> Tensor | None:
+    def reserve(self, blocks: Sequence[int]) -> Tensor | None:
         """Reserves places for a pass and returns its mask (tokens, all visible); None if every token sees everything.
 
         Args:
@@ -66,17 +66,17 @@ class Cache:
         seen = torch.repeat_interleave(torch.tensor(ends), torch.tensor([read, *blocks]))
         return onto(torch.arange(ends[-1]) < seen[:, None], self.keys.device)
 
-    def layer(self, index: int):
-        """Returns the function `remember` of a layer, which stores new keys and values and returns all visible ones."""
+    def update_of(self, index: int):
+        """Returns the function `update_cache` of a layer, which stores new keys and values and returns all visible ones."""
 
-        def remember(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        def update_cache(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             read = self.history.stop - self.history.start
             for store, new in ((self.keys, keys), (self.values, values)):
                 store[index, :, :, self.history] = new[:, :, :read]
                 store[index, :, :, self.current] = new[:, :, read:]
             return self.keys[index, :, :, : self.current.stop], self.values[index, :, :, : self.current.stop]
 
-        return remember
+        return update_cache
 
     def close(self):
         """Ends a pass."""
@@ -130,10 +130,10 @@ class CachedGenerator:
         return self.model.logits(x[:, -sum(sizes) :])
 
     def _run(self, x: Tensor, position: int, blocks: Sequence[int]) -> Tensor:
-        """Runs the layers on tokens (R, tokens, D), which see the cache and themselves; `blocks` as for `Cache.expect`."""
+        """Runs the layers on tokens (R, tokens, D), which see the cache and themselves; `blocks` as for `Cache.reserve`."""
         rotary = tuple(t[position : position + x.shape[1]] for t in self.rotary)
-        views = [View(slice(None), slice(None), self.cache.expect(blocks))]
+        views = [View(slice(None), slice(None), self.cache.reserve(blocks))]
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, rotary, views, self.cache.layer(i))
+            x = layer(x, rotary, views, self.cache.update_of(i))
         self.cache.close()
         return x

@@ -125,17 +125,17 @@ class Attention(nn.Module):
         self.query_norm, self.key_norm = RMSNorm(width // heads), RMSNorm(width // heads)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], views: Sequence[View], remember=None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], views: Sequence[View], update_cache=None) -> Tensor:
         """Returns (B, tokens, D) for x of that shape.
 
         Args:
             rotary: from `rope.rotary_table`, for these tokens. views: which queries see which keys.
-            remember: maps new keys and values, each (B, N, tokens, D / N), to all visible ones; None: only the new ones are.
+            update_cache: maps new keys and values, each (B, N, tokens, D / N), to all visible ones; None: the new ones.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.query_norm(q), rotary), rotate(self.key_norm(k), rotary)
-        if remember is not None:
-            k, v = remember(k, v)
+        if update_cache is not None:
+            k, v = update_cache(k, v)
         return self.out(attend_views(q, k, v, views).transpose(1, 2).flatten(2))
 
 
@@ -158,8 +158,8 @@ class Layer(nn.Module):
         self.attention_norm, self.attention = RMSNorm(width), Attention(width, heads)
         self.mlp_norm, self.mlp = RMSNorm(width), SwiGLU(width, 4 * width)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], views: Sequence[View], remember=None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, views, remember)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], views: Sequence[View], update_cache=None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, views, update_cache)
         return x + self.mlp(self.mlp_norm(x))
 
 

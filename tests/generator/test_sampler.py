@@ -190,20 +190,20 @@ def test_bits_of_a_block_move_later_logits_only(make_generator, inherit, history
 @pytest.mark.parametrize("history, kept", [("scales", SCHEDULE.tokens_per_frame), ("full", 6)])
 def test_cache_does_not_grow_with_the_clip(make_generator, monkeypatch, history, kept):
     """With a window, its size and the keys that a block attends to are those of window + 1 frames for any length of clip."""
-    made, attended, layer = [], [], Cache.layer
+    made, attended, update_of = [], [], Cache.update_of
 
     def spy(self, index):
-        remember = layer(self, index)
+        update_cache = update_of(self, index)
 
         def counted(keys, values):
-            found = remember(keys, values)
+            found = update_cache(keys, values)
             attended.append(found[0].shape[2])
             return found
 
         made.append(self)
         return counted
 
-    monkeypatch.setattr(Cache, "layer", spy)
+    monkeypatch.setattr(Cache, "update_of", spy)
     model = make_generator(window=2, history=history)
     for frames in (2, 3, 7, 20):
         made.clear(), attended.clear()
