@@ -13,7 +13,7 @@ from kit.evaluation.candidates import Candidate, GivenVideos, Reconstructions, S
 from kit.evaluation.clips import fingerprint, real_source
 from kit.evaluation.detectors import Detector, UnfitClips, load_detector
 from kit.evaluation.protocol import Network, Protocol
-from kit.generator.condition import ConditionConfig
+from kit.generator.condition import ConditionConfig, check_classes
 from kit.generator.sampler import Sampling
 from kit.machine import check_precision
 from kit.perceptual import Perceptual, load_perceptual
@@ -144,11 +144,7 @@ def check_fit(clip: dict, condition: ConditionConfig, protocol: Protocol, source
             )
     if condition.kind == "text" and not source.captioned and not source.classes:
         print("the real clips have no captions: all samples are of the empty prompt")
-    if condition.kind == "class" and tuple(condition.classes) != tuple(source.classes):
-        raise ValueError(
-            f"the generator knows the classes {', '.join(condition.classes)}, the protocol's real clips have "
-            f"{', '.join(source.classes) or 'none'}"
-        )
+    check_classes(condition, source.classes, "the protocol's real clips have", "score it against clips of those")
 
 
 def build_tools(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -121,6 +122,19 @@ class WordEncoder(nn.Module):
         if unknown := [w for w in dict.fromkeys(words[: self.length]) if not seen[self.bucket(w)]]:
             notes.append(f"never seen in training, so without a meaning: {', '.join(unknown)}")
         return notes
+
+
+def check_classes(condition: ConditionConfig, classes: Sequence[str], whose: str, mend: str):
+    """Checks that data has the classes that a class-conditional generator was trained on.
+
+    Args:
+        whose, mend: what has the classes, and what can be done about it, in words.
+    Raises:
+        ValueError: if it has others.
+    """
+    if condition.kind == "class" and tuple(condition.classes) != tuple(classes):
+        known, found = ", ".join(condition.classes), ", ".join(classes) or "none"
+        raise ValueError(f"this generator knows the classes {known}, {whose} {found}; {mend}")
 
 
 class TextCondition(nn.Module):

@@ -10,6 +10,8 @@ from kit.checkpoint import Loaded
 from kit.data.datamodule import ClipDataModule, check_videos
 from kit.values import check_whole_number
 
+TRAINED_ON = "give the data it was trained on, such as data=clips data.root=DIR"  # the way out if the data does not suit
+
 
 def data_for(cfg: DictConfig, model: Loaded, frames: int | None = None) -> ClipDataModule:
     """Builds the data of `cfg` with clips of the shape that a checkpoint was trained on, and prints a description of it.
@@ -34,20 +36,6 @@ def data_for(cfg: DictConfig, model: Loaded, frames: int | None = None) -> ClipD
             "training's words for data, data.root and data.source.val_every"
         )
     return data
-
-
-def check_classes(generator: Loaded, data: ClipDataModule):
-    """Checks that the data has the classes that a class-conditional generator was trained on.
-
-    Raises:
-        ValueError: if it has other classes.
-    """
-    condition = generator.model.config.condition
-    if condition.kind == "class" and condition.classes != data.classes:
-        raise ValueError(
-            f"this generator knows the classes {', '.join(condition.classes)}, the data has "
-            f"{', '.join(data.classes) or 'none'}; give the data it was trained on, such as data=clips data.root=DIR"
-        )
 
 
 def held_out(data: ClipDataModule) -> dict:

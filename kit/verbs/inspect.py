@@ -10,13 +10,14 @@ from omegaconf import DictConfig
 
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.files import sole_user, write_json
+from kit.generator.condition import check_classes
 from kit.generator.sampler import Sampling
 from kit.inspection import bit_use, bit_use_picture, forced_and_free
 from kit.machine import autocast, device
 from kit.media import clip_by_clip, contact_sheet
 from kit.self_check import Check, self_check
 from kit.values import plain
-from kit.verbs.held_out import check_classes, data_for, held_out
+from kit.verbs.held_out import TRAINED_ON, data_for, held_out
 from kit.verbs.reconstruct import per_scale
 from kit.verbs.validate import teacher_forced_metrics
 
@@ -38,7 +39,7 @@ def inspect(cfg: DictConfig) -> dict:
         generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer) if is_generator else (None, load_tokenizer(cfg.ckpt))
         data = data_for(cfg, generator or tokenizer)
         if generator is not None:
-            check_classes(generator, data)
+            check_classes(generator.model.config.condition, data.classes, "the data has", TRAINED_ON)
         batch, checks, pictures = held_out(data), [], ["scales.png", "bit_use.png"]
         report = inspect_tokenizer(tokenizer, batch, cfg)
         if generator is not None:

@@ -16,6 +16,7 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_accuracy
 from kit.files import replacing, sole_user, write_json
+from kit.generator.condition import check_classes
 from kit.generator.corruption import teacher_forced
 from kit.generator.module import accuracy_by_block
 from kit.generator.sampler import Sampling
@@ -24,7 +25,7 @@ from kit.media import clip_by_clip, contact_sheet, write_video
 from kit.pixels import psnr
 from kit.sampling import sample_clips, sample_videos
 from kit.values import plain
-from kit.verbs.held_out import check_classes, data_for, held_out
+from kit.verbs.held_out import TRAINED_ON, data_for, held_out
 from kit.verbs.request import file_stem
 
 
@@ -63,7 +64,7 @@ def validate_generator(cfg: DictConfig) -> dict:
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
     data = data_for(cfg, generator)
     batch = held_out(data)
-    check_classes(generator, data)
+    check_classes(generator.model.config.condition, data.classes, "the data has", TRAINED_ON)
     video, prompts = batch["video"], generator.model.condition.prompts(batch)
     output = reconstruct_batches(tokenizer, video, cfg.batch_size)
     seeds = [cfg.seed + i for i in range(len(prompts))]

@@ -282,7 +282,7 @@ def test_a_generator_of_classes(evaluate, read, pair, tmp_path, capsys):
     assert set(result["metrics"]) == {"fvd"} and result["protocol"]["real"]["kind"] == "ucf101"
     assert "real" in (tmp_path / "out" / "report.html").read_text()
     assert evaluate(f"ckpt={ckpt}", "metrics=[captions]", name="other") == 1
-    assert "the generator knows the classes Class000" in capsys.readouterr().err
+    assert "this generator knows the classes Class000" in capsys.readouterr().err
 
 
 def test_what_lacks_its_weights_is_left_out_and_said(evaluate, read, pair, capsys, tmp_path, monkeypatch):
