@@ -8,8 +8,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from kit.checkpoint import last_checkpoint
-from kit.files import disk_errors, not_saved, written_aside
+from kit.files import disk_errors, last_checkpoint, not_saved, written_aside
 from kit.retries import LostLoss
 
 SPAN = 100  # losses in the running mean, about

@@ -207,7 +207,7 @@ def build_generator_module(cfg: DictConfig, data: ClipDataModule) -> GeneratorMo
     """
     tokenizer, condition = load_tokenizer(cfg.tokenizer_ckpt), condition_of(plain(cfg.condition), data)
     module = generator_module(cfg, data.clip, condition, tokenizer.model, tokenizer.hash, str(tokenizer.path.resolve()))
-    if message := module.model.condition.cut(data.captions):
+    if condition["kind"] == "text" and (message := module.model.condition.cut(data.captions)):
         rank_zero_warn(message)
     return module
 
@@ -298,7 +298,9 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     check_trainer(cfg.trainer)
     for group in ("logger", "callbacks"):
         if empty := [
-            f"{group}.{name}" for name, values in (cfg.get(group) or {}).items() if values and "_target_" not in values
+            f"{group}.{name}"
+            for name, values in (cfg.get(group) or {}).items()
+            if values and not (isinstance(values, Mapping) and "_target_" in values)
         ]:
             raise ValueError(f"{empty[0]} has no _target_, so it makes nothing; give the class, or mend its name")
     loggers = [instantiate(c) for c in (cfg.get("logger") or {}).values()]

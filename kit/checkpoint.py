@@ -22,11 +22,6 @@ KINDS = tuple(CONFIGS)  # also the keys of the architecture's values in a checkp
 UNSTAGED, STAGED = "ClipDataModule", "StagedClips"  # keys of the data's state, which Lightning names after the class
 
 
-def last_checkpoint(folder: Path) -> Path:
-    """Returns the path of the checkpoint that ckpt=last goes on from, of the run in a folder."""
-    return folder / "checkpoints" / "last.ckpt"
-
-
 def save_tokenizer(model: Tokenizer, clip: dict, path: str | os.PathLike):
     """Saves a tokenizer as a checkpoint for `load_tokenizer`; it holds no training to resume.
 

@@ -33,7 +33,7 @@ def describe(clip: dict, tokenizer: Tokenizer, tokenizer_hash: str, how: dict, s
         sources: split -> data set. If it has files, their names, sizes, captions and classes count too.
     """
     schedule = tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
-    files = {split: _listing_of(source) for split, source in sources.items() if source.files}
+    files = {split: _listing_of(source) for split, source in sources.items() if len(source.files)}
     first = next(iter(sources.values()))
     about = {
         "tokenizer": tokenizer_hash, "schedule": str(schedule), "clip": clip, "source": how, "files": files,

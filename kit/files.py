@@ -81,6 +81,11 @@ def sole_user(folder: Path) -> Iterator[None]:
         yield
 
 
+def last_checkpoint(folder: Path) -> Path:
+    """Returns the path of the checkpoint that ckpt=last goes on from, of the run in a folder."""
+    return folder / "checkpoints" / "last.ckpt"
+
+
 HASH = "sha256"  # key of the hash in a file written by `save_checked`
 
 
@@ -232,10 +237,10 @@ def read_lines(path: Path) -> list[str]:
     """Reads the lines of a text file, each without blanks around it; blank ones are left out.
 
     Raises:
-        ValueError: if it is a table, whose lines are no prompts; else as `read_text`.
+        ValueError: if it is a table, whose lines are rows; else as `read_text`.
     """
     if path.suffix.lower() in TABLES:
-        raise ValueError(f"{path} is no list of lines; write the prompts or labels into a text file, one a line")
+        raise ValueError(f"{path} is a table; write what is wanted of it into a text file, one a line")
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 

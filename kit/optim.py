@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from kit.fsdp import share_of, whole
 from kit.values import check_choice, check_number, check_whole_number
 
 BYTES_TRAINED, BYTES_AVERAGED = 16, 4  # of a float32 parameter with its gradient and AdamW's moments; of its moving average
+NAMES = ("adamw", "muon")
+KEYS = ("name", "lr", "betas", "weight_decay", "warmup")  # of the config's `optimizer`
 PHASES = (2, 3)  # Newton-Schulz iterations per phase; more than three in one would let rounding errors grow
 
 
@@ -104,18 +106,17 @@ class Muon(torch.optim.Optimizer):
             p.addcdiv_(first, second.sqrt() + group["eps"], value=-group["lr"])
 
 
-KEYS = ("name", "lr", "betas", "weight_decay", "warmup", "clip", "accumulate")
+def check_optimizer(values: Mapping, keys: Sequence[str]):
+    """Checks the name, keys and numbers of the config's `optimizer`.
 
-
-def check_optimizer(values: Mapping):
-    """Checks the name, keys and numbers of the config's `optimizer`; a generator's has no `clip` and `accumulate`.
-
+    Args:
+        keys: those that it may have.
     Raises:
         ValueError: for an unknown name or key, or if a number makes no sense, naming its key.
     """
-    if unknown := sorted(set(values) - set(KEYS)):
-        raise ValueError(f"optimizer has no {', '.join(unknown)}; its keys are {', '.join(KEYS)}")
-    check_choice("optimizer.name", values["name"], ("adamw", "muon"))
+    if unknown := sorted(set(values) - set(keys)):
+        raise ValueError(f"optimizer has no {', '.join(unknown)}; its keys are {', '.join(keys)}")
+    check_choice("optimizer.name", values["name"], NAMES)
     for key in ("lr", "weight_decay"):
         check_number(f"optimizer.{key}", values[key], least=0)
     check_whole_number("optimizer.warmup", values["warmup"], 0)
@@ -135,6 +136,7 @@ def build_optimizer(
     Raises:
         ValueError: for another name.
     """
+    check_choice("optimizer.name", name, NAMES)
     layers = (nn.Linear, nn.modules.conv._ConvNd)
     weights = {id(m.weight) for m in module.modules() if isinstance(m, layers)}
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -143,9 +145,7 @@ def build_optimizer(
     if name == "adamw":
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas))
-    if name == "muon":
-        return Muon(matrices, others, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
-    raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {name!r}")
+    return Muon(matrices, others, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
 
 
 COURSE = ("warmup", "steps", "began", "base_lrs")  # attributes that define the schedule of WarmupCosine

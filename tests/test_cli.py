@@ -252,6 +252,7 @@ def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
         (["fit", "conf=stage1_tokenizer", "data.height=72", "data.width=72"], "shorter side must be at most 64"),
         (["fit", "conf=stage1_tokenizer", "optimizer.name=sgd"], "optimizer.name=sgd; expected one of: adamw, muon"),
         (["fit", "conf=stage1_tokenizer", "+optimizer.momentum=0.9"], "optimizer has no momentum; its keys are name, lr, "),
+        (["fit", "conf=stage1_tokenizer", "callbacks.timer=true"], "callbacks.timer has no _target_"),
         (["fit", "conf=stage1_tokenizer", "data.source._target_=builtins.dict"], "data.source makes a dict; derive it from "),
         (["fit", "conf=stage1_tokenizer", "+callbacks.mine.every=2"], "callbacks.mine has no _target_"),
         (["fit", "conf=stage1_tokenizer", "data.fps=abc"], "data.fps=abc; expected a number such as 12"),
@@ -539,7 +540,7 @@ def test_ctrl_c_ends_all_runs_of_a_multirun(tmp_path, monkeypatch, capsys):
         runs.append(cfg.seed)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kit.cli.resolve", lambda function: verb)
+    monkeypatch.setattr("kit.verbs.fit.fit", verb)
     assert main(["fit", "conf=stage1_tokenizer", "--multirun", "seed=1,2,3", f"root={tmp_path}"]) == 1
     assert runs == [1] and "interrupted" in capsys.readouterr().err
 
@@ -551,7 +552,7 @@ def test_a_run_that_fails_does_not_keep_the_others_of_a_multirun(tmp_path, monke
         runs.append(cfg.seed)
         raise ValueError("told")
 
-    monkeypatch.setattr("kit.cli.resolve", lambda function: verb)
+    monkeypatch.setattr("kit.verbs.fit.fit", verb)
     words = ["trainer.devices=auto", "callbacks.video_logger=false", f"root={tmp_path}"]
     assert main(["fit", "conf=stage1_tokenizer", "--multirun", "seed=1,2", *words]) == 1
     assert runs == [1, 2]

@@ -321,8 +321,8 @@ class FolderClips(ClipSource):
 
     def in_buckets(self, buckets: Sequence[Bucket]) -> list[BucketPart | None]:
         """Puts each file into the bucket that suits it. Raises as `sort_files`."""
-        sorted_files = zip(buckets, sort_files(self, buckets), strict=True)
-        return [BucketPart(self.part(files, *b[:3]), len(files), len(files)) if files else None for b, files in sorted_files]
+        each = zip(buckets, sort_files(self, buckets), strict=True)
+        return [BucketPart(self.part(files, *b[:3]), len(files), len(files)) if files else None for b, files in each]
 
     def skip(self, name: str, error: UnreadableVideo) -> None:
         """Records a file that cannot be read, and warns the first time.

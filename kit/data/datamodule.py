@@ -96,6 +96,8 @@ class ClipDataModule(ClipsOnDevice):
         self.fps = fps or float(self.train.native_fps)  # plain values, for checkpoints; a user's may be numpy's
         self.classes, self.captioned = tuple(map(str, self.train.classes)), bool(self.train.captioned)
         self.images = images(split="train", frames=1, height=height, width=width) if images else None
+        if self.images is not None:
+            check_source(self.images, "data.images")
         if buckets:
             shapes = [Bucket(**bucket) for bucket in buckets]
             self.train = BucketClips(self.train, shapes)
@@ -217,7 +219,7 @@ class ClipDataModule(ClipsOnDevice):
     def about(self) -> str:
         """Describes the data in words: where clips come from, how many files, captions or classes."""
         parts = [self.train.name]
-        if self.train.files:
+        if len(self.train.files):
             parts.append(f"{len(self.train.files)} files to train on, {len(self.val.files)} held out")
         known = f"{len(self.classes)} classes" if self.classes else "neither captions nor classes"
         return ", ".join([*parts, "captions" if self.captioned else known])

@@ -304,7 +304,7 @@ class PictureDecoder(Decoder):
         with _reporting(path), Image.open(path) as picture:
             if picture.mode.startswith("I"):
                 raise ValueError("it has 16 bits a pixel, expected 8")  # its conversion to RGBA would be white
-            self.moves = getattr(picture, "is_animated", False)
+            self.moves = getattr(picture, "is_animated", False) and picture.format != "MPO"  # of photos with a preview
             upright = ImageOps.exif_transpose(picture).convert("RGBA")
             self.transparent = upright.getextrema()[-1][0] < 255
             self._pixels = np.array(Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright))[..., :3]

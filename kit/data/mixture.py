@@ -64,6 +64,13 @@ def label_among(classes: Sequence[str], own: Sequence[str], label: int) -> int:
     return classes.index(name) if name in classes else -1
 
 
+def relabelled(item: dict, own: Sequence[str], classes: Sequence[str]) -> dict:
+    """Returns an item of a source with the classes `own` with its label as an index into `classes`. A label that is missing
+    or no number is left as it is: `Numbered` tells of it."""
+    label = item.get("label")
+    return item if label is None or isinstance(label, str) else {**item, "label": label_among(classes, own, label)}
+
+
 class Mixture(ClipSource):
     """Data set that mixes items of several endless sources, which take `Turns`.
 
@@ -116,8 +123,7 @@ class Mixture(ClipSource):
     def __getitem__(self, n: int) -> dict:
         name, number = self.turns.of(n)
         source = self.sources[name]
-        item = source[number]
-        return {"given": 0, **item, "label": label_among(self.classes, source.classes, item["label"])}
+        return relabelled({"given": 0, **source[number]}, source.classes, self.classes)
 
     def distinct(self, n: int) -> bool:
         name, number = self.turns.of(n)
@@ -143,11 +149,13 @@ class Mixture(ClipSource):
     def in_buckets(self, buckets: Sequence[Bucket]) -> list[BucketPart | None]:
         """Sorts the clips of each source; a bucket's part is a mixture of the sources that have clips for it. A source keeps
         its share of all clips, in the buckets together."""
-        sorted_clips = {name: source.in_buckets(buckets) for name, source in self.sources.items()}
+        # sources without files, which are refused, come before any file is read
+        by_files = sorted(self.sources, key=lambda name: len(self.sources[name].files) > 0)
+        sorted_clips = {name: self.sources[name].in_buckets(buckets) for name in by_files}
         whole = {name: sum(part.weight for part in parts if part) for name, parts in sorted_clips.items()}
         found = []
         for i in range(len(buckets)):
-            parts = {name: each[i] for name, each in sorted_clips.items() if each[i]}
+            parts = {name: sorted_clips[name][i] for name in self.sources if sorted_clips[name][i]}
             shares = {name: self.weights[name] * part.weight / whole[name] for name, part in parts.items()}
             clips = self.of_parts({name: part.clips for name, part in parts.items()}, shares) if parts else None
             count = sum(part.count for part in parts.values())

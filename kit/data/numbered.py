@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.data import Dataset
 
-from kit.data.mixture import label_among
+from kit.data.mixture import relabelled
 from kit.data.source import ClipSource
 from kit.pixels import check_pixels
 from kit.scales import latent_frames
@@ -27,8 +27,7 @@ class Numbered(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         n, frames = key
         if frames == 1 and self.images is not None:
-            item = {"given": 0, **self.images[n], "n": n}
-            item["label"] = label_among(self.source.classes, self.images.classes, item["label"])
+            item = relabelled({"given": 0, **self.images[n], "n": n}, self.images.classes, self.source.classes)
         else:
             item = {"given": 0, **self.source[n], "n": n}
         try:
@@ -62,7 +61,7 @@ def check_item(item: dict, frames: int, size: tuple[int, int] | None):
     try:
         check_pixels(video[None])
     except ValueError:
-        if video.isfinite().all():
+        if video.ndim != 4 or video.isfinite().all():
             raise
     _, found, *sides = video.shape
     if found < frames or size not in (None, tuple(sides)):

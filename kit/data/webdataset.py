@@ -130,13 +130,13 @@ def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None) ->
     index = {}
     for name, place in videos.items():
         key = str(PurePosixPath(name).with_suffix(""))
-        caption, label, faults = said(words[key])
+        caption, label, faults = words_of(words[key])
         faults += ["a name that comes more than once in its shard, where the last counts"] * (key in twice)
         index[name] = [*place, caption, label, " and ".join(faults)]
     return index
 
 
-def said(words: dict[str, bytes]) -> tuple[str | None, str | None, list[str]]:
+def words_of(words: dict[str, bytes]) -> tuple[str | None, str | None, list[str]]:
     """Caption and class (None if missing) and what is wrong with them, from the contents of the files beside a clip.
 
     Args:

@@ -208,10 +208,6 @@ class ClassCondition(nn.Module):
         self.check([text])
         return [] if text else ["no class: clips of any kind"]
 
-    def cut(self, captions: set[str]) -> None:
-        """As of `TextCondition`: there is no label that is not read to its end."""
-        return None
-
     def check(self, labels: list[str]):
         """Checks that each label is a known class or empty.
 

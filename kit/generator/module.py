@@ -16,7 +16,7 @@ from kit.generator.mask import draw_kept_frames
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.loop import logs_now
 from kit.machine import made_to_last, onto
-from kit.optim import WarmupCosine, build_optimizer, check_optimizer
+from kit.optim import KEYS, WarmupCosine, build_optimizer, check_optimizer
 from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
 from kit.values import check_choice, check_share, from_values
@@ -79,7 +79,7 @@ class GeneratorModule(L.LightningModule):
             check_choice(f"loss.{key}", loss[key], known)
         for key, share in (("frame_mask", frame_mask), ("drop_condition", drop_condition)):
             check_share(key, share)
-        check_optimizer(optimizer)
+        check_optimizer(optimizer, KEYS)
         self.save_hyperparameters(ignore=["tokenizer", "recompute"])
         self.model = Generator(GeneratorConfig.from_dict(generator))
         self.model.recompute = recompute

@@ -11,7 +11,7 @@ from kit.draws import Draws
 from kit.fsdp import ShardedStrategy
 from kit.loop import logs_now
 from kit.machine import onto
-from kit.optim import WarmupCosine, build_optimizer, check_optimizer
+from kit.optim import KEYS, WarmupCosine, build_optimizer, check_optimizer
 from kit.perceptual import load_perceptual
 from kit.pixels import psnr
 from kit.ranks import mean_over_ranks
@@ -65,7 +65,7 @@ class TokenizerModule(L.LightningModule):
         self.enter(clip)
         self.loss, self.optimizer, self.steps, self.seed = loss, optimizer, steps, seed
         self.scale_dropout = scale_dropout
-        check_optimizer(optimizer)
+        check_optimizer(optimizer, (*KEYS, "clip", "accumulate"))
         check_losses(loss)
         last, p = scale_dropout["last"], scale_dropout["p"]
         if not (type(last) is int and 0 <= last < self.schedule.scales and 0 <= p < 1):

@@ -134,7 +134,7 @@ def bits_to_feature(bits: Tensor, schedule: ScaleSchedule, scales: int | None = 
     """Sums the residual maps of bits (B, L, d) to a feature (B, d, F, h, w); of the first `scales` only, if given.
 
     Raises:
-        ValueError: if there are not L tokens, the bits are not True or False (or 1 or 0), or there are not as many scales.
+        ValueError: if there are not L tokens, the bits are floating point numbers, or there are not as many scales.
     """
     if bits.shape[1] != schedule.length:
         raise ValueError(f"the schedule has {schedule.length} tokens ({schedule}), got bits of shape {tuple(bits.shape)}")

@@ -72,7 +72,7 @@ def encode(data: ClipDataModule, cfg: DictConfig, tokenizer: Loaded, folder: Pat
     buckets = list(map(str, train.buckets))
     parts = [part(folder, data.clip, {"val": data.val}, {"val": cfg.val_clips}, buckets=buckets)]
     for source, bucket, weight in zip(train.parts, train.buckets, train.weights, strict=True):
-        clips = {"train": share_of(cfg.clips, weight / sum(train.weights))}
+        clips = {"train": rounded_share(cfg.clips, weight / sum(train.weights))}
         parts.append(part(folder / str(bucket), shaped(data.clip, bucket), {"train": source}, clips))
     return parts
 
@@ -82,7 +82,7 @@ def shaped(clip: dict, bucket: Bucket) -> dict:
     return {**clip, "frames": bucket.frames, "height": bucket.height, "width": bucket.width}
 
 
-def share_of(clips: int, share: float) -> int:
+def rounded_share(clips: int, share: float) -> int:
     """Returns the number of clips of a part that has a share of all: rounded up, so at least one."""
     return max(1, math.ceil(clips * share))
 
@@ -137,7 +137,7 @@ def encoded(
     data, of = (of_stage(cfg, stage).data, [stage.name]) if stage else (cfg.data, [])
     folder = encoded_clips_of(cfg, *of, *["images"] * images, *[str(bucket)] * part.bucketed)
     how = choice_of(data.images if images else data.source)
-    sources, clips = {"train": source}, {"train": min(share_of(cfg.encoded_clips, share), max(1, needed))}
+    sources, clips = {"train": source}, {"train": min(rounded_share(cfg.encoded_clips, share), max(1, needed))}
     about = describe(shaped(part.clip, bucket), module.tokenizer, module.hparams.tokenizer_hash, how, sources)
     with ended_at_once():  # files that are whole stay
         write_cache(folder, about, sources, clips, module.tokenizer, part.workers)
@@ -152,10 +152,12 @@ def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):
             than the generator's.
     """
     for part in data.parts:
-        if part.cached and module.kind == "tokenizer":
-            raise ValueError(f"{part.val.name} holds encoded clips, which a generator trains on; a tokenizer needs videos")
         for clips in (part.val, part.images):
-            if clips is not None and clips.tokenizer not in (None, module.hparams.get("tokenizer_hash")):
+            if clips is None or clips.tokenizer is None:
+                continue
+            if module.kind == "tokenizer":
+                raise ValueError(f"{clips.name} holds encoded clips, which a generator trains on; a tokenizer needs videos")
+            if clips.tokenizer != module.hparams.tokenizer_hash:
                 raise ValueError(
                     f"the clips in {clips.name} are encoded by the tokenizer {clips.tokenizer}, the generator is to learn "
                     f"those of {module.hparams.tokenizer_hash} ({module.hparams.tokenizer_path}); give tokenizer_ckpt=, or "

@@ -13,8 +13,10 @@ from kit.checkpoint import kind_of
 def consolidate(cfg: DictConfig) -> Path:
     """Writes a sharded checkpoint as one file, keeps the shards, and returns the file's path.
 
+    Without `out` the file is NAME_whole.ckpt, which replaces the one before.
+
     Raises:
-        FileExistsError: if `out` is a file; else as `kind_of` and `sharded_checkpoint.consolidate`.
+        FileExistsError: if `out` exists; else as `kind_of` and `sharded_checkpoint.consolidate`.
     """
     path = Path(cfg.ckpt)
     if cfg.out is not None and Path(cfg.out).exists():

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from kit.checkpoint import last_checkpoint
-from kit.files import write_json
+from kit.files import last_checkpoint, write_json
 from kit.machine import fast_bfloat16
 from kit.signals import interrupted_by_sigterm
 

@@ -19,9 +19,8 @@ from kit.build import (
     plan_of,
     tokenizer_config,
 )
-from kit.checkpoint import last_checkpoint
 from kit.confs import keep_config
-from kit.files import sole_user
+from kit.files import last_checkpoint, sole_user
 from kit.machine import fast_float32_products, keep_freed_memory
 from kit.retries import BatchPosition, noticing_dead_workers, with_retries
 from kit.sharded_checkpoint import remove_shards

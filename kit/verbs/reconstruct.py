@@ -22,7 +22,6 @@ from kit.pixels import ssim
 from kit.scales import whole_groups
 from kit.tokenizer import Tokenizer
 from kit.tokenizer.streaming import coded_size, scaled_size, stream_scales
-from kit.verbs.held_out import data_for, held_out
 
 
 def reconstruct(cfg: DictConfig) -> dict:
@@ -51,6 +50,8 @@ def reconstruct(cfg: DictConfig) -> dict:
 
 def reconstruct_held_out(tokenizer: Loaded, cfg: DictConfig) -> list[dict]:
     """Reconstructs held-out clips; writes reconstruction.png and mp4s of the first `shown`. Returns as `reconstruct_file`."""
+    from kit.verbs.held_out import data_for, held_out  # with Lightning, which takes seconds and no video file needs
+
     data = data_for(cfg, tokenizer, cfg.frames)
     video = held_out(data)["video"]
     rows, by_scale, _ = per_scale(tokenizer, video, cfg.batch_size)

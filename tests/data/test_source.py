@@ -16,6 +16,7 @@ from kit.data.bucketed import BucketClips
 from kit.data.buckets import Bucket
 from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import Mixture
+from kit.data.numbered import Numbered
 from kit.data.shapes import Shapes
 from kit.data.source import ClipSource
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER
@@ -61,6 +62,17 @@ def test_it_trains_is_cached_mixed_and_validated(tmp_path):
     assert data.about == "mixture, captions" and not data.captions and data.settings["draws"][0]["sources"] == {"own": {}}
 
 
+def test_words_that_an_item_lacks_are_told_in_a_mixture_too():
+    class Silent(Stripes):
+        def __getitem__(self, n):
+            return {"video": super().__getitem__(n)["video"], "caption": ""}
+
+    mixture = Mixture({"own": Silent}, {"own": 1}, **SHAPE)
+    for source, images in ((mixture, None), (Stripes("train", **SHAPE), mixture)):
+        with pytest.raises(ValueError, match="clip 0 of the data: it has no label; expected"):
+            Numbered(source, images)[0, 1]
+
+
 def test_a_checkpoint_holds_plain_values_of_it():
     class Own(Stripes):
         classes, native_fps, files = np.array(["a", "b"]), np.float64(8), [Path("a.npy")]
@@ -73,6 +85,8 @@ def test_a_checkpoint_holds_plain_values_of_it():
 def test_what_it_lacks_is_told():
     with pytest.raises(ValueError, match="data.source makes a Strange; derive it from kit.data.source.ClipSource"):
         ClipDataModule(Strange, **SHAPE, **LOADING)
+    with pytest.raises(ValueError, match="data.images makes a Strange; derive it"):
+        ClipDataModule(Stripes, **SHAPE, **LOADING, image_share=0.5, images=Strange)
     with pytest.raises(ValueError, match="data.source.sources.own makes a Strange; derive it"):
         Mixture({"own": Strange}, {"own": 1}, **SHAPE)
     with pytest.raises(ValueError, match="data.source: `draws` of Drawing holds more than plain values"):

@@ -122,7 +122,7 @@ def test_a_shard_of_the_same_size_that_was_packed_anew_is_read_anew(videos, tmp_
     for seconds, caption in enumerate(("a dog", "a cat"), start=1):
         pack(shard, {"a.mp4": video, "a.txt": caption.encode()})
         os.utime(shard, (seconds, seconds))
-        (words,) = ShardClips(shard.parent, "all", **SHAPE).said()
+        (words,) = ShardClips(shard.parent, "all", **SHAPE).texts()
         assert words["caption"] == caption
 
 

@@ -106,3 +106,8 @@ def test_unknown_weights_are_told(pair):
     for key, known in (("scale_weights", "uniform, early"), ("bit_weights", "uniform, margin")):
         with pytest.raises(ValueError, match=f"loss.{key}=odd; expected one of: {known}"):
             module_of(pair, f"loss.{key}=odd")
+
+
+def test_a_generators_optimizer_has_the_keys_that_it_takes(pair):
+    with pytest.raises(ValueError, match="optimizer has no clip; its keys are name, lr, betas, weight_decay, warmup$"):
+        module_of(pair, "+optimizer.clip=1")

@@ -174,7 +174,7 @@ def test_text_is_read_without_case_and_punctuation_up_to_its_length():
     ids = encoder.ids(["A red, ball.", "a red ball", "a red ball again", "a", ""])
     assert ids.shape == (5, 3)
     assert torch.equal(ids[0], ids[1]) and torch.equal(ids[1], ids[2])
-    assert torch.equal(encoder.words(["a red,ball"])[0], ids[0])
+    assert torch.equal(encoder.ids(["a red,ball"])[0], ids[0])
     assert ids[3, 0] == ids[0, 0] and (ids[3, 1:] == -1).all() and (ids[4] == -1).all()
     states, mask = encoder(["a red", ""])
     assert states.shape == (2, 3, 8) and mask.tolist() == [[True, True, False], [False] * 3]
