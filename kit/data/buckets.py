@@ -73,7 +73,7 @@ def suiting(buckets: Sequence[Bucket], frames: int, height: int, width: int) -> 
 
     def order(i: int) -> tuple:
         _, h, w, _ = buckets[i]
-        return -buckets[i].frames, max(1.0, h / height, w / width), round(apart(i), 9), -h * w, i
+        return -buckets[i].frames, max(1.0, h / height, w / width), round(apart(i), 9), -h * w
 
     fitting = [i for i, bucket in enumerate(buckets) if bucket.frames <= frames]
     least = min(map(apart, fitting), default=None)

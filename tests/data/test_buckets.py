@@ -70,8 +70,8 @@ def clips(folder) -> BucketClips:
         (["17x96x160", "17x160x96", "17x128x128"], (50, 1080, 1920), 0),
         (["17x96x160", "17x160x96", "17x128x128"], (50, 1920, 1080), 1),
         (["17x96x160", "17x160x96", "17x128x128"], (50, 500, 560), 2),
-        (["17x96x160", "17x160x96"], (50, 300, 300), 0),  # as far from each: the first
-        (["17x160x96", "17x96x160"], (50, 300, 300), 0),
+        (["17x96x128", "17x128x96"], (50, 300, 300), 0),  # as far from each: the first
+        (["17x128x96", "17x96x128"], (50, 300, 300), 0),
         (["17x64x128", "17x64x64"], (50, 100, 141), 1),  # a ratio of 1.41 is nearer to 1 than to 2, as ratios go; 1.42 is not
         (["17x64x128", "17x64x64"], (50, 100, 142), 0),
         (["17x64x64", "33x64x64", "65x64x64"], (64, 64, 64), 1),  # the longest that there are frames for
@@ -81,7 +81,13 @@ def clips(folder) -> BucketClips:
         (["17x96x176", "33x64x112"], (40, 90, 160), 1),  # 3 % and 2 % are cut off: alike, so the longer one
         (["17x96x176", "33x64x112"], (20, 90, 160), 0),
         (["17x96x160", "33x96x96"], (40, 96, 160), 0),  # longer, but 40 % would be cut off
+        (["17x100x100", "33x96x100"], (40, 100, 100), 1),  # 4 % more would be cut off
+        (["17x100x100", "33x94x100"], (40, 100, 100), 0),  # 6 %
+        (["17x64x64", "33x128x128"], (40, 100, 100), 1),  # longer, though enlarged
         (["17x64x64", "17x128x128"], (40, 100, 100), 0),  # not enlarged
+        (["17x92x160", "17x88x160"], (40, 90, 160), 1),  # nor in height, though as near in shape
+        (["17x160x92", "17x160x88"], (40, 160, 90), 1),  # nor in width
+        (["17x64x112", "17x48x86"], (40, 90, 160), 1),  # nearer in shape, though smaller
         (["17x64x64", "17x128x128"], (40, 128, 128), 1),  # the larger one, where both need not be
         (["17x64x64", "17x64x64"], (40, 128, 128), 0),
     ],
