@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import functools
+import operator
 import re
 from functools import partial
 from pathlib import Path
@@ -20,9 +22,11 @@ from kit.data.batches import StreamSampler
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.data.staged import StagedClips
+from kit.generator.module import GeneratorModule
 from kit.machine import can_compile
 from kit.stages import StagePlan
 from kit.tokenizer.module import TokenizerModule
+from kit.training_checkpoint import check_resume
 from kit.values import plain
 from tests.fixtures import CLIP, GENERATOR, TOKENIZER, composed, fit_generator, fit_tokenizer
 
@@ -211,6 +215,28 @@ def test_what_changed_since_a_run_began_is_told_or_refused(pair, tmp_path, capsy
     other = tmp_path / "tokenizer" / "checkpoints" / "last.ckpt"
     assert fit_generator(pair.root, "ckpt=last", tokenizer=other) == 1
     assert "tokenizer_hash: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        *(("tokenizer", f"optimizer.{key}") for key in ("name", "betas", "weight_decay")),
+        ("tokenizer", "loss.adversarial.betas"),
+        ("generator", "tokenizer_hash"),
+    ],
+)
+def test_what_its_states_depend_on_stays_as_it_began(pair, part, key):
+    ckpt, data = getattr(pair, part), ClipDataModule(Shapes, 5, 32, 32, 8.0, batch_size=2, val_clips=2, workers=0)
+    module = {"tokenizer": TokenizerModule, "generator": GeneratorModule}[part](
+        **read_checkpoint(ckpt, part)["hyper_parameters"]
+    )
+    assert check_resume(ckpt, module, data) == []
+    *above, last = key.split(".")
+    values = functools.reduce(operator.getitem, above, module.hparams)
+    assert last in values
+    values[last] = "other"
+    with pytest.raises(ValueError, match=f"began otherwise .{re.escape(key)}: .*, other.* and cannot change that"):
+        check_resume(ckpt, module, data)
 
 
 def test_ema_is_the_average_of_the_weights():
