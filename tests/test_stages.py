@@ -11,7 +11,7 @@ import torch
 
 from callbacks import StageSwitch
 from kit.build import plan_of
-from kit.checkpoint import load_generator, read_checkpoint
+from kit.checkpoint import STAGED, data_settings, load_generator, read_checkpoint
 from kit.cli import main
 from kit.data.staged import StagedClips
 from kit.stages import Stage, StagePlan, locate, starts
@@ -366,6 +366,12 @@ def test_what_a_stage_leaves_can_be_sampled(whole, tmp_path):
     words = ["prompt=a red ball", f"root={tmp_path}", "name=video"]
     assert main(["generate", f"ckpt={whole / 'checkpoints' / 'low.ckpt'}", *words]) == 0
     assert len(list((tmp_path / "video").rglob("*.mp4"))) == 1
+
+
+def test_a_checkpoint_knows_the_clips_of_the_stage_that_it_is_of():
+    staged = {"stage": 1, "settings": [{"held_out": "a"}, {"held_out": "b"}, {"held_out": "c"}]}
+    assert data_settings({STAGED: staged}) == {"held_out": "b"}
+    assert data_settings({STAGED: {"stage": 1}}) == data_settings({}) == {}
 
 
 def test_a_stage_is_named_by_itself():

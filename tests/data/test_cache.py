@@ -6,10 +6,12 @@ import multiprocessing
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from lightning.fabric.utilities.data import AttributeDict
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -25,7 +27,7 @@ from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.encoding import describe, write_cache
 from kit.media import write_video
-from kit.verbs.cache import choice_of
+from kit.verbs.cache import check_cache, choice_of
 from tests.fixtures import CLIP, GENERATOR, QUICK, composed, fit_generator
 from tests.test_training import losses
 
@@ -356,6 +358,16 @@ def test_wrong_use_of_a_cache_is_told(pair, tmp_path, capsys):
     encoding.write_json(tmp_path / "manifest.json", manifest)
     assert main(["fit", "conf=stage2_generator", f"tokenizer_ckpt={pair.tokenizer}", *cached]) == 1
     assert "are encoded by the tokenizer another" in capsys.readouterr().err
+
+
+def test_pictures_that_another_tokenizer_has_encoded_are_refused(pair, tmp_path):
+    write(pair, tmp_path)
+    shape = dict(frames=5, height=32, width=32, fps=8.0, batch_size=2, val_clips=2, workers=0, image_share=0.5)
+    data = ClipDataModule(Shapes, **shape, images=partial(CachedClips, tmp_path))
+    ours = {"tokenizer_hash": load_tokenizer(pair.tokenizer).hash, "tokenizer_path": "ours.ckpt"}
+    check_cache(data, SimpleNamespace(kind="generator", hparams=AttributeDict(ours)))
+    with pytest.raises(ValueError, match=f"{tmp_path}.* are encoded by .* those of other .ours.ckpt."):
+        check_cache(data, SimpleNamespace(kind="generator", hparams=AttributeDict(ours, tokenizer_hash="other")))
 
 
 def test_a_new_run_encodes_anew_and_a_continued_one_does_not(pair, tmp_path):

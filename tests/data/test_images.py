@@ -120,6 +120,20 @@ def test_a_generator_learns_from_clips_and_pictures(pair, pictures, tmp_path, mo
     assert fit("cached", *cached) == ahead
 
 
+def test_what_all_processes_read_is_encoded(pictures):
+    """Of clips and of pictures, as many as three processes read in four batches of clips and four of images."""
+    for own, expected in (
+        (True, [(Bucket(5, 32, 32, 2), 24, False), (Bucket(1, 32, 32, 4), 48, True)]),
+        (False, [(Bucket(5, 32, 32, 2), 48, False)]),  # first frames of clips that no batch of clips has, too
+    ):
+        data = module(pictures)
+        data.images = data.images if own else None
+        data.trainer, asked = SimpleNamespace(**{**vars(ALONE), "world_size": 3}), []
+        data.encode_ahead(lambda part, bucket, share, needed, images: asked.append((bucket, needed, images)) or part, 8)
+        data.train_dataloader()
+        assert asked == expected
+
+
 def test_a_run_knows_the_files_that_it_began_with(pictures, tmp_path, caplog):
     began = module(pictures)
     began.tell_changes(began.settings)
