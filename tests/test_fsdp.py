@@ -244,7 +244,8 @@ def test_recompute_reaches_the_model(pair):
     for word in ("false", "true"):
         words = ["data.batch_size=2", f"tokenizer_ckpt={pair.tokenizer}", f"recompute={word}"]
         cfg = composed("stage2_generator", *CLIP, *GENERATOR, *words)
-        assert build_generator_module(cfg, build_data(cfg)).model.recompute == (word == "true")
+        module = build_generator_module(cfg, build_data(cfg))
+        assert module.model.recompute == (word == "true") and "recompute" not in module.hparams
 
 
 def test_groups_must_be_of_one_size():

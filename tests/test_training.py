@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from callbacks import EMA, LossGuard
-from kit.checkpoint import read_checkpoint
+from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.cli import main
 from kit.data.batches import StreamSampler
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.data.staged import StagedClips
+from kit.files import load_checked, save_checked
 from kit.generator.module import GeneratorModule
 from kit.machine import can_compile
 from kit.stages import StagePlan
@@ -237,6 +238,29 @@ def test_what_its_states_depend_on_stays_as_it_began(pair, part, key):
     values[last] = "other"
     with pytest.raises(ValueError, match=f"began otherwise .{re.escape(key)}: .*, other.* and cannot change that"):
         check_resume(ckpt, module, data)
+
+
+@pytest.mark.parametrize(("key", "value"), [("dims", [2]), ("width", 8), ("layers", 2), ("weight", 0.0)])
+def test_other_discriminators_do_not_go_on(pair, tmp_path, key, value):
+    checkpoint, ckpt = load_checked(pair.tokenizer), tmp_path / "last.ckpt"
+    checkpoint["hyper_parameters"]["loss"]["adversarial"]["weight"] = 0.1
+    save_checked(checkpoint, ckpt)
+    module = SimpleNamespace(kind="tokenizer", model=load_tokenizer(ckpt).model, hparams=checkpoint["hyper_parameters"])
+    data = ClipDataModule(Shapes, 5, 32, 32, 8.0, batch_size=2, val_clips=2, workers=0)
+    assert check_resume(ckpt, module, data) == []
+    module.hparams["loss"]["adversarial"][key] = value
+    with pytest.raises(ValueError, match=f"is of another architecture .*loss.adversarial.{key}: "):
+        check_resume(ckpt, module, data)
+
+
+def test_weights_of_another_version_do_not_go_on(pair, tmp_path):
+    checkpoint, model = load_checked(pair.tokenizer), load_tokenizer(pair.tokenizer).model
+    module = SimpleNamespace(kind="tokenizer", model=model, hparams=checkpoint["hyper_parameters"])
+    data = ClipDataModule(Shapes, 5, 32, 32, 8.0, batch_size=2, val_clips=2, workers=0)
+    checkpoint["state_dict"]["model.decoder.head.bias"] = torch.zeros(5)
+    save_checked(checkpoint, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="of another version of kit, with other weights .decoder.head.bias: .5,., "):
+        check_resume(tmp_path / "last.ckpt", module, data)
 
 
 def test_ema_is_the_average_of_the_weights():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from kit.build import BUILDERS, build_data
 from kit.checkpoint import load_generator
 from kit.data.shapes import Shapes
 from kit.draws import Draws
+from kit.generator import module as module_file
 from kit.generator.corruption import training_sequence
 from kit.generator.mask import draw_kept_frames
 from kit.generator.module import POWERS, accuracy_by_block
@@ -54,20 +57,25 @@ def test_given_frames_are_not_to_be_predicted(pair):
         assert not found[clip, :given].any() and torch.equal(found[clip, given:], everywhere[clip, given:])
 
 
+def late_clips() -> dict:
+    """A batch of 8 clips, of some of which the first frames are given."""
+    clips = Shapes("train", 13, 32, 32, late=0.4)
+    return torch.utils.data.default_collate([{**clips[n], "n": n} for n in range(8)])
+
+
 def test_a_training_step_by_hand(pair):
     """Flipped bits, hidden frames and dropped conditions come from the clips' own draws, and each changes the loss."""
-    words = ["correction.p_max=0.4", "frame_mask=0.4", "drop_condition=0.4", "data.frames=13", "data.batch_size=8"]
+    words = ["correction.p_max=0.4", "frame_mask=0.4", "drop_condition=0.5", "data.frames=13", "data.batch_size=8", "seed=3"]
     module = module_of(pair, *words)
     module.model.load_state_dict(load_generator(pair.generator)[0].model.state_dict())  # a new one heeds nothing yet
-    clips = Shapes("train", 13, 32, 32, late=0.4)
-    batch = torch.utils.data.default_collate([{**clips[n], "n": n} for n in range(8)])
-    draws, model = Draws(module.seed, batch["n"]), module.model
+    batch = late_clips()
+    draws, model = Draws(3, batch["n"]), module.model
     feature = module.tokenizer.encode(batch["video"])
     schedule = module.tokenizer.schedule_of(batch["video"])
     rates = module.law.draw(schedule, draws)
     sequence = training_sequence(feature, schedule, rates, draws, **model.config.reads)
     kept = draw_kept_frames(schedule.latent_frames, 0.4, draws)
-    dropped = draws.rand() < 0.4
+    dropped = draws.rand() < 0.5
     clean = training_sequence(feature, schedule, None, None, **model.config.reads)
 
     def loss(sequence=sequence, kept=kept, dropped=dropped, given=batch["given"]):
@@ -85,6 +93,41 @@ def test_a_training_step_by_hand(pair):
         loss(given=None),
     ):
         assert abs(other - found) > 1e-5
+
+
+def test_what_is_logged_by_hand(pair, monkeypatch):
+    """Of bits that coarse scales lack none counts; a validation is without flips, and over the given frames too."""
+    module = module_of(pair, "correction.p_max=0", "correction.delta=0", "frame_mask=0", "drop_condition=0", "data.frames=13")
+    module.model.load_state_dict(load_generator(pair.generator)[0].model.state_dict())
+    schedule = replace(module.schedule, bits=(2, 4, 8))
+    logged, batch = {}, late_clips()
+    monkeypatch.setattr(module_file, "logs_now", lambda _: True)
+    monkeypatch.setattr(module.tokenizer, "schedule_of_feature", lambda _: schedule)
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+    module.training_step(batch, 0)
+    module.validation_step(batch, 0)
+    feature = module.tokenizer.encode(batch["video"])
+    sequence = training_sequence(feature, schedule, None, None, **module.model.config.reads)
+    logits = module.model(sequence.inputs, schedule, module.model.condition(module.model.condition.prompts(batch)))
+    right = (logits > 0) == sequence.targets
+    assert logged["train/bit_accuracy"].item() == pytest.approx(right[:, schedule.used_bits(8)].float().mean().item())
+    torch.testing.assert_close(logged["val/loss"], module.bit_loss(logits, sequence, schedule))
+    by_scale = [logged[f"val/bit_accuracy_scale{k + 1}"] for k in range(3)]
+    torch.testing.assert_close(torch.stack(by_scale), accuracy_by_block(right, schedule).mean(0))
+
+
+def test_the_learning_rate_and_the_clip_of_the_config(pair):
+    module = module_of(pair, "data.width=16", "optimizer.lr=0.01", "optimizer.warmup=4", "trainer.max_steps=20")
+    assert module.schedule == module.tokenizer.schedule(5, 32, 16)
+    found = module.configure_optimizers()
+    assert found["lr_scheduler"]["interval"] == "step"
+    schedule, rates = found["lr_scheduler"]["scheduler"], []
+    for _ in range(21):
+        rates.append(found["optimizer"].param_groups[0]["lr"])
+        found["optimizer"].step()
+        schedule.step()
+    assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01]) and rates[20] == pytest.approx(1e-4)
 
 
 def test_right_bits_are_counted_in_their_frame_and_scale():

@@ -142,6 +142,7 @@ def test_a_given_frame_goes_through_in_one_pass(make_generator, seen, monkeypatc
 def test_cached_logits_in_mixed_precision(make_generator, seen, window, history):
     model = make_generator(window=window, history=history)
     with torch.autocast("cpu", torch.bfloat16):
+        assert CachedGenerator(model, SCHEDULE, model.condition(PROMPTS)).cache.keys.dtype == torch.bfloat16
         bits = sample(model, guidance=RISING)
         expected = torch.cat([full_logits(model, bits), full_logits(model, bits, dropped=True)])
     logits = torch.cat([logits for *_, logits in seen], 1)
