@@ -208,6 +208,22 @@ def test_each_file_is_in_the_bucket_that_suits_it(clips):
         assert item["caption"] == ("wide", "tall", "square")[i]
 
 
+def test_what_is_known_of_a_source_is_known_of_it_in_buckets(folder):
+    clips, other = (
+        BucketClips(FolderClips(folder, "all", 5, 32, 32, seed=seed, patience=None, backend="pyav"), [WIDE, TALL, LONG])
+        for seed in (3, 4)
+    )
+    for key in ("name", "native_fps", "draws", "files", "seed", "classes", "captioned"):
+        assert getattr(clips, key) == getattr(clips.source, key)
+    assert clips.texts() == clips.source.texts() and len(clips.texts()) == 10
+    assert clips.clip_turns.order != other.clip_turns.order and clips.image_turns.order != other.image_turns.order
+
+
+def test_at_a_higher_rate_files_have_more_frames(folder):
+    source = FolderClips(folder, "all", 5, 32, 32, fps=16.0, patience=None, backend="pyav")
+    assert BucketClips(source, [WIDE, TALL, Bucket(17, 24, 24, 1)]).count == [4, 3, 3]
+
+
 def buckets_by(stream: list, clips: BucketClips) -> list[int]:
     """Returns the bucket of each batch, after a check that all clips of a batch are from one."""
     places = [{n % len(clips.parts) for n, _ in batch} for batch in stream]

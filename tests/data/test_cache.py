@@ -408,7 +408,7 @@ def test_a_run_that_goes_on_knows_another_cache_and_clips_that_were_added(pair, 
 
     write(pair, tmp_path / "one", train=3, val=2)
     write(pair, tmp_path / "two", train=3, val=2)
-    assert settings("one") == settings("two")
+    assert settings("one") == settings("two") and settings("one")["held_out"] is None
     write(pair, tmp_path / "two", train=4, val=2)
     assert settings("one") != settings("two")
 

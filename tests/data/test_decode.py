@@ -267,6 +267,17 @@ def test_a_display_matrix_is_applied(tmp_path, backend, matrix):
     assert np.array_equal(open_video(set_matrix(path, *matrix), backend).frames([1])[0], shown(stored, *matrix))
 
 
+def test_headers_of_large_files_are_read(tmp_path):
+    """These have sizes and times of 64 bits."""
+    path = set_matrix(write(tmp_path / "a.mp4", ramp()[:3]), -1, 0, 0, 1)
+    content, large = path.read_bytes(), struct.pack(">I4sQ", 1, b"free", 24) + bytes(8)
+    place = content.index(b"moov") - 4
+    path.write_bytes(content[:place] + large + content[place:])
+    assert decode._mirrored(path)
+    track = b"tkhd\1" + bytes(51) + struct.pack(">9i", -1, 0, 0, 0, 1, 0, 0, 0, 1)
+    assert list(decode._matrices(track)) == [(-1, 0, 0, 0, 1)]
+
+
 @both_backends
 @pytest.mark.parametrize(("start", "stop"), [(0, 60), (1, 60), (15, 60), (15, 40), (20, 59), (0, 35)])
 @pytest.mark.parametrize("b_frames", ["0", "3"])

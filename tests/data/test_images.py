@@ -142,6 +142,18 @@ def test_a_run_knows_the_files_that_it_began_with(pictures, tmp_path, caplog):
     shutil.copy(pictures / "star" / "1.png", tmp_path / "more" / "star" / "0.png")
     module(tmp_path / "more").tell_changes(began.settings)
     assert "goes on with other data than it began with (then, now): files: " in caplog.text
+    caplog.clear()
+    other = ClipDataModule(Shapes, **SHAPE, image_share=0.5, images=partial(FolderClips, pictures, seed=1))
+    other.trainer = ALONE
+    other.tell_changes(began.settings)
+    assert "goes on with other data than it began with (then, now): draws: " in caplog.text
+
+
+def test_only_clips_go_to_the_training_device(pictures):
+    batch = next(iter(module(pictures).train_dataloader()))
+    moved = module(pictures).transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert moved.keys() == batch.keys() and moved["video"].device.type == "meta"
+    assert {moved[key].device.type for key in ("n", "label", "given")} == {"cpu"}
 
 
 def test_what_cannot_be(pair, pictures, tmp_path, capsys):

@@ -119,11 +119,15 @@ def test_training_goes_on_from_given_weights_with_other_losses(tmp_path, capsys)
 
 
 def test_pictures_of_other_kinds(tmp_path):
-    """Transparent pixels are white; pictures of sixteen bits are refused, since they would be read as white."""
+    """Transparent pixels are white; turned pictures are shown upright; pictures of sixteen bits are refused, since they would
+    be read as white."""
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("L", (8, 8), 100).save(tmp_path / "grey.png")
     Image.new("I;16", (8, 8), 30000).save(tmp_path / "deep.png")
     assert open_video(tmp_path / "clear.png").frames([0]).min() == 255
     assert (open_video(tmp_path / "grey.png").frames([0]) == 100).all()
+    (turned := Image.Exif())[0x0112] = 6  # the orientation: to be turned clockwise
+    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=turned)
+    assert open_video(tmp_path / "turned.jpg").frames([0]).shape == (1, 8, 4, 3)
     with pytest.raises(UnreadableVideo, match="deep.png: ValueError: it has 16 bits a pixel, expected 8. Check or remove"):
         open_video(tmp_path / "deep.png")

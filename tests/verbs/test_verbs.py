@@ -180,6 +180,7 @@ def test_a_held_out_file_that_cannot_be_read_is_left_out(tmp_path, capsys):
     data = ClipDataModule(source, 5, 32, 32, 8.0, batch_size=1, val_clips=2, workers=0)
     with pytest.warns(UserWarning, match="cannot read the video"):
         assert len(held_out(data)["video"]) == 1
+    assert data.unreadable == [tmp_path / "b.mp4"]
     assert "1 of 2 cannot be read and are left out" in capsys.readouterr().out
 
 
