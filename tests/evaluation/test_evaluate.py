@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.evaluation import run
 from kit.evaluation.candidates import Reconstructions, Samples
-from kit.evaluation.clips import FileClips, choose
+from kit.evaluation.clips import FileClips, Together, choose, given_clips
 from kit.evaluation.report import details, read_result, side_by_side
 from kit.machine import cache_folder
 from kit.media import write_video
@@ -430,6 +431,19 @@ def test_clips_are_chosen_alike_each_time():
     assert len({choice.start for choice in first}) == 12 and all(0 <= choice.top < 1 for choice in first)
     middle = choose(files, 5, "middle", False, 3, 0)
     assert {(c.start, c.top, c.left) for c in middle} == {(0.5, 0.5, 0.5)} and sorted(c.file for c in middle) == files
+
+
+def test_each_fold_has_given_videos_of_its_own():
+    source = SimpleNamespace(files=[f"{n}.mp4" for n in range(7)])
+    protocol = SimpleNamespace(samples=3, folds=2, real=SimpleNamespace(seed=0))
+    first, second = ({choice.file for choice in given_clips(protocol, source, fold).choices} for fold in (0, 1))
+    assert len(first) == len(second) == 3 and not first & second
+
+
+def test_a_pair_has_the_error_of_either():
+    good, bad = {"video": 1}, {"error": "unreadable"}
+    assert [Together([a], [b])[0] for a, b in ((good, bad), (bad, good))] == [bad, bad]
+    assert Together([good], [{"video": 2}])[0] == {"video": 1, "real": 2}
 
 
 def test_a_suite_and_its_results(pair, tmp_path, capsys):

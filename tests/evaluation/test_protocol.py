@@ -86,7 +86,11 @@ def test_real_statistics_are_kept_apart(protocol):
     assert protocol.resolved(samples=3, seed=5, folds=9).real_hash(0, "a") == protocol.real_hash(0, "a")
     still = protocol.resolved(real=replace(protocol.real, start="middle"))
     assert still.real_hash(0, "a") == still.real_hash(1, "a") != protocol.real_hash(0, "a")
-    assert protocol.resolved(fingerprint="other").real_hash(0, "a") != protocol.real_hash(0, "a")
+    cropped = protocol.resolved(real=replace(protocol.real, start="middle", random_crop=True))
+    assert cropped.real_hash(0, "a") != cropped.real_hash(1, "a")
+    shape = ({"frames": 15}, {"height": 32}, {"width": 32}, {"fps": 8})
+    for change in (*shape, {"fingerprint": "other"}, {"conventions": {"version": 3}}):
+        assert protocol.resolved(**change).real_hash(0, "a") != protocol.real_hash(0, "a")
 
 
 def test_differences_are_told(protocol):
