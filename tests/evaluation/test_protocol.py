@@ -103,6 +103,8 @@ def test_differences_are_told(protocol):
     ("overrides", "message"),
     [
         (["protocol.frames=0"], "protocol.frames=0; expected a whole number of 1 or more"),
+        (["protocol.height=15"], "protocol.height=15; expected a whole number of 16 or more"),
+        (["protocol.width=15"], "protocol.width=15; expected a whole number of 16 or more"),
         (["protocol.folds=0"], "protocol.folds=0; expected a whole number of 1 or more"),
         (["protocol.samples=1"], "protocol.samples=1; expected a whole number of 2 or more"),
         (["protocol.real.start=end"], "protocol.real.start=end; expected one of: first, middle, random"),
