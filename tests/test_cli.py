@@ -252,7 +252,7 @@ def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
         (["fit", "conf=stage1_tokenizer", "data.height=72", "data.width=72"], "shorter side must be at most 64"),
         (["fit", "conf=stage1_tokenizer", "optimizer.name=sgd"], "optimizer.name=sgd; expected one of: adamw, muon"),
         (["fit", "conf=stage1_tokenizer", "+optimizer.momentum=0.9"], "optimizer has no momentum; its keys are name, lr, "),
-        (["fit", "conf=stage1_tokenizer", "callbacks.timer=true"], "callbacks.timer has no _target_"),
+        (["fit", "conf=stage1_tokenizer", "+callbacks.mine=true"], "callbacks.mine has no _target_"),
         (["fit", "conf=stage1_tokenizer", "data.source._target_=builtins.dict"], "data.source makes a dict; derive it from "),
         (["fit", "conf=stage1_tokenizer", "+callbacks.mine.every=2"], "callbacks.mine has no _target_"),
         (["fit", "conf=stage1_tokenizer", "data.fps=abc"], "data.fps=abc; expected a number such as 12"),

@@ -473,7 +473,7 @@ def test_explains_bad_files(pair, tmp_path, capsys):
     assert "latin.txt, line 2: not UTF-8" in capsys.readouterr().err
     (tmp_path / "captions.csv").write_text("file,caption\na.mp4,a red ball\n")
     assert run(pair, tmp_path, f"prompts={tmp_path / 'captions.csv'}") == 1
-    assert "captions.csv is no list of lines; write the prompts or labels into a text file" in capsys.readouterr().err
+    assert "captions.csv is a table; write what is wanted of it into a text file" in capsys.readouterr().err
     (tmp_path / "other.json").write_text("[]")
     assert run(pair, tmp_path, f"settings={tmp_path / 'other.json'}") == 1
     assert "is not the JSON beside a video" in capsys.readouterr().err
