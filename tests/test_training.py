@@ -257,7 +257,8 @@ def test_weights_of_another_version_do_not_go_on(pair, tmp_path):
     checkpoint, model = load_checked(pair.tokenizer), load_tokenizer(pair.tokenizer).model
     module = SimpleNamespace(kind="tokenizer", model=model, hparams=checkpoint["hyper_parameters"])
     data = ClipDataModule(Shapes, 5, 32, 32, 8.0, batch_size=2, val_clips=2, workers=0)
-    checkpoint["state_dict"]["model.decoder.head.bias"] = torch.zeros(5)
+    for weights in (checkpoint["state_dict"], checkpoint["ema"]):
+        weights["model.decoder.head.bias"] = torch.zeros(5)
     save_checked(checkpoint, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="of another version of kit, with other weights .decoder.head.bias: .5,., "):
         check_resume(tmp_path / "last.ckpt", module, data)

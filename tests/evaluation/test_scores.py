@@ -154,9 +154,9 @@ print(used() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_does_not_grow_with_the_clips():
-    """With `keep_freed_memory` and scores kept as tensors it grew by 5 MB a clip."""
+    """With `keep_freed_memory` and scores kept as tensors it grew by 5 MB a clip, 320 in all; a batch's tensors have 50."""
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert float(done.stdout) < 20, f"{done.stdout} MB more after 64 clips"
+    assert float(done.stdout) < 100, f"{done.stdout} MB more after 64 clips"
 
 
 def test_folds_are_averaged_whatever_is_inside():
