@@ -84,7 +84,31 @@ def open_cache(root: str | Path, split: str = "train", **shape_and_verify) -> Ca
     return CachedClips(root, split, **shape_and_verify)
 
 
-class CachedClips(ClipSource):
+class EncodedClips(ClipSource):
+    """What the clips of a cache offer, in buckets or not.
+
+    Attributes:
+        root: the cache's folder. fps: frames per second of the clips. contents: hash of the files that hold them.
+    """
+
+    root: Path
+    fps: float
+    contents: str
+
+    @property
+    def name(self) -> str:
+        return str(self.root)
+
+    @property
+    def native_fps(self) -> float:
+        return self.fps
+
+    @property
+    def draws(self) -> dict:
+        return {"contents": self.contents}
+
+
+class CachedClips(EncodedClips):
     """Data set of the clips in a cache, read from disk as they are asked for.
 
     Items are {"feature": (d, F, h, w) float16, "caption": str, "label": int, "given": int}, numbered from 0 without end: the
@@ -97,7 +121,7 @@ class CachedClips(ClipSource):
         height, width, fps: must be those of the cache; None accepts any.
         verify: compare the hash of each file now, which reads them all; else only their sizes.
     Attributes:
-        contents: hash of the files of the split. classes, captioned, native_fps: those of the encoded data set.
+        contents: hash of the files of the split. classes, captioned, fps: those of the encoded data set.
     Raises:
         FileNotFoundError, ValueError: as `read_manifest`, if the clips have another shape, or if a file is damaged.
     """
@@ -136,29 +160,17 @@ class CachedClips(ClipSource):
         words = {"caption": captions[row], "label": labels[row]}
         return {"feature": features[row, :, : self.latents], "given": given[row], **words}
 
-    @property
-    def name(self) -> str:
-        return str(self.root)
-
-    @property
-    def native_fps(self) -> float:
-        return self.fps
-
-    @property
-    def draws(self) -> dict:
-        return {"contents": self.contents}
-
     def texts(self) -> list[dict]:
         return [{"caption": caption} for file in self.written for caption in _open(*file)[-1]]
 
 
-class CachedBuckets(ClipSource):
+class CachedBuckets(EncodedClips):
     """The training clips of a cache in buckets, for `BucketClips`.
 
     Args:
         root: the cache's folder. verify: as for `CachedClips`.
     Attributes:
-        parts: bucket, such as 17x96x160 -> its clips. contents, classes, captioned, native_fps: as of `CachedClips`.
+        parts: bucket, such as 17x96x160 -> its clips. contents, classes, captioned, fps: as of `CachedClips`.
     Raises:
         as `CachedClips`.
     """
@@ -170,18 +182,6 @@ class CachedBuckets(ClipSource):
         self.tokenizer, self.classes, self.captioned = first.tokenizer, first.classes, first.captioned
         self.fps = first.fps
         self.contents = hash_of(part.contents for part in self.parts.values())
-
-    @property
-    def name(self) -> str:
-        return str(self.root)
-
-    @property
-    def native_fps(self) -> float:
-        return self.fps
-
-    @property
-    def draws(self) -> dict:
-        return {"contents": self.contents}
 
     def texts(self) -> list[dict]:
         return [text for part in self.parts.values() for text in part.texts()]
