@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -72,8 +73,9 @@ def metric_networks() -> dict[str, str]:
     }
 
 
+@cache
 def parameters(size: str) -> tuple[int, int]:
-    """Counts the parameters of the tokenizer and the generator of a preset, without allocating them."""
+    """Counts the parameters of the tokenizer and the generator of a preset, without allocating them: once in a process."""
     import hydra
 
     cfg = OmegaConf.to_container(hydra.compose(f"size/{size}"))
