@@ -1,6 +1,6 @@
 """Checks that FVD grows with damage: compares real clips, degraded in known ways, with other real clips.
 
-    python benchmarks/fvd_sanity.py ../shared/data/weizmann ../shared/weights/i3d_kinetics400_fp16.pt
+    python benchmarks/fvd_sanity.py DIR I3D_WEIGHTS
 
 One JSON line for each way; mean and standard deviation over three random choices of 40 and 40 clips, 16 frames each.
 """

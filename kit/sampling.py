@@ -80,7 +80,7 @@ def stream_video(
     frames: int, sampling: Sampling = Sampling(), history: Tensor | None = None, on_block: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Generates videos of any length by frame re-encoding: encodes the end of each window as a clip of its own and continues
-    it, so that the cost of a window, in time and memory, does not depend on how many came before (method.md section 5).
+    it, so that the cost of a window, in time and memory, does not depend on how many came before.
 
     Args:
         schedule: of a window. frames: pixel frames of the whole video, 1 + 4n; up to one window this is `stream_clips`.

@@ -1,4 +1,4 @@
-"""Stages of a training: what each trains on and for how long, and which stage a step belongs to (method.md section 6)."""
+"""Stages of a training: what each trains on and for how long, and which stage a step belongs to."""
 
 from __future__ import annotations
 

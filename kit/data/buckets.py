@@ -1,4 +1,4 @@
-"""Buckets: clip shapes to train on side by side, and which of them suits a video (method.md section 6)."""
+"""Buckets: clip shapes to train on side by side, and which of them suits a video."""
 
 from __future__ import annotations
 

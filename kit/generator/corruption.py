@@ -1,4 +1,4 @@
-"""Cross-Frame Error Correction: training on histories with errors (VideoAR eq. 8, method.md section 4).
+"""Cross-Frame Error Correction: training on histories with errors (VideoAR eq. 8).
 
 Bits are flipped before they become context, more in later frames, and the labels are re-quantised against the flipped
 sums, so that the model learns to correct what went wrong before.

@@ -12,7 +12,7 @@ from kit.values import check_choice, check_number
 
 @dataclass(frozen=True)
 class Guidance:
-    """Temporal-spatial adaptive guidance gamma(f, k), linear everywhere (method.md section 5).
+    """Temporal-spatial adaptive guidance gamma(f, k), linear everywhere.
 
     Block (f, k) has the logits free + gamma (conditioned - free).
 

@@ -1,4 +1,4 @@
-"""The generator: a decoder-only transformer over the condition and the blocks of a clip (method.md section 3).
+"""The generator: a decoder-only transformer over the condition and the blocks of a clip.
 
 Shapes: B batch, S condition tokens, L tokens of the clip, D width, N heads, d bits.
 """

@@ -1,4 +1,4 @@
-"""The causal 3D multi-scale tokenizer: pixels <-> bits (method.md section 2)."""
+"""The causal 3D multi-scale tokenizer: pixels <-> bits."""
 
 from __future__ import annotations
 

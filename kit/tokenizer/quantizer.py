@@ -3,7 +3,7 @@
 Each latent frame is coded on its own. For every scale, from coarse to fine: take the residual of the frame's feature
 against the running sum, resize it down to the scale's grid, put it on the unit sphere, keep the signs. A token is then
 d bits; its code is +-1/sqrt(d) (binary spherical quantization). The code is resized up and added to the running sum
-(method.md section 2; VideoAR eq. 2-3, after Infinity).
+(VideoAR eq. 2-3, after Infinity).
 """
 
 from __future__ import annotations
