@@ -91,6 +91,20 @@ def test_files_named_in_the_docs_exist(page):
         assert (ROOT / name.split(":")[0]).exists(), f"{page} names {name}"
 
 
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_the_docs_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]*)\)", (ROOT / page).read_text()):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists() and (not anchor or anchor in anchors(target)), f"{page} links to {link}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_the_docs_have_keys_that_there_are(page):
     """Their configs compose, with the first value of each key that a sweep varies."""
