@@ -11,6 +11,7 @@ if not os.environ.get("KIT_TEST_GPU"):  # tests but those of tests/gpu are about
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from kit.generator.condition import ConditionConfig
@@ -59,6 +60,13 @@ def one_composition():
     """Keeps hydra from composing a command's config once more only to read `hydra.mode`, which no conf sets: of hundreds of
     tiny commands composing takes most of the time."""
     with mock.patch("hydra._internal.hydra.Hydra.get_mode", return_value=None):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_yaml():
+    """Has PyYAML read with libyaml where it is there: a third of the time in which a config is composed."""
+    with mock.patch("yaml.SafeLoader", getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         yield
 
 

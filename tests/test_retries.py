@@ -24,6 +24,7 @@ from kit.data.shapes import Shapes
 from kit.retries import DeadWorker, LostLoss, noticing_dead_workers, with_retries
 from tests.fixtures import CLIP, QUICK, TOKENIZER, fit_tokenizer
 from tests.interrupted import ROOT, STEPS, last, said, same, stopped_midway
+from tests.processes import together
 
 
 def progress_of(state: dict) -> dict:
@@ -204,15 +205,10 @@ def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
     """Batch 2 has clips 16 to 23, distributed over both; clip 22 is NaN."""
     alone = [word for word in CLIP if word != "trainer.devices=1"]
     words = [f"root={tmp_path}", "name=run", *alone, *TOKENIZER, *QUICK, *STEPS, *POISONED, "trainer.devices=2"]
-    command = [sys.executable, "-m", "kit", "fit", "conf=stage1_tokenizer", *words]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    together(["fit", "conf=stage1_tokenizer", *words], 2, tmp_path / "said")
     checkpoint = read_checkpoint(last(tmp_path), "tokenizer")
     assert checkpoint["global_step"] == 8
-    assert progress_of(checkpoint["ClipDataModule"]) == {
-        "batches_done": 8,
-        "left_out": [2],
-    }
+    assert progress_of(checkpoint["ClipDataModule"]) == {"batches_done": 8, "left_out": [2]}
     assert 22 in torch.load(tmp_path / "run" / "lost_loss_step2.pt", weights_only=True)["n"]
 
 
