@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning as L
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_warn
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, open_dict
 
 from kit.checkpoint import load_tokenizer
 from kit.data.buckets import Bucket, read_shape
@@ -110,40 +109,55 @@ def buckets_of(cfg: DictConfig, tokenizer: TokenizerConfig | None) -> list[Bucke
 
 
 def of_stage(cfg: DictConfig, stage: Stage) -> DictConfig:
-    """Returns the config with the values that a stage sets in `data`.
+    """Returns the config with the values that a stage sets in `data`. Raises ValueError as `set_values`."""
+    cfg = cfg.copy()
+    set_values(cfg.data, stage.data, f"stages.{stage.name}.data")
+    return cfg
 
+
+def set_values(node: DictConfig, values: Mapping, at: str, named_freely: bool = False):
+    """Sets values in a config, nested ones one by one; a source of another class takes the place of the one that was there.
+
+    Args:
+        at: name of the values in messages. named_freely: whether keys may be new.
     Raises:
-        ValueError: if the stage sets a key that `data` does not have.
+        ValueError: for a new key, except within `sources` and `weights` of a mixture.
     """
-    try:
-        return OmegaConf.merge(cfg, {"data": dict(stage.data)})
-    except OmegaConfBaseException as error:
-        raise ValueError(f"stages.{stage.name}.data: {str(error).splitlines()[0]}") from error
+    for key, value in values.items():
+        if not (named_freely or key in node.keys()):
+            raise ValueError(f"{at} has no {key}; its keys are {', '.join(map(str, node))}")
+        now = node.get(key) if isinstance(value, Mapping) else None
+        if isinstance(now, DictConfig) and value.get("_target_", now.get("_target_")) == now.get("_target_"):
+            set_values(now, value, f"{at}.{key}", named_freely or key in ("sources", "weights"))
+        else:
+            with open_dict(node):
+                node[key] = value
 
 
 def plan_of(cfg: DictConfig) -> StagePlan:
     """Reads the stages of a training that has them.
 
     Raises:
-        ValueError: if the callback that switches stages is missing; else as `StagePlan.of` and `StagePlan.shortened`.
+        ValueError: if the callback that switches stages is missing; else as `StagePlan.of`, `of_stage` and
+            `StagePlan.shortened`.
     """
     if not cfg.callbacks.get("stage_switch"):
         raise ValueError("stages need the callback that moves on: callbacks.stage_switch as in conf/progressive.yaml")
-    return StagePlan.of(plain(cfg.stages)).shortened(cfg.get("stage_steps"))
+    plan = StagePlan.of(plain(cfg.stages)).shortened(cfg.get("stage_steps"))
+    for stage in plan.stages:
+        of_stage(cfg, stage)
+    return plan
 
 
 def build_stages(cfg: DictConfig, plan: StagePlan, tokenizer: TokenizerConfig) -> StagedClips:
     """Builds the data of all stages at once, so that errors in a later one are found at the start.
 
     Raises:
-        ValueError: if the tokenizer cannot take a stage's clips, or a generator's stages have different classes.
+        ValueError: if the tokenizer cannot take a stage's clips.
     """
     parts = [build_data(of_stage(cfg, stage), tokenizer) for stage in plan.stages]
     for part in parts:
         tokenizer.schedule(part.frames, part.height, part.width)
-    classes = {part.classes for part in parts}
-    if len(classes) > 1 and cfg.module == "generator":
-        raise ValueError(f"the stages' data have other classes: {'; '.join(', '.join(c) or 'none' for c in classes)}")
     return StagedClips(plan, parts, [stage.steps * accumulate_of(cfg) for stage in plan.stages])
 
 
@@ -239,23 +253,46 @@ def generator_module(
     )  # fmt: skip
 
 
-def condition_of(condition: dict, data: ClipDataModule) -> dict:
-    """Returns the values of a `ConditionConfig` for this data. Warns if the data has neither captions nor classes.
+def condition_kind(kind: str, parts: Sequence[ClipDataModule]) -> str:
+    """Returns what the clips of all stages are conditioned on, `text` or `class`. Warns of stages without words, and of those
+    whose classes' names serve as captions.
 
     Args:
-        condition: values of the config's `condition`. Its kind `auto` becomes `class` if the data has classes and no
-            captions, else `text`. A pretrained text encoder is looked up.
+        kind: that of the config's `condition`. `auto` becomes `class` if there are classes and no captions, else `text`.
+        parts: the data of each stage.
     Raises:
-        ValueError: if `length` exceeds what the text encoder reads; else as `find_encoder`.
+        ValueError: if it is `class`, and stages have different classes.
     """
-    kind = condition["kind"]
-    if not data.classes and not data.captioned:
+    classes = list(dict.fromkeys(part.classes for part in parts))
+    captioned = any(part.captioned for part in parts)
+    if wordless := [part.about for part in parts if not (part.classes or part.captioned)]:
+        whose = "the clips" if len(wordless) == len(parts) else f"of the stages' data {'; '.join(wordless)}: the clips"
         rank_zero_warn(
-            "the clips have neither captions nor classes: the generator learns without words. Captions go into captions.csv "
-            "(file,caption) in the folder or a .txt beside each file; classes are folders, or names such as jump_001.mp4"
+            f"{whose} have neither captions nor classes: the generator learns without words. Captions go into captions.csv "
+            f"(file,caption) in the folder or a .txt beside each file; classes are folders, or names such as jump_001.mp4"
         )
     if kind == "auto":
-        kind = "class" if data.classes and not data.captioned else "text"
+        kind = "class" if any(classes) and not captioned else "text"
+    if kind == "text" and captioned and (named := [part.about for part in parts if part.classes and not part.captioned]):
+        rank_zero_warn(f"stages have captions, so of {'; '.join(named)} the classes' names serve as captions")
+    if kind == "class" and len(classes) > 1:
+        raise ValueError(
+            f"the stages' data have other classes: {'; '.join(', '.join(names) or 'none' for names in classes)}; give "
+            f"condition.kind=text, which takes their names as captions, or data=mixture with all sources in each stage, with "
+            f"a weight of 0 for those it leaves out"
+        )
+    return kind
+
+
+def condition_of(condition: dict, data: ClipDataModule) -> dict:
+    """Returns the values of a `ConditionConfig` for this data.
+
+    Args:
+        condition: values of the config's `condition`, see `condition_kind`. A pretrained text encoder is looked up.
+    Raises:
+        ValueError: if `length` exceeds what the text encoder reads; else as `condition_kind` and `find_encoder`.
+    """
+    kind = condition_kind(condition["kind"], data.parts)
     if kind == "text" and condition["encoder"] is not None:
         name = condition["encoder"]
         encoder = find_encoder(str(Path(name).resolve()) if Path(name).is_dir() else name, condition["revision"])

@@ -16,7 +16,8 @@ class Stage:
     Args:
         name: name of the stage, and of the checkpoint at its end.
         steps: optimizer steps; with `patience`, at most.
-        data: values of the config's `data`, such as frames, height, width, fps, image_share, batch_size or batch_tokens.
+        data: values of the config's `data`, such as frames, height, width, fps, image_share, batch_size or batch_tokens. Of
+            its source too: single values, or a source of another `_target_` in its place.
         lr, warmup: peak of its learning rate, and steps to reach it; then a cosine to 1 % at its last step.
         train: prefixes of the names of the parameters that are trained; the others are frozen. None: all.
         patience: number of validations without improvement after which it ends; None: it ends after its steps.

@@ -69,8 +69,8 @@ class ClipDataModule(ClipsOnDevice):
         buckets: values of a `Bucket` each. Training clips are sorted into these; `frames`, `height`, `width` and
             `batch_size` then apply to validation only. Empty: all clips have one shape.
     Raises:
-        ValueError: if `frames` is not 1 + 4n, `image_share` is not in [0, 1], or `images` are given although no batch takes
-            them or clips have one frame too; as `BucketClips`.
+        ValueError: if `source` is no function, `frames` is not 1 + 4n, `image_share` is not in [0, 1], or `images` are given
+            although no batch takes them or clips have one frame too; as `BucketClips`.
     """
 
     def __init__(
@@ -86,6 +86,10 @@ class ClipDataModule(ClipsOnDevice):
             raise ValueError("data.images is given, but data.image_share=0 of the batches take them; raise it")
         if images and 1 in (frames, *(bucket["frames"] for bucket in buckets)):
             raise ValueError("data.images go beside clips of several frames; pictures alone are data=clips data.root=DIR")
+        if not callable(source):
+            raise ValueError(
+                f"data.source is a {type(source).__name__} already, of one split; add _partial_: true to its values"
+            )
         self.image_share, self.bucket = image_share, Bucket(frames, height, width, batch_size)
         self.image_batch = self.bucket.image_batch
         self.frames, self.height, self.width = frames, height, width

@@ -11,6 +11,7 @@ import numpy as np
 
 from kit.data.buckets import Bucket
 from kit.data.source import BucketPart, ClipSource, check_source
+from kit.values import check_number
 
 PERIOD = 1000  # items; each source has its share of every period, to a thousandth
 
@@ -78,15 +79,15 @@ class Mixture(ClipSource):
 
     Args:
         sources: name -> function that builds a data set, as `source` of `ClipDataModule`. weights: name -> share, of any
-            sum.
+            sum; 0 leaves the source out.
         split, shape: for the sources, which all have the same `frames`, `height`, `width` and `fps`.
         seed: of the order of turns.
     Attributes:
         classes: those of all sources, sorted. captioned: whether any source is: one that has only classes is captioned by
-            their names.
+            their names. Those left out count too, so that all stages of a training, each with its weights, agree in both.
     Raises:
-        ValueError: if there are no sources, the names of `sources` and `weights` differ, or a source holds encoded clips; as
-            `shares`.
+        ValueError: if there are no sources, the names of `sources` and `weights` differ, a weight is no number of 0 or more,
+            all are 0, or a source holds encoded clips.
     """
 
     def __init__(
@@ -97,18 +98,23 @@ class Mixture(ClipSource):
             raise ValueError("data=mixture needs data.source.sources and data.source.weights, see conf/data/mixture.yaml")
         if set(sources) != set(weights):
             raise ValueError(f"data.source.weights are of {', '.join(weights)}, the sources are {', '.join(sources)}")
-        self.sources = {name: build(split=split, **shape) for name, build in sources.items()}
-        for name, source in self.sources.items():
+        for name, weight in weights.items():
+            check_number(f"data.source.weights.{name}", weight, 0)
+        if not any(weights.values()):
+            raise ValueError(f"data.source.weights of {', '.join(weights)} are 0; expected one above 0")
+        opened = {name: build(split=split, **shape) for name, build in sources.items()}
+        for name, source in opened.items():
             check_source(source, f"data.source.sources.{name}")
-        if encoded := [name for name, source in self.sources.items() if source.tokenizer]:
+        if encoded := [name for name, source in opened.items() if source.tokenizer]:
             raise ValueError(
                 f"the source {encoded[0]} is a cache of encoded clips, which cannot be mixed; give the videos it is of, and "
                 f"encode the mixture: python -m kit cache data=mixture ..."
             )
-        self.seed, self.weights = seed, {name: weights[name] for name in self.sources}
+        self.classes = tuple(sorted({name for source in opened.values() for name in source.classes}))
+        self.captioned = any(source.captioned for source in opened.values())
+        self.seed, self.sources = seed, {name: source for name, source in opened.items() if weights[name]}
+        self.weights = {name: weights[name] for name in self.sources}
         self.turns = Turns(self.weights, seed)
-        self.classes = tuple(sorted({name for source in self.sources.values() for name in source.classes}))
-        self.captioned = any(source.captioned for source in self.sources.values())
         wordless = [name for name, source in self.sources.items() if not (source.captioned or source.classes)]
         if wordless and len(wordless) < len(self.sources) and split != "val":  # which another mixture tells
             message = f"of the sources of the mixture {', '.join(wordless)} have neither captions nor classes, as others have"

@@ -81,6 +81,11 @@ class StagedClips(ClipsOnDevice):
         return [path for part in self.parts for path in part.unreadable]
 
     @property
+    def about(self) -> str:
+        """Describes the data of all stages in words."""
+        return "; then ".join(dict.fromkeys(part.about for part in self.parts))
+
+    @property
     def captions(self) -> set[str]:
         return set().union(*(part.captions for part in self.parts))
 

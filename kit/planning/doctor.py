@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from kit import machine
-from kit.build import build_data, build_trainer, of_stage, plan_of
+from kit.build import build_data, build_trainer, condition_kind, of_stage, plan_of
 from kit.confs import CONF, compose, confs, located, trains
 from kit.data.datamodule import ClipDataModule
 from kit.evaluation.detectors import I3D_FILE
@@ -112,7 +112,7 @@ def training_config(name: str, words: Sequence[str] = ()) -> DictConfig:
         raise ValueError(f"not a training conf; choose from {', '.join(confs())}, or give a .yaml file of your own")
     try:
         cfg = compose(path, words)
-        OmegaConf.resolve(cfg)
+        OmegaConf.resolve(cfg.copy())  # not itself: what a stage sets in `data`, other values there may be made of
     except Exception as error:  # whatever hydra or omegaconf raise, it is the config's problem
         raise ValueError(refused(path, list(words)) or f"does not compose: {error}") from error
     if wrong := wrong_words(cfg, path, list(words)):
@@ -148,7 +148,7 @@ def problems(cfg: DictConfig) -> list[str]:
             cause = error.__cause__ if isinstance(error, InstantiationException) else error
             found.append(f"{what}: {cause}")
 
-    def check_data(what: str, config: Callable[[], DictConfig]):
+    def check_data(what: str, config: Callable[[], DictConfig]) -> ClipDataModule | None:
         def build() -> ClipDataModule:
             if OmegaConf.is_missing((given := config()).data, "root"):  # which hydra leaves out: a data set would miss it
                 raise ValueError("data.root is missing; give data.root=...")
@@ -158,12 +158,15 @@ def problems(cfg: DictConfig) -> list[str]:
         if data is not None and data.unreadable:
             unreadable = f"{len(data.unreadable)} of the files read so far cannot be read, such as {data.unreadable[0]}"
             found.append(f"{what}: {unreadable}; mend or remove them, others take their place")
+        return data
 
     plan = met("stages", plan_of, cfg) if cfg.stages else StagePlan(())
-    for stage in plan.stages if plan else ():
-        check_data(f"data of stage {stage.name}", lambda stage=stage: of_stage(cfg, stage))
+    stages = plan.stages if plan else ()
+    parts = [check_data(f"data of stage {stage.name}", lambda stage=stage: of_stage(cfg, stage)) for stage in stages]
     if not cfg.stages:
-        check_data("data", lambda: cfg)
+        parts = [check_data("data", lambda: cfg)]
+    if cfg.module == "generator" and None not in parts:
+        met("condition", condition_kind, cfg.condition.kind, parts)
     met("trainer", build_trainer, cfg)
     met("init.ckpt", check_start, cfg)
     met("loss.perceptual", check_perceptual, cfg)

@@ -13,6 +13,7 @@ from kit.build import (
     batch_size_of,
     generator_module,
     generator_values,
+    of_stage,
     tokenizer_config,
     tokenizer_module,
 )  # fmt: skip
@@ -35,9 +36,15 @@ COLUMNS = "{:<12}{:>14}{:>8}{:>9}{:>14}{:>8}{:>14}{:>12}{:>11}{:>9}{:>9}"
 def stages_of(cfg: DictConfig) -> list[tuple[str, int, dict]]:
     """Lists name, steps and data of each stage, which `stage_steps` may shorten; a training without stages is one."""
     if not cfg.stages:
-        return [(cfg.name, cfg.trainer.max_steps, OmegaConf.to_container(cfg.data))]
+        return [(cfg.name, cfg.trainer.max_steps, data_of(cfg.copy()))]
     stages = StagePlan.of(plain(cfg.stages)).shortened(cfg.get("stage_steps")).stages
-    return [(stage.name, stage.steps, {**OmegaConf.to_container(cfg.data), **stage.data}) for stage in stages]
+    return [(stage.name, stage.steps, data_of(of_stage(cfg, stage))) for stage in stages]
+
+
+def data_of(cfg: DictConfig) -> dict:
+    """Returns `data` as plain values, also if some are missing. Resolves it in `cfg`."""
+    OmegaConf.resolve(cfg.data)
+    return OmegaConf.to_container(cfg.data)
 
 
 def shapes_of(data: dict) -> dict[str, dict]:
@@ -64,9 +71,9 @@ def planned_tokenizer(cfg: DictConfig) -> tuple[TokenizerConfig, str | None]:
         return own, None
     if cfg.tokenizer_ckpt is not None and not Path(cfg.tokenizer_ckpt).is_file():
         return own, f"no checkpoint at {cfg.tokenizer_ckpt}; run conf=stage1_tokenizer first"
-    made = tokenizer_config(cfg)
+    made, stages = tokenizer_config(cfg), stages_of(cfg)
     try:
-        for _, _, data in stages_of(cfg):
+        for _, _, data in stages:
             for clips in shapes_of(data).values():
                 made.schedule(clips["frames"], clips["height"], clips["width"])
     except ValueError as error:
@@ -74,9 +81,13 @@ def planned_tokenizer(cfg: DictConfig) -> tuple[TokenizerConfig, str | None]:
     return made, None
 
 
-def encodes(cfg: DictConfig) -> bool:
-    """Returns whether the training encodes clips as they come; with a cache or `encoded_clips` they are encoded ahead."""
-    return not cfg.encoded_clips and not str(cfg.data.source.get("_target_")).startswith(f"{cache.__name__}.")
+def encodes(cfg: DictConfig, data: dict) -> bool:
+    """Returns whether a training stage encodes clips as they come; with a cache or `encoded_clips` they are encoded ahead.
+
+    Args:
+        data: of the stage, see `stages_of`.
+    """
+    return not cfg.encoded_clips and not str(data["source"].get("_target_")).startswith(f"{cache.__name__}.")
 
 
 def devices_of(cfg: DictConfig) -> int:
@@ -120,7 +131,7 @@ def memory_of(
     values = tokenizer or planned_tokenizer(cfg)[0]
     clip = {key: data[key] for key in ("frames", "height", "width", "fps")}
     shape, clips = (clip["frames"], clip["height"], clip["width"]), clips_of_a_batch(data, values)
-    encoded = cfg.module == "generator" and not encodes(cfg)
+    encoded = cfg.module == "generator" and not encodes(cfg, data)
 
     def build() -> TokenizerModule | GeneratorModule:
         if cfg.module == "tokenizer":
@@ -155,7 +166,7 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
         size = (frames, data["height"], data["width"])
         if generator is None:
             return tokenizer_cost(tokenizer, *size)
-        return generator_cost(generator, tokenizer, *size, encoded=not encodes(cfg), recompute=cfg.recompute)
+        return generator_cost(generator, tokenizer, *size, encoded=not encodes(cfg, data), recompute=cfg.recompute)
 
     heads = ("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")
     rows, total = [COLUMNS.format(*heads, "GB held", "at most")], 0.0

@@ -87,7 +87,9 @@ def test_what_has_no_class_gets_none():
 
 @pytest.mark.parametrize(
     "weights, message",
-    [({"a": 1, "b": 0, "c": 1}, "weights {'b': 0}; expected numbers above 0"),
+    [({"a": 1, "b": -1, "c": 1}, "data.source.weights.b=-1; expected a number of 0 or more"),
+     ({"a": 1, "b": None, "c": 1}, "data.source.weights.b=null; expected a number of 0 or more"),
+     ({"a": 0, "b": 0, "c": 0.0}, "data.source.weights of a, b, c are 0; expected one above 0"),
      ({"a": 1, "b": 1}, "weights are of a, b, the sources are a, b, c")],
 )  # fmt: skip
 def test_wrong_weights_are_told(weights, message):
