@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from callbacks import StageSwitch
+from callbacks import RunSummary, StageSwitch
 from kit.build import plan_of
 from kit.checkpoint import STAGED, data_settings, load_generator, read_checkpoint
 from kit.cli import main
@@ -377,3 +377,31 @@ def test_a_checkpoint_knows_the_clips_of_the_stage_that_it_is_of():
 def test_a_stage_is_named_by_itself():
     with pytest.raises(ValueError, match="stages.x.warmup=-1"):
         Stage("x", 3, warmup=-1)
+
+
+# --- stage by stage --------------------------------------------------------------------------------------------------
+
+
+def test_each_run_starts_with_the_moving_average_of_the_one_before(pair, tmp_path, monkeypatch):
+    """Stages 2, 3 and 4 as runs of their own, which find each other's checkpoints: more pixels, so one more scale, then more
+    frames."""
+    begun, tell = [], RunSummary.on_fit_start
+
+    def begin(self, trainer, module):
+        begun.append((module.schedule, {f"model.{k}": w.clone() for k, w in module.model.state_dict().items()}))
+        tell(self, trainer, module)
+
+    monkeypatch.setattr(RunSummary, "on_fit_start", begin)
+    words = [f"root={tmp_path}", f"tokenizer_ckpt={pair.tokenizer}", *CLIP, *GENERATOR, *QUICK, *ALIKE]
+    plan = {
+        "stage2_generator": ["data.height=16", "data.width=16", "data.image_share=0.2"],
+        "stage3_generator_highres": [],
+        "stage4_generator_long": ["data.frames=9"],
+    }
+    for conf, clip in plan.items():
+        assert main(["fit", f"conf={conf}", *words, "recipe.generator.steps=2", *clip]) == 0
+    assert [(schedule.scales, schedule.latent_frames) for schedule, _ in begun] == [(2, 2), (3, 2), (3, 3)]
+    for conf, (_, first) in zip(plan, begun[1:]):
+        left = read_checkpoint(tmp_path / conf / "checkpoints" / "last.ckpt", "generator")
+        assert all(torch.equal(first[name], average) for name, average in left["ema"].items())
+        assert any(not torch.equal(left["state_dict"][name], average) for name, average in left["ema"].items())
