@@ -17,7 +17,7 @@ def million(n: int) -> str:
 class RunSummary(L.Callback):
     """Prints parameters, tokens per clip, steps, clips and the memory that training state needs.
 
-    At the end it prints which files could not be read.
+    At the end it prints which files could not be read, broken shards among them.
     """
 
     @rank_zero_only

@@ -28,7 +28,11 @@ class LostLoss(ValueError):
 
 
 class DeadWorker(RuntimeError):
-    """A worker process of the data loader died."""
+    """A worker process of the data loader died.
+
+    Torch notices it with the signal that the system sends at a child's death (SIGCHLD), at once or as soon as the main thread
+    runs Python again; should that be lost, within 5 seconds of waiting for a batch (its MP_STATUS_CHECK_INTERVAL).
+    """
 
 
 @contextmanager

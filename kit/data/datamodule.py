@@ -135,8 +135,8 @@ class ClipDataModule(ClipsOnDevice):
 
     @property
     def unreadable(self) -> list[Path]:
-        """Files that could not be read so far, in this process or a worker."""
-        return [path for source in self.sources for path in source.unreadable]
+        """Files that could not be read so far, in this process or a worker; each once."""
+        return list(dict.fromkeys(path for source in self.sources for path in source.unreadable))
 
     @property
     def captions(self) -> set[str]:

@@ -78,7 +78,7 @@ class StagedClips(ClipsOnDevice):
 
     @property
     def unreadable(self) -> list[Path]:
-        return [path for part in self.parts for path in part.unreadable]
+        return list(dict.fromkeys(path for part in self.parts for path in part.unreadable))
 
     @property
     def about(self) -> str:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from kit.data.clips import ORDERS, FolderClips
 from kit.data.decode import PICTURES, UnreadableVideo
 from kit.data.listing import SUFFIXES, is_utf8, split_files
+from kit.data.patience import StorageHangs, call_within
 from kit.files import read_json, write_json
 from kit.machine import cache_folder
 from kit.values import hash_of
@@ -136,6 +137,13 @@ def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None) ->
     return index
 
 
+def read_member(member: Member) -> bytes:
+    """Reads the bytes of a clip. Raises whatever the storage raises."""
+    with fsspec.open(member.shard, "rb") as shard:
+        shard.seek(member.offset)
+        return shard.read(member.size)
+
+
 def words_of(words: dict[str, bytes]) -> tuple[str | None, str | None, list[str]]:
     """Caption and class (None if missing) and what is wrong with them, from the contents of the files beside a clip.
 
@@ -183,17 +191,21 @@ class ShardClips(FolderClips):
     Training goes through the shards in a new order each epoch, and through the files of each shard in a new order, so that
     clips that are near each other in the stream are near on the disk.
 
-    A broken shard is reported and left out; one that cannot be reached ends the training at its start. Captions and classes
-    are the shards' own; there are classes only if all clips have one. Of each shard every `val_every`-th file is held out.
+    A broken shard is reported, recorded as unreadable and left out; one that cannot be reached ends the training at its
+    start. Captions and classes are the shards' own; there are classes only if all clips have one. Of each shard every
+    `val_every`-th file is held out.
 
     Args:
         root: see `list_shards`.
+        patience: seconds also for the bytes of a clip to come, before it is opened. Storage that leaves `HUNG` clips without
+            an answer at a time ends the training.
     """
 
     unused = ("label_from", "filename_pattern", "captions")
 
     members: dict[str, Member] = field(init=False, repr=False, default_factory=dict)
     counts: tuple[int, ...] = field(init=False, repr=False, default=())  # this split's files in each shard
+    broken: list[Path] = field(init=False, repr=False, default_factory=list)  # shards that are left out
 
     def _names(self) -> list[str]:
         wanted = SUFFIXES + PICTURES * (self.frames == 1)
@@ -202,6 +214,7 @@ class ShardClips(FolderClips):
                 index = index_of(shard)
             except BrokenShard as error:
                 warnings.warn(f"the shard {shard} is broken: {error}. It is left out; check or replace it.", stacklevel=4)
+                self.broken.append(self.path_of(shard))
                 continue
             found = {f"{shard}/{name}": Member(shard, *values) for name, values in index.items()}
             self.members |= {name: member for name, member in found.items() if name.lower().endswith(wanted)}
@@ -248,16 +261,23 @@ class ShardClips(FolderClips):
         member, path = self.members[name], self.path_of(name)
         with tempfile.NamedTemporaryFile(suffix=path.suffix) as file:
             try:
-                with fsspec.open(member.shard, "rb") as shard:
-                    shard.seek(member.offset)
-                    file.write(shard.read(member.size))
-                    file.flush()
+                file.write(call_within(self.patience, lambda: read_member(member)))
+                file.flush()
+            except StorageHangs as error:
+                raise StorageHangs(
+                    f"{error}, the last of {member.shard}; ckpt=last goes on once its storage answers"
+                ) from error
             except Exception as error:  # each storage has kinds of its own
                 raise UnreadableVideo(path, f"{type(error).__name__}: {error}") from error
             try:
                 yield Path(file.name)
             except UnreadableVideo as error:
                 raise UnreadableVideo(path, error.reason) from error
+
+    @property
+    def unreadable(self) -> list[Path]:
+        """Broken shards, and files of the others that could not be read so far, in this process or a worker."""
+        return [*self.broken, *super().unreadable]
 
     def path_of(self, name: str) -> Path:
         return Path(name)

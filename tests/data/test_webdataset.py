@@ -9,21 +9,27 @@ import json
 import multiprocessing
 import os
 import tarfile
+import threading
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from torch.utils.data import DataLoader, Subset
 
+from callbacks import RunSummary
 from kit.cli import main
-from kit.data import webdataset
+from kit.data import decode, webdataset
 from kit.data.bucketed import BucketClips
 from kit.data.buckets import Bucket
 from kit.data.clips import FolderClips
+from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
 from kit.data.webdataset import ShardClips, list_shards
 from kit.files import written_aside
@@ -288,7 +294,69 @@ def test_damage_costs_what_is_damaged(packed):
     assert len(source.files) == 8
     with pytest.warns(UserWarning, match=r"cannot read the video .*train-1.tar/04.mp4"):
         assert torch.equal(source[0]["video"], expected), "the next one takes its place"
-    assert [path.name for path in source.unreadable] == ["04.mp4"]
+    assert [path.name for path in source.unreadable] == ["train-0.tar", "04.mp4"]
+
+
+def test_broken_shards_are_in_the_summary_of_a_run(packed, caplog):
+    for shard in ("train-0.tar", "train-2.tar"):
+        (packed / shard).write_bytes((packed / shard).read_bytes()[:1000])
+    source = partial(ShardClips, packed, patience=None)
+    with pytest.warns(UserWarning, match="is broken"):
+        data = ClipDataModule(source, 5, 32, 32, 8.0, batch_size=1, val_clips=1, workers=0)
+    RunSummary().on_fit_end(SimpleNamespace(datamodule=data), None)
+    assert f"2 unreadable files were passed over: {packed}/train-0.tar, {packed}/train-2.tar" in caplog.text
+
+
+class Hanging(MemoryFileSystem):
+    """Storage that answers about a file only once `answers` is set, if its name is in `hung`."""
+
+    protocol, hung, answers = "hanging", set(), threading.Event()
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("hanging://", "memory://"))
+
+    def _open(self, path, *args, **kwargs):
+        if any(path.endswith(name) for name in self.hung):
+            self.answers.wait()
+        return super()._open(path, *args, **kwargs)
+
+
+@pytest.fixture
+def hanging(packed, monkeypatch):
+    """The shards in a storage of which the first one's clips do not come; files are decoded in this process."""
+    fsspec.register_implementation("hanging", Hanging, clobber=True)
+    storage = fsspec.filesystem("hanging")
+    for path in packed.iterdir():
+        storage.pipe(f"/bucket/{path.name}", path.read_bytes())
+    monkeypatch.setattr("kit.data.clips.open_video", lambda path, backend, _: decode.open_video(path, backend))
+    source = ShardClips("hanging://bucket", "all", patience=0.2, **SHAPE)
+    monkeypatch.setattr(Hanging, "answers", threading.Event())
+    monkeypatch.setattr(Hanging, "hung", {"train-0.tar"})
+    yield source
+    Hanging.answers.set()
+
+
+def test_storage_that_hangs_costs_its_clips_and_not_the_training(hanging, packed):
+    """In a loader's worker too, which ends although a read hangs in it."""
+    expected = ShardClips(packed, "all", **SHAPE)[4]["video"]
+    gc.collect()
+    (batch,) = DataLoader(Subset(hanging, [3]), num_workers=1, multiprocessing_context="fork")
+    assert torch.equal(batch["video"][0], expected), "the next one takes its place"
+    assert [path.name for path in hanging.unreadable] == ["03.mp4"]
+    with pytest.warns(UserWarning, match="01.mp4: TimeoutError: it took more than 0.2 s to fetch"):
+        hanging._read(hanging.files[1])
+    Hanging.answers.set()
+    assert hanging._read(hanging.files[1]) is not None, "it is tried again"
+
+
+def test_storage_that_is_gone_ends_the_training(hanging, monkeypatch):
+    monkeypatch.setattr("kit.data.patience.HUNG", 1)
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(OSError, match="1 reads .* last of hanging:.*train-0.tar; ckpt=last goes on"),
+    ):
+        hanging[0]
 
 
 @pytest.mark.parametrize("call", ["info", "open"])
