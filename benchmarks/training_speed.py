@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kit.build import accumulate_of
 from kit.planning.costs import generator_cost, tokenizer_cost
-from kit.planning.plan import generator_config
+from kit.planning.plan import clip_of, generator_config, tokenizer_on_paper
 from kit.tokenizer import TokenizerConfig
 from kit.verbs.fit import fit
 from runs import composed
@@ -61,10 +61,13 @@ class Stopwatch(L.Callback):
 
 def clip_flops(cfg: DictConfig) -> float:
     """Returns the floating point operations of a clip in a training step."""
-    tokenizer = TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer))
-    size = (cfg.data.frames, cfg.data.height, cfg.data.width)
     if cfg.module == "tokenizer":
-        return tokenizer_cost(tokenizer, *size).flops
+        late = range(cfg.trainer.max_steps)[-1:]  # with an adversarial loss, if there is one
+        return tokenizer_cost(lambda: tokenizer_on_paper(cfg, clip_of(cfg.data)), late).flops
+    tokenizer, size = (
+        TokenizerConfig(**OmegaConf.to_container(cfg.tokenizer)),
+        (cfg.data.frames, cfg.data.height, cfg.data.width),
+    )
     generator = generator_config(cfg, tokenizer)
     return generator_cost(generator, tokenizer, *size, encoded=bool(cfg.encoded_clips), recompute=cfg.recompute).flops
 

@@ -19,6 +19,7 @@ from kit.fsdp import ShardedStrategy, check_unused
 from kit.generator.module import GeneratorModule
 from kit.generator.pretrained import find_encoder
 from kit.loop import accumulated
+from kit.perceptual import Perceptual
 from kit.scales import latent_frames
 from kit.stages import Stage, StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -199,17 +200,17 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
     return tokenizer_module(cfg, data.clip)
 
 
-def tokenizer_module(cfg: DictConfig, clip: dict) -> TokenizerModule:
+def tokenizer_module(cfg: DictConfig, clip: dict, perceptual: Perceptual | None = None) -> TokenizerModule:
     """Builds the module that trains a tokenizer on clips of one shape.
 
     Args:
-        clip: `frames`, `height`, `width`, `fps`.
+        clip: `frames`, `height`, `width`, `fps`. perceptual: see `TokenizerModule`.
     Raises:
         as `TokenizerModule`.
     """
     return TokenizerModule(
         plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), clip, cfg.trainer.max_steps, plain(cfg.scale_dropout),
-        cfg.seed,
+        cfg.seed, perceptual,
     )  # fmt: skip
 
 

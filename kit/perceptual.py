@@ -6,6 +6,7 @@ torchmetrics' LPIPS needs torchvision, which kit does without.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -149,6 +150,13 @@ def vgg16_path() -> Path:
     return Path(torch.hub.get_dir(), "checkpoints", Path(VGG16).name)
 
 
+MEASURES = {  # kind -> name, pattern of a convolution's name in the trunk's file (see `_build`), pooling
+    "lpips": ("LPIPS (VGG16)", "features.{layer}", MaxPool),
+    "st-lpips": ("ST-LPIPS (VGG16)", "net.slice{stage}.{layer}", BlurPool),
+}
+Source = Callable[[str, tuple[int, ...]], Tensor]  # gives a tensor by its name and shape
+
+
 def load_perceptual(kind: str, path: str | Path | None = None) -> Perceptual:
     """Loads a measure on the CPU, with weights from files; nothing in them is executed.
 
@@ -160,6 +168,7 @@ def load_perceptual(kind: str, path: str | Path | None = None) -> Perceptual:
         FileNotFoundError: if there is no such file, or no path for `st-lpips`. ValueError: if the file is another one or
             broken, or the kind is unknown.
     """
+    name = _measure(kind)[0]
     if kind == "lpips":
         path = Path(path or vgg16_path())
         digest = _sha256(path, f"torchvision's VGG16; get it with `{GET_VGG16}`, or give its path")
@@ -169,34 +178,46 @@ def load_perceptual(kind: str, path: str | Path | None = None) -> Perceptual:
                 f"with `{GET_VGG16}`, after removing a broken download, or give another path"
             )
         heads = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
-        return _build("LPIPS (VGG16)", digest, path, heads, "features.{layer}", MaxPool())
-    if kind == "st-lpips":
-        if path is None:
-            raise FileNotFoundError(f"st-lpips needs the path of its weights: {GET_ST}")
-        path = Path(path)
-        digest = _sha256(path, f"weights of ST-LPIPS; they are {GET_ST}")
-        return _build("ST-LPIPS (VGG16)", digest, path, path, "net.slice{stage}.{layer}", BlurPool())
-    raise ValueError(f"unknown perceptual distance {kind!r}; expected 'lpips' or 'st-lpips'")
+        return _build(kind, digest, _of_file(path, name), _of_file(heads, name))
+    if path is None:
+        raise FileNotFoundError(f"st-lpips needs the path of its weights: {GET_ST}")
+    digest = _sha256(Path(path), f"weights of ST-LPIPS; they are {GET_ST}")
+    source = _of_file(Path(path), name)
+    return _build(kind, digest, source, source)
 
 
-def _build(name: str, sha256: str, trunk: Path, heads: Path, convolution: str, pool: MaxPool | BlurPool) -> Perceptual:
-    """Builds a measure from files of weights.
+def untrained_perceptual(kind: str) -> Perceptual:
+    """Builds a measure on torch's default device whose weights are not initialised, to estimate what it costs.
 
-    Args:
-        trunk, heads: the files. convolution: pattern of a convolution's name in the trunk's file, by stage, from 1, and
-            layer, counted over the trunk with ReLUs and poolings.
+    Raises:
+        ValueError: if the kind is unknown.
     """
-    trunk_weights, head_weights = read_weights(trunk), read_weights(heads)
-    stages, layer, before = [], 0, 3
+
+    def source(_, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape)
+
+    return _build(kind, "", source, source)
+
+
+def _measure(kind: str) -> tuple[str, str, type[MaxPool | BlurPool]]:
+    if kind not in MEASURES:
+        raise ValueError(f"unknown perceptual distance {kind!r}; expected 'lpips' or 'st-lpips'")
+    return MEASURES[kind]
+
+
+def _build(kind: str, sha256: str, trunk: Source, heads: Source) -> Perceptual:
+    """Builds a measure. The name of a convolution is made of its stage, from 1, and its layer, counted over the trunk with
+    ReLUs and poolings."""
+    name, convolution, make_pool = _measure(kind)
+    pool, stages, layer, before = make_pool(), [], 0, 3
     for number, widths in enumerate(CONVOLUTIONS):
         layer += pool.layers if number else 0
         convolutions = []
         for width in widths:
             prefix = convolution.format(stage=number + 1, layer=layer)
-            weight = _take(trunk_weights, f"{prefix}.weight", (width, before, 3, 3), trunk, name)
-            convolutions.append((weight, _take(trunk_weights, f"{prefix}.bias", (width,), trunk, name)))
+            convolutions.append((trunk(f"{prefix}.weight", (width, before, 3, 3)), trunk(f"{prefix}.bias", (width,))))
             layer, before = layer + 2, width
-        head = _take(head_weights, f"lin{number}.model.1.weight", (1, before, 1, 1), heads, name).flatten()
+        head = heads(f"lin{number}.model.1.weight", (1, before, 1, 1)).flatten()
         stages.append(Stage(pool if number else nn.Identity(), convolutions, head))
     return Perceptual(name, sha256, stages, pool.least)
 
@@ -207,9 +228,14 @@ def _sha256(path: Path, what: str) -> str:
     return file_sha256(path)
 
 
-def _take(weights: dict[str, Tensor], name: str, shape: tuple[int, ...], path: Path, owner: str) -> Tensor:
-    found = weights.get(name)
-    if found is None or found.shape != shape:
-        found = "none" if found is None else tuple(found.shape)
-        raise ValueError(f"{path} does not hold the weights of {owner}: expected {name} of shape {shape}, found {found}")
-    return found.float()
+def _of_file(path: Path, owner: str) -> Source:
+    weights = read_weights(path)
+
+    def source(name: str, shape: tuple[int, ...]) -> Tensor:
+        found = weights.get(name)
+        if found is None or found.shape != shape:
+            found = "none" if found is None else tuple(found.shape)
+            raise ValueError(f"{path} does not hold the weights of {owner}: expected {name} of shape {shape}, found {found}")
+        return found.float()
+
+    return source

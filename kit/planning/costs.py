@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from kit.generator.transformer import Generator, GeneratorConfig
-from kit.planning.memory import Repeated
+from kit.planning.memory import Pretence, Repeated, on_paper, without_trainer
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.tokenizer.module import TokenizerModule
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating point operations as torch's FlopCounterMode, whose hooks on modules `torch.autograd.grad` refuses.
+
+    Attributes: total, the number so far.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = function(*args, **kwargs)
+        if function._overloadpacket in flop_registry:
+            self.total += flop_registry[function._overloadpacket](*args, **kwargs, out_val=made)
+        return made
 
 
 @dataclass(frozen=True)
@@ -25,14 +46,27 @@ class ClipCost:
     flops: float
 
 
-def tokenizer_cost(tokenizer: TokenizerConfig, frames: int, height: int, width: int) -> ClipCost:
-    """Returns the cost of a clip in the tokenizer's training, without discriminators and perceptual network.
-    Raises as `Tokenizer.schedule`."""
-    with torch.device("meta"):
-        model, video = Tokenizer(tokenizer), torch.zeros(1, 3, frames, height, width)
-        with Repeated(), FlopCounterMode(display=False) as counter:
-            model(video)[0].sum().backward()
-    return ClipCost(tokenizer.schedule(frames, height, width).length, counter.get_total_flops())
+def tokenizer_cost(build: Callable[[], TokenizerModule], iterations: range) -> ClipCost:
+    """Returns the cost of a clip in the tokenizer's training, with its discriminators and perceptual network.
+
+    Args:
+        build: makes the module. iterations: averaged over: the discriminators begin at one of their own.
+    """
+    where = torch.device("cpu", 0)
+    with Pretence(where), Repeated():
+        module = without_trainer(on_paper(build, where), lambda **_: None)
+        frames, height, width = (module.hparams["clip"][key] for key in ("frames", "height", "width"))
+        batch = {"video": torch.zeros(1, 3, frames, height, width, device=where), "n": range(1)}
+        late = sum(n >= module.start for n in iterations) / len(iterations)
+
+        def flops_with(start: int) -> int:
+            module.start = start
+            with Operations() as operations:
+                module.training_step(batch, 0)
+            return operations.total
+
+        flops = sum(share * flops_with(start) for share, start in ((1 - late, module.steps), (late, 0)) if share)
+    return ClipCost(module.schedule.length, flops)
 
 
 def generator_cost(
@@ -56,16 +90,16 @@ def generator_cost(
             model = Generator(replace(generator, layers=layers))
             model.recompute = recompute
             condition = torch.zeros(1, model.condition.length, generator.width)
-            with FlopCounterMode(display=False) as counter:
+            with Operations() as operations:
                 model(inputs, schedule, condition).sum().backward()
-            return counter.get_total_flops()
+            return operations.total
 
         one, two = flops_with(1), flops_with(2)
-        with FlopCounterMode(display=False) as encoding, torch.no_grad():
+        with Operations() as encoding, torch.no_grad():
             if not encoded:
                 Tokenizer(tokenizer).encode(torch.zeros(1, 3, frames, height, width))
     layers = generator.layers - 1  # all alike
-    return ClipCost(schedule.length, one + layers * (two - one) + encoding.get_total_flops())
+    return ClipCost(schedule.length, one + layers * (two - one) + encoding.total)
 
 
 def stage_cost(clip: ClipCost, image: ClipCost | None, clips: int, image_share: float, latents: int) -> ClipCost:

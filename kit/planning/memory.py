@@ -207,18 +207,31 @@ def training_memory(
     where = torch.device(GPU if device == "cuda" else device, 0)
     with warnings.catch_warnings(), Pretence(where) as pretence, Held() as held:
         warnings.simplefilter("ignore")
-        with torch.device("meta"):
-            module = build()
-        module.to(where)
-        tokenizer = getattr(module, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.to(where)
+        module = on_paper(build, where)
         take_step = stepper(module, pretence, bfloat16)
         average = [p.detach().clone() for p in module.model.parameters()] if ema else []
         between, held.most = held.now, held.now
         take_step(batch, accumulate)
         del average
     return between, held.most
+
+
+def on_paper(build: Callable[[], L.LightningModule], where: torch.device) -> L.LightningModule:
+    """Builds a module of meta tensors that stand for tensors on the device of the `Pretence` that this is called in."""
+    with torch.device("meta"):
+        module = build()
+    module.to(where)
+    tokenizer = getattr(module, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.to(where)
+    return module
+
+
+def without_trainer(module: L.LightningModule, update: Callable) -> L.LightningModule:
+    """Lets a module take training steps without a trainer: nothing is logged, and `update` is called in place of `step`."""
+    module.log = lambda *_, **__: None
+    module.manual_backward, module.step = backward, update
+    return module
 
 
 def stepper(module: L.LightningModule, pretence: Pretence, bfloat16: bool) -> Callable:
@@ -244,8 +257,7 @@ def stepper(module: L.LightningModule, pretence: Pretence, bfloat16: bool) -> Ca
             for p in group["params"]:
                 p.grad = torch.zeros_like(p)
     update()
-    module.log = lambda *_, **__: None
-    module.manual_backward, module.step = backward, update
+    without_trainer(module, update)
     if module.kind == "tokenizer":
         module.start = 0  # the discriminators learn from the first step on
 

@@ -22,6 +22,7 @@ from kit.data.buckets import read_shape
 from kit.generator.condition import ConditionConfig
 from kit.generator.module import GeneratorModule
 from kit.generator.transformer import GeneratorConfig
+from kit.perceptual import untrained_perceptual
 from kit.planning.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
 from kit.planning.memory import training_memory
 from kit.scales import latent_frames
@@ -118,6 +119,17 @@ def tokens_of_a_batch(data: dict, tokenizer: TokenizerConfig) -> int:
     return clips_of_a_batch(data, tokenizer) * length
 
 
+def clip_of(data: dict) -> dict:
+    """Returns `frames`, `height`, `width` and `fps` of a stage's clips."""
+    return {key: data[key] for key in ("frames", "height", "width", "fps")}
+
+
+def tokenizer_on_paper(cfg: DictConfig, clip: dict) -> TokenizerModule:
+    """Builds the module as `tokenizer_module`, but without reading the weights of a perceptual loss."""
+    seen = cfg.loss.perceptual
+    return tokenizer_module(cfg, clip, untrained_perceptual(seen.kind) if seen.weight else None)
+
+
 def memory_of(
     cfg: DictConfig, data: dict, device: str, bfloat16: bool, tokenizer: TokenizerConfig | None = None
 ) -> tuple[int, int]:
@@ -126,16 +138,16 @@ def memory_of(
     Args:
         tokenizer: the training's; None: that of `planned_tokenizer`.
     Raises:
-        ValueError: if the tokenizer cannot take the clips; FileNotFoundError: if a perceptual loss lacks its weights.
+        ValueError: if the tokenizer cannot take the clips.
     """
     values = tokenizer or planned_tokenizer(cfg)[0]
-    clip = {key: data[key] for key in ("frames", "height", "width", "fps")}
+    clip = clip_of(data)
     shape, clips = (clip["frames"], clip["height"], clip["width"]), clips_of_a_batch(data, values)
     encoded = cfg.module == "generator" and not encodes(cfg, data)
 
     def build() -> TokenizerModule | GeneratorModule:
         if cfg.module == "tokenizer":
-            return tokenizer_module(cfg, clip)
+            return tokenizer_on_paper(cfg, clip)
         return generator_module(cfg, clip, asdict(ConditionConfig()), Tokenizer(values), "", "")
 
     def batch(where: torch.device) -> dict:
@@ -162,25 +174,22 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
     strategy = cfg.trainer.get("strategy")
     shares = devices / strategy.replicas if isinstance(strategy, DictConfig) and "replicas" in strategy else 1
 
-    def cost(frames: int, data: dict) -> ClipCost:
-        size = (frames, data["height"], data["width"])
+    def cost(frames: int, data: dict, iterations: range) -> ClipCost:
         if generator is None:
-            return tokenizer_cost(tokenizer, *size)
+            return tokenizer_cost(lambda: tokenizer_on_paper(cfg, clip_of({**data, "frames": frames})), iterations)
+        size = (frames, data["height"], data["width"])
         return generator_cost(generator, tokenizer, *size, encoded=not encodes(cfg, data), recompute=cfg.recompute)
 
     heads = ("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")
-    rows, total = [COLUMNS.format(*heads, "GB held", "at most")], 0.0
+    rows, total, begun = [COLUMNS.format(*heads, "GB held", "at most")], 0.0, 0
     for name, steps, data in stages_of(cfg):
         data = max(shapes_of(data).values(), key=lambda data: tokens_of_a_batch(data, tokenizer))
-        clip, share = cost(data["frames"], data), data["image_share"]
+        iterations, share = range(begun, begun := begun + steps), data["image_share"]
+        clip, image = cost(data["frames"], data, iterations), cost(1, data, iterations) if share else None
         batch = clips_of_a_batch(data, tokenizer) * batches_of_all(cfg)
-        try:
-            held, most = memory_of(cfg, data, "cuda", True, tokenizer)
-            memory = [f"{size / 1e9:,.1f}" for size in (held / shares, held / shares + most - held)]
-        except FileNotFoundError:  # a perceptual loss without its weights, which `metric_networks` reports
-            memory = ["?", "?"]
-        latents = latent_frames(data["frames"])
-        whole = stage_cost(clip, cost(1, data) if share else None, steps * batch, share, latents)
+        held, most = memory_of(cfg, data, "cuda", True, tokenizer)
+        memory = [f"{size / 1e9:,.1f}" for size in (held / shares, held / shares + most - held)]
+        whole = stage_cost(clip, image, steps * batch, share, latent_frames(data["frames"]))
         hours = gpu_hours(whole.flops, doctor.tflops, doctor.utilisation)
         total += hours
         size = f"{data['frames']}x{data['height']}x{data['width']}"

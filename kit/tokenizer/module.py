@@ -12,7 +12,7 @@ from kit.fsdp import ShardedStrategy
 from kit.loop import logs_now
 from kit.machine import onto
 from kit.optim import KEYS, WarmupCosine, build_optimizer, check_optimizer
-from kit.perceptual import load_perceptual
+from kit.perceptual import Perceptual, load_perceptual
 from kit.pixels import psnr
 from kit.ranks import mean_over_ranks
 from kit.stages import StagePlan, starts
@@ -49,6 +49,7 @@ class TokenizerModule(L.LightningModule):
         steps: iterations of the whole training; the learning rate ends there.
         scale_dropout: stochastic depth: each of the `last` scales of a clip is left out with probability `p`.
         seed: for random choices of scales and frames, which depend on it and on the clips' numbers only.
+        perceptual: network of the perceptual loss, if there is one; None: loads it as `loss` says.
     Raises:
         ValueError, FileNotFoundError: for wrong values, or a perceptual loss without its weights.
     """
@@ -56,10 +57,11 @@ class TokenizerModule(L.LightningModule):
     kind = "tokenizer"
 
     def __init__(
-        self, tokenizer: dict, loss: dict, optimizer: dict, clip: dict, steps: int, scale_dropout: dict, seed: int
+        self, tokenizer: dict, loss: dict, optimizer: dict, clip: dict, steps: int, scale_dropout: dict, seed: int,
+        perceptual: Perceptual | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["perceptual"])
         self.automatic_optimization = False
         self.model = Tokenizer(TokenizerConfig.from_dict(tokenizer))
         self.enter(clip)
@@ -74,7 +76,7 @@ class TokenizerModule(L.LightningModule):
                 f"{self.schedule.scales} scales, and `p`, 0 to below 1"
             )
         seen, against = loss["perceptual"], loss["adversarial"]
-        self.perceptual = load_perceptual(seen["kind"], seen["weights"]) if seen["weight"] else None
+        self.perceptual = (perceptual or load_perceptual(seen["kind"], seen["weights"])) if seen["weight"] else None
         self.discriminator, self.start = None, steps
         if against["weight"]:
             self.discriminator = Discriminator(against["dims"], against["width"], against["layers"])

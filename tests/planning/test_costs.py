@@ -8,13 +8,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from kit.generator.mask import SHORT
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.planning.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
-from kit.planning.plan import costs
+from kit.planning.memory import without_trainer
+from kit.planning.plan import clip_of, costs, tokenizer_on_paper
 from kit.tokenizer import Tokenizer, TokenizerConfig
-from tests.fixtures import composed
+from tests.fixtures import CLIP, composed
+from tests.fixtures import TOKENIZER as TINY
 
 TOKENIZER = TokenizerConfig(bits=16, scales=(1, 2, 4, 8), patch=4, widths=(32, 64))
 GENERATOR = GeneratorConfig(layers=4, width=192, heads=3, bits=16, scales=4)
@@ -47,10 +50,43 @@ def test_history_blocks_cost_too():
     assert costs[0].tokens == costs[1].tokens and costs[0].flops < costs[1].flops
 
 
-def test_a_tokenizers_step_on_meta_is_the_real_one():
-    with FlopCounterMode(display=False) as counter:
-        Tokenizer(TOKENIZER)(torch.zeros(1, 3, 5, 32, 32))[0].sum().backward()
-    assert tokenizer_cost(TOKENIZER, 5, 32, 32).flops == counter.get_total_flops()
+FULL = (  # of a step with everything; the weights of the perceptual network are not there
+    "loss=full", "loss.adversarial.width=8", "loss.perceptual.kind=st-lpips", "loss.perceptual.frames=2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [(), FULL], ids=["plain", "full"])
+def test_a_tokenizers_step_on_paper_is_the_real_one(words, monkeypatch):
+    """Of four iterations the discriminators miss the first."""
+    for name in ("__enter__", "__exit__"):  # its hooks on modules do not go with torch.autograd.grad
+        monkeypatch.setattr(ModuleTracker, name, lambda *_: None)
+    cfg = composed("stage1_tokenizer", *CLIP, *TINY, *words)
+    cfg.trainer.max_steps, clip = 4, clip_of(cfg.data)
+    module = without_trainer(tokenizer_on_paper(cfg, clip), lambda **_: None)
+
+    def real(start: int) -> int:
+        module.start = start
+        with FlopCounterMode(display=False) as counter:
+            module.training_step({"video": torch.zeros(1, 3, 5, 32, 32), "n": [0]}, 0)
+        return counter.get_total_flops()
+
+    before, after = real(module.steps), real(0)
+    assert (after > 1.1 * before) == bool(words)
+    cost = tokenizer_cost(lambda: tokenizer_on_paper(cfg, clip), range(4))
+    assert cost == ClipCost(module.schedule.length, before / 4 + 3 * after / 4)
+    assert tokenizer_cost(lambda: tokenizer_on_paper(cfg, clip), range(3, 4)).flops == after
+
+
+def test_costs_need_no_weights_of_the_perceptual_network():
+    words = [*CLIP, *TINY, "loss.perceptual.kind=st-lpips", "loss.adversarial.weight=0"]
+
+    def row(*more: str) -> list[float]:
+        cfg = composed("stage1_tokenizer", *words, *more)
+        OmegaConf.resolve(cfg)
+        return [float(word.replace(",", "")) for word in costs(cfg, composed("doctor"))[1].split()[-5:]]
+
+    without, seen = row("loss.perceptual.weight=0"), row("loss.perceptual.weight=1")
+    assert all(a < b for a, b in zip(without, seen)), "operations, hours and memory"
 
 
 @pytest.mark.parametrize("layers", [1, 5])

@@ -10,16 +10,16 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from kit.build import accumulate_of, generator_module, tokenizer_module
+from kit.build import accumulate_of, generator_module
 from kit.generator.condition import ConditionConfig
 from kit.generator.transformer import Generator
 from kit.planning.memory import Held, Pretence, Repeated, stepper
-from kit.planning.plan import generator_config, memory_of, stages_of
+from kit.planning.plan import clip_of, generator_config, memory_of, stages_of, tokenizer_on_paper
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from tests.fixtures import composed
 
-CLIPS = ("data.frames=5", "data.height=32", "data.width=32", "data.batch_size=4")
-FULL = ("loss.adversarial.weight=0.1", "loss.adversarial.start=0", "loss.adversarial.dims=[2,3]")
+CLIPS = ("data.frames=5", "data.height=32", "data.width=32", "data.batch_size=2")
+FULL = ("loss=full", "loss.adversarial.width=8", "loss.perceptual.kind=st-lpips", "loss.perceptual.frames=2")
 
 
 def resolved(name: str, *words: str) -> DictConfig:
@@ -72,7 +72,7 @@ def test_repeated_operations_make_what_they_made():
 def held_for_real(cfg: DictConfig, bfloat16: bool) -> tuple[int, int]:
     """Returns the bytes of real tensors in a training step on the CPU: held before it, and the peak."""
     data = stages_of(cfg)[0][2]
-    clip = {key: data[key] for key in ("frames", "height", "width", "fps")}
+    clip = clip_of(data)
 
     def batch(_) -> dict:
         video = torch.zeros(data["batch_size"], 3, clip["frames"], clip["height"], clip["width"])
@@ -81,7 +81,7 @@ def held_for_real(cfg: DictConfig, bfloat16: bool) -> tuple[int, int]:
 
     with Held("cpu") as held:
         if cfg.module == "tokenizer":
-            module = tokenizer_module(cfg, clip)
+            module = tokenizer_on_paper(cfg, clip)
         else:
             tokenizer = Tokenizer(TokenizerConfig(**cfg.tokenizer))
             module = generator_module(cfg, clip, asdict(ConditionConfig()), tokenizer, "", "")
