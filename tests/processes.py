@@ -13,6 +13,8 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
@@ -86,32 +88,38 @@ def demo_part(said: Path, words: list[str]):
     assert words[0] == "kit" and Command(words[1:], said).wait() == 0, said.read_text()[-2000:]
 
 
-def together(words: list[str], processes: int, folder: Path):
-    """Runs a command in several processes, which find each other as under torchrun; fails if one of them does.
+@contextmanager
+def group(words: list[str], processes: int, folder: Path) -> Iterator[list[Command]]:
+    """Starts a command in several processes, which find each other as under torchrun; kills those that are left at the end.
 
     Args:
-        folder: for what each writes to stderr.
+        folder: for what each writes to stderr, `said_0` and so on.
     """
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = str(any_port.getsockname()[1])
     sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
-    group = {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+    shared = {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
     folder.mkdir(parents=True, exist_ok=True)
     ranks = [str(rank) for rank in range(processes)]
-    said = [folder / f"said_{rank}" for rank in ranks]
+    commands = [Command(words, folder / f"said_{rank}", RANK=rank, LOCAL_RANK=rank, **shared) for rank in ranks]
+    try:
+        yield commands
+    finally:
+        for command in commands:
+            command.kill()
+
+
+def together(words: list[str], processes: int, folder: Path):
+    """Runs a command in a `group` of processes; fails if one of them does."""
 
     def texts() -> str:
-        return "\n".join(file.read_text()[-3000:] for file in said)
+        return "\n".join(file.read_text()[-3000:] for file in sorted(folder.glob("said_*")))
 
-    commands = [Command(words, file, RANK=rank, LOCAL_RANK=rank, **group) for rank, file in zip(ranks, said)]
     end = time.monotonic() + 120
-    try:
+    with group(words, processes, folder) as commands:
         while any(command.poll() is None for command in commands):
             assert time.monotonic() < end, texts()
             assert not any(command.returncode for command in commands), texts()
             time.sleep(0.01)
         assert not any(command.returncode for command in commands), texts()
-    finally:
-        for command in commands:
-            command.kill()
