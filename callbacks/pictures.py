@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
 
 
 @contextmanager
@@ -20,9 +22,12 @@ def may_fail(what: str, step: int) -> Iterator[None]:
 
 
 def log_picture(trainer: L.Trainer, name: str, picture: Path, video: Path | None = None):
-    """Hands a picture, and a video as NAME_video, to the loggers that take such, as W&B's does."""
+    """Hands a picture, and a video as NAME_video, to loggers that take such: W&B's takes both, TensorBoard's the picture."""
+    step = trainer.global_step
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
-            logger.log_image(name, [str(picture)], step=trainer.global_step)
+            logger.log_image(name, [str(picture)], step=step)
             if video is not None:
-                logger.log_video(f"{name}_video", [str(video)], step=trainer.global_step, format=["mp4"])
+                logger.log_video(f"{name}_video", [str(video)], step=step, format=["mp4"])
+        elif hasattr(logger.experiment, "add_image"):
+            logger.experiment.add_image(name, np.asarray(Image.open(picture).convert("RGB")), step, dataformats="HWC")

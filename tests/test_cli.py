@@ -593,10 +593,15 @@ def test_wandb_is_told_the_data_and_the_trainer(monkeypatch):
 
 @pytest.mark.parametrize("logger", ["csv", "tensorboard"])
 def test_loggers(logger, tmp_path):
+    """The log of TensorBoard has the pictures too."""
     if logger == "tensorboard":
-        pytest.importorskip("tensorboard")
-    assert fit_tokenizer(tmp_path, f"logger={logger}", "recipe.tokenizer.steps=2") == 0
-    assert list((tmp_path / "tokenizer" / "logs").glob("*/events*" if logger == "tensorboard" else "*/metrics.csv"))
+        read = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    words = [f"logger={logger}", "recipe.tokenizer.steps=2", "trainer.val_check_interval=2"]
+    assert fit_tokenizer(tmp_path, *words) == 0
+    (log,) = (tmp_path / "tokenizer" / "logs").glob("*/events*" if logger == "tensorboard" else "*/metrics.csv")
+    if logger == "tensorboard":
+        events = read.EventAccumulator(str(log)).Reload()
+        assert set(events.Tags()["images"]) == {"bit_use", "samples"} and "val/psnr" in events.Tags()["scalars"]
 
 
 def test_options_reach_the_model(pair, tmp_path):

@@ -5,14 +5,19 @@ from __future__ import annotations
 import csv
 import errno
 from functools import partial
-from unittest.mock import patch
+from types import SimpleNamespace
+from unittest.mock import Mock, patch
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from callbacks.pictures import log_picture
 from kit.data.datamodule import ClipDataModule
 from kit.data.staged import StagedClips
 from kit.generator.module import GeneratorModule
+from kit.inspection import bit_use_picture
 from kit.logs import CSVLogger
 from kit.tokenizer.module import TokenizerModule
 from tests.fixtures import fit_generator, fit_tokenizer
@@ -66,3 +71,26 @@ def test_clips_alone_are_moved(kind):
     moved = kind.transfer_batch_to_device(None, batch, torch.device("meta"), 0)
     assert moved.keys() == batch.keys() and moved["video"].is_meta
     assert all(moved[key] is batch[key] for key in ("n", "label", "caption"))
+
+
+def test_each_kind_of_logger_is_handed_pictures_as_it_takes_them(tmp_path):
+    """W&B's takes files, of videos too; TensorBoard's takes pixels; others, as the CSV log, take none."""
+    pixels = torch.randint(256, (6, 8, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(pixels).save(path := tmp_path / "picture.png")
+    wandb, tensorboard = Mock(spec=["log_image", "log_video"]), Mock(spec=["experiment"])
+    others = Mock(experiment=Mock(spec=["log_metrics"]), spec=["experiment"])
+    trainer = SimpleNamespace(loggers=[wandb, tensorboard, others], global_step=7)
+    log_picture(trainer, "samples", path, tmp_path / "video.mp4")
+    wandb.log_image.assert_called_once_with("samples", [str(path)], step=7)
+    wandb.log_video.assert_called_once_with("samples_video", [str(tmp_path / "video.mp4")], step=7, format=["mp4"])
+    ((name, shown, step), how) = tensorboard.experiment.add_image.call_args
+    assert (name, step, how) == ("samples", 7, {"dataformats": "HWC"}) and np.array_equal(shown, pixels)
+    assert not others.experiment.mock_calls
+
+
+def test_a_constant_bit_shows_at_a_glance(tmp_path):
+    """In the picture of the bits' use one that is always 1 is red, always 0 blue; a balanced one is white."""
+    picture = Image.open(bit_use_picture(torch.tensor([[0.5, 0.5, 0.5], [1.0, 0.0, 0.5]]), tmp_path / "use.png"))
+    red, blue, white = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+    cells = [[picture.getpixel((76 + 14 * bit + 6, 22 + 14 * scale + 6)) for bit in range(3)] for scale in range(2)]
+    assert cells == [[white, white, white], [red, blue, white]]
