@@ -40,7 +40,7 @@ class Check:
 
 @torch.no_grad()
 def self_check(model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: list[str]) -> list[Check]:
-    """Runs all checks, in float32.
+    """Runs all checks of a generator and its tokenizer, in float32.
 
     Args:
         video: (B, 3, T, H, W) in [-1, 1], a few real clips, on the models' device. prompts: theirs.
@@ -50,8 +50,7 @@ def self_check(model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: l
         feature = tokenizer.encode(video)
         logits, (inputs, bits, _) = teacher_forced(model, feature, schedule, model.condition(prompts))
         return [
-            check_tokenizer(tokenizer, video, bits, schedule),
-            check_streaming(tokenizer, bits, schedule),
+            *check_tokenizer(tokenizer, video),
             check_bits(logits, bits, schedule),
             check_conditioning(model, inputs, bits, prompts, schedule),
             check_cache(model, bits, logits, prompts, schedule),
@@ -60,7 +59,16 @@ def self_check(model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: l
         ]
 
 
-def check_tokenizer(tokenizer: Tokenizer, video: Tensor, bits: Tensor, schedule: ScaleSchedule) -> Check:
+@torch.no_grad()
+def check_tokenizer(tokenizer: Tokenizer, video: Tensor) -> list[Check]:
+    """Runs the checks that need no generator, in float32; `video` as for `self_check`."""
+    schedule = tokenizer.schedule_of(video)
+    with torch.autocast(video.device.type, enabled=False), exact_float32():
+        bits = tokenizer.bits(video)
+        return [check_scales(tokenizer, video, bits, schedule), check_streaming(tokenizer, bits, schedule)]
+
+
+def check_scales(tokenizer: Tokenizer, video: Tensor, bits: Tensor, schedule: ScaleSchedule) -> Check:
     """Checks that no scale worsens the reconstruction, and that all together are far better than a single colour."""
     by_scale = [psnr(tokenizer.decode_bits(bits, schedule, k + 1), video).item() for k in range(schedule.scales)]
     colour = psnr(video.mean(dim=(2, 3, 4), keepdim=True).expand_as(video), video).item()

@@ -1,4 +1,4 @@
-"""The verb `inspect`: how bits are used, what is predicted with and without the true history, and the self-check."""
+"""The verb `inspect`: how bits are used, the self-check, and what is predicted with and without the true history."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kit.generator.sampler import Sampling
 from kit.inspection import bit_use, bit_use_picture, forced_and_free
 from kit.machine import autocast, device
 from kit.media import clip_by_clip, contact_sheet
-from kit.self_check import Check, self_check
+from kit.self_check import Check, check_tokenizer, self_check
 from kit.values import plain
 from kit.verbs.held_out import TRAINED_ON, data_for, held_out
 from kit.verbs.reconstruct import per_scale
@@ -25,10 +25,10 @@ CHECKED = 8  # number of clips that are self-checked and sampled
 
 
 def inspect(cfg: DictConfig) -> dict:
-    """Writes pictures of what each scale holds and of bit use, and inspect.json; prints the same numbers.
+    """Writes pictures of what each scale holds and of bit use, and inspect.json; prints the same numbers and the self-check.
 
-    For a generator also the share of correctly predicted bits, the self-check, and a picture of clips predicted with the true
-    history and sampled without it.
+    For a generator also the share of correctly predicted bits, its part of the self-check, and a picture of clips predicted
+    with the true history and sampled without it.
 
     Returns:
         the contents of inspect.json.
@@ -40,13 +40,16 @@ def inspect(cfg: DictConfig) -> dict:
         data = data_for(cfg, generator or tokenizer)
         if generator is not None:
             check_classes(generator.model.config.condition, data.classes, "the data has", TRAINED_ON)
-        batch, checks, pictures = held_out(data), [], ["scales.png", "bit_use.png"]
+        batch, pictures = held_out(data), ["scales.png", "bit_use.png"]
+        few = {key: value[:CHECKED] for key, value in batch.items()}
         report = inspect_tokenizer(tokenizer, batch, cfg)
-        if generator is not None:
-            checks = inspect_generator(generator, tokenizer, batch, cfg)
+        if generator is None:
+            checks = check_tokenizer(tokenizer.model.to(device()), few["video"].to(device()))
+        else:
+            checks = inspect_generator(generator, tokenizer, few, cfg)
             report |= teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size)
             pictures.append("samples.png")
-        checked = {"self_check": {check.name: asdict(check) for check in checks}} if checks else {}
+        checked = {"self_check": {check.name: asdict(check) for check in checks}}
         write_json(folder / "inspect.json", report | checked)
     print(json.dumps(report, indent=2))
     print("\n".join([check.line() for check in checks] + [f"in {folder}: {', '.join(pictures)}, inspect.json"]))
@@ -68,10 +71,9 @@ def inspect_tokenizer(tokenizer: Loaded, batch: dict, cfg: DictConfig) -> dict:
     return {"schedule": str(schedule), "by_scale": by_scale, "bit_entropy": [round(e.item(), 4) for e in entropy]}
 
 
-def inspect_generator(generator: Loaded, tokenizer: Loaded, batch: dict, cfg: DictConfig) -> list[Check]:
-    """Runs the self-check on the first `CHECKED` clips, and writes a picture of them: real, reconstructed, predicted with the
-    true history, and sampled without it."""
-    few = {key: value[:CHECKED] for key, value in batch.items()}
+def inspect_generator(generator: Loaded, tokenizer: Loaded, few: dict, cfg: DictConfig) -> list[Check]:
+    """Runs the self-check on a few clips, and writes a picture of them: real, reconstructed, predicted with the true history,
+    and sampled without it."""
     model, codec, video = generator.model.to(device()), tokenizer.model.to(device()), few["video"].to(device())
     prompts = model.condition.prompts(few)
     checks = self_check(model, codec, video, prompts)
