@@ -3,7 +3,7 @@
     python benchmarks/ablation_generator.py FOLDER TOKENIZER [methods=standard,rope,...] [seeds=0,1,2] [key=value ...]
 
 FOLDER keeps the runs (`conf=ablation`) and scores; a stopped benchmark continues there. TOKENIZER is a checkpoint; further
-words go to `fit`, such as recipe.generator.steps=1000 or data=clips data.root=DIR. Each generator is scored on held-out clips
+words go to `fit`, such as recipe.generator.steps=300 or data=clips data.root=DIR. Each generator is scored on held-out clips
 at the length of its training and, on `shapes`, also at 65 frames by frame re-encoding: FVD, caption accuracy of clips and of
 frames if captions can be read from pixels, and the share of correct bits by scale with the true history. Prints one JSON line
 for each run.

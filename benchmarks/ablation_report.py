@@ -1,8 +1,8 @@
-"""Reports mean and spread over seeds of the lines of benchmarks/ablation_generator.py, as a table and, if asked, a picture.
+"""Reports mean and spread over seeds of the lines of benchmarks/ablation_generator.py, as tables and, if asked, a picture.
 
     python benchmarks/ablation_report.py LINES.jsonl [FILE.png]
 
-The table is Markdown. The picture needs matplotlib.
+The tables are Markdown; the second has the bits frame by frame, of runs that have them so. The picture needs matplotlib.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-SCALES = slice(-2, None)  # scales whose bits are in the table: the bits of coarser ones are nearly always correct
 LAST = 8  # frames at the end of a long clip that are averaged
 
 Runs = dict[str, list[dict]]
@@ -31,7 +30,7 @@ def read(path: str) -> Runs:
 
 def columns(run: dict) -> dict[str, float]:
     """Returns a run's numbers by column title; shares are in percent."""
-    found = {f"bits, scale {k + 1}": 100 * run["bit_accuracy"][k] for k in range(len(run["bit_accuracy"]))[SCALES]}
+    found = bit_columns(run["bit_accuracy"])
     for name, scores in (("short", run["trained_length"]), ("long", run.get("long"))):
         if scores:
             found[f"FVD, {name}"] = scores["fvd"]
@@ -46,17 +45,40 @@ def drift(scores: dict) -> dict[str, list[float]]:
     return {key: by for key, by in scores.get("by_frame", {}).items() if key != "background"}
 
 
+def bit_columns(shares: list[float]) -> dict[str, float]:
+    """Returns shares of right bits by scale, in percent, by column title."""
+    return {f"bits, scale {k}": 100 * share for k, share in enumerate(shares, start=1)}
+
+
 def table(runs: Runs) -> str:
     """Returns a Markdown table with mean and standard deviation of each number, one row per method."""
-    found = {method: [columns(run) for run in of] for method, of in runs.items()}
+    return markdown({(method, str(len(of))): list(map(columns, of)) for method, of in runs.items()}, "method", "seeds")
+
+
+def table_by_frame(runs: Runs) -> str:
+    """Returns a Markdown table of the bits of each latent frame and scale, a row per method and frame; "" without them."""
+    found = {}
+    for method, of in runs.items():
+        by_frame = [run["bit_accuracy_by_frame"] for run in of if "bit_accuracy_by_frame" in run]
+        for f, frame in enumerate(zip(*by_frame, strict=True), start=1):
+            found[method, str(f)] = list(map(bit_columns, frame))
+    return markdown(found, "method", "latent frame") if found else ""
+
+
+def markdown(found: dict[tuple[str, ...], list[dict[str, float]]], *titles: str) -> str:
+    """Returns a Markdown table, a row for each key of `found` with mean and standard deviation of its runs' numbers.
+
+    Args:
+        titles: of the keys' parts, the first columns.
+    """
     heads = list(next(iter(found.values()))[0])
-    rows = [["method", "seeds", *heads], ["---"] * (2 + len(heads))]
-    for method, of in found.items():
+    rows = [[*titles, *heads], ["---"] * (len(titles) + len(heads))]
+    for key, of in found.items():
         values = torch.tensor([[run[head] for head in heads] for run in of])
         spread = values.std(dim=0) if len(of) > 1 else [None] * len(heads)
         cells = [f"{mean:.{places(head)}f}" + ("" if sd is None else f" ± {sd:.{places(head)}f}")
                  for head, mean, sd in zip(heads, values.mean(dim=0), spread, strict=True)]  # fmt: skip
-        rows.append([method, str(len(of)), *cells])
+        rows.append([*key, *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -100,6 +122,6 @@ def draw(runs: Runs, path: str):
 
 if __name__ == "__main__":
     found = read(sys.argv[1])
-    print(table(found))
+    print("\n\n".join(filter(None, (table(found), table_by_frame(found)))))
     if len(sys.argv) > 2:
         draw(found, sys.argv[2])

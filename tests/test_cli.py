@@ -450,13 +450,26 @@ def test_rates_fit_their_clips(rate, tokens):
     assert tokenizer.schedule(cfg.data.frames, cfg.data.height, cfg.data.width).tokens_per_frame == tokens
 
 
+def test_the_ablation_is_the_measured_one_on_any_machine(monkeypatch):
+    """Model, steps and clips are those of docs/ablation.md also where a GPU has another size, unless words say else."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+    def chosen(*words: str) -> tuple:
+        cfg = composed("ablation", "trainer.devices=1", *words)
+        return cfg.generator.width, cfg.data.batch_size, cfg.trainer.max_steps, cfg.encoded_clips
+
+    assert composed("stage2_generator", "trainer.devices=1").generator.width == 512
+    assert chosen() == (192, 8, 1000, 4000)
+    assert chosen("size=small", "recipe.generator.steps=5", "recipe.generator.encoded_clips=0") == (512, 64, 5, 0)
+
+
 def test_methods_add_one_thing_after_another():
     """Each method of the ablation changes only its own keys against the one before; `paper` is the same for all sizes."""
     recipe = ("generator.inherit", "loss.scale_weights", "loss.bit_weights")
     keys = (*recipe, "align", "correction.p_max", "correction.delta", "correction.inherit", "frame_mask", "history")
     before, changed = None, {}
     for method in ("standard", "rope", "flips", "inherited", "masked", "full", "center"):
-        cfg = composed("ablation", f"method={method}", "size=tiny")
+        cfg = composed("ablation", f"method={method}")
         now = {key: OmegaConf.select(cfg, key) for key in keys}
         changed[method] = {key: value for key, value in now.items() if before and value != before[key]}
         assert [now[key] for key in recipe] == ["all", "early", "uniform"] and not cfg.data.image_share
