@@ -11,6 +11,7 @@ import functools
 import glob
 import itertools
 import json
+import re
 import tarfile
 import tempfile
 import warnings
@@ -50,20 +51,43 @@ class Member(NamedTuple):
     fault: str
 
 
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # as in train-{000..127}.tar
+
+
 def list_shards(root: str) -> list[str]:
     """Lists the tar files in a folder, or those that match a pattern, sorted.
 
     Args:
         root: path or address (s3://, gs://, https:// and so on, as `fsspec` has it) of a folder, a tar, or a pattern with *.
+            Numbers in braces, such as {000..127}, stand for each of them: over http there may be no list to choose from.
     Raises:
-        FileNotFoundError: if there are none.
+        FileNotFoundError: if there are none. OSError: if the storage does not answer.
     """
+    return sorted(shard for each in written_out(root) for shard in shards_at(each))
+
+
+def written_out(root: str) -> list[str]:
+    """Writes out the numbers in braces, with the leading zeros of the first."""
+    if not (found := RANGE.search(root)):
+        return [root]
+    first, last = found.groups()
+    numbers = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
+    return [text for number in numbers for text in written_out(root[: found.start()] + number + root[found.end() :])]
+
+
+def shards_at(root: str) -> list[str]:
+    """Lists the tar files as `list_shards`, but for numbers in braces."""
     files, path = fsspec.core.url_to_fs(root)
+    if "://" in root and root.endswith(".tar") and not glob.has_magic(root):  # whether it is there, its index tells
+        return [files.unstrip_protocol(path)]
     folder = path.partition("*")[0].rpartition("/")[0] if "*" in path else path
     if "[" in folder and files.exists(folder):  # part of a name
         path = glob.escape(folder) + path[len(folder) :]
     pattern = path if "*" in path or path.endswith(".tar") else f"{path.rstrip('/')}/*.tar"
-    found = sorted(name if "://" not in root else files.unstrip_protocol(name) for name in files.glob(pattern))
+    try:
+        found = [name if "://" not in root else files.unstrip_protocol(name) for name in files.glob(pattern)]
+    except Exception as error:  # each storage has kinds of its own
+        raise unreachable(root, error) from error
     if not found:
         raise FileNotFoundError(f"data.root={root}: no tar files there; give their folder, or a pattern as DIR/train-*.tar")
     return found
@@ -73,12 +97,14 @@ class BrokenShard(Exception):
     """A tar that cannot be read to its end."""
 
 
-def unreachable(shard: str, error: Exception) -> OSError:
-    """Returns the error for a shard that its storage did not deliver.
+def unreachable(address: str, error: Exception) -> OSError:
+    """Returns the error for a shard that its storage did not deliver, or shards that it did not list.
 
     It may do so another time: leaving the shard out would silently train on less, and on other data on each machine.
     """
-    message = f"cannot reach the shard {shard} ({type(error).__name__}: {error})"
+    if isinstance(error, FileNotFoundError):
+        error = error.__cause__ or error  # over http, where it only repeats the address
+    message = f"cannot reach {address} ({type(error).__name__}: {error})"
     return OSError(f"{message}; try again, or take it out of data.root")
 
 
@@ -95,7 +121,7 @@ def index_of(shard: str) -> dict[str, list]:
         about = files.info(path)
     except Exception as error:  # each storage has kinds of its own
         raise unreachable(shard, error) from error
-    written = about.get("mtime") or about.get("LastModified") or about.get("ETag")
+    written = about.get("mtime") or about.get("LastModified") or about.get("ETag") or about.get("Last-Modified")
     state = json.dumps([INDEX, shard, about["size"], str(written)])
     kept = cache_folder() / "shards" / f"{hash_of([state], 32)}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -138,10 +164,12 @@ def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None) ->
 
 
 def read_member(member: Member) -> bytes:
-    """Reads the bytes of a clip. Raises whatever the storage raises."""
-    with fsspec.open(member.shard, "rb") as shard:
-        shard.seek(member.offset)
-        return shard.read(member.size)
+    """Reads the bytes of a clip alone; an opened file would read megabytes ahead. Raises whatever the storage raises."""
+    files, path = fsspec.core.url_to_fs(member.shard)
+    contents = files.cat_file(path, member.offset, member.offset + member.size)
+    if len(contents) != member.size:
+        raise OSError(f"{len(contents)} bytes came in place of {member.size}; does the server answer requests of a Range?")
+    return contents
 
 
 def words_of(words: dict[str, bytes]) -> tuple[str | None, str | None, list[str]]:

@@ -8,12 +8,15 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
+import socket
 import tarfile
 import threading
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +34,7 @@ from kit.data.buckets import Bucket
 from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
-from kit.data.webdataset import ShardClips, list_shards
+from kit.data.webdataset import ShardClips, list_shards, written_out
 from kit.files import written_aside
 from kit.media import write_video
 from tests.fixtures import CLIP, QUICK, TOKENIZER
@@ -190,6 +193,114 @@ def test_shards_in_object_storage_and_by_pattern(packed):
     assert len(ShardClips(str(packed / "train-2.tar"), "all", **SHAPE).files) == 4
 
 
+class Shards(ThreadingHTTPServer):
+    """Serves the files of a folder by ranges of their bytes, without a list of them.
+
+    Attributes: asked, the range of each GET; cut, number of bytes after which an answer ends, while it is set.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Range)
+        self.folder, self.asked, self.cut = folder, [], None
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_):
+        """Says nothing of clients that end a connection."""
+
+
+class Range(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        path = self.server.folder / self.path[1:]
+        if not path.is_file():
+            self.send_error(404)
+            return b""
+        contents, wanted = path.read_bytes(), self.headers.get("Range")
+        first, last = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted).groups() if wanted else (0, len(contents) - 1)
+        part = contents[int(first) : int(last) + 1]
+        self.send_response(206 if wanted else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(contents)}")
+        self.end_headers()
+        return part
+
+    def do_GET(self):
+        part = self.do_HEAD()
+        self.server.asked.append(len(part))
+        self.wfile.write(part[: self.server.cut])
+
+    def log_message(self, *_):
+        """Keeps the tests' output clean."""
+
+
+@pytest.fixture
+def decoded_here(monkeypatch):
+    """Decodes files in the process that asks, whatever its patience with storage: another takes seconds to start."""
+    monkeypatch.setattr("kit.data.clips.open_video", lambda path, backend, _: decode.open_video(path, backend))
+
+
+@pytest.fixture
+def server(packed, decoded_here, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = Shards(packed)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_shards_over_http(packed, server):
+    """In a loader's worker too; of a clip just its own bytes come."""
+    here = ShardClips(packed, "all", **SHAPE)
+    there = ShardClips(f"{server.address}/train-{{0..2}}.tar", "all", **SHAPE)
+    assert there.files == [f"{server.address}/{Path(name).parent.name}/{Path(name).name}" for name in here.files]
+    server.asked.clear()
+    gc.collect()
+    (batch,) = DataLoader(Subset(there, [7]), num_workers=1, multiprocessing_context="fork")
+    assert torch.equal(batch["video"][0], here[7]["video"]) and batch["caption"] == ["clip 07"]
+    assert server.asked == [there.bytes_of(there.files[7])]
+
+
+def test_a_connection_that_is_cut_off_costs_the_clip(packed, server):
+    source = ShardClips(f"{server.address}/train-1.tar", "all", patience=None, **SHAPE)
+    server.cut = 100
+    with pytest.raises(OSError, match="cannot reach .*train-2.tar"):  # which is not broken
+        ShardClips(f"{server.address}/train-2.tar", "all", **SHAPE)
+    with pytest.warns(UserWarning, match=r"train-1.tar/04.mp4: Client\w*Error: "):
+        assert source._read(source.files[0]) is None
+    server.cut = None
+    assert source._read(source.files[0]) is not None, "it is tried again"
+    assert [path.name for path in source.unreadable] == ["04.mp4"]
+
+
+@pytest.mark.parametrize("root, told", [("train-{0..3}.tar", "train-3.tar"), ("train-*.tar", "train-*.tar")])
+def test_shards_that_are_not_there_are_told(server, root, told):
+    with pytest.raises(OSError, match=f"{re.escape(f'{server.address}/{told}')}"):
+        ShardClips(f"{server.address}/{root}", "all", **SHAPE)
+
+
+def test_a_server_that_is_down_is_told(tmp_path, capsys):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    for root in ("train-*.tar", ""):
+        with pytest.raises(OSError, match=re.escape(f"cannot reach {address}/{root} (Client")):
+            ShardClips(f"{address}/{root}", **SHAPE)
+    words = [f"root={tmp_path}", "data=shards", f"data.root={address}/train-{{0..2}}.tar", *CLIP, *TOKENIZER, *QUICK]
+    assert main(["fit", "conf=stage1_tokenizer", *words]) == 1
+    told = capsys.readouterr().err
+    assert f"cannot reach {address}/train-0.tar (Client" in told and "Cannot connect to host" in told
+
+
+def test_numbers_in_braces_are_written_out():
+    assert written_out("a-{08..11}-{1..2}.tar") == [f"a-{i}-{j}.tar" for i in ("08", "09", "10", "11") for j in (1, 2)]
+    assert written_out("{a..b}/{1,2}.tar") == ["{a..b}/{1,2}.tar"]
+
+
 def test_brackets_may_be_part_of_a_name(tmp_path):
     shard = tmp_path / "clips [1]" / "a.tar"
     shard.parent.mkdir()
@@ -316,20 +427,19 @@ class Hanging(MemoryFileSystem):
     def _strip_protocol(cls, path):
         return super()._strip_protocol(path.replace("hanging://", "memory://"))
 
-    def _open(self, path, *args, **kwargs):
+    def cat_file(self, path, *args, **kwargs):
         if any(path.endswith(name) for name in self.hung):
             self.answers.wait()
-        return super()._open(path, *args, **kwargs)
+        return super().cat_file(path, *args, **kwargs)
 
 
 @pytest.fixture
-def hanging(packed, monkeypatch):
-    """The shards in a storage of which the first one's clips do not come; files are decoded in this process."""
+def hanging(packed, decoded_here, monkeypatch):
+    """The shards in a storage of which the first one's clips do not come."""
     fsspec.register_implementation("hanging", Hanging, clobber=True)
     storage = fsspec.filesystem("hanging")
     for path in packed.iterdir():
         storage.pipe(f"/bucket/{path.name}", path.read_bytes())
-    monkeypatch.setattr("kit.data.clips.open_video", lambda path, backend, _: decode.open_video(path, backend))
     source = ShardClips("hanging://bucket", "all", patience=0.2, **SHAPE)
     monkeypatch.setattr(Hanging, "answers", threading.Event())
     monkeypatch.setattr(Hanging, "hung", {"train-0.tar"})
@@ -368,7 +478,7 @@ def test_a_shard_that_cannot_be_reached_is_not_left_out(packed, monkeypatch, cal
 
     monkeypatch.setattr(webdataset, "list_shards", lambda _: [str(packed / "train-0.tar")])
     monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, call, times_out)
-    with pytest.raises(OSError, match=r"cannot reach the shard .*train-0.tar \(TimeoutError: no answer\); try again"):
+    with pytest.raises(OSError, match=r"cannot reach .*train-0.tar \(TimeoutError: no answer\); try again"):
         ShardClips(packed, "all", **SHAPE)
 
 
