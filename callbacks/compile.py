@@ -1,4 +1,4 @@
-"""torch.compile for the layers of a generator."""
+"""torch.compile for the layers of a generator or the residual blocks of a tokenizer."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from kit.machine import can_compile
+from kit.tokenizer import Tokenizer
 
-SHAPES = 64  # of clips and of images that layers are compiled for; further shapes run uncompiled
+SHAPES = 64  # of clips and of images, at each level of a tokenizer, that layers are compiled for; further ones run uncompiled
 
 
 class CompileLayers(L.Callback):
-    """Compiles a transformer's layers for training; validation and sampling, whose shapes vary, compile nothing more.
+    """Compiles a model's layers, one by one, for training; validation and sampling, whose shapes vary, compile nothing more.
+
+    A tokenizer's are its residual blocks: its whole encoder and decoder take three times as long to compile and, on a CPU,
+    are slower than uncompiled. What is compiled keeps its weights and their names.
 
     Args:
-        least_steps: a run with fewer steps is not compiled, since compiling takes some ten seconds. Neither is one on a
-            machine that cannot compile: no C++ compiler, no Triton.
+        least_steps: a run with fewer steps is not compiled, since compiling takes some ten seconds, of a tokenizer more.
+            Neither is one on a machine that cannot compile: no C++ compiler, no Triton. -1: no run is.
     """
 
     def __init__(self, least_steps: int = 300):
         self.least_steps, self.compiled = least_steps, False
 
     def on_fit_start(self, trainer, module):
-        layers = getattr(module.model, "layers", None)
-        if layers is None or not 0 <= self.least_steps <= trainer.max_steps or not can_compile():
+        if not 0 <= self.least_steps <= trainer.max_steps or not can_compile():
             return
         rank_zero_info("  compiling the layers: the first step of each shape takes some ten seconds")
         torch._dynamo.config.cache_size_limit = max(SHAPES, torch._dynamo.config.cache_size_limit)
-        for layer in layers:
+        for layer in module.model.blocks if isinstance(module.model, Tokenizer) else module.model.layers:
             layer.compile(dynamic=False)
         self.compiled = True
 

@@ -210,7 +210,7 @@ def tokenizer_module(cfg: DictConfig, clip: dict, perceptual: Perceptual | None 
     """
     return TokenizerModule(
         plain(cfg.tokenizer), plain(cfg.loss), plain(cfg.optimizer), clip, cfg.trainer.max_steps, plain(cfg.scale_dropout),
-        cfg.seed, perceptual,
+        cfg.seed, perceptual, recompute=cfg.recompute,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from callbacks import EMA
-from kit.build import build_data, build_generator_module, build_trainer
+from kit.build import BUILDERS, build_data, build_trainer
 from kit.checkpoint import read_checkpoint
 from kit.cli import main
 from kit.fsdp import ShardedStrategy, local
@@ -179,7 +179,6 @@ ADVERSARIAL = [  # under Muon, with clipped and accumulated gradients, and entro
     "loss.adversarial.lecam=0.1", "loss.entropy_weight=0.1", "loss.adversarial.width=16", "callbacks.ema.decay=0.9",
     "trainer.val_check_interval=4",
 ]  # fmt: skip
-SHARED = [word for word in TWO if not word.startswith("recompute")]
 
 
 def test_a_tokenizer_and_its_discriminators_train_as_in_one_process_and_go_on_in_another_number(tmp_path):
@@ -188,7 +187,7 @@ def test_a_tokenizer_and_its_discriminators_train_as_in_one_process_and_go_on_in
     The first two of six steps are before the discriminators' start; their checkpoints are one file.
     """
     metrics = ["train/loss", "train/entropy", "val/psnr"]
-    ways = {"one": ONE, "two": SHARED}
+    ways = {"one": ONE, "two": TWO}
 
     def train(ways: dict, *words: str, start: int, metrics: list[str]):
         one, two = (fit(tmp_path, n, None, *way, *ADVERSARIAL, *words, conf="stage1_tokenizer") for n, way in ways.items())
@@ -199,7 +198,7 @@ def test_a_tokenizer_and_its_discriminators_train_as_in_one_process_and_go_on_in
         assert_alike(found, expected)
 
     train(ways, "recipe.tokenizer.steps=2", "loss.adversarial.start=0.99", start=0, metrics=metrics)
-    others = {"one": [*SHARED, IN_SHARDS[-1]], "two": ONE}
+    others = {"one": IN_SHARDS, "two": ONE}
     turn = ["recipe.tokenizer.steps=6", "loss.adversarial.start=0.34", "ckpt=last"]
     train(others, *turn, start=1, metrics=[*metrics, "train/discriminator", "train/lecam", "train/adversarial"])
     assert len(losses(tmp_path / "one", 1, "train/discriminator")) == 8
@@ -240,11 +239,12 @@ def test_validation_without_pictures_leaves_the_weights_as_they_were(pair, tmp_p
     assert losses(tmp_path / "2") == losses(tmp_path / "50")
 
 
-def test_recompute_reaches_the_model(pair):
+@pytest.mark.parametrize("conf", ["stage1_tokenizer", "stage2_generator"])
+def test_recompute_reaches_the_model(conf, pair):
+    given = [*GENERATOR, f"tokenizer_ckpt={pair.tokenizer}"] if conf == "stage2_generator" else TOKENIZER
     for word in ("false", "true"):
-        words = ["data.batch_size=2", f"tokenizer_ckpt={pair.tokenizer}", f"recompute={word}"]
-        cfg = composed("stage2_generator", *CLIP, *GENERATOR, *words)
-        module = build_generator_module(cfg, build_data(cfg))
+        cfg = composed(conf, *CLIP, *given, "data.batch_size=2", f"recompute={word}")
+        module = BUILDERS[cfg.module](cfg, build_data(cfg))
         assert module.model.recompute == (word == "true") and "recompute" not in module.hparams
 
 

@@ -143,6 +143,21 @@ class Tokenizer(nn.Module):
             self.amplitude = nn.Parameter(torch.tensor(float(config.amplitude)))
         self.to(memory_format=torch.channels_last)  # the layout in which bfloat16 convolutions are fast
 
+    @property
+    def blocks(self) -> list[autoencoder.ResBlock]:
+        """The residual blocks of encoder and decoder, which do nearly all of the work."""
+        return [block for part in (self.encoder, self.decoder) for level in part.levels for block in level]
+
+    @property
+    def recompute(self) -> bool:
+        """Whether the backward pass computes the residual blocks' activations again instead of storing them."""
+        return self.encoder.levels[0].recompute
+
+    @recompute.setter
+    def recompute(self, recompute: bool):
+        for level in (*self.encoder.levels, *self.decoder.levels):
+            level.recompute = recompute
+
     def schedule(self, frames: int, height: int, width: int) -> ScaleSchedule:
         """The blocks of a clip of T x H x W pixels. Raises as `TokenizerConfig.schedule`."""
         return self.config.schedule(frames, height, width)

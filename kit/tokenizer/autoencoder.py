@@ -8,9 +8,11 @@ or the number of channels changes, a fixed shortcut carries the input past the c
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kit.recompute import recomputed
 from kit.scales import TAU
 from kit.tokenizer.causal import CausalConv3d, Stream, each_frame, fold, unfold
 
@@ -52,11 +54,23 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)), stream)
 
 
+class Level(nn.ModuleList):
+    """Residual blocks of one resolution, one after another."""
+
+    recompute = False  # whether the backward pass computes the blocks' activations again instead of storing them
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        again = self.recompute and stream is None and torch.is_grad_enabled()  # a stream would remember a chunk twice
+        for block in self:
+            x = recomputed(block, x) if again else block(x, stream)
+        return x
+
+
 def residual_levels(widths: tuple[int, ...], blocks: int, temporal: bool) -> nn.ModuleList:
     """Builds the residual blocks of each level, fine to coarse. Time is mixed at the coarsest level, where it is cheapest."""
     coarsest = len(widths) - 1
     return nn.ModuleList(
-        nn.ModuleList(ResBlock(c, c, temporal and i == coarsest) for _ in range(blocks)) for i, c in enumerate(widths)
+        Level(ResBlock(c, c, temporal and i == coarsest) for _ in range(blocks)) for i, c in enumerate(widths)
     )
 
 
@@ -138,8 +152,7 @@ class Encoder(nn.Module):
         for i, level in enumerate(self.levels):
             if i:
                 x = self.downs[i - 1](x)
-            for block in level:
-                x = block(x, stream)
+            x = level(x, stream)
         y = self.head(F.silu(self.norm(x)), stream)
         return y + self.shortcut(x).to(y.dtype)
 
@@ -171,8 +184,7 @@ class Decoder(nn.Module):
         for i, level in enumerate(self.levels):
             if i:
                 x = self.ups[i - 1](x)
-            for block in level:
-                x = block(x, stream)
+            x = level(x, stream)
         x = self.head(F.silu(self.norm(x)), stream)
         started = stream is not None and stream.started(self)
         return unfold(x, self.tau, self.patch, started)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kit.tokenizer import autoencoder
-from kit.tokenizer.autoencoder import ResBlock, kernel
+from kit.tokenizer.autoencoder import Level, ResBlock, kernel
 from kit.tokenizer.causal import CausalConv3d, Stream, each_frame
 
 MIDDLE = 2  # additional residual blocks at the coarsest level, last in the encoder and first in the decoder
@@ -54,10 +54,10 @@ class Upsample(CausalConv3d):
         return super().forward(F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest"), stream)
 
 
-def level(inputs: int, outputs: int, blocks: int, temporal: bool) -> nn.ModuleList:
+def level(inputs: int, outputs: int, blocks: int, temporal: bool) -> Level:
     """Builds the residual blocks of a level; the first one changes the channels."""
     widths = (inputs, *[outputs] * blocks)
-    return nn.ModuleList(ResBlock(a, b, temporal, FrameNorm) for a, b in pairwise(widths))
+    return Level(ResBlock(a, b, temporal, FrameNorm) for a, b in pairwise(widths))
 
 
 class Encoder(autoencoder.Encoder):

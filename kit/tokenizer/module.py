@@ -50,6 +50,8 @@ class TokenizerModule(L.LightningModule):
         scale_dropout: stochastic depth: each of the `last` scales of a clip is left out with probability `p`.
         seed: for random choices of scales and frames, which depend on it and on the clips' numbers only.
         perceptual: network of the perceptual loss, if there is one; None: loads it as `loss` says.
+        recompute: whether the backward pass computes each residual block again instead of storing its activations (activation
+            checkpointing): less memory, a fifth more arithmetic.
     Raises:
         ValueError, FileNotFoundError: for wrong values, or a perceptual loss without its weights.
     """
@@ -58,12 +60,13 @@ class TokenizerModule(L.LightningModule):
 
     def __init__(
         self, tokenizer: dict, loss: dict, optimizer: dict, clip: dict, steps: int, scale_dropout: dict, seed: int,
-        perceptual: Perceptual | None = None,
+        perceptual: Perceptual | None = None, recompute: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.save_hyperparameters(ignore=["perceptual"])
+        self.save_hyperparameters(ignore=["perceptual", "recompute"])
         self.automatic_optimization = False
         self.model = Tokenizer(TokenizerConfig.from_dict(tokenizer))
+        self.model.recompute = recompute
         self.enter(clip)
         self.loss, self.optimizer, self.steps, self.seed = loss, optimizer, steps, seed
         self.scale_dropout = scale_dropout

@@ -96,13 +96,19 @@ def held_for_real(cfg: DictConfig, bfloat16: bool) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "bfloat16, words",
     [
-        (False, ("stage1_tokenizer", *FULL, "optimizer.name=adamw")),
+        (False, ("stage1_tokenizer", *FULL, "recompute=true", "optimizer.name=adamw")),
         (True, ("stage1_tokenizer", *FULL, "optimizer.accumulate=3")),
         (False, ("stage2_generator", "encoded_clips=0", "recompute=true", "optimizer.name=adamw")),
         (True, ("stage2_generator", "encoded_clips=0", "trainer.accumulate_grad_batches=2")),
         (True, ("stage2_generator", "encoded_clips=0", "recompute=true")),
     ],
-    ids=["tokenizer", "tokenizer-bfloat16", "generator-recompute", "generator-bfloat16", "generator-recompute-bfloat16"],
+    ids=[
+        "tokenizer-recompute",
+        "tokenizer-bfloat16",
+        "generator-recompute",
+        "generator-bfloat16",
+        "generator-recompute-bfloat16",
+    ],
 )
 def test_paper_comes_to_what_real_tensors_do(bfloat16, words):
     cfg = resolved(*words, "size=tiny", *CLIPS)
@@ -138,9 +144,20 @@ def test_what_is_held_is_weights_moments_and_average():
     assert held - memory_of(without, data, "cuda", True)[0] == pytest.approx(trained, rel=0.001)
 
 
+@pytest.mark.parametrize("conf, clips", [("stage0_image_tokenizer", 32), ("stage1_tokenizer", 8)])
+def test_recomputed_blocks_take_less(conf, clips):
+    of = [
+        resolved(conf, "size=tiny", f"data.batch_size={clips}", f"recompute={recompute}") for recompute in ("false", "true")
+    ]
+    (held, most), (same, less) = (memory_of(cfg, stages_of(cfg)[0][2], "cuda", bfloat16=True) for cfg in of)
+    assert held == same and less - same < 0.75 * (most - held)
+
+
 @pytest.mark.parametrize("size, fits, gib", [("base", "12GB", 12), ("L", "24GB", 24)])
-def test_presets_fit(size, fits, gib):
-    """They leave a tenth for the CUDA context, buffers of libraries and rounding by the allocator."""
-    for conf in ("stage1_tokenizer", "stage2_generator"):
-        cfg = resolved(conf, f"size={size}", f"fits={fits}")
+def test_presets_fit(size, fits, gib, shared):
+    """They leave a tenth for the CUDA context, buffers of libraries and rounding by the allocator; a tokenizer's with all
+    losses."""
+    judged = ["loss.perceptual.kind=st-lpips", f"loss.perceptual.weights={shared / 'weights' / 'stlpips_vgg_fp16.pt'}"]
+    for conf, losses in (("stage1_tokenizer", ["loss=full", *judged]), ("stage2_generator", [])):
+        cfg = resolved(conf, f"size={size}", f"fits={fits}", *losses)
         assert memory_of(cfg, stages_of(cfg)[0][2], "cuda", bfloat16=True)[1] < 0.9 * gib * 2**30

@@ -1,15 +1,23 @@
-"""Shortcuts around layers that change resolution or channels: the output of a layer whose convolution gives 0."""
+"""Encoder and decoder: shortcuts around layers that change resolution or channels, blocks recomputed and compiled."""
 
 from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from callbacks import CompileLayers
 from kit.data.shapes import Shapes
 from kit.inspection import bit_use
+from kit.machine import can_compile
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.autoencoder import Downsample, FromLatent, ResBlock, Upsample, fit_channels
+from kit.tokenizer.causal import Stream
+from tests.conftest import randomise
+from tests.fixtures import CLOSE, INFINITY
 
 
 def silent(layer: nn.Module) -> nn.Module:
@@ -79,3 +87,66 @@ def test_the_feature_has_a_shortcut_past_norm_and_activation():
 def test_a_new_block_changes_nothing():
     x = torch.randn(2, 8, 3, 4, 4)
     assert torch.equal(ResBlock(8, 8, temporal=True)(x), x)
+
+
+def trained(model: Tokenizer, video: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the reconstruction of a training step, and the gradient of each weight."""
+    output, _, _ = model(video)
+    model.zero_grad()
+    (output - video).square().mean().backward()
+    return {"output": output.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("frames", [5, 1])
+@pytest.mark.parametrize(
+    "config", [{"patch": 2, "widths": (8, 16, 16)}, {"architecture": "infinity", **INFINITY, "patch": 1}]
+)
+def test_what_is_recomputed_is_what_was(config, frames):
+    """Reconstruction and gradients are the same to the last bit, of clips and images, and less is kept for the backward
+    pass."""
+    model = randomise(Tokenizer(TokenizerConfig(**{"bits": 8, **config}, scales=(1, 2, 4), temporal=frames > 1)))
+    video, names, sizes, found = torch.rand(2, 3, frames, 16, 16) * 2 - 1, [*model.state_dict()], [], []
+    for model.recompute in (False, True):
+        held = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, held=held: held.update({x.data_ptr(): x.nbytes}) or x, lambda x: x
+        ):
+            found.append(trained(model, video))
+        sizes.append(sum(held.values()))
+    assert model.recompute and [*model.state_dict()] == names
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert sizes[1] < 0.75 * sizes[0]
+
+
+def test_a_stream_goes_through_recomputed_blocks_once(make_tokenizer):
+    """Gradients through a clip that is coded chunk by chunk are those of the whole."""
+    model, video, found = make_tokenizer(), torch.rand(1, 3, 9, 8, 8) * 2 - 1, []
+    model.recompute = True
+    for chunks in ([9], [1, 8]):
+        model.zero_grad()
+        stream = Stream()
+        torch.cat([model.encode(chunk, stream) for chunk in video.split(chunks, dim=2)], dim=2).pow(3).sum().backward()
+        found.append([p.grad.clone() for p in model.encoder.parameters()])
+    torch.testing.assert_close(*found, **CLOSE)
+
+
+@pytest.mark.skipif(not can_compile(), reason="torch.compile does not work here")
+def test_compiled_blocks_train_alike(monkeypatch):
+    """Also recomputed; weights keep their names, and clips coded chunk by chunk are as before. Traced and differentiated as
+    ever, but not made into machine code, which takes half a minute."""
+    compile_block = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_block(self, backend="aot_eager", **how))
+    plain = randomise(Tokenizer(TokenizerConfig(bits=4, scales=(1, 2), patch=2, widths=(8,), blocks=1)))
+    model, video, stream = copy.deepcopy(plain), torch.rand(2, 3, 5, 4, 4) * 2 - 1, Stream()
+    run, module, callback = SimpleNamespace(max_steps=3), SimpleNamespace(model=model), CompileLayers(least_steps=0)
+    callback.on_fit_start(run, module)
+    assert len(model.blocks) == 2 and all(block._compiled_call_impl is not None for block in model.blocks)
+    callback.on_train_batch_start(run, module, None, 0)
+    model.recompute = True
+    torch.testing.assert_close(trained(model, video), trained(plain, video), atol=1e-4, rtol=1e-4)
+    callback.on_train_batch_end(run, module, None, None, 0)
+    with torch.no_grad():
+        chunks = [model.encode(chunk, stream) for chunk in video.split([1, 4], dim=2)]
+        torch.testing.assert_close(torch.cat(chunks, dim=2), plain.encode(video), **CLOSE)
+    callback.on_fit_end(run, module)
+    assert [*model.state_dict()] == [*plain.state_dict()]
