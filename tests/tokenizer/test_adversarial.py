@@ -10,7 +10,6 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-from torch.nn import functional as F
 
 from callbacks import LossGuard
 from kit.checkpoint import load_tokenizer, read_checkpoint
@@ -29,7 +28,7 @@ from kit.tokenizer.losses import (
     perceptual_loss,
 )
 from kit.tokenizer.module import TokenizerModule, amplitude_of, chosen_frames, some_frames, weighted_sum
-from kit.tokenizer.quantizer import to_code, tokens_to_map
+from kit.tokenizer.quantizer import bits_to_feature, to_code, tokens_to_map
 from kit.values import plain
 from tests import fixtures
 from tests.fixtures import QUICK, composed, fit_tokenizer
@@ -158,32 +157,60 @@ def test_discriminators_learn_to_tell_noise_from_flat_clips():
     assert loss < 0.2
 
 
-def test_every_term_is_logged_raw_and_weighted():
-    recorder = train(make_module("loss.commitment_weight=0.5", "loss.motion_weight=2", "loss.entropy_weight=0.01"), 2)
-    logged = recorder.logged[-1]
-    weights = {"reconstruction": 1.0, "motion": 2.0, "commitment": 0.5, "entropy": 0.01}
-    weights |= {"adversarial": 0.1, "discriminator": 1.0, "lecam": 0.001}
-    for name, weight in weights.items():
-        assert logged[f"train/{name}_weighted"] == pytest.approx(weight * logged[f"train/{name}"], rel=1e-5), name
-    parts = [
-        logged[f"train/{name}_weighted"] for name in ("reconstruction", "motion", "commitment", "entropy", "adversarial")
-    ]
-    assert logged["train/loss"] == pytest.approx(sum(parts), rel=1e-5)
+class FarthestPixel(torch.nn.Module):
+    """Stands for a perceptual distance: of two pictures the largest difference."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a - b).abs().amax((1, 2, 3))
 
 
-def test_losses_of_a_step_are_those_of_its_tensors():
-    """The losses logged by the first iteration equal those computed here."""
-    module = make_module()
-    batch = torch.utils.data.default_collate([Shapes("train", 5, 16, 16, 8.0)[n] for n in range(2)])
+def entropy_by_hand(feature: torch.Tensor) -> torch.Tensor:
+    """1 - (entropy over the batch - entropy given the token) of the bits of a feature (B, d, F, 2, 2), in 1 x 1 and 2 x 2."""
+
+    def entropy(p: torch.Tensor) -> torch.Tensor:
+        return torch.special.entr(p).add(torch.special.entr(1 - p)).mean() / math.log(2)
+
+    coarse = feature.mean((3, 4), keepdim=True)
+    losses = []
+    for residual in (coarse, feature - coarse.sign() / feature.shape[1] ** 0.5):
+        p = 1 / (1 + (-2 * residual / residual.square().mean(1, keepdim=True).sqrt()).exp())
+        losses.append(1 - entropy(p.mean((0, 2, 3, 4))) + entropy(p))
+    return sum(losses) / 2
+
+
+@pytest.mark.parametrize("kind, power", [("l1", 1), ("l2", 2)])
+def test_losses_of_a_step_are_those_of_its_tensors(kind, power, monkeypatch):
+    """The losses logged by the first iteration, raw and weighted, and their sum equal those computed here by hand."""
+    monkeypatch.setattr("kit.tokenizer.module.load_perceptual", lambda *_: FarthestPixel())
+    weights = {"motion": 2.0, "commitment": 0.5, "entropy": 0.01, "perceptual": 0.3}
+    words = [f"loss.{name}{'.' if name == 'perceptual' else '_'}weight={weight}" for name, weight in weights.items()]
+    module = make_module(f"loss.reconstruction={kind}", "loss.adversarial.lecam=0.2", *words)
+    video = torch.stack([Shapes("train", 5, 16, 16, 8.0)[n]["video"] for n in range(2)])
     with torch.no_grad():
-        output = module.model(batch["video"])[0]
-        real, fake = module.discriminator(batch["video"]), module.discriminator(output)
+        output, feature = module.model(video)[0], module.model.encode(video)
+        code = bits_to_feature(module.model.bits(video), module.schedule)
+        real, fake = module.discriminator(video), module.discriminator(output)
+    error = output - video
+    expected = {
+        "reconstruction": error.abs().pow(power).mean(),
+        "motion": (error[:, :, 1:] - error[:, :, :-1]).abs().pow(power).mean(),
+        "commitment": (feature - code).square().sum(1).mean(),
+        "entropy": entropy_by_hand(feature),
+        "perceptual": error.abs().amax((1, 3, 4)).mean(),
+        "adversarial": -sum(f.mean() for f in fake) / 2,
+        "discriminator": sum((1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean() for r, f in zip(real, fake)) / 2,
+        "lecam": sum(
+            (r - f.mean()).clamp(min=0).square().mean() + (r.mean() - f).clamp(min=0).square().mean()
+            for r, f in zip(real, fake)
+        ) / 2,
+    }  # fmt: skip
+    weights |= {"reconstruction": 1.0, "adversarial": 0.1, "discriminator": 1.0, "lecam": 0.2}
     logged = train(module, 1).logged[0]
-    assert logged["train/adversarial"] == pytest.approx(-sum(f.mean().item() for f in fake) / 2, abs=1e-5)
-    hinge = [F.relu(1 - r).mean().item() + F.relu(1 + f).mean().item() for r, f in zip(real, fake)]
-    assert logged["train/discriminator"] == pytest.approx(sum(hinge) / 2, abs=1e-5)
-    calm = [F.relu(r - f.mean()).square().mean() + F.relu(r.mean() - f).square().mean() for r, f in zip(real, fake)]
-    assert logged["train/lecam"] == pytest.approx(sum(calm).item() / 2, abs=1e-5)
+    for name, loss in expected.items():
+        assert logged[f"train/{name}"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5), name
+        assert logged[f"train/{name}_weighted"] == pytest.approx(weights[name] * loss.item(), rel=1e-4, abs=1e-5), name
+    ours = sum(weights[name] * loss for name, loss in expected.items() if name not in ("discriminator", "lecam"))
+    assert logged["train/loss"] == pytest.approx(ours.item(), rel=1e-4)
     for anchor, r, f in zip(module.anchors, real, fake):
         assert anchor.tolist() == pytest.approx([r.mean().item(), f.mean().item()], abs=1e-5)
 
