@@ -61,20 +61,28 @@ def find_encoder(name: str, revision: str | None = None) -> EncoderSource:
         raise ImportError("a pretrained text encoder needs a package: pip install 'kit-videoar[hf]'") from error
     disable_progress_bar(), set_verbosity_error()
     source = os.environ.get(MOVED) or name
-    options = {"trust_remote_code": False}
-    found = folder_revision(Path(source)) if Path(source).is_dir() else None
-    if revision and (found is not None) == revision.startswith("files-"):
-        if found is None:
-            options["revision"] = revision
-        elif found != revision:
-            raise ValueError(
-                f"the text encoder in {source} is of revision {found}, the generator was trained with {revision}"
-            )
+    options, here = {"trust_remote_code": False}, Path(source).is_dir()
+    found = folder_revision(Path(source)) if here else ""
+    wanted = revision if revision and here == revision.startswith("files-") else None
+    if here and wanted not in (None, found):
+        raise ValueError(f"the text encoder in {source} is of revision {found}, the generator was trained with {wanted}")
     try:
+        if not here:
+            found = options["revision"] = hub_commit(source, wanted)
         config = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise _missing(source, error) from error
-    return EncoderSource(source, options, config, found or config._commit_hash or "")
+    return EncoderSource(source, options, config, found)
+
+
+def hub_commit(name: str, revision: str | None) -> str:
+    """Returns the commit of a name on the hub that a revision (None: the branch main) is now.
+
+    All of the encoder's files are then of this commit. Raises OSError or ValueError if there is none.
+    """
+    from transformers.utils import cached_file, extract_commit_hash
+
+    return extract_commit_hash(cached_file(name, "config.json", revision=revision or "main"), None)
 
 
 def open_tokenizer(source: EncoderSource):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -189,6 +190,33 @@ def test_a_generator_is_trained_and_used_with_it(pair, bert, tmp_path, monkeypat
     assert "KIT_TEXT_ENCODER=FOLDER" in capsys.readouterr().err
     monkeypatch.setenv("KIT_TEXT_ENCODER", str(moved))
     assert main([*generate, "name=found"]) == 0 and list((tmp_path / "found").glob("*.mp4"))
+
+
+def test_a_name_on_the_hub_is_kept_with_its_commit(pair, tmp_path, monkeypatch):
+    """Sampling takes the training's commit, also when the branch main has moved on: here to one that cannot be loaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository, commits = tmp_path / "hub" / "models--kit-tests--bert", ("a1" * 20, "b2" * 20)
+    folder, later = (repository / "snapshots" / commit for commit in commits)
+    save(folder, "bert")
+    later.mkdir()
+    shutil.copy(folder / "config.json", later)
+    main_branch = repository / "refs" / "main"
+    main_branch.parent.mkdir()
+    main_branch.write_text(commits[0])
+    words = ["condition.encoder=kit-tests/bert", "recipe.generator.steps=1", "trainer.val_check_interval=1"]
+    assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == 0
+    ckpt = tmp_path / "generator" / "checkpoints" / "last.ckpt"
+    config = load_generator(ckpt)[0].model.config.condition
+    assert (config.encoder, config.revision, config.channels) == ("kit-tests/bert", commits[0], 32)
+
+    main_branch.write_text(commits[1])
+    monkeypatch.setenv("KIT_CACHE", str(tmp_path / "empty"))  # no states are kept from the training
+    assert find_encoder("kit-tests/bert").revision == commits[1]
+    assert main(["generate", f"ckpt={ckpt}", f"root={tmp_path}", f"prompt={CAPTION}", "name=later"]) == 0
+    assert list((tmp_path / "later").glob("*.mp4")) and list((tmp_path / "empty" / "text").glob("*.sqlite"))
+    states = encoder_of("kit-tests/bert", revision=commits[0])([CAPTION])[0]
+    assert torch.equal(states, encoder_of(folder)([CAPTION])[0])
 
 
 @pytest.mark.parametrize("kind, told", [("bert", True), ("clip", True), ("t5", False)])
