@@ -11,7 +11,6 @@ from kit.data.staged import StagedClips
 from kit.fsdp import check_unused
 from kit.loop import batches_done, batches_of_a_step
 from kit.stages import Stage, starts
-from kit.tokenizer.module import check_adaptive
 from kit.values import check_choice
 
 
@@ -49,16 +48,13 @@ class StageSwitch(L.Callback):
         """Checks that the stages can be trained.
 
         Raises:
-            ValueError: if there are no stages, or a stage shall train parts that do not exist; as `check_unused` and
-                `check_adaptive`.
+            ValueError: if there are no stages, or a stage shall train parts that do not exist; as `check_unused`.
         """
         if not isinstance(trainer.datamodule, StagedClips):
             raise ValueError("callbacks.stage_switch is for trainings in stages: give stages, or callbacks.stage_switch=null")
         chosen = [stage for stage in trainer.datamodule.plan.stages if stage.train is not None]
         for stage in chosen:
             check_names(module, stage)
-        if module.kind == "tokenizer":
-            check_adaptive(module, trainer.datamodule.plan)
         if chosen:
             check_unused(trainer, f"stages.{chosen[0].name}.train")
 

@@ -371,16 +371,12 @@ def check_devices_of_tokenizer(trainer: L.Trainer, module: TokenizerModule):
     """Checks that a tokenizer can be trained on a trainer's devices.
 
     Raises:
-        ValueError: with sharded weights (trainer=fsdp), if it learns its amplitude, a single number that cannot be sharded,
-            or has the adaptive adversarial weight, which needs an unsharded weight of the decoder; else as `check_unused`.
+        ValueError: with sharded weights (trainer=fsdp), if it learns its amplitude, a single number that cannot be sharded;
+            else as `check_unused`.
     """
     if module.discriminator is not None:
         check_unused(trainer, "adversarial training")
-    if not isinstance(trainer.strategy, ShardedStrategy):
-        return
-    for key, asked in (
-        ("tokenizer.learned_amplitude", module.model.config.learned_amplitude),
-        ("loss.adversarial.adaptive", module.discriminator is not None and module.loss["adversarial"]["adaptive"]),
-    ):
-        if asked:
-            raise ValueError(f"trainer=fsdp cannot train with {key}=true; set it to false, or use trainer=default")
+    if isinstance(trainer.strategy, ShardedStrategy) and module.model.config.learned_amplitude:
+        raise ValueError(
+            "trainer=fsdp cannot train with tokenizer.learned_amplitude=true; set it to false, or use trainer=default"
+        )

@@ -176,6 +176,7 @@ def test_compiled_layers_train_as_those_of_one_process_without(pair, tmp_path):
 
 ADVERSARIAL = [  # under Muon, with clipped and accumulated gradients, and entropy over the whole batch
     "recipe.tokenizer.optimizer=muon", "optimizer.clip=0.5", "optimizer.accumulate=2", "loss.adversarial.weight=0.1",
+    "loss.adversarial.adaptive=true",
     "loss.adversarial.lecam=0.1", "loss.entropy_weight=0.1", "loss.adversarial.width=16", "callbacks.ema.decay=0.9",
     "trainer.val_check_interval=4",
 ]  # fmt: skip
@@ -200,15 +201,14 @@ def test_a_tokenizer_and_its_discriminators_train_as_in_one_process_and_go_on_in
     train(ways, "recipe.tokenizer.steps=2", "loss.adversarial.start=0.99", start=0, metrics=metrics)
     others = {"one": IN_SHARDS, "two": ONE}
     turn = ["recipe.tokenizer.steps=6", "loss.adversarial.start=0.34", "ckpt=last"]
-    train(others, *turn, start=1, metrics=[*metrics, "train/discriminator", "train/lecam", "train/adversarial"])
+    train(others, *turn, start=1, metrics=[*metrics, "train/discriminator", "train/lecam", "train/adversarial_weighted"])
     assert len(losses(tmp_path / "one", 1, "train/discriminator")) == 8
     assert len(list((tmp_path / "one" / "media").glob("step*.png"))) > 0
 
 
-@pytest.mark.parametrize("word", ["tokenizer.learned_amplitude=true", "loss.adversarial.adaptive=true"])
-def test_what_fsdp_cannot_do_for_a_tokenizer_is_told(word, tmp_path, capsys):
-    words = ["conf=stage1_tokenizer", "trainer=fsdp", "debug=smoke", f"root={tmp_path}", "loss.adversarial.weight=0.1"]
-    assert main(["fit", *words, *CLIP, word]) == 1
+def test_what_fsdp_cannot_do_for_a_tokenizer_is_told(tmp_path, capsys):
+    word, words = "tokenizer.learned_amplitude=true", ["trainer=fsdp", "debug=smoke", f"root={tmp_path}"]
+    assert main(["fit", "conf=stage1_tokenizer", *words, *CLIP, word]) == 1
     assert f"trainer=fsdp cannot train with {word}; set it to false" in capsys.readouterr().err
 
 

@@ -188,3 +188,15 @@ class Decoder(nn.Module):
         x = self.head(F.silu(self.norm(x)), stream)
         started = stream is not None and stream.started(self)
         return unfold(x, self.tau, self.patch, started)
+
+    def head_gradient(self, hidden: Tensor, slope: Tensor) -> Tensor:
+        """Computes the gradient at the head's weight from its input and the gradient at the pixels, without the weight,
+        which may be sharded.
+
+        Args:
+            hidden: (B, C, F, h, w), the head's input. slope: (B, 3, T, H, W), of a whole clip.
+        """
+        slope = F.pad(slope, (0, 0, 0, 0, self.tau - 1, 0))  # `unfold` drops these frames
+        slope = fold(slope, self.tau, self.patch, started=True).to(hidden.dtype)
+        frames = [x.transpose(1, 2).flatten(0, 1) for x in (hidden, slope)]
+        return nn.grad.conv2d_weight(frames[0], self.head.weight.shape, frames[1], padding=self.head.padding).float()

@@ -103,17 +103,16 @@ def lecam_loss(real: list[Tensor], fake: list[Tensor], anchors: Tensor) -> Tenso
     return torch.stack(terms).mean()
 
 
-def adaptive_weight(reference: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
+def adaptive_weight(reference: Tensor, adversarial: Tensor) -> Tensor:
     """Ratio of the gradient norms of two losses at the decoder's last layer (VQGAN, arXiv 2012.09841, eq. 7), from the clips
     of all devices.
 
     Args:
-        reference, adversarial: scalars that depend on `last`, a weight.
+        reference, adversarial: gradients of the losses of this device's clips at the layer's weight.
     Returns:
-        a scalar in [0, 10,000], without gradient.
+        a scalar in [0, 10,000].
     """
-    slopes = [torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (reference, adversarial)]
-    pulls = [mean_over_ranks(slope).norm() for slope in slopes]
+    pulls = [mean_over_ranks(slope).norm() for slope in (reference, adversarial)]
     return (pulls[0] / (pulls[1] + 1e-4)).clamp(0, 1e4)
 
 

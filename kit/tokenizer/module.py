@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from kit.draws import Draws
 from kit.fsdp import ShardedStrategy
@@ -15,7 +18,6 @@ from kit.optim import KEYS, WarmupCosine, build_optimizer, check_optimizer
 from kit.perceptual import Perceptual, load_perceptual
 from kit.pixels import psnr
 from kit.ranks import mean_over_ranks
-from kit.stages import StagePlan, starts
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.discriminator import Discriminator
 from kit.tokenizer.losses import (
@@ -108,7 +110,9 @@ class TokenizerModule(L.LightningModule):
     def training_step(self, batch: dict, index: int):
         video = batch["video"]
         draws = Draws(self.seed, batch["n"])
-        output, features, steps = self.model(video, self.kept_scales(video, draws))
+        with inputs_of(self.model.decoder.head) as hidden:
+            output, features, steps = self.model(video, self.kept_scales(video, draws))
+        output = output.view_as(output)  # a gradient of this alone does not make a sharded model gather its weights
         entropy, kind = entropy_loss(steps, self.loss["entropy_inverse_temperature"]), self.loss["reconstruction"]
         terms = {
             "reconstruction": (1.0, reconstruction_loss(output, video, kind)),
@@ -122,7 +126,8 @@ class TokenizerModule(L.LightningModule):
             seen = perceptual_loss(self.perceptual, *(chosen_frames(x, frames) for x in (output, video)))
             terms["perceptual"] = (self.loss["perceptual"]["weight"], seen)
         if adversarial := self.adversarial_share:
-            terms["adversarial"] = self.adversarial_term(output, terms)
+            terms["adversarial"] = self.adversarial_term(output, terms, hidden[0])
+        hidden.clear()  # the backward pass frees it
         self.backward_of(terms)
         self.log("train/loss", weighted_sum(terms), prog_bar=True, sync_dist=True)
         if adversarial:
@@ -169,10 +174,13 @@ class TokenizerModule(L.LightningModule):
             return 0.0
         return min(1.0, done / max(1, round(self.loss["adversarial"]["warmup"] * self.steps)))
 
-    def adversarial_term(self, output: Tensor, terms: dict) -> tuple[Tensor | float, Tensor]:
+    def adversarial_term(self, output: Tensor, terms: dict, hidden: Tensor) -> tuple[Tensor | float, Tensor]:
         """Computes weight and loss of fooling the discriminators.
 
         The discriminators do not learn from it: only their gradient at the output is passed on to the tokenizer.
+
+        Args:
+            terms: the other losses, with their weights. hidden: what the decoder's last layer made the output of.
         """
         seen = output.detach().requires_grad_()
         loss = adversarial_loss(self.discriminator(seen))
@@ -182,8 +190,11 @@ class TokenizerModule(L.LightningModule):
         loss = loss.detach() + pull - pull.detach()
         weight = self.adversarial_share * self.loss["adversarial"]["weight"]
         if self.loss["adversarial"]["adaptive"]:
-            seen = {name: term for name, term in terms.items() if name in ("reconstruction", "motion", "perceptual")}
-            weight = weight * adaptive_weight(weighted_sum(seen), loss, self.model.decoder.head.weight)
+            others = {name: term for name, term in terms.items() if name in ("reconstruction", "motion", "perceptual")}
+            with torch.autocast(self.device.type, enabled=False):
+                (other,) = torch.autograd.grad(weighted_sum(others), output, retain_graph=True)
+                pulls = [self.model.decoder.head_gradient(hidden, x) for x in (other, slope)]
+            weight = weight * adaptive_weight(*pulls)
         return weight, loss
 
     def discriminator_terms(self, video: Tensor, output: Tensor, number: int) -> dict:
@@ -237,20 +248,15 @@ class TokenizerModule(L.LightningModule):
         return optimizers, [{"scheduler": schedule, "interval": "step"} for schedule in schedules]  # the interval of logging
 
 
-def check_adaptive(module: TokenizerModule, plan: StagePlan):
-    """Checks that each stage trains the weight whose gradients `adversarial_term` compares.
-
-    Raises:
-        ValueError: if a stage does not, and lasts beyond the beginning of an adaptive adversarial loss.
-    """
-    if module.discriminator is None or not module.loss["adversarial"]["adaptive"]:
-        return
-    for stage, end in zip(plan.stages, starts([stage.steps for stage in plan.stages])[1:]):
-        if stage.train and end > module.start and not "decoder.head.weight".startswith(tuple(stage.train)):
-            raise ValueError(
-                f"stages.{stage.name}.train={list(stage.train)}: loss.adversarial.adaptive=true weighs losses by what they "
-                f"ask of decoder.head, which does not learn then; add decoder.head, or set loss.adversarial.adaptive=false"
-            )
+@contextmanager
+def inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Lists what a layer is given within a block, detached."""
+    given: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].detach()))
+    try:
+        yield given
+    finally:
+        handle.remove()
 
 
 def some_frames(frames: int, wanted: int | None, draws: Draws) -> Tensor | None:

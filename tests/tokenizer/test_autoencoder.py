@@ -16,6 +16,7 @@ from kit.machine import can_compile
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.autoencoder import Downsample, FromLatent, ResBlock, Upsample, fit_channels
 from kit.tokenizer.causal import Stream
+from kit.tokenizer.module import inputs_of
 from tests.conftest import randomise
 from tests.fixtures import CLOSE, INFINITY
 
@@ -87,6 +88,18 @@ def test_the_feature_has_a_shortcut_past_norm_and_activation():
 def test_a_new_block_changes_nothing():
     x = torch.randn(2, 8, 3, 4, 4)
     assert torch.equal(ResBlock(8, 8, temporal=True)(x), x)
+
+
+@pytest.mark.parametrize("frames", [5, 1])
+def test_the_gradient_of_the_head_is_autograds(frames):
+    decoder = randomise(
+        Tokenizer(TokenizerConfig(bits=4, scales=(1, 2), patch=2, widths=(8, 16), temporal=frames > 1)).decoder
+    )
+    feature, video = torch.randn(2, 4, 1 + frames // 4, 2, 3), torch.randn(2, 3, frames, 8, 12)
+    with inputs_of(decoder.head) as hidden:
+        output = decoder(feature)
+    slope, expected = torch.autograd.grad((output - video).pow(4).sum(), [output, decoder.head.weight])
+    torch.testing.assert_close(decoder.head_gradient(*hidden, slope), expected, atol=1e-3, rtol=1e-4)
 
 
 def trained(model: Tokenizer, video: torch.Tensor) -> dict[str, torch.Tensor]:
