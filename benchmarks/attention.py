@@ -7,7 +7,6 @@ python benchmarks/attention.py     JSON lines, in milliseconds: medians for atte
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from kit.generator import mask  # noqa: E402
 from kit.generator.transformer import Generator, GeneratorConfig, attend  # noqa: E402
 from kit.machine import keep_freed_memory  # noqa: E402
 from kit.scales import ScaleSchedule  # noqa: E402
+from runs import machine_facts  # noqa: E402
 
 
 def milliseconds(attention, shape: tuple[int, ...], repeats: int = 20) -> float:
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     result = {
         "shape": shape, "plain_ms": milliseconds(attend, shape),
         "fused_ms": milliseconds(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m), shape),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
+        "threads": torch.get_num_threads(), **machine_facts(),
     }  # fmt: skip
     print(json.dumps(result), flush=True)
     for sequence in ((5, 8, 8), (9, 8, 4), (17, 8, 2), (5, 16, 2), (9, 16, 1), (17, 16, 1)):

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
+from runs import machine_facts
 
 CLIPS = (100, 500)
 
@@ -34,8 +33,7 @@ def measure(clips: int, real: str, ckpt: str, overrides: list[str]) -> dict:
         result = json.loads(next(Path(folder).glob("*/evaluation.json")).read_text())
         return {
             "clips": clips, "metrics": list(result["metrics"]), "seconds": round(time.perf_counter() - begin, 1),
-            "peak_memory_gb": round(usage.ru_maxrss / 2**20, 3), "cpus": os.cpu_count(), "machine": platform.processor(),
-            "torch": torch.__version__,
+            "peak_memory_gb": round(usage.ru_maxrss / 2**20, 3), **machine_facts(),
         }  # fmt: skip
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -32,7 +30,7 @@ from kit.sampling import stream_samples
 from kit.scales import latent_frames, pixel_frames
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.values import plain
-from runs import composed
+from runs import composed, machine_facts
 
 LENGTHS = (5, 50, 500)  # latent frames
 COUNTED = 20  # number of windows over which the early and the late time are medians
@@ -66,8 +64,7 @@ def measure(latents: int, words: list[str]) -> dict:
     windows = [sum(later[n : n + added]) / added for n in range(0, len(later) // added * added, added)]
     found = {
         "latent_frames": latents, "seconds_of_video": round(size[0] / clip["fps"], 1), "peak_mb": megabytes("VmHWM"),
-        "memory_before_mb": before, "words": words, "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
-        "torch": torch.__version__, "machine": platform.machine(),
+        "memory_before_mb": before, "words": words, "threads": torch.get_num_threads(), **machine_facts(),
     }  # fmt: skip
     if windows:
         early, late = windows[2 : 2 + COUNTED], windows[-COUNTED:]  # from about the tenth latent frame on

@@ -23,14 +23,14 @@ from omegaconf import DictConfig
 
 from kit.build import BUILDERS, build_data, build_trainer, tokenizer_config
 from kit.planning.plan import memory_of, stages_of
-from runs import composed
+from runs import composed, machine_facts
 
 QUIET = (
     "trainer.max_steps=3", "+trainer.limit_val_batches=0", "data.workers=0", "logger=csv",
     "callbacks.checkpoint=null", "callbacks.last=null", "callbacks.video_logger=null", "callbacks.compile=null",
     "callbacks.learning_rate=null",
 )  # fmt: skip
-SMALL = ("data.frames=5", "data.height=32", "data.width=32", "data.batch_size=1")
+SMALL = ("data.height=32", "data.width=32", "data.batch_size=1")
 
 
 def of_process(key: str) -> int:
@@ -56,13 +56,13 @@ def train(cfg: DictConfig) -> int:
 def main(conf: str, *words: str):
     cfg = composed(conf, [*words, *QUIET])
     whole = [word for word in words if not word.startswith("fits=")]  # the small batch is not split
-    train(composed(conf, [*whole, *QUIET, *SMALL]))
+    train(composed(conf, [*whole, *QUIET, *SMALL, f"data.frames={min(5, cfg.data.frames)}"]))
     measured = train(cfg)
     device, data = "cuda" if torch.cuda.is_available() else "cpu", stages_of(cfg)[0][2]
     _, most = memory_of(cfg, data, device, bfloat16="bf16" in cfg.trainer.precision)
     about = {"conf": conf, "words": words, "device": device, "precision": cfg.trainer.precision, "clips": data["batch_size"]}
     figures = {"estimated_gb": most / 1e9, "measured_gb": measured / 1e9, "ratio": most / measured}
-    print(json.dumps(about | {key: round(x, 3) for key, x in figures.items()}), flush=True)
+    print(json.dumps(about | {key: round(x, 3) for key, x in figures.items()} | machine_facts()), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from kit.confs import compose, located, register_resolvers
@@ -18,6 +21,22 @@ def composed(conf: str, words: list[str]) -> DictConfig:
     cfg = compose(located(conf), words)
     OmegaConf.resolve(cfg)
     return cfg
+
+
+def machine_facts() -> dict[str, str | int | None]:
+    """Returns what a measurement depends on: the processor, its cores, torch's version, and kit's commit (None outside git),
+    with a + if files were changed since."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    describe = ["git", "describe", "--always", "--match=", "--dirty=+"]
+    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "machine": models[0] if models else platform.machine(), "cpus": os.cpu_count(), "torch": torch.__version__,
+        "commit": commit,
+    }  # fmt: skip
 
 
 def kit(*words: str):

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import platform
 import re
 import sys
 import tempfile
@@ -28,7 +26,7 @@ from kit.media import video_writer
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.values import plain
 from kit.verbs.reconstruct import reconstruct_file
-from runs import composed
+from runs import composed, machine_facts
 
 VIDEOS = ((17, 128, 128), (170, 128, 128), (1700, 128, 128), (17, 1080, 1920), (170, 1080, 1920))
 
@@ -60,8 +58,7 @@ def measure(path: Path, frames: int, height: int, width: int) -> dict:
     return {
         "frames": frames, "height": height, "width": width, "peak_memory_mb": megabytes("VmHWM"),
         "memory_before_mb": before, "seconds": round(seconds, 1), "frames_per_second": round(frames / seconds, 1),
-        "bfloat16": fast_bfloat16(), "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
-        "machine": platform.machine(), "torch": torch.__version__,
+        "bfloat16": fast_bfloat16(), "threads": torch.get_num_threads(), **machine_facts(),
     }  # fmt: skip
 
 

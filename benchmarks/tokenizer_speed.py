@@ -9,7 +9,6 @@ of a 3 x 3 convolution of 128 channels on 5 frames of 32 x 32; products of 2048 
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import sys
 import time
@@ -22,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kit.machine import keep_freed_memory
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.values import plain
-from runs import composed
+from runs import composed, machine_facts
 
 FRAMES, SIDE = 17, 128
 
@@ -76,7 +75,7 @@ def main(*words: str):
         }  # fmt: skip
         about = {"words": words, "schedule": str(schedule), "dtype": str(dtype).removeprefix("torch."), "threads": 1}
         rounded = {name: float(f"{value:.3g}") for name, value in values.items()}
-        print(json.dumps({**about, **rounded, "torch": torch.__version__, "machine": platform.machine()}))
+        print(json.dumps({**about, **rounded, **machine_facts()}))
 
 
 if __name__ == "__main__":
