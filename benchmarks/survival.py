@@ -4,9 +4,10 @@ as one that was never killed.
     python benchmarks/survival.py FOLDER [kills=50] [seed=0] [conf=stage1_tokenizer] [key=value ...]
 
 Trains a tokenizer, or with conf=progressive tokenizer_ckpt=PATH a generator in three stages. Each kill, of all processes of
-the training, prints a line: the moment, the step of the checkpoint that was left, and whether that was whole. Every other
-kill waits until a save is under way. Each training that reaches its end prints a line that compares its result; the last line
-counts. Further words go to the training, such as trainer=fsdp trainer.devices=2 trainer.strategy.checkpoints=sharded.
+the training, prints a line: the moment, the step of the checkpoint that was left, and whether that was whole. The moments
+take turns: while a save is under way, some time after a start's first save, and at any time from the start of the process
+on, while it resumes or encodes clips too. Each training that reaches its end prints a line that compares its result; the last
+line counts. Further words go to the training, such as trainer=fsdp trainer.devices=2 trainer.strategy.checkpoints=sharded.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from kit.checkpoint import kind_of, read_checkpoint
 from kit.files import contents_hash
-from runs import logged, parted
+from runs import logged, machine_facts, parted
 
 RUN = (
     "size=tiny", "data.frames=5", "data.height=32", "data.width=32", "data.batch_size=4", "data.val_clips=4",
@@ -39,6 +41,8 @@ TRAININGS = {
     ),
 }  # fmt: skip
 LATE = 50  # a training is not killed in its last LATE steps
+MOMENTS = ("in a save", "after a save", "at any time")
+SPREAD = 6.0  # seconds after a save in which it is killed
 
 
 def start(root: Path, words: list[str]) -> subprocess.Popen:
@@ -61,29 +65,44 @@ def read(checkpoint: Path) -> dict:
     return read_checkpoint(checkpoint, kind_of(checkpoint))
 
 
-def kill_once(root: Path, words: list[str], in_save: bool, rng: random.Random) -> str:
-    """Starts or resumes the training, and kills it: during a save, or up to 6 s after its first save."""
+def wait(process: subprocess.Popen, condition: Callable[[], bool], pause: float = 0.001):
+    """Waits until a condition holds, or the process ends."""
+    while process.poll() is None and not condition():
+        time.sleep(pause)
+
+
+def wait_for_save(process: subprocess.Popen, last: Path, began: float) -> float:
+    """Waits for the first save of a training that began at a time; returns the seconds that it took."""
+    wait(process, lambda: last.exists() and last.stat().st_mtime > began)
+    return time.time() - began
+
+
+def kill_once(root: Path, words: list[str], moment: str, rng: random.Random, first_save: float) -> tuple[str, float]:
+    """Starts or resumes the training, and kills it.
+
+    Args:
+        moment: of MOMENTS. first_save: seconds that the start before took to its first save.
+    Returns:
+        the moment in words, and the seconds to the first save of this start, or those given if it had none.
+    """
     folder, began = root / "run" / "checkpoints", time.time()
     process = start(root, words)
-    last = folder / "last.ckpt"
-
-    def fresh(path: Path) -> bool:
-        return path.exists() and path.stat().st_mtime > began
-
-    delay = rng.uniform(0, 6)
-    while process.poll() is None and not fresh(last):
-        time.sleep(0.001)
-    end = time.monotonic() + (0 if in_save else delay)
-    while process.poll() is None and time.monotonic() < end:
-        time.sleep(0.001)
-    while in_save and process.poll() is None and saving(folder):  # the end of an earlier save, which removes old shards last
-        time.sleep(0.0002)
-    while in_save and process.poll() is None and not saving(folder):
-        time.sleep(0.0002)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    if moment == "at any time":
+        delay, since = rng.uniform(0, first_save + SPREAD), "its start"
+        wait(process, lambda: time.time() > began + delay)
+    else:
+        first_save = wait_for_save(process, folder / "last.ckpt", began)
+        delay, since, saved = rng.uniform(0, SPREAD), "a save", time.time()
+        if moment == "in a save":
+            wait(process, lambda: not saving(folder), 0.0002)  # the end of an earlier one, which removes old shards last
+            wait(process, lambda: saving(folder), 0.0002)
+        else:
+            wait(process, lambda: time.time() > saved + delay)
+    if process.poll() is not None:
+        return "none: the training had ended", first_save
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return "while saving" if in_save else f"{delay:.2f} s after a save"
+    return "while saving" if moment == "in a save" else f"{delay:.2f} s after {since}", first_save
 
 
 def main(folder: str, *words: str):
@@ -92,8 +111,10 @@ def main(folder: str, *words: str):
     words = [f"conf={conf}", *RUN, *TRAININGS[conf], *words]
     kills, rng = int(own.get("kills", 50)), random.Random(int(own.get("seed", 0)))
     whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-    start(whole, words).wait()
-    expected = read(whole / "run" / "checkpoints" / "last.ckpt")
+    begun, process, reached = time.time(), start(whole, words), whole / "run" / "checkpoints" / "last.ckpt"
+    first_save = wait_for_save(process, reached, begun)
+    process.wait()
+    expected = read(reached)
     losses = logged(whole / "run", "train/loss")
     shutil.rmtree(killed, ignore_errors=True)
     last, survived, runs = killed / "run" / "checkpoints" / "last.ckpt", 0, 0
@@ -101,7 +122,7 @@ def main(folder: str, *words: str):
         if step_of(last) > expected["global_step"] - LATE:  # near the end: finish this training, then start anew
             runs += compare(killed, words, expected, losses)
             shutil.rmtree(killed)
-        moment = kill_once(killed, words, number % 2 == 0, rng)
+        moment, first_save = kill_once(killed, words, MOMENTS[number % len(MOMENTS)], rng, first_save)
         try:
             step, good = step_of(last), True
         except ValueError as error:
@@ -109,7 +130,8 @@ def main(folder: str, *words: str):
         survived += good
         print(json.dumps({"kill": number + 1, "moment": moment, "checkpoint_step": step, "whole": good}), flush=True)
     runs += compare(killed, words, expected, losses)
-    print(json.dumps({"kills": kills, "whole_checkpoints": survived, "trainings_alike": runs}), flush=True)
+    found = {"kills": kills, "whole_checkpoints": survived, "trainings_alike": runs}
+    print(json.dumps({**found, "conf": conf, **machine_facts()}), flush=True)
 
 
 def compare(root: Path, words: list[str], expected: dict, losses: dict[int, float]) -> bool:
