@@ -26,7 +26,8 @@ def to_uint8(video: Tensor) -> np.ndarray:
 
 @contextmanager
 def video_writer(path: Path, fps: float, height: int, width: int) -> Iterator[Callable[[Tensor], None]]:
-    """Writes an H.264 mp4 that browsers play, whole or not at all. Odd sizes lose a pixel, as the format requires.
+    """Writes an H.264 mp4 that browsers play, whole or not at all. Its sizes are even, as the format requires: of odd ones
+    the last row or column is there twice.
 
     Yields:
         a function that adds the next frames (3, n, height, width), any number of them.
@@ -35,18 +36,17 @@ def video_writer(path: Path, fps: float, height: int, width: int) -> Iterator[Ca
     """
     if not NARROWEST <= min(height, width) <= max(height, width) <= WIDEST:
         raise ValueError(f"{path}: an mp4 has {NARROWEST} to {WIDEST} pixels a side, not {width} x {height}; cut the picture")
-    height, width = height // 2 * 2, width // 2 * 2
+    twice = (0, 0), (0, height % 2), (0, width % 2), (0, 0)  # of a video (T, H, W, 3)
     with written_aside(path) as aside, av.open(str(aside), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         # With its macroblock tree x264 writes the same small frames differently from run to run. `veryfast` takes half the
         # time of the default, for files of the same size.
         stream.options = {"crf": "12", "mbtree": "0", "preset": "veryfast"}
 
         def add(video: Tensor):
-            for frame in to_uint8(video):
-                pixels = np.ascontiguousarray(frame[:height, :width])
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            for frame in np.pad(to_uint8(video), twice, mode="edge"):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
 
         yield add
         container.mux(stream.encode())

@@ -106,7 +106,7 @@ class Scores:
 
 
 def fitting_note(tokenizer: Tokenizer, own: tuple[int, int], clip: ClipFile) -> str:
-    """Describes in words how a video is resized, taken at another rate and padded before it is encoded.
+    """Describes in words how a video is resized, taken at another rate and padded before it is encoded, and written.
 
     Args:
         own: (H, W) of the video.
@@ -118,6 +118,7 @@ def fitting_note(tokenizer: Tokenizer, own: tuple[int, int], clip: ClipFile) -> 
     size = "{1} x {0}".format(*own)
     size += " -> {1} x {0} (resized)".format(*scaled) if scaled != own else ""
     size += ", padded to {1} x {0}".format(*coded) if coded != scaled else ""
+    size += ", its last row twice in the mp4" if scaled[0] % 2 else ""  # of real | reconstruction the width is even
     length = f"{len(clip)} frame{'s' * (len(clip) != 1)}"
     if rates[0] != rates[1]:
         length = f"{len(clip.video)} frames at {rates[0]} fps -> {len(clip)} at {rates[1]}"

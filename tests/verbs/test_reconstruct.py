@@ -51,9 +51,9 @@ def test_each_frame_of_a_file_comes_back(tokenizer, tmp_path, frames, size, code
     by_scale = reconstruct_file(tokenizer, path, None, tmp_path / "out")
     assert [row["scales"] for row in by_scale] == [1, 2, 3]
     written = decoded(tmp_path / "out" / "reconstruction_0.mp4")
-    assert written.shape == (frames, coded[0] // 2 * 2, 2 * coded[1], 3)
-    real = ((open_clip_file(path, None, 0).read(*coded) + 1) * 127.5).permute(1, 2, 3, 0).numpy()[:, : written.shape[1]]
-    assert np.abs(written[:, :, : coded[1]] - real).mean() < 6  # through yuv420p
+    assert written.shape == (frames, coded[0] + coded[0] % 2, 2 * coded[1], 3)
+    real = ((open_clip_file(path, None, 0).read(*coded) + 1) * 127.5).permute(1, 2, 3, 0).numpy()
+    assert np.abs(written[:, : coded[0], : coded[1]] - real).mean() < 6  # through yuv420p
 
 
 def test_scores_are_those_of_the_whole_clip(tokenizer, tmp_path, monkeypatch):
@@ -95,6 +95,7 @@ def test_the_contact_sheet_shows_the_first_and_the_last_frame(tokenizer, tmp_pat
         ((1080, 1920), 50, False, "1920 x 1080 -> 228 x 128 (resized), padded to 232 x 128; 50 frames"),
         ((128, 128), 17, True, "128 x 128; 17 frames"),
         ((130, 128), 1, True, "128 x 130, padded to 128 x 136; 1 frame"),
+        ((175, 128), 1, True, "128 x 175, padded to 128 x 176, its last row twice in the mp4; 1 frame"),
         ((320, 256), 2, True, "256 x 320 -> 128 x 160 (resized); 2 frames padded to 5"),
     ],
 )
@@ -200,10 +201,23 @@ def test_its_own_input_and_what_an_error_meets_stay(pair, tmp_path, capsys):
     assert made.read_bytes() == before
 
 
-def test_command_on_a_picture(pair, tmp_path):
+def test_command_on_a_picture(pair, tmp_path, capsys):
     Image.new("RGB", (50, 70), "red").save(tmp_path / "a.png")
     assert run(pair, tmp_path, f"video={tmp_path / 'a.png'}") == 0
-    assert decoded(tmp_path / "out" / "reconstruction_0.mp4").shape == (1, 44, 64, 3)  # 45 rows, cut to an even number
+    assert (
+        "a.png: 50 x 70 -> 32 x 45 (resized), padded to 32 x 48, its last row twice in the mp4; 1 frame\n"
+        in capsys.readouterr().out
+    )
+    assert decoded(tmp_path / "out" / "reconstruction_0.mp4").shape == (1, 46, 64, 3)
+
+
+def test_odd_sizes_lose_nothing(tmp_path):
+    """An mp4 has even sizes: it is that of a video whose last row and column are repeated."""
+    video = moving(5, 17, 31)
+    repeated = torch.cat([video, video[:, :, -1:]], dim=2)
+    repeated = torch.cat([repeated, repeated[..., -1:]], dim=3)
+    odd, even = (write_video(x, tmp_path / f"{x.shape[2]}.mp4", 8) for x in (video, repeated))
+    assert decoded(odd).shape == (5, 18, 32, 3) and odd.read_bytes() == even.read_bytes()
 
 
 def test_sides_that_no_mp4_has_are_told(tmp_path):
