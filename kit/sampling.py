@@ -145,7 +145,7 @@ def sample_videos(
         (n, 3, T, H, W) float32 in [-1, 1], on the CPU.
     """
     done = []
-    with progress(len(prompts), size[0], generator, sampling, batch_size) as bar:
+    with progress(len(prompts), generator, tokenizer, size, sampling, batch_size) as bar:
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             given = (prompts[part], seeds[part], size, sampling, precision, history, bar.update)
@@ -153,12 +153,16 @@ def sample_videos(
     return torch.cat(done)
 
 
-def progress(clips: int, frames: int, generator: Loaded, sampling: Sampling, batch_size: int) -> tqdm:
-    """Makes a progress bar that counts the blocks of all batches."""
+def progress(
+    clips: int, generator: Loaded, tokenizer: Loaded, size: tuple[int, int, int], sampling: Sampling, batch_size: int
+) -> tqdm:
+    """Makes a progress bar that counts the blocks of all batches. Args: as `sample_videos`."""
+    frames, *sides = size
     longest, overlap = sampling.window(generator.clip["frames"], frames)
     latents = sum(map(latent_frames, windows(frames, longest, overlap)))
+    scales = tokenizer.model.schedule(1, *sides).scales  # a small clip has fewer than the tokenizer
     batches = -(-clips // batch_size)
-    return tqdm(total=batches * latents * generator.model.config.scales, desc="generate", unit="block", disable=None)
+    return tqdm(total=batches * latents * scales, desc="generate", unit="block", disable=None)
 
 
 def check_video_length(

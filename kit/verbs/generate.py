@@ -118,7 +118,7 @@ def make_videos(
         print(f"{len(jobs) - len(missing)} of {len(jobs)} videos are there already, made with the same settings")
     clip, frames = generator.clip, jobs[0].settings["frames"]
     size = (frames, clip["height"], clip["width"])
-    with progress(len(missing), frames, generator, sampling, values["batch_size"]) as bar:
+    with progress(len(missing), generator, tokenizer, size, sampling, values["batch_size"]) as bar:
         for start in range(0, len(missing), values["batch_size"]):
             batch = missing[start : start + values["batch_size"]]
             words = [job.prompt for job in batch], [job.seed for job in batch]

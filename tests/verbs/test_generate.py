@@ -115,7 +115,8 @@ def test_a_clip_is_the_same_in_any_batch(loaded, how):
     assert not torch.equal(together[0], together[3])  # another seed
 
 
-def test_progress_ends_at_its_total(loaded, monkeypatch):
+@pytest.mark.parametrize("side, scales", [(32, 3), (16, 2)])
+def test_progress_ends_at_its_total(loaded, monkeypatch, side, scales):
     bars = []
 
     def bar(**how) -> tqdm:
@@ -123,8 +124,8 @@ def test_progress_ends_at_its_total(loaded, monkeypatch):
         return bars[-1]
 
     monkeypatch.setattr("kit.sampling.tqdm", bar)
-    sample_videos(*loaded, [PROMPT] * 3, [0, 1, 2], (13, 32, 32), Sampling(overlap=1), "float32", 2)
-    assert bars[0].n == bars[0].total == 2 * 3 * 2 * 3  # batches, windows, latent frames, scales
+    sample_videos(*loaded, [PROMPT] * 3, [0, 1, 2], (13, side, side), Sampling(overlap=1), "float32", 2)
+    assert bars[0].n == bars[0].total == 2 * 3 * 2 * scales  # batches, windows, latent frames, scales
 
 
 def test_bfloat16_is_near(loaded):
