@@ -131,7 +131,7 @@ class GeneratorModule(L.LightningModule):
         kept = draw_kept_frames(schedule.latent_frames, self.frame_mask, draws)
         dropped = draws.rand() < self.drop_condition
         condition = self.model.condition(self.model.condition.prompts(batch), dropped)
-        logits = self.model(sequence.inputs, schedule, condition, kept)
+        logits = self.model(sequence.inputs, schedule, condition, kept if self.frame_mask else None)  # None: one mask for all
         loss = self.bit_loss(logits, sequence, schedule, batch["given"])
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         if logs_now(self):

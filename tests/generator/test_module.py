@@ -95,6 +95,24 @@ def test_a_training_step_by_hand(pair):
         assert abs(other - found) > 1e-5
 
 
+def test_without_the_frame_mask_clips_have_no_masks_of_their_own(pair, monkeypatch):
+    """The loss is, to the last bit, that of frames which might be hidden and are not: all draws stay the same."""
+    module = module_of(pair, "correction.p_max=0.4", "drop_condition=0.5", "data.frames=13", "seed=3")
+    module.model.load_state_dict(load_generator(pair.generator)[0].model.state_dict())
+    forward, batch, found = module.model.forward, late_clips(), []
+
+    def spy(inputs, schedule, condition, kept):
+        found.append(kept)
+        return forward(inputs, schedule, condition, kept)
+
+    monkeypatch.setattr(module.model, "forward", spy)
+    module.frame_mask = 0.0
+    without = module.training_step(batch, 0)
+    module.frame_mask = 1e-9
+    assert torch.equal(module.training_step(batch, 0), without)
+    assert found[0] is None and found[1].all()
+
+
 def test_what_is_logged_by_hand(pair, monkeypatch):
     """Of bits that coarse scales lack none counts; a validation is without flips, and over the given frames too."""
     module = module_of(pair, "correction.p_max=0", "correction.delta=0", "frame_mask=0", "drop_condition=0", "data.frames=13")
