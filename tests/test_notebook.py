@@ -6,13 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures import fit_generator, fit_tokenizer
+
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "scale_tokens.ipynb"
 
 
-def test_scale_tokens(pair, monkeypatch):
+def test_scale_tokens(tmp_path, monkeypatch):
+    """The tokenizer has fewer bits at coarse scales; what they lack is neither spent nor counted."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("matplotlib")
-    monkeypatch.setenv("KIT_RUNS", str(pair.root))
+    often = "trainer.val_check_interval=1"
+    assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=1", "tokenizer.scale_bits=[2,4,8]", often) == 0
+    trained = tmp_path / "tokenizer" / "checkpoints" / "last.ckpt"
+    assert fit_generator(tmp_path, "recipe.generator.steps=1", often, tokenizer=trained) == 0
+    monkeypatch.setenv("KIT_RUNS", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit the notebook without outputs"
@@ -20,4 +27,6 @@ def test_scale_tokens(pair, monkeypatch):
     text = "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
     pictures = sum("image/png" in o.get("data", {}) for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
     assert pictures == 3
+    spent = 1 * 2 + 4 * 4 + 16 * 8
+    assert f"{spent} bits per latent frame, {2 * spent} per clip of 5 frames" in text and "nan" not in text
     assert text.count("PSNR") == 3 and text.count("right (always") == 3
