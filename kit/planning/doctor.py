@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -75,14 +76,19 @@ def metric_networks() -> dict[str, str]:
 
 @cache
 def parameters(size: str) -> tuple[int, int]:
-    """Counts the parameters of the tokenizer and the generator of a preset, without allocating them: once in a process."""
+    """Counts the parameters of the tokenizer and the generator of a preset, without allocating them: once in a process.
+
+    The generator's layers are all alike, so that two of them are enough.
+    """
     import hydra
 
     cfg = OmegaConf.to_container(hydra.compose(f"size/{size}"))
     with torch.device("meta"):
         values = TokenizerConfig.from_dict(cfg["tokenizer"])
         generator = GeneratorConfig(**cfg["generator"], bits=values.bits, scales=len(values.scales))
-        return tuple(sum(p.numel() for p in m.parameters()) for m in (Tokenizer(values), Generator(generator)))
+        models = Tokenizer(values), *(Generator(replace(generator, layers=layers)) for layers in (1, 2))
+        tokenizer, one, two = (sum(p.numel() for p in model.parameters()) for model in models)
+    return tokenizer, one + (generator.layers - 1) * (two - one)
 
 
 def presets() -> list[str]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+import torch
+from hydra import initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
-from kit.build import accumulate_of
+from kit.build import accumulate_of, check_batch_parts
 from kit.cli import main
 from kit.confs import CONF
-from kit.planning.doctor import problems, training_config
-from kit.planning.plan import costs
-from kit.values import batches_of, equal_parts, part_of
+from kit.generator.transformer import Generator
+from kit.planning.doctor import parameters, problems, training_config
+from kit.planning.plan import batches_of_all, costs, generator_config
+from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.values import batches_of, equal_parts, part_of, plain
 from kit.words import at_commas
 from tests.data.videos import write, write_bad
-from tests.fixtures import TOKENIZER, composed, fit_tokenizer
+from tests.fixtures import CLIP, TOKENIZER, composed, fit_tokenizer
 
 SIZES = sorted(path.stem for path in (CONF / "size").glob("*.yaml"))
 
@@ -33,6 +38,15 @@ def test_doctor_reports_and_finds_a_configs_problem(capsys):
     assert "no checkpoint at runs/stage1_tokenizer/checkpoints/last.ckpt" in text
     assert main(["doctor", "check=generate"]) == 1
     assert "check=generate: not a training conf; choose from ablation, paper_plan" in capsys.readouterr().err
+
+
+def test_parameters_are_those_of_the_models():
+    cfg = composed("stage2_generator", "size=tiny")
+    tokenizer = TokenizerConfig.from_dict(plain(cfg.tokenizer))
+    with torch.device("meta"):
+        models = Tokenizer(tokenizer), Generator(generator_config(cfg, tokenizer))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert parameters("tiny") == tuple(sum(p.numel() for p in model.parameters()) for model in models)
 
 
 @pytest.mark.parametrize("conf, stages", [("progressive", 3), ("stage1_tokenizer", 1)])
@@ -126,41 +140,61 @@ def test_a_folder_that_is_not_given_is_told_by_its_key(capsys):
     assert "  - data: data.root is missing; give data.root=...\n" in capsys.readouterr().out
 
 
-def row(*words: str) -> list[str]:
-    cfg = composed("stage2_generator", *words)
-    OmegaConf.resolve(cfg)
-    return costs(cfg, composed("doctor"))[1].split()
+@pytest.fixture
+def row(monkeypatch):
+    """Returns the costs of a generator's training but for its memory, given words."""
+    monkeypatch.setattr("kit.planning.plan.memory_of", lambda *_: (0, 0))
+    doctor = composed("doctor")
+
+    def of(*words: str) -> list[str]:
+        cfg = composed("stage2_generator", *words)
+        OmegaConf.resolve(cfg)
+        return costs(cfg, doctor)[1].split()
+
+    return of
 
 
-def test_a_generator_is_costed_with_the_tokenizer_it_is_trained_on(tmp_path):
-    assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=1", "tokenizer.scales=[1,4]") == 0
-    here = f"tokenizer_ckpt={tmp_path / 'tokenizer' / 'checkpoints' / 'last.ckpt'}"
+def untrained(root: Path, *words: str) -> Path:
+    """Writes the checkpoint of a tokenizer whose training has just begun."""
+    quick = (
+        "recipe.tokenizer.steps=1",
+        "data.batch_size=1",
+        "callbacks.video_logger.clips=0",
+        "+trainer.limit_val_batches=0",
+    )
+    assert fit_tokenizer(root, *quick, *words) == 0
+    return root / "tokenizer" / "checkpoints" / "last.ckpt"
+
+
+def test_a_generator_is_costed_with_the_tokenizer_it_is_trained_on(row, tmp_path):
+    here = f"tokenizer_ckpt={untrained(tmp_path, 'tokenizer.scales=[1,4]')}"
     clip = ["data.frames=5", "data.height=32", "data.width=32", "size=tiny"]
     assert (row(here, *clip)[2], row(*TOKENIZER, *clip)[2]) == ("34", "42"), "tokens"
 
 
 def test_a_tokenizer_that_does_not_take_the_clips_is_told(tmp_path, capsys):
     """The costs are then computed for the tokenizer of the size."""
-    assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=1") == 0
-    words = f"tokenizer_ckpt={tmp_path / 'tokenizer' / 'checkpoints' / 'last.ckpt'}"
+    words = f"tokenizer_ckpt={untrained(tmp_path)}"
     assert main(["doctor", "check=stage2_generator", "sizes=[small]", f"words=[{words}]"]) == 0
     told = capsys.readouterr().out
     assert "  - tokenizer_ckpt: " in told and "this tokenizer's scales end at 4" in told
     assert "cost, on paper, of conf=stage2_generator" in told and "GPU-hours" in told
 
 
-def test_devices_are_counted():
-    clips = {word: row("size=tiny", f"trainer.devices={word}")[4] for word in ("1", "2", "[0,1]", "-1", "auto")}
-    assert clips == {"1": "8", "2": "16", "[0,1]": "16", "-1": "8", "auto": "8"}
+def test_devices_are_counted(row):
+    devices = ("1", "2", "[0,1]", "-1", "auto")
+    batches = {word: batches_of_all(composed("stage2_generator", f"trainer.devices={word}")) for word in devices}
+    assert batches == {"1": 1, "2": 2, "[0,1]": 2, "-1": 1, "auto": 1}
+    assert row("size=tiny", *CLIP, "trainer.devices=2")[4] == "16"
 
 
-def test_stages_that_are_shortened_cost_less():
+def test_stages_that_are_shortened_cost_less(row):
     cfg = composed("progressive", "stage_steps=2", *TOKENIZER, "tokenizer.scales=[1,2,4,8]")
     OmegaConf.resolve(cfg)
     assert [line.split()[3] for line in costs(cfg, composed("doctor"))[1:4]] == ["2", "2", "2"]
 
 
-def test_clips_that_are_encoded_before_are_not_encoded_in_training(pair, tmp_path):
+def test_clips_that_are_encoded_before_are_not_encoded_in_training(pair, row, tmp_path):
     """This holds for clips that the run encodes ahead, and for a cache."""
     clip = ["data.frames=5", "data.height=32", "data.width=32"]
     given = [f"root={tmp_path}", f"tokenizer_ckpt={pair.tokenizer}"]
@@ -183,20 +217,26 @@ def test_what_fits_has_as_many_clips_a_step(conf):
 
 
 def test_batches_that_do_not_come_from_the_recipe_are_not_split():
+    def config(conf: str, *words: str) -> DictConfig:
+        return training_config(conf, ["size=small", "fits=12GB", *words])
+
     def found(conf: str, *words: str) -> str:
-        return "\n".join(problems(training_config(conf, ["size=small", "fits=12GB", *words])))
+        with pytest.raises(ValueError) as error:
+            check_batch_parts(config(conf, *words))
+        return str(error.value)
 
     told = "splits recipe.generator.batch_size=64 into 4, and a step would have 4 times as many"
     for word in ("data.batch_size=32", "data.batch_tokens=9000"):
         text = found("stage2_generator", word)
-        assert told in text and f"data: {word}, but" in text
+        assert told in text and text.startswith(f"{word}, but")
     for conf, key, word in (
         ("stage1_tokenizer", "tokenizer", "optimizer.accumulate"),
         ("stage2_generator", "generator", "trainer.accumulate_grad_batches"),
     ):
         assert f"give recipe.{key}.accumulate, which counts whole ones" in found(conf, f"{word}=8")
-        assert "at_once" not in found(conf, "debug=smoke")
-    assert f"data of stage long: data.batch_size=4, but recipe.generator.at_once=16 (fits=) {told}" in found("progressive")
+        check_batch_parts(config(conf, "debug=smoke"))
+    wrong = f"data of stage long: data.batch_size=4, but recipe.generator.at_once=16 (fits=) {told}"
+    assert any(wrong in problem for problem in problems(config("progressive")))
 
 
 def test_equal_parts():
