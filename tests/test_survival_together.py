@@ -19,7 +19,7 @@ from tests.processes import Command, group
 from tests.test_fsdp import IN_SHARDS
 from tests.test_training import losses
 
-LENGTH = 10  # steps of the training
+LENGTH = 6  # steps of the training
 WAYS = {"whole": ["trainer.devices=2", "data.batch_size=2"], "sharded": IN_SHARDS}
 
 
