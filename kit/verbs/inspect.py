@@ -25,7 +25,8 @@ CHECKED = 8  # number of clips that are self-checked and sampled
 
 
 def inspect(cfg: DictConfig) -> dict:
-    """Writes pictures of what each scale holds and of bit use, and inspect.json; prints the same numbers and the self-check.
+    """Prints the self-check as soon as it is made; then writes pictures of what each scale holds and of bit use, and
+    inspect.json, and prints the same numbers.
 
     For a generator also the share of correctly predicted bits, its part of the self-check, and a picture of clips predicted
     with the true history and sampled without it.
@@ -42,17 +43,17 @@ def inspect(cfg: DictConfig) -> dict:
             check_classes(generator.model.config.condition, data.classes, "the data has", TRAINED_ON)
         batch, pictures = held_out(data), ["scales.png", "bit_use.png"]
         few = {key: value[:CHECKED] for key, value in batch.items()}
+        checks = checks_of(generator, tokenizer, few)
+        print("\n".join(check.line() for check in checks), flush=True)
         report = inspect_tokenizer(tokenizer, batch, cfg)
-        if generator is None:
-            checks = check_tokenizer(tokenizer.model.to(device()), few["video"].to(device()))
-        else:
-            checks = inspect_generator(generator, tokenizer, few, cfg)
+        if generator is not None:
+            draw_samples(generator, tokenizer, few, cfg)
             report |= teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size)
             pictures.append("samples.png")
         checked = {"self_check": {check.name: asdict(check) for check in checks}}
         write_json(folder / "inspect.json", report | checked)
     print(json.dumps(report, indent=2))
-    print("\n".join([check.line() for check in checks] + [f"in {folder}: {', '.join(pictures)}, inspect.json"]))
+    print(f"in {folder}: {', '.join(pictures)}, inspect.json")
     return report | checked
 
 
@@ -71,15 +72,21 @@ def inspect_tokenizer(tokenizer: Loaded, batch: dict, cfg: DictConfig) -> dict:
     return {"schedule": str(schedule), "by_scale": by_scale, "bit_entropy": [round(e.item(), 4) for e in entropy]}
 
 
-def inspect_generator(generator: Loaded, tokenizer: Loaded, few: dict, cfg: DictConfig) -> list[Check]:
-    """Runs the self-check on a few clips, and writes a picture of them: real, reconstructed, predicted with the true history,
-    and sampled without it."""
+def checks_of(generator: Loaded | None, tokenizer: Loaded, few: dict) -> list[Check]:
+    """Runs the self-check on a few clips."""
+    codec, video = tokenizer.model.to(device()), few["video"].to(device())
+    if generator is None:
+        return check_tokenizer(codec, video)
+    model = generator.model.to(device())
+    return self_check(model, codec, video, model.condition.prompts(few))
+
+
+def draw_samples(generator: Loaded, tokenizer: Loaded, few: dict, cfg: DictConfig):
+    """Writes a picture of a few clips: real, reconstructed, predicted with the true history, and sampled without it."""
     model, codec, video = generator.model.to(device()), tokenizer.model.to(device()), few["video"].to(device())
     prompts = model.condition.prompts(few)
-    checks = self_check(model, codec, video, prompts)
     with autocast(cfg.precision):
         feature, schedule = codec.encode(video), codec.schedule_of(video)
         rows = {"real": video, **forced_and_free(model, codec, feature, schedule, prompts, Sampling.of(plain(cfg)))}
     groups = clip_by_clip({name: videos.float().cpu() for name, videos in rows.items()}, len(prompts))
     contact_sheet(groups, list(prompts), Path(cfg.folder) / "samples.png")
-    return checks
