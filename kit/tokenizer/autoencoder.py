@@ -194,7 +194,9 @@ class Decoder(nn.Module):
         which may be sharded.
 
         Args:
-            hidden: (B, C, F, h, w), the head's input. slope: (B, 3, T, H, W), of a whole clip.
+            hidden: (B, C, F, h, w), the head's input. slope: (B, 3, T, H, W), the gradient at the pixels of a whole clip.
+        Returns:
+            the gradient in the weight's shape, float32; the mean over processes is the caller's.
         """
         slope = F.pad(slope, (0, 0, 0, 0, self.tau - 1, 0))  # `unfold` drops these frames
         slope = fold(slope, self.tau, self.patch, started=True).to(hidden.dtype)

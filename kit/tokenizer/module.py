@@ -180,7 +180,8 @@ class TokenizerModule(L.LightningModule):
         The discriminators do not learn from it: only their gradient at the output is passed on to the tokenizer.
 
         Args:
-            terms: the other losses, with their weights. hidden: what the decoder's last layer made the output of.
+            terms: the other losses, with their weights. hidden: (B, C, F, h, w), what the decoder's last layer
+                made the output of.
         """
         seen = output.detach().requires_grad_()
         loss = adversarial_loss(self.discriminator(seen))

@@ -315,6 +315,7 @@ def test_further_machines_of_a_command_enter_its_folder(tmp_path, monkeypatch):
         monkeypatch.setenv("NODE_RANK", "1")
         with sole_user(tmp_path):
             pass
+        assert (tmp_path / ".lock").exists(), "which the first still holds"
 
 
 def test_settings_with_another_beginning(pair, tmp_path):
