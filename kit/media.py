@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -113,4 +115,37 @@ def contact_sheet(groups: list[dict[str, Tensor]], titles: list[str], path: str 
     path = Path(path)
     with written_aside(path) as aside:
         sheet.save(aside)
+    return path
+
+
+def moving_sheet(groups: list[dict[str, Tensor]], titles: list[str], path: str | Path, fps: float, height: int = 96) -> Path:
+    """Writes one animated WebP, which browsers play over and over: for each group a column under its title, with all frames
+    of its videos one below another.
+
+    Args: as `contact_sheet`; the videos of all groups are of one shape. fps: frames a second.
+    """
+    font, margin, gap, line = ImageFont.load_default(12), 96, 2, 15
+    names, (T, H, W) = list(groups[0]), next(iter(groups[0].values())).shape[1:]
+    zoom = max(1, round(height / H))
+    wrapped = [textwrap.wrap(title, max(8, W * zoom // 7), max_lines=4, placeholder=" ...") for title in titles]
+    top = line * max(map(len, wrapped)) + 6
+
+    def corner(column: int, row: int) -> tuple[int, int]:
+        return margin + column * (W * zoom + gap), top + row * (H * zoom + gap)
+
+    empty = Image.new("RGB", corner(len(groups), len(names)), "white")
+    draw = ImageDraw.Draw(empty)
+    for column, lines in enumerate(wrapped):
+        draw.multiline_text((corner(column, 0)[0], 2), "\n".join(lines), fill="black", font=font, spacing=2)
+    for row, name in enumerate(names):
+        draw.text((4, corner(0, row)[1] + H * zoom // 2 - 8), name, fill=(90, 90, 90), font=font)
+    pictures = [empty.copy() for _ in range(T)]
+    for (column, group), (row, name) in itertools.product(enumerate(groups), enumerate(names)):
+        frames = to_uint8(group[name]).repeat(zoom, axis=1).repeat(zoom, axis=2)
+        for picture, frame in zip(pictures, frames, strict=True):
+            picture.paste(Image.fromarray(frame), corner(column, row))
+    path = Path(path)
+    with written_aside(path) as aside:
+        duration = round(1000 / fps)  # milliseconds
+        pictures[0].save(aside, save_all=True, append_images=pictures[1:], duration=duration, loop=0, quality=80)
     return path

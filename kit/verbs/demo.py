@@ -74,7 +74,8 @@ def demo(cfg: DictConfig) -> dict:
     seconds = {"tokenizer": train_seconds(tokenizer), "generator": train_seconds(generator)}
     metrics = {**scores, "train_seconds": sum(seconds.values()), "train_seconds_by_part": seconds}
     write_json(folder / "metrics.json", metrics)
-    shutil.copy(folder / "scores" / "contact_sheet.png", folder / "contact_sheet.png")
+    for sheet in (folder / "scores").glob("contact_sheet.*"):
+        shutil.copy(sheet, folder / sheet.name)
     for video in (folder / "scores" / "samples").glob("*.mp4"):
         shutil.copy(video, folder / "videos" / video.name)
     print(summary(folder, tokenizer, generator, metrics))
@@ -89,7 +90,7 @@ Done. Trained for {metrics["train_seconds"] / 60:.1f} minutes; one clip is sampl
   caption accuracy          {accuracy}
 
 Look at
-  {folder / "contact_sheet.png"}   prompt, real, reconstruction, sample
+  {folder / "contact_sheet.webp"}   prompt, real, reconstruction, sample; all frames in contact_sheet.png
   {folder / "videos"}/*.mp4
   {folder / "metrics.json"}
   {tokenizer}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from kit.generator.corruption import teacher_forced
 from kit.generator.module import accuracy_by_block
 from kit.generator.sampler import Sampling
 from kit.machine import autocast, device, inference_precision
-from kit.media import clip_by_clip, contact_sheet, write_video
+from kit.media import clip_by_clip, contact_sheet, moving_sheet, write_video
 from kit.pixels import psnr
 from kit.sampling import sample_clips, sample_videos
 from kit.values import plain
@@ -32,7 +33,8 @@ from kit.verbs.request import file_stem
 def validate(cfg: DictConfig) -> dict:
     """Scores a checkpoint on held-out clips, and prints the metrics.
 
-    Writes metrics.json and contact_sheet.png to the run's folder, for a generator also mp4s in `samples`.
+    Writes metrics.json, contact_sheet.png and, moving, contact_sheet.webp to the run's folder, for a generator also mp4s in
+    `samples`.
 
     Returns:
         the metrics.
@@ -45,7 +47,7 @@ def validate(cfg: DictConfig) -> dict:
         metrics = validate_tokenizer(cfg) if alone else validate_generator(cfg)
         write_json(folder / "metrics.json", metrics)
     print(json.dumps(metrics, indent=2))
-    print(f"in {folder}: metrics.json, contact_sheet.png{'' if alone else ', samples'}")
+    print(f"in {folder}: metrics.json, contact_sheet.png and .webp{'' if alone else ', samples'}")
     return metrics
 
 
@@ -55,8 +57,7 @@ def validate_tokenizer(cfg: DictConfig) -> dict:
     batch = held_out(data)
     video = batch["video"]
     output = reconstruct_batches(tokenizer, video, cfg.batch_size)
-    groups = clip_by_clip({"real": video, "reconstruction": output}, cfg.shown)
-    contact_sheet(groups, batch["caption"][: cfg.shown], Path(cfg.folder) / "contact_sheet.png")
+    show(cfg, {"real": video, "reconstruction": output}, batch["caption"], tokenizer.clip["fps"])
     return {"clips": len(video), **reconstruction_metrics(output, batch, data)}
 
 
@@ -72,8 +73,7 @@ def validate_generator(cfg: DictConfig) -> dict:
     samples = sample_videos(generator, tokenizer, prompts, seeds, size, sampling, cfg.precision, cfg.batch_size)
 
     folder = Path(cfg.folder)
-    groups = clip_by_clip({"real": video, "reconstruction": output, "sample": samples}, cfg.shown)
-    contact_sheet(groups, list(prompts)[: cfg.shown], folder / "contact_sheet.png")
+    show(cfg, {"real": video, "reconstruction": output, "sample": samples}, prompts, generator.clip["fps"])
     for i, (prompt, sample) in enumerate(zip(prompts, samples[: cfg.shown])):
         write_video(sample, folder / "samples" / f"{file_stem(prompt)}_seed{seeds[i]}.mp4", generator.clip["fps"])
     metrics = {
@@ -85,6 +85,17 @@ def validate_generator(cfg: DictConfig) -> dict:
     if isinstance(data.val, Shapes) and generator.model.config.condition.kind == "text":
         metrics["caption_accuracy"] = caption_accuracy(list(samples), batch["caption"], data.fps)
     return metrics
+
+
+def show(cfg: DictConfig, rows: dict[str, Tensor], titles: Sequence[str], fps: float):
+    """Writes the first `shown` clips as contact sheets, a still and a moving one.
+
+    Args:
+        rows: row name -> videos (n, 3, T, H, W). titles: n captions or classes.
+    """
+    groups, sheet = clip_by_clip(rows, cfg.shown), Path(cfg.folder) / "contact_sheet.png"
+    contact_sheet(groups, list(titles)[: cfg.shown], sheet)
+    moving_sheet(groups, list(titles)[: cfg.shown], sheet.with_suffix(".webp"), fps)
 
 
 def reconstruction_metrics(output: Tensor, batch: dict, data: ClipDataModule) -> dict:

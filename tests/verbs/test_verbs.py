@@ -25,7 +25,7 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.files import load_checked, save_checked, sole_user
-from kit.media import contact_sheet, write_video
+from kit.media import contact_sheet, moving_sheet, write_video
 from kit.verbs.held_out import held_out
 from kit.verbs.reconstruct import per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
@@ -124,7 +124,7 @@ def test_inspect_and_validate(pair, tmp_path, capsys):
     assert set(metrics["caption_accuracy"]) == {"colour", "shape", "motion", "background", "all"}
     assert metrics["reconstruction_psnr_db"] > 10 and metrics["sample_seconds"] > 0
     assert len(list((tmp_path / "scores" / "samples").glob("*.mp4"))) == 2
-    assert f"in {tmp_path / 'scores'}: metrics.json, contact_sheet.png, samples\n" in capsys.readouterr().out
+    assert f"in {tmp_path / 'scores'}: metrics.json, contact_sheet.png and .webp, samples\n" in capsys.readouterr().out
 
     (tmp_path / "scores" / "videos").mkdir()
     (tmp_path / "scores" / "videos" / "a_suite-0.mp4").touch()
@@ -250,7 +250,8 @@ def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tm
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {"colour", "shape", "motion", "background"} <= set(metrics["caption_accuracy"])
     assert {"reconstruction_psnr_db", "sample_seconds", "train_seconds"} <= set(metrics)
-    assert (folder / "contact_sheet.png").is_file() and len(list((folder / "videos").glob("*.mp4"))) >= 4
+    assert all((folder / f"contact_sheet.{kind}").is_file() for kind in ("png", "webp"))
+    assert len(list((folder / "videos").glob("*.mp4"))) >= 4
 
     before = last.read_bytes()
     assert main(words) == 0
@@ -311,3 +312,20 @@ def test_a_caption_of_several_lines_has_one_on_a_contact_sheet(tmp_path):
         for number, title in enumerate(("a red ball\n over a\tfield\n", "a red ball over a field"))
     ]
     assert sheets[0].read_bytes() == sheets[1].read_bytes()
+
+
+def test_a_moving_sheet_plays_each_clip_in_its_place(tmp_path):
+    """Frame t of each clip is where its column and its row meet, for as long as `fps` says."""
+    levels = torch.linspace(-1, 1, 5)
+    flat = levels[:, None, None].expand(3, 5, 32, 48)
+    groups = [{"real": flat, "sample": -flat}, {"real": -flat, "sample": flat}]
+    with Image.open(moving_sheet(groups, ["a red ball " * 20, "short"], tmp_path / "sheet.webp", fps=10)) as sheet:
+        assert (sheet.n_frames, sheet.info["loop"]) == (5, 0)
+        for t, level in enumerate(levels.tolist()):
+            sheet.seek(t)
+            sheet.load()
+            assert sheet.info["duration"] == 100
+            pixels = torch.as_tensor(np.array(sheet.convert("L"))).float()[-2 * 98 :, 96:] / 127.5 - 1
+            for (row, column), sign in {(0, 0): 1, (1, 1): 1, (0, 1): -1, (1, 0): -1}.items():
+                place = pixels[row * 98 :, column * 146 :][4:92, 4:140]
+                assert (place - sign * level).abs().max() < 0.05, (t, row, column)
