@@ -26,7 +26,7 @@ def test_scale_tokens(tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     text = "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
     pictures = sum("image/png" in o.get("data", {}) for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
-    assert pictures == 3
+    assert pictures == 6
     spent = 1 * 2 + 4 * 4 + 16 * 8
     assert f"{spent} bits per latent frame, {2 * spent} per clip of 5 frames" in text and "nan" not in text
     assert text.count("PSNR") == 3 and text.count("right (always") == 3
