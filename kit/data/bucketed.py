@@ -84,6 +84,6 @@ class BucketClips(ClipSource):
         return ", ".join(f"{bucket} ({count} {self.unit}, {bucket.batch_size} clips a batch)" for bucket, count in each)
 
     @property
-    def unreadable(self) -> list[Path]:
+    def unreadable(self) -> list[Path | str]:
         """Files of which the head, or later a clip, could not be read."""
         return list(dict.fromkeys(path for source in self.sources for path in source.unreadable))

@@ -109,8 +109,8 @@ class FolderClips(ClipSource):
     files: list[str] = field(init=False, repr=False)
     classes: tuple[str, ...] = field(init=False, repr=False)
     spare: list[str] = field(init=False, repr=False, default_factory=list)
-    skipped: dict[Path, str] = field(init=False, repr=False)
-    short: dict[Path, int] = field(init=False, repr=False)
+    skipped: dict[Path | str, str] = field(init=False, repr=False)
+    short: dict[Path | str, int] = field(init=False, repr=False)
 
     def __post_init__(self):
         self._check_arguments()
@@ -167,10 +167,10 @@ class FolderClips(ClipSource):
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:
         """Yields the path of the file, valid while the block runs. Raises: UnreadableVideo if it cannot be fetched."""
-        yield self.path_of(name)
+        yield self.root / name
 
-    def path_of(self, name: str) -> Path:
-        """Path of a file, for messages and records."""
+    def path_of(self, name: str) -> Path | str:
+        """Path of a file, or its address, for messages and records."""
         return self.root / name
 
     def _check_arguments(self) -> None:
@@ -202,7 +202,7 @@ class FolderClips(ClipSource):
     def bytes_of(self, name: str) -> int:
         """Size of a file; -1 if it is gone, as one behind a broken link: whoever reads it will tell."""
         try:
-            return self.path_of(name).stat().st_size
+            return (self.root / name).stat().st_size
         except OSError:
             return -1
 
@@ -336,7 +336,7 @@ class FolderClips(ClipSource):
             warnings.warn(f"{error} A training takes the clip of another file in its place.", stacklevel=4)
 
     @property
-    def unreadable(self) -> list[Path]:
+    def unreadable(self) -> list[Path | str]:
         names = list(self._places)
         return [self.path_of(names[place]) for place in self._unreadable.nonzero().flatten().tolist()]
 
@@ -350,5 +350,5 @@ class FolderClips(ClipSource):
 
     def nothing_readable(self) -> ValueError:
         what = f"none of the {len(self.files)} {self.split} videos in {self.root} can be read"
-        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in itertools.islice(self.skipped.items(), 3))
+        reasons = "; ".join(f"{Path(path).name}: {reason}" for path, reason in itertools.islice(self.skipped.items(), 3))
         return ValueError(f"{what} ({reasons}); check them")

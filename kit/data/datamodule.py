@@ -134,7 +134,7 @@ class ClipDataModule(ClipsOnDevice):
         return self.val.tokenizer is not None
 
     @property
-    def unreadable(self) -> list[Path]:
+    def unreadable(self) -> list[Path | str]:
         """Files that could not be read so far, in this process or a worker; each once."""
         return list(dict.fromkeys(path for source in self.sources for path in source.unreadable))
 

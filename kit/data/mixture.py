@@ -177,5 +177,5 @@ class Mixture(ClipSource):
         return next(iter(rates.values()))
 
     @property
-    def unreadable(self) -> list[Path]:
+    def unreadable(self) -> list[Path | str]:
         return [path for source in self.sources.values() for path in source.unreadable]

@@ -50,8 +50,8 @@ class ClipSource(Dataset):
         return {}
 
     @property
-    def unreadable(self) -> list[Path]:
-        """Files that could not be read so far, in this process or a worker."""
+    def unreadable(self) -> list[Path | str]:
+        """Paths or addresses of files that could not be read so far, in this process or a worker."""
         return []
 
     def listing(self) -> list[str]:

@@ -77,7 +77,7 @@ class StagedClips(ClipsOnDevice):
         return locate(self.batches, self.batches_done) is None
 
     @property
-    def unreadable(self) -> list[Path]:
+    def unreadable(self) -> list[Path | str]:
         return list(dict.fromkeys(path for part in self.parts for path in part.unreadable))
 
     @property

@@ -233,7 +233,7 @@ class ShardClips(FolderClips):
 
     members: dict[str, Member] = field(init=False, repr=False, default_factory=dict)
     counts: tuple[int, ...] = field(init=False, repr=False, default=())  # this split's files in each shard
-    broken: list[Path] = field(init=False, repr=False, default_factory=list)  # shards that are left out
+    broken: list[str] = field(init=False, repr=False, default_factory=list)  # shards that are left out
 
     def _names(self) -> list[str]:
         wanted = SUFFIXES + PICTURES * (self.frames == 1)
@@ -242,7 +242,7 @@ class ShardClips(FolderClips):
                 index = index_of(shard)
             except BrokenShard as error:
                 warnings.warn(f"the shard {shard} is broken: {error}. It is left out; check or replace it.", stacklevel=4)
-                self.broken.append(self.path_of(shard))
+                self.broken.append(shard)
                 continue
             found = {f"{shard}/{name}": Member(shard, *values) for name, values in index.items()}
             self.members |= {name: member for name, member in found.items() if name.lower().endswith(wanted)}
@@ -287,7 +287,7 @@ class ShardClips(FolderClips):
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:
         member, path = self.members[name], self.path_of(name)
-        with tempfile.NamedTemporaryFile(suffix=path.suffix) as file:
+        with tempfile.NamedTemporaryFile(suffix=PurePosixPath(name).suffix) as file:
             try:
                 file.write(call_within(self.patience, lambda: read_member(member)))
                 file.flush()
@@ -303,12 +303,12 @@ class ShardClips(FolderClips):
                 raise UnreadableVideo(path, error.reason) from error
 
     @property
-    def unreadable(self) -> list[Path]:
+    def unreadable(self) -> list[str]:
         """Broken shards, and files of the others that could not be read so far, in this process or a worker."""
         return [*self.broken, *super().unreadable]
 
-    def path_of(self, name: str) -> Path:
-        return Path(name)
+    def path_of(self, name: str) -> str:
+        return name  # as it is: a Path would make https:/ of https://
 
     def listing(self) -> list[str]:
         def within(name: str) -> str:  # the shard's own name and what is in it, wherever it lies
