@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
 
+AT_ONCE = 64  # items of a sequence in a call: of small ones, a thread for each would take most of the time
 HUNG = 16  # calls left hanging in a process at a time; with more the storage counts as gone
 
 _hanging: set[threading.Thread] = set()
@@ -49,3 +51,10 @@ def call_within(seconds: float | None, function: Callable[[], T]) -> T:
             raise
         _hanging.add(thread)
         raise TimeoutError(f"it took more than {seconds:g} s to fetch") from None
+
+
+def each_within(seconds: float | None, items: Iterable[T]) -> Iterator[T]:
+    """Yields items that come from a storage; each `AT_ONCE` of them may take `seconds`. Raises as `call_within`."""
+    items = iter(items)
+    while some := call_within(seconds, lambda: list(islice(items, AT_ONCE))):
+        yield from some

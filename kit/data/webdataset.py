@@ -31,7 +31,7 @@ from tqdm import tqdm
 from kit.data.clips import ORDERS, FolderClips
 from kit.data.decode import PICTURES, UnreadableVideo
 from kit.data.listing import SUFFIXES, is_utf8, split_files
-from kit.data.patience import StorageHangs, call_within
+from kit.data.patience import StorageHangs, call_within, each_within
 from kit.files import read_json, write_json
 from kit.machine import cache_folder
 from kit.values import hash_of
@@ -54,16 +54,17 @@ class Member(NamedTuple):
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # as in train-{000..127}.tar
 
 
-def list_shards(root: str) -> list[str]:
+def list_shards(root: str, patience: float | None = None) -> list[str]:
     """Lists the tar files in a folder, or those that match a pattern, sorted.
 
     Args:
         root: path or address (s3://, gs://, https:// and so on, as `fsspec` has it) of a folder, a tar, or a pattern with *.
             Numbers in braces, such as {000..127}, stand for each of them: over http there may be no list to choose from.
+        patience: seconds that the storage may take to list them; None: without limit.
     Raises:
         FileNotFoundError: if there are none. OSError: if the storage does not answer.
     """
-    return sorted(shard for each in written_out(root) for shard in shards_at(each))
+    return sorted(shard for each in written_out(root) for shard in shards_at(each, patience))
 
 
 def written_out(root: str) -> list[str]:
@@ -75,7 +76,7 @@ def written_out(root: str) -> list[str]:
     return [text for number in numbers for text in written_out(root[: found.start()] + number + root[found.end() :])]
 
 
-def shards_at(root: str) -> list[str]:
+def shards_at(root: str, patience: float | None) -> list[str]:
     """Lists the tar files as `list_shards`, but for numbers in braces."""
     files, path = fsspec.core.url_to_fs(root)
     if "://" in root and root.endswith(".tar") and not glob.has_magic(root):  # whether it is there, its index tells
@@ -85,12 +86,12 @@ def shards_at(root: str) -> list[str]:
         path = glob.escape(folder) + path[len(folder) :]
     pattern = path if "*" in path or path.endswith(".tar") else f"{path.rstrip('/')}/*.tar"
     try:
-        found = [name if "://" not in root else files.unstrip_protocol(name) for name in files.glob(pattern)]
+        names = call_within(patience, lambda: files.glob(pattern))
     except Exception as error:  # each storage has kinds of its own
         raise unreachable(root, error) from error
-    if not found:
+    if not names:
         raise FileNotFoundError(f"data.root={root}: no tar files there; give their folder, or a pattern as DIR/train-*.tar")
-    return found
+    return [name if "://" not in root else files.unstrip_protocol(name) for name in names]
 
 
 class BrokenShard(Exception):
@@ -108,17 +109,19 @@ def unreachable(address: str, error: Exception) -> OSError:
     return OSError(f"{message}; try again, or take it out of data.root")
 
 
-def index_of(shard: str) -> dict[str, list]:
+def index_of(shard: str, patience: float | None = None) -> dict[str, list]:
     """Index of a shard: file name -> the values of its `Member`, without the shard.
 
     It is kept in kit's cache folder as long as the shard keeps its size and time.
 
+    Args:
+        patience: see `ShardClips`.
     Raises:
         BrokenShard: if the tar cannot be read to its end. OSError: as `unreachable`.
     """
     try:
         files, path = fsspec.core.url_to_fs(shard)
-        about = files.info(path)
+        about = call_within(patience, lambda: files.info(path))
     except Exception as error:  # each storage has kinds of its own
         raise unreachable(shard, error) from error
     written = about.get("mtime") or about.get("LastModified") or about.get("ETag") or about.get("Last-Modified")
@@ -128,7 +131,7 @@ def index_of(shard: str) -> dict[str, list]:
     with FileLock(kept.with_suffix(".lock")):  # the processes of a training begin together
         if not kept.exists():
             try:
-                index = read_index(files, path, about["size"])
+                index = read_index(files, path, about["size"], patience)
             except tarfile.TarError as error:
                 raise BrokenShard(error) from error
             except Exception as error:
@@ -137,22 +140,28 @@ def index_of(shard: str) -> dict[str, list]:
         return read_json(kept)
 
 
-def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None) -> dict[str, list]:
-    """Reads the index of a shard, see `index_of`. Raises: tarfile.TarError, and whatever the storage raises."""
-    videos, words, count = {}, defaultdict(dict), Counter()
+def members_of(files: fsspec.AbstractFileSystem, path: str) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """Yields the members of a tar, each with its contents if it holds words."""
     with files.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
-        end = 0
         for member in tar:
-            name, end = PurePosixPath(member.name), member.offset_data + member.size
-            if not member.isfile() or any(part.startswith(".") for part in name.parts):  # hidden: a Mac puts ._a.mp4 there
-                continue
-            if name.suffix.lower() in SUFFIXES + PICTURES:
-                videos[member.name] = [member.offset_data, member.size]
-            elif name.suffix in WORDS:
-                words[str(name.with_suffix(""))][name.suffix] = tar.extractfile(member).read()
-            count[member.name] += 1
-        if size is not None and end > size:
-            raise tarfile.ReadError(f"it ends after {size} bytes, in the midst of a file")
+            wordy = member.isfile() and PurePosixPath(member.name).suffix in WORDS
+            yield member, tar.extractfile(member).read() if wordy else b""
+
+
+def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None, patience: float | None) -> dict[str, list]:
+    """Reads the index of a shard, see `index_of`. Raises: tarfile.TarError, TimeoutError, whatever the storage raises."""
+    videos, words, count, end = {}, defaultdict(dict), Counter(), 0
+    for member, contents in each_within(patience, members_of(files, path)):
+        name, end = PurePosixPath(member.name), member.offset_data + member.size
+        if not member.isfile() or any(part.startswith(".") for part in name.parts):  # hidden: a Mac puts ._a.mp4 there
+            continue
+        if name.suffix.lower() in SUFFIXES + PICTURES:
+            videos[member.name] = [member.offset_data, member.size]
+        elif name.suffix in WORDS:
+            words[str(name.with_suffix(""))][name.suffix] = contents
+        count[member.name] += 1
+    if size is not None and end > size:
+        raise tarfile.ReadError(f"it ends after {size} bytes, in the midst of a file")
     twice = {str(PurePosixPath(name).with_suffix("")) for name, times in count.items() if times > 1}
     index = {}
     for name, place in videos.items():
@@ -225,8 +234,8 @@ class ShardClips(FolderClips):
 
     Args:
         root: see `list_shards`.
-        patience: seconds also for the bytes of a clip to come, before it is opened. Storage that leaves `HUNG` clips without
-            an answer at a time ends the training.
+        patience: seconds also for the bytes of a clip to come, before it is opened, and for the storage to list its shards
+            and each `AT_ONCE` files of one. Storage that leaves `HUNG` clips without an answer at a time ends the training.
     """
 
     unused = ("label_from", "filename_pattern", "captions")
@@ -237,9 +246,9 @@ class ShardClips(FolderClips):
 
     def _names(self) -> list[str]:
         wanted = SUFFIXES + PICTURES * (self.frames == 1)
-        for shard in tqdm(list_shards(str(self.root)), desc="index", unit="shard", disable=None):
+        for shard in tqdm(list_shards(str(self.root), self.patience), desc="index", unit="shard", disable=None):
             try:
-                index = index_of(shard)
+                index = index_of(shard, self.patience)
             except BrokenShard as error:
                 warnings.warn(f"the shard {shard} is broken: {error}. It is left out; check or replace it.", stacklevel=4)
                 self.broken.append(shard)

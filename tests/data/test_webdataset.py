@@ -470,6 +470,18 @@ def test_storage_that_is_gone_ends_the_training(hanging, monkeypatch):
         hanging[0]
 
 
+@pytest.mark.parametrize(
+    ("call", "place"), [("glob", "bucket"), ("info", "bucket/train-0.tar"), ("open", "bucket/train-0.tar")]
+)
+def test_storage_that_hangs_is_told_at_the_start(hanging, monkeypatch, call, place):
+    """Whether it does not list its shards, or says nothing of one."""
+    monkeypatch.setattr(Hanging, call, lambda self, *_, **__: self.answers.wait())
+    monkeypatch.setenv("KIT_CACHE", f"{os.environ['KIT_CACHE']}_anew")
+    why = "TimeoutError: it took more than 0.2 s to fetch"
+    with pytest.raises(OSError, match=rf"cannot reach hanging:///?{place} \({why}\); try again"):
+        ShardClips(f"hanging://{place}", "all", patience=0.2, **SHAPE)
+
+
 @pytest.mark.parametrize("call", ["info", "open"])
 def test_a_shard_that_cannot_be_reached_is_not_left_out(packed, monkeypatch, call):
     """It raises an error: another process might reach the shard, and would then train on other clips."""
@@ -477,7 +489,7 @@ def test_a_shard_that_cannot_be_reached_is_not_left_out(packed, monkeypatch, cal
     def times_out(*_, **__):
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr(webdataset, "list_shards", lambda _: [str(packed / "train-0.tar")])
+    monkeypatch.setattr(webdataset, "list_shards", lambda *_: [str(packed / "train-0.tar")])
     monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, call, times_out)
     with pytest.raises(OSError, match=r"cannot reach .*train-0.tar \(TimeoutError: no answer\); try again"):
         ShardClips(packed, "all", **SHAPE)
