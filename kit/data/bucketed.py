@@ -55,6 +55,9 @@ class BucketClips(ClipSource):
     def draws(self) -> dict:
         return self.source.draws
 
+    def listing(self) -> list[str]:
+        return self.source.listing()
+
     def texts(self) -> list[dict]:
         return self.source.texts()
 

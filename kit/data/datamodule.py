@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -236,10 +237,15 @@ class ClipDataModule(ClipsOnDevice):
         """Leaves out batches, given by their `position_of`, in addition to those that a checkpoint names."""
         self.left_out |= {number for _, number in positions}
 
+    @functools.cached_property
+    def file_sizes(self) -> str:
+        """Hash of the names and sizes of all files, looked up once: others may have come under the same names."""
+        return hash_of(line for source in self.sources for line in source.listing())
+
     @property
     def settings(self) -> dict:
-        """Plain values that decide which clips the batches of a step hold; of files, a hash of their names, of caches one of
-        what they hold."""
+        """Plain values that decide which clips the batches of a step hold; of files, hashes of their names and sizes, of
+        caches one of what they hold."""
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
         names = [str(name) for source in self.sources for name in source.files]
         steps = {}
@@ -248,7 +254,8 @@ class ClipDataModule(ClipsOnDevice):
             steps = {"devices": self.trainer.world_size, "batches_of_a_step": batches}
         return {
             **self.clip, "batch_size": self.batch_size, "image_share": self.image_share, "buckets": buckets,
-            "files": hash_of(names), "held_out": None if self.cached else hash_of(map(str, self.val.files)),
+            "files": hash_of(names), "file_sizes": self.file_sizes,
+            "held_out": None if self.cached else hash_of(map(str, self.val.files)),
             "draws": [source.draws for source in self.sources], **steps,
         }  # fmt: skip
 

@@ -55,7 +55,7 @@ class ClipSource(Dataset):
         return []
 
     def listing(self) -> list[str]:
-        """`NAME BYTES` of each file; together with `texts` it identifies the clips of a cache."""
+        """`NAME BYTES` of each file, which tells others of its name; with `texts` it identifies the clips of a cache."""
         return []
 
     def texts(self) -> list[dict]:

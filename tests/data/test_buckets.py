@@ -216,6 +216,7 @@ def test_what_is_known_of_a_source_is_known_of_it_in_buckets(folder):
     for key in ("name", "native_fps", "draws", "files", "seed", "classes", "captioned"):
         assert getattr(clips, key) == getattr(clips.source, key)
     assert clips.texts() == clips.source.texts() and len(clips.texts()) == 10
+    assert clips.listing() == clips.source.listing() and len(clips.listing()) == 10
     assert clips.clip_turns.order != other.clip_turns.order and clips.image_turns.order != other.image_turns.order
 
 

@@ -139,6 +139,13 @@ def test_a_run_knows_the_files_that_it_began_with(pictures, tmp_path, caplog):
     began.tell_changes(began.settings)
     assert "other data" not in caplog.text
     shutil.copytree(pictures, tmp_path / "more")
+    with (tmp_path / "more" / "star" / "1.png").open("ab") as file:
+        file.write(b"another picture of the same name")
+    changed, before = module(tmp_path / "more"), dict(began.settings)
+    changed.tell_changes({key: value for key, value in before.items() if key != "file_sizes"})  # of an older checkpoint
+    assert "other data" not in caplog.text
+    changed.tell_changes(before)
+    assert "it began with (then, now): file_sizes: " in caplog.text and "files: " not in caplog.text
     shutil.copy(pictures / "star" / "1.png", tmp_path / "more" / "star" / "0.png")
     module(tmp_path / "more").tell_changes(began.settings)
     assert "goes on with other data than it began with (then, now): files: " in caplog.text
