@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-3  # how far beyond [-1, 1] rounding may carry a pixel
+LEAST_SIDE = 6  # pixels of a side that SSIM needs
 
 
 def in_range(low: float | Tensor, high: float | Tensor) -> bool:
@@ -60,9 +61,17 @@ def psnr(output: Tensor, video: Tensor) -> Tensor:
 def ssim(frames: Tensor, real: Tensor) -> Tensor:
     """Structural similarity of frames in [-1, 1], (N, 3, H, W) -> (N,); 1 for equal frames.
 
-    Computed on [0, 1], where black is 0: the term that compares brightness would otherwise take middle grey for black.
+    Computed on [0, 1], where black is 0: the term that compares brightness would otherwise take middle grey for black. Its
+    window of 11 x 11 pixels reaches over the edges, into the picture's mirror image, by half of that.
+
+    Raises:
+        ValueError: if a side is shorter than that half.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
+    if min(real.shape[-2:]) < LEAST_SIDE:
+        height, width = real.shape[-2:]
+        found = f"SSIM compares pictures of {LEAST_SIDE} pixels a side or more, not {width} x {height}"
+        raise ValueError(f"{found}; take larger clips, or of an evaluation metrics=[...] without it")
     shifted = ((x.float() + 1) / 2 for x in (frames, real))
     return structural_similarity_index_measure(*shifted, data_range=(0.0, 1.0), reduction="none").reshape(-1)

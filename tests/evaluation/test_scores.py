@@ -87,6 +87,12 @@ def test_ssim_of_flat_greys():
     assert ssim(*frames).item() == pytest.approx((2 * 125 * 130 + c1) / (125**2 + 130**2 + c1), abs=1e-3)
 
 
+def test_ssim_of_pictures_smaller_than_its_window():
+    assert ssim(*2 * [torch.rand(1, 3, 6, 6)]).item() == pytest.approx(1)
+    with pytest.raises(ValueError, match="SSIM compares pictures of 6 pixels a side or more, not 12 x 5"):
+        ssim(*2 * [torch.rand(1, 3, 5, 12)])
+
+
 def test_equal_clips_and_single_frames(pair_of_clips):
     real, _ = pair_of_clips
     for score, best in ((PSNR(), 100), (SSIM(), 1)):
