@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from kit.files import read_json, read_lines, write_json
+from kit.files import file_sha256, read_json, read_lines, write_json
 from kit.media import write_video
 from kit.sampling import seed_of
 from kit.values import hash_of
@@ -119,10 +119,12 @@ def write_suite(
     sample: Callable[[list[str], list[int]], Tensor], prompts: list[Prompt], folder: str | Path, settings: dict, *,
     seed: int, batch_size: int, fps: float,
 ) -> Path:  # fmt: skip
-    """Makes the videos of a suite that do not exist yet; call it again after an interruption, one process at a time.
+    """Makes the videos of a suite that do not exist yet or are damaged; call it again after an interruption, one process at
+    a time.
 
     The folder gets `videos`, with the videos and nothing else (VBench takes the suffix of any file there for that of the
-    videos), `videos.json` (`video_table`, also of videos still to come) and `suite.json` (what all videos have in common).
+    videos), `videos.json` (`video_table`, also of videos still to come, and the hash of each that is made) and `suite.json`
+    (what all videos have in common).
 
     Args:
         sample: prompts and seeds, n each -> (n, 3, T, H, W) in [-1, 1].
@@ -141,13 +143,15 @@ def write_suite(
     table = video_table(prompts, seed)
     _claim(folder, settings | common)
     path = folder / "videos.json"
-    write_json(path, (read_json(path) if path.exists() else {}) | table)
+    known = read_json(path) if path.exists() else {}
+    known |= {name: known.get(name, {}) | entry for name, entry in table.items()}
+    write_json(path, known)
     videos.mkdir(exist_ok=True)
     for aside in videos.glob(PARTS):
         aside.unlink()
 
     names = list(table)
-    missing = {name for name in names if not (videos / name).exists()}
+    missing = {name for name in names if not _is_whole(videos / name, known[name].get("sha256"))}
     with tqdm(total=len(names), initial=len(names) - len(missing), desc="suite", unit="video", disable=None) as bar:
         for start in range(0, len(names), batch_size):
             batch = names[start : start + batch_size]
@@ -157,9 +161,15 @@ def write_suite(
             clips = sample([table[name]["prompt"] for name in batch], [table[name]["seed"] for name in batch])
             for name, clip in zip(batch, clips, strict=True):
                 if name in missing:
-                    write_video(clip, videos / name, fps)
+                    known[name]["sha256"] = file_sha256(write_video(clip, videos / name, fps))
                     bar.update()
+            write_json(path, known)
     return videos
+
+
+def _is_whole(path: Path, sha256: str | None) -> bool:
+    """Whether a video exists and is as it was written; None: its hash is not known, as of a run that was killed beside it."""
+    return path.exists() and sha256 in (None, file_sha256(path))
 
 
 def _claim(folder: Path, settings: dict):

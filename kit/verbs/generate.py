@@ -36,8 +36,9 @@ SHOWN = 16  # clips on the contact sheet, at most
 def generate(cfg: DictConfig) -> list[Path]:
     """Writes an mp4 for each prompt and seed, and a contact sheet, to the run's folder.
 
-    Each mp4 gets a JSON with its settings beside it, from which `settings=FILE` makes it again. Videos that exist already and
-    have the same settings are kept. Frames are written as they are generated, so memory does not grow with the length.
+    Each mp4 gets a JSON with its settings beside it, from which `settings=FILE` makes it again. Videos that exist already
+    and have the same settings are kept, unless they are damaged. Frames are written as they are generated, so memory does not
+    grow with the length.
 
     Returns:
         the paths of the mp4s.

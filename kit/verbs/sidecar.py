@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kit.files import read_json
+from kit.files import file_sha256, read_json
 
 SETTINGS = (  # keys of conf/generate.yaml that decide how a video looks, apart from prompt, label and seed
     "ckpt", "tokenizer", "image", "video", "history_frames", "frames", "fps", "precision",
@@ -33,8 +33,14 @@ class Job:
     path: Path
 
     @property
+    def own_settings(self) -> dict:
+        """Settings with the seed of this video."""
+        return {**self.settings, "seed": self.seed}
+
+    @property
     def sidecar(self) -> dict:
-        return {**self.about, "settings": {**self.settings, "seed": self.seed}}
+        """What the JSON beside the finished mp4 holds. Raises OSError if there is no mp4."""
+        return {**self.about, "video_sha256": file_sha256(self.path), "settings": self.own_settings}
 
     @property
     def sidecar_path(self) -> Path:
@@ -42,18 +48,16 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether the file exists and was made with exactly these settings."""
+        """Whether the file was made with exactly these settings, and is still as it was written."""
         try:
-            return self.path.is_file() and read_json(self.sidecar_path) == self.sidecar
+            return read_json(self.sidecar_path) == self.sidecar
         except (OSError, ValueError):
             return False
 
     def differs(self, settings: dict) -> bool:
         """Returns whether the settings of a sidecar make another video; checkpoints may have moved."""
         return any(
-            settings.get(name) != value
-            for name, value in self.sidecar["settings"].items()
-            if name not in ("ckpt", "tokenizer")
+            settings.get(name) != value for name, value in self.own_settings.items() if name not in ("ckpt", "tokenizer")
         )
 
 

@@ -25,7 +25,7 @@ from kit.evaluation.suites import (
     video_table,
     write_suite,
 )
-from kit.files import read_json, sole_user
+from kit.files import file_sha256, read_json, sole_user
 from kit.generator.guidance import Guidance
 from kit.generator.sampler import Sampling
 from kit.media import write_video
@@ -150,7 +150,8 @@ def test_a_seed_depends_on_its_place_only():
 def test_a_suite_is_made_and_can_be_traced_back(tmp_path):
     videos = write_suite(fake, PROMPTS, tmp_path / "s", SETTINGS, **HOW)
     table = json.loads((tmp_path / "s" / "videos.json").read_text())
-    assert table == video_table(PROMPTS, 5)
+    hashes = {name: {"sha256": file_sha256(videos / name)} for name in table}
+    assert table == {name: entry | hashes[name] for name, entry in video_table(PROMPTS, 5).items()}
     assert videos == tmp_path / "s" / "videos" and {path.name for path in videos.iterdir()} == set(table)
     assert all(frames_of(path) == 5 for path in videos.iterdir())
     suite = json.loads((tmp_path / "s" / "suite.json").read_text())
@@ -171,12 +172,13 @@ def test_an_interrupted_suite_goes_on_as_if_it_had_not_been(tmp_path, call):
     assert rest.calls == 4 - call
 
 
-def test_a_batch_stopped_in_its_middle_is_completed_alike(tmp_path):
+def test_a_batch_stopped_in_its_middle_or_damaged_later_is_completed_alike(tmp_path):
     whole = write_suite(fake, PROMPTS, tmp_path / "whole", SETTINGS, **HOW)
     parts = write_suite(fake, PROMPTS, tmp_path / "parts", SETTINGS, **HOW)
     kept = parts / "a cat-0.mp4"
     before = kept.stat().st_mtime_ns
     (parts / "a cat-1.mp4").unlink()
+    (parts / "a dog, close-up-0.mp4").write_bytes((parts / "a dog, close-up-0.mp4").read_bytes()[:-9])
     (parts / ".123.part.mp4").write_bytes(b"what a killed run leaves")
     write_suite(fake, PROMPTS, tmp_path / "parts", SETTINGS, **HOW)
     assert contents(whole) == contents(parts) and kept.stat().st_mtime_ns == before
