@@ -242,14 +242,14 @@ class Call:
         return int(self.failed)
 
     def task(self, cfg: DictConfig):
-        """Calls the verb with a composed config."""
+        """Calls the verb with a composed config; leaves no empty folder behind."""
         self.begun = True
-        if wrong := wrong_words(cfg, self.path, self.overrides):
-            return self.fail(*wrong)
         conf = self.path if self.own_conf else self.path.stem
         # Lightning starts further ranks with this command line.
         sys.argv = [sys.argv[0], self.verb, f"conf={conf}", *self.options, *self.overrides]
         try:
+            if wrong := wrong_words(cfg, self.path, self.overrides):
+                return self.fail(*wrong)
             set_threads(cfg.threads)
             check_whole_number("seed", cfg.seed, 0)
             getattr(import_module(VERBS[self.verb].module), self.verb)(cfg)
@@ -260,6 +260,8 @@ class Call:
             if reason is None or os.getpid() != self.process:  # a job of hydra's launcher: the main process prints it
                 raise
             self.fail(reason)
+        finally:
+            self.remove_empty_folders()
 
     def refusal(self) -> str | None:
         """Says why the config does not compose, see `refused`; None also if hydra's options name another config."""
@@ -270,10 +272,16 @@ class Call:
         print(*(f"kit {self.verb}: {reason}" for reason in reasons), sep="\n", file=sys.stderr)
 
     def fail(self, *reasons: str):
-        """Tells why a run has failed, and removes the folder that hydra made for it, unless there is something in it."""
-        from hydra.core.hydra_config import HydraConfig
-
+        """Tells why a run has failed."""
         self.failed = True
         self.tell(*reasons)
-        with suppress(OSError):
-            Path(HydraConfig.get().runtime.output_dir).rmdir()
+
+    def remove_empty_folders(self):
+        """Removes what hydra has made for a run: its folder; of a multirun, where that is elsewhere, the one above it too."""
+        from hydra.core.hydra_config import HydraConfig
+
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        with suppress(OSError):  # there is something in it
+            folder.rmdir()
+            if self.sweep:
+                folder.parent.rmdir()

@@ -402,6 +402,8 @@ def test_multirun_runs_once_for_each_value(tmp_path, monkeypatch):
     words = ["fit", "conf=stage1_tokenizer", "--multirun", "name=s${seed}", "seed=1,2", "debug=smoke", f"root={tmp_path}"]
     assert main([*words, *CLIP, *TOKENIZER]) == 0
     assert all((tmp_path / f"s{seed}" / "checkpoints" / "last.ckpt").is_file() for seed in (1, 2))
+    assert {path.name for path in tmp_path.iterdir()} == {"s1", "s2", "s0_multirun"}, "no folder of a job's number stays"
+    assert [path.name for path in (tmp_path / "s0_multirun").iterdir()] == ["multirun.yaml"]
 
 
 def test_a_launcher_runs_each_value_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
