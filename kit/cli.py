@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kit.confs import CONF, confs, describe, first_comment, keep_config, located, misspelt_in, register_resolvers, trains
 from kit.data.decode import UnreadableVideo
 from kit.values import check_whole_number
-from kit.words import ELSEWHERE, options_and_overrides, quoted, refused, wrong_words
+from kit.words import ELSEWHERE, INTERPOLATION, options_and_overrides, quoted, refused, wrong_words
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -168,7 +168,13 @@ def silence():
 def explained(error: Exception, verb: str) -> str | None:
     """Says in a few lines what a user can mend; None for other errors, and where KIT_TRACEBACK asks for a traceback."""
     from hydra.errors import HydraException, InstantiationException
-    from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, MissingMandatoryValue
+    from omegaconf.errors import (
+        InterpolationKeyError,
+        InterpolationResolutionError,
+        InterpolationToMissingValueError,
+        MissingMandatoryValue,
+        UnsupportedInterpolationType,
+    )
 
     if os.environ.get("KIT_TRACEBACK"):
         return None
@@ -180,6 +186,8 @@ def explained(error: Exception, verb: str) -> str | None:
         found = re.search(r"Missing mandatory value: (\S+)", str(error))
         key = found[1] if found else error.full_key
         return f"{key} is missing; give {key}=..."
+    if isinstance(error, InterpolationKeyError | UnsupportedInterpolationType):
+        return f"{error.full_key}: {next(iter(str(error).splitlines()))}; {INTERPOLATION}"
     while isinstance(error, InterpolationResolutionError) and error.__context__:
         error = error.__context__  # omegaconf's, about an error of a function that the config calls
     if isinstance(error, HydraException):

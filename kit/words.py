@@ -14,6 +14,7 @@ from kit.confs import choices, compose, leaves, nearest
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+INTERPOLATION = "${KEY} stands for the value of another key; to a path with ${ in it give a link without"
 SAID = ("prompt", "label", "negative")  # in which ${...} is text too; elsewhere it is the value of another key
 FREE_TEXT = (
     *SAID, "settings", "image", "video", "videos", "real", "prompts",
@@ -184,7 +185,8 @@ def refused(conf: Path, words: list[str], sweep: bool = False) -> str | None:
         return f"no {group}={name}; choose from {', '.join(error.options)}"
     except ConfigCompositionException as error:
         found = re.match(r"Could not override '(.+)'", str(error))
-        return unknown_key(conf, words, found[1]) if found else str(error).strip()
+        said = str(error).strip() + (f"; {INTERPOLATION}" if "${" in str(error) else "")
+        return unknown_key(conf, words, found[1]) if found else said
     except HydraException as error:
         said = re.sub(r"\s*See https://hydra.cc\S* for details", "", str(error)).strip().replace("\n", ": ")
         return f"{said}; expected key=value, a value with brackets, braces or commas within in quotes"

@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import DataLoader, Dataset
 
 from kit.build import build_data, build_trainer
@@ -200,6 +201,7 @@ def test_a_users_own_search_path_counts(own_conf, tmp_path, capfd):
         ("trainer.fast_dev_run=true", "; +trainer.fast_dev_run=... adds it"),
         ("seed", "Error parsing override 'seed': missing EQUAL at '<EOF>'; expected key=value"),
         ("seed=1,2", "To sweep over it, add --multirun"),
+        ("tokenizer_ckpt=a${", "override tokenizer_ckpt='a${'; ${KEY} stands for the value of another key; to a path with"),
         ("hydra.zzz=1", "Could not override 'hydra.zzz'"),
         ("hydra/launcher=zzz", "Could not find 'hydra/launcher/zzz'"),
         ("~data.zzz", "Could not delete from config. 'data.zzz' does not exist."),
@@ -209,6 +211,14 @@ def test_words_that_do_not_compose_are_refused_in_a_few_words(word, said, capsys
     assert main(["fit", "conf=stage2_generator", word, "--cfg", "job"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("kit fit: ") and said in told and "HYDRA_FULL_ERROR" not in told
+
+
+@pytest.mark.parametrize(("path", "said"), [("a${b}", "Interpolation key 'b' not found"), ("${b:c}", "Unsupported interp")])
+def test_a_path_that_reads_as_the_value_of_another_key_is_told(path, said):
+    with pytest.raises(OmegaConfBaseException) as caught:
+        _ = composed("generate", quoted(f"ckpt={path}")).ckpt
+    told = explained(caught.value, "generate")
+    assert told.startswith(f"ckpt: {said}") and told.endswith("to a path with ${ in it give a link without")
 
 
 @pytest.mark.parametrize("word", ["data.heigth=64,32", "data.heigth=64"])
