@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -156,9 +157,7 @@ def load_checked(path: Path, mmap: bool = False) -> dict:
     except (FileNotFoundError, PermissionError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damage can raise anything
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        reason = "it is no file of torch, or holds more than tensors and plain values" if "weights_only" in reason else reason
-        raise ValueError(f"{path} is not a readable file of tensors: {reason}") from error
+        raise ValueError(f"{path} is not a readable file of tensors: {_reason(path, error)}") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds {type(contents).__name__}, expected what kit saves")
     saved = contents.pop(HASH, None)  # files of other programs have none
@@ -168,6 +167,20 @@ def load_checked(path: Path, mmap: bool = False) -> dict:
             f"yourself, save it without its entry {HASH!r}"
         )
     return contents
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Says why a file of tensors cannot be read: of what torch has not written, its own errors are of anything."""
+    if path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
+        return "it is empty" if not path.stat().st_size else "it is no file of torch, or cut off"
+    if "weights_only" in str(error):
+        return "it holds more than tensors and plain values"
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def no_file(path: Path) -> str:
+    """Says in words why there is no file at a path."""
+    return "a folder, not a file" if path.is_dir() else "no such file"
 
 
 def contents_hash(contents: dict) -> str:
@@ -216,8 +229,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # damage can raise anything
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(f"{path} is not a readable file of weights: {reason}") from error
+        raise ValueError(f"{path} is not a readable file of weights: {_reason(path, error)}") from error
     if not isinstance(weights, dict):
         raise ValueError(f"{path} holds {type(weights).__name__}, expected a dict of weights")
     return weights

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kit.data.decode import Decoder, is_picture, open_video
 from kit.data.frames import fit, frame_numbers
+from kit.files import no_file
 
 CHUNK = 16  # frames of a long video held at a time
 
@@ -63,7 +64,7 @@ def open_clip_file(path: str | Path, frames: int | None, fps: float, at_end: boo
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise FileNotFoundError(f"{no_file(path)}: {path}")
     if frames is not None and frames < 1:
         raise ValueError(f"{frames} frames of {path} were asked for; ask for 1 or more")
     picture = is_picture(path)

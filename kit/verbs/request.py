@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kit.data.listing import is_utf8
 from kit.data.read import open_clip_file
-from kit.files import file_sha256, read_lines
+from kit.files import file_sha256, no_file, read_lines
 from kit.generator.sampler import Sampling
 from kit.scales import TAU, latent_frames
 from kit.values import check_whole_number
@@ -70,7 +70,7 @@ def prompts_of(values: dict, kind: str) -> tuple[str, list[str]]:
     if values["prompts"] is not None:
         path = Path(values["prompts"])
         if not path.is_file():
-            raise FileNotFoundError(f"prompts={path}: no such file; it holds one {wanted} a line")
+            raise FileNotFoundError(f"prompts={path}: {no_file(path)}; it holds one {wanted} a line")
         if not (lines := read_lines(path)):
             raise ValueError(f"prompts={path} holds no {wanted}; write one a line")
         return wanted, list(dict.fromkeys(lines))

@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kit.files import file_sha256, read_json
+from kit.files import file_sha256, no_file, read_json
 
 SETTINGS = (  # keys of conf/generate.yaml that decide how a video looks, apart from prompt, label and seed
     "ckpt", "tokenizer", "image", "video", "history_frames", "frames", "fps", "precision",
@@ -81,7 +81,7 @@ def read_sidecar(path: Path) -> dict:
         FileNotFoundError: if it does not exist. ValueError: if it is not one of this version.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"settings={path}: no such file; it is the JSON beside a video that `generate` has made")
+        raise FileNotFoundError(f"settings={path}: {no_file(path)}; it is the JSON beside a video that `generate` has made")
     if path.suffix == ".mp4":
         raise ValueError(f"settings={path} is the video; give the JSON beside it, {path.with_suffix('.json').name}")
     sidecar = read_json(path)

@@ -75,6 +75,8 @@ def test_no_frames_and_no_file(video):
         open_clip_file(video, 0, 0)
     with pytest.raises(FileNotFoundError, match="no such file: nowhere.mp4"):
         open_clip_file("nowhere.mp4", None, 0)
+    with pytest.raises(FileNotFoundError, match=f"a folder, not a file: {video.parent}"):
+        open_clip_file(video.parent, None, 0)
 
 
 def test_the_end_of_a_file(video):

@@ -435,6 +435,7 @@ def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
         (["prompt=x", "n=0"], "n=0; expected a whole number of 1 or more"),
         (["prompt=x", "batch_size=0"], "batch_size=0; expected a whole number of 1 or more"),
         (["prompt=x", "seed=-1"], "seed=-1; expected a whole number of 0 or more"),
+        (["settings=."], "settings=.: a folder, not a file; it is the JSON beside a video"),
         (["settings=nowhere.json"], "settings=nowhere.json: no such file"),
         (["prompt=x", "top_p=null"], "top_p=null; expected a number"),
         (["prompt=x", "temperature=null"], "temperature=null; expected a number"),

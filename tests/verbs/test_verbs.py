@@ -61,6 +61,15 @@ def test_a_checkpoint_of_another_program_is_told(tmp_path, values):
         kind_of(tmp_path / "other.ckpt")
 
 
+@pytest.mark.parametrize(("contents", "why"), [(b"a text", "it is no file of torch, or cut off"), (b"", "it is empty")])
+@pytest.mark.parametrize("load", [load_tokenizer, kind_of])
+def test_what_is_no_checkpoint_is_told(tmp_path, contents, why, load):
+    path = tmp_path / "other.ckpt"
+    path.write_bytes(contents)
+    with pytest.raises(ValueError, match=f"other.ckpt is not a readable file of tensors: {why}"):
+        load(path)
+
+
 @pytest.mark.parametrize("damage", ["cut", "text"])
 def test_broken_checkpoint_is_named(pair, tmp_path, capsys, damage):
     broken = tmp_path / "broken.ckpt"
