@@ -91,9 +91,10 @@ def encoded_clips_of(cfg: DictConfig, *parts: str) -> Path:
     """Returns the folder of the clips that a run encodes for itself.
 
     Args:
-        parts: names of the stage and the bucket, if any, each of which has a folder of its own.
+        parts: names of the stage and the bucket, if any, each of which has a folder of its own. Points join them, which names
+            of stages have not: of a stage `x` the `images` are not a stage `x_images`.
     """
-    return Path(cfg.folder) / "_".join(("encoded_clips", *parts))
+    return Path(cfg.folder) / "_".join(filter(None, ("encoded_clips", ".".join(parts))))
 
 
 def choice_of(source: DictConfig) -> dict:

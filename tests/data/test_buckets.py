@@ -474,7 +474,7 @@ def test_a_stage_can_have_buckets(folder, tokenizer, tmp_path, caplog):
     words = [stages, switch, "recipe.generator.encoded_clips=8"]
     assert fit("stage2_generator", tmp_path, folder, *words, tokenizer=tokenizer) == 0
     assert "stage 2 of 2, all: 5x16x32 (5 files, 4 clips a batch), 9x24x24 (3 files, 4 clips a batch)" in caplog.text
-    assert (tmp_path / "run" / "encoded_clips_all_9x24x24" / "manifest.json").exists()
+    assert (tmp_path / "run" / "encoded_clips_all.9x24x24" / "manifest.json").exists()
 
 
 def test_a_cache_in_buckets_is_what_a_training_encodes_for_itself(folder, tokenizer, tmp_path, capsys):

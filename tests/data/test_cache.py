@@ -27,7 +27,7 @@ from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.encoding import describe, write_cache
 from kit.media import write_video
-from kit.verbs.cache import check_cache, choice_of
+from kit.verbs.cache import check_cache, choice_of, encoded_clips_of
 from tests.fixtures import CLIP, GENERATOR, QUICK, composed, fit_generator
 from tests.test_training import losses
 
@@ -271,6 +271,13 @@ def test_the_list_of_files_is_a_part_of_what_it_is_of(pair, tmp_path):
 
 
 # --- through the command line ------------------------------------------------------------------------------------------
+
+
+def test_each_stage_and_kind_of_clips_has_a_folder_of_its_own():
+    cfg = SimpleNamespace(folder="run")
+    parts = [(), ("x",), ("x", "images"), ("x_images",), ("images",), ("x", "images", "1x32x32"), ("x_images", "1x32x32")]
+    assert len({encoded_clips_of(cfg, *each) for each in parts}) == len(parts)
+    assert encoded_clips_of(cfg).name == "encoded_clips" and encoded_clips_of(cfg, "x").name == "encoded_clips_x"
 
 
 def test_training_on_encoded_clips_is_training_on_clips(pair, tmp_path):
