@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -77,6 +77,12 @@ def autocast(precision: str):
     """Returns a context in which models compute in `float32` or `bfloat16`. Raises as `check_precision`."""
     check_precision(precision)
     return torch.autocast(device().type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def without_autocast(device: torch.device):
+    """Returns a context in which models on a device compute in the types of their weights and inputs."""
+    there = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if there else nullcontext()
 
 
 def inference_precision():

@@ -15,6 +15,7 @@ import torchmetrics
 from torch import Tensor, nn
 
 from kit.files import file_sha256, read_weights
+from kit.machine import without_autocast
 from kit.recompute import recomputed
 
 CONVOLUTIONS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels, stage by stage
@@ -135,7 +136,7 @@ class Perceptual(nn.Module):
             raise ValueError(f"{self.name}: pictures of {a.shape[2]} x {a.shape[3]} pixels, but it takes {self.least} a side")
         if not (a.is_floating_point() and b.is_floating_point()):
             raise ValueError(f"{self.name}: expected floats in [-1, 1], got {a.dtype} and {b.dtype}; integers need scaling")
-        with torch.autocast(a.device.type, enabled=False):
+        with without_autocast(a.device):
             # Not one batch of both: this way the one without gradient, such as a loss's target, stores no activations.
             a, b = ((x.to(self.shift.dtype) - self.shift) / self.scale for x in (a, b))
             total = 0

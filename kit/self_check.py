@@ -13,7 +13,7 @@ from kit.generator.corruption import teacher_forced
 from kit.generator.kv_cache import CachedGenerator
 from kit.generator.rope import positions, rotary_table
 from kit.generator.transformer import Generator
-from kit.machine import exact_float32
+from kit.machine import exact_float32, without_autocast
 from kit.pixels import psnr
 from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def self_check(model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: l
         video: (B, 3, T, H, W) in [-1, 1], a few real clips, on the models' device. prompts: theirs.
     """
     schedule = tokenizer.schedule_of(video)
-    with torch.autocast(video.device.type, enabled=False), exact_float32():
+    with without_autocast(video.device), exact_float32():
         feature = tokenizer.encode(video)
         logits, (inputs, bits, _) = teacher_forced(model, feature, schedule, model.condition(prompts))
         return [
@@ -63,7 +63,7 @@ def self_check(model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: l
 def check_tokenizer(tokenizer: Tokenizer, video: Tensor) -> list[Check]:
     """Runs the checks that need no generator, in float32; `video` as for `self_check`."""
     schedule = tokenizer.schedule_of(video)
-    with torch.autocast(video.device.type, enabled=False), exact_float32():
+    with without_autocast(video.device), exact_float32():
         bits = tokenizer.bits(video)
         return [check_scales(tokenizer, video, bits, schedule), check_streaming(tokenizer, bits, schedule)]
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kit.generator.condition import ConditionConfig, build_condition
 from kit.generator.mask import View, attention_views
 from kit.generator.rope import ALIGN, positions, rotary_table, rotate
-from kit.machine import onto
+from kit.machine import onto, without_autocast
 from kit.recompute import recomputed
 from kit.scales import ScaleSchedule
 from kit.values import check_choice, check_whole_number, from_values
@@ -223,8 +223,12 @@ class Generator(nn.Module):
         return rotary_table(where, self.config.width // self.config.heads)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps hidden states (B, tokens, D) to logits (B, tokens, d) in float32."""
-        return self.head(self.norm(x)).float()
+        """Maps hidden states (B, tokens, D) to logits (B, tokens, d), computed in float32 in every precision.
+
+        Rounded to bfloat16, logits have errors that guidance, which extrapolates their differences, would multiply.
+        """
+        with without_autocast(x.device):
+            return F.linear(self.norm(x).float(), self.head.weight.float())
 
     def forward(
         self, inputs: Tensor, schedule: ScaleSchedule, condition: Tensor, kept: Tensor | None = None,

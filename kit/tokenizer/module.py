@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kit.draws import Draws
 from kit.fsdp import ShardedStrategy
 from kit.loop import logs_now
-from kit.machine import onto
+from kit.machine import onto, without_autocast
 from kit.optim import KEYS, WarmupCosine, build_optimizer, check_optimizer
 from kit.perceptual import Perceptual, load_perceptual
 from kit.pixels import psnr
@@ -163,7 +163,7 @@ class TokenizerModule(L.LightningModule):
 
         Turns off autocast, under which Lightning calls a training step, so that gradients are not rounded.
         """
-        with torch.autocast(self.device.type, enabled=False):
+        with without_autocast(self.device):
             self.manual_backward(weighted_sum(terms) / self.optimizer["accumulate"])
 
     @property
@@ -185,14 +185,14 @@ class TokenizerModule(L.LightningModule):
         """
         seen = output.detach().requires_grad_()
         loss = adversarial_loss(self.discriminator(seen))
-        with torch.autocast(self.device.type, enabled=False):
+        with without_autocast(self.device):
             (slope,) = torch.autograd.grad(loss, seen)
         pull = (output * slope).sum()
         loss = loss.detach() + pull - pull.detach()
         weight = self.adversarial_share * self.loss["adversarial"]["weight"]
         if self.loss["adversarial"]["adaptive"]:
             others = {name: term for name, term in terms.items() if name in ("reconstruction", "motion", "perceptual")}
-            with torch.autocast(self.device.type, enabled=False):
+            with without_autocast(self.device):
                 (other,) = torch.autograd.grad(weighted_sum(others), output, retain_graph=True)
                 pulls = [self.model.decoder.head_gradient(hidden, x) for x in (other, slope)]
             weight = weight * adaptive_weight(*pulls)
@@ -222,7 +222,7 @@ class TokenizerModule(L.LightningModule):
             if self.optimizer["clip"]:
                 self.clip_gradients(optimizer, self.optimizer["clip"], "norm")
             # Lightning counts its wrapper's steps; the discriminators bypass it, to leave `global_step` alone.
-            with torch.autocast(self.device.type, enabled=False):
+            with without_autocast(self.device):
                 (optimizer if number == 0 else optimizer.optimizer).step()
             optimizer.zero_grad()
             schedule.step()

@@ -410,6 +410,16 @@ def test_norms_are_the_same_in_every_precision():
     torch.testing.assert_close(RMSNorm(64)(x.bfloat16()).float(), exact, atol=2e-2, rtol=2e-2)
 
 
+def test_logits_are_of_float32_in_every_precision(make_generator):
+    """Guidance multiplies what rounding does to them."""
+    model, hidden = make_generator(), torch.randn(1, 5, 32)
+    exact = model.logits(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.logits(hidden), exact)
+    near = model.bfloat16().logits(hidden.bfloat16())
+    assert near.dtype == torch.float32 and not torch.equal(near, near.bfloat16().float())
+
+
 def test_attention_depends_on_relative_positions_only():
     """It would not if queries and keys were rotated before they are normalised."""
     attention, x, where = randomise(Attention(32, 2)), torch.randn(1, 6, 32), torch.randint(0, 9, (6, 3)).float()
