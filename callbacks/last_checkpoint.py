@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from kit.loop import between_steps, validates_next
+from kit.loop import between_steps, validates_next, write_logs
 from kit.training_checkpoint import TrainingCheckpointIO
 from kit.values import check_whole_number
 
@@ -91,6 +91,8 @@ class LastCheckpoint(Checkpoint):
 
     def _save_if_due(self, trainer):
         if trainer.strategy.reduce_boolean_decision(self.told != 0, all=False):
+            if trainer.training:  # else Lightning has written them, before a validation
+                write_logs(trainer)
             self._save(trainer, may_fail=0)
             rank_zero_info(f"  told to end: {self.path} is of step {trainer.global_step}; ckpt=last goes on from there")
             raise KeyboardInterrupt if self.told == signal.SIGINT else Preempted

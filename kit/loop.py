@@ -48,3 +48,9 @@ def logs_now(module: L.LightningModule) -> bool:
     The other steps need not compute them or gather them from all processes. Without a trainer nothing is written.
     """
     return module._trainer is not None and module._trainer._logger_connector.should_update_logs
+
+
+def write_logs(trainer: L.Trainer):
+    """Writes what this training step has logged if it is due, as Lightning does after the hook `on_train_batch_end`: for a
+    callback that ends the run there."""
+    trainer._logger_connector.update_train_step_metrics()

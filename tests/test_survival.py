@@ -60,6 +60,7 @@ def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, told, code, acc
     assert "ckpt=last goes on from there" in said(tmp_path)
     saved = read_checkpoint(last(tmp_path), "tokenizer")
     assert 0 < saved["global_step"] < 40 and saved["ClipDataModule"]["batches_done"] == accumulate * saved["global_step"]
+    assert len(losses(tmp_path / "run")) == accumulate * saved["global_step"], "the last step's loss is logged too"
     if accumulate == 1:
         assert started(tmp_path).wait() == 0
         assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
