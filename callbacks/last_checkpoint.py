@@ -96,7 +96,9 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer, may_fail=0)
             rank_zero_info(f"  told to end: {self.path} is of step {trainer.global_step}; ckpt=last goes on from there")
             raise KeyboardInterrupt if self.told == signal.SIGINT else Preempted
-        if trainer.global_step and trainer.global_step % self.every == 0:
+        if trainer.global_step >= trainer.max_steps:  # later, Lightning would count this step's logs twice on resuming
+            self._save(trainer, self.may_fail)
+        elif trainer.global_step and trainer.global_step % self.every == 0:
             if trainer.strategy.broadcast(time.monotonic() >= self.rest_until):
                 self._save(trainer, self.may_fail)
 

@@ -102,9 +102,14 @@ def test_training_leaves_the_precision_of_float32_products_as_it_was(pair):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_the_last_checkpoint_is_that_of_the_last_step(tmp_path):
-    assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=5", "trainer.val_check_interval=3") == 0
-    assert read_checkpoint(tmp_path / "tokenizer" / "checkpoints" / "last.ckpt", "tokenizer")["global_step"] == 5
+@pytest.mark.parametrize("every", [2, 3])
+def test_the_last_checkpoint_is_that_of_the_last_step(tmp_path, every):
+    """Resumed, the run logs the next step under its number, also where the last step was validated."""
+    words = [f"trainer.val_check_interval={every}", "callbacks.video_logger.clips=0"]
+    for steps in (4, 5):
+        assert fit_tokenizer(tmp_path, *words, f"recipe.tokenizer.steps={steps}", "ckpt=last") == 0
+        assert read_checkpoint(tmp_path / "tokenizer" / "checkpoints" / "last.ckpt", "tokenizer")["global_step"] == steps
+    assert losses(tmp_path / "tokenizer", 1, "step")[-1] == 4, "counted from 0"
 
 
 @pytest.mark.parametrize("verb", ["cache", "fit conf=stage1_tokenizer", "fit conf=stage2_generator"])
