@@ -9,7 +9,7 @@ import lightning as L
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_warn
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kit.checkpoint import load_tokenizer
 from kit.data.buckets import Bucket, read_shape
@@ -135,16 +135,30 @@ def set_values(node: DictConfig, values: Mapping, at: str, named_freely: bool = 
                 node[key] = value
 
 
+def stages_in(cfg: DictConfig) -> StagePlan:
+    """Reads the stages in a config, which `stage_steps` may shorten.
+
+    What a stage sets in `data` keeps its interpolations for the data that it is set in: `${data.fps}` is then the stage's.
+
+    Raises:
+        as `StagePlan.of` and `StagePlan.shortened`.
+    """
+    values = plain(cfg.stages)
+    for name, stage in values.items():
+        if isinstance(stage, dict) and isinstance(stage.get("data"), dict):
+            stage["data"] = OmegaConf.to_container(cfg.stages[name].data)
+    return StagePlan.of(values).shortened(cfg.get("stage_steps"))
+
+
 def plan_of(cfg: DictConfig) -> StagePlan:
     """Reads the stages of a training that has them.
 
     Raises:
-        ValueError: if the callback that switches stages is missing; else as `StagePlan.of`, `of_stage` and
-            `StagePlan.shortened`.
+        ValueError: if the callback that switches stages is missing; else as `stages_in` and `of_stage`.
     """
     if not cfg.callbacks.get("stage_switch"):
         raise ValueError("stages need the callback that moves on: callbacks.stage_switch as in conf/progressive.yaml")
-    plan = StagePlan.of(plain(cfg.stages)).shortened(cfg.get("stage_steps"))
+    plan = stages_in(cfg)
     for stage in plan.stages:
         of_stage(cfg, stage)
     return plan

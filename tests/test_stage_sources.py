@@ -75,6 +75,15 @@ def test_a_stage_weighs_the_sources_of_a_mixture_and_adds_some():
     assert source["sources"]["a"] == {**DRAWN, "seed": 0, "late": 0.5} and source["sources"]["b"] == {**DRAWN, "seed": 1}
 
 
+def test_what_a_stage_makes_of_other_values_is_made_of_its_own():
+    values = "{frames:9,height:24,width:${.height},source:{seed:${data.frames}},val_clips:${stages.long.steps}}"
+    cfg = composed("progressive", *CLIP, f"++stages.long.data={values}", "stages.low.data={height:16,width:${data.height}}")
+    expected = {"frames": 9, "height": 24, "width": 24, "val_clips": cfg.stages.long.steps}
+    for data in (stages_of(cfg)[-1][2], of_stage(cfg, plan_of(cfg).stages[-1]).data):
+        assert {key: data[key] for key in expected} == expected and data["source"]["seed"] == 9
+    assert stages_of(cfg)[0][2]["width"] == 16 != cfg.data.height
+
+
 @pytest.mark.parametrize(
     "data, message",
     [({"hight": 16}, "stages.a.data has no hight; its keys are .*height"),

@@ -14,6 +14,7 @@ from kit.build import (
     generator_module,
     generator_values,
     of_stage,
+    stages_in,
     tokenizer_config,
     tokenizer_module,
 )  # fmt: skip
@@ -26,7 +27,6 @@ from kit.perceptual import untrained_perceptual
 from kit.planning.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
 from kit.planning.memory import training_memory
 from kit.scales import latent_frames
-from kit.stages import StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.module import TokenizerModule
 from kit.values import plain
@@ -38,8 +38,7 @@ def stages_of(cfg: DictConfig) -> list[tuple[str, int, dict]]:
     """Lists name, steps and data of each stage, which `stage_steps` may shorten; a training without stages is one."""
     if not cfg.stages:
         return [(cfg.name, cfg.trainer.max_steps, data_of(cfg.copy()))]
-    stages = StagePlan.of(plain(cfg.stages)).shortened(cfg.get("stage_steps")).stages
-    return [(stage.name, stage.steps, data_of(of_stage(cfg, stage))) for stage in stages]
+    return [(stage.name, stage.steps, data_of(of_stage(cfg, stage))) for stage in stages_in(cfg).stages]
 
 
 def data_of(cfg: DictConfig) -> dict:
