@@ -193,7 +193,7 @@ def backward(loss: Tensor):
 
 def training_memory(
     build: Callable[[], L.LightningModule], batch: Callable[[torch.device], dict], device: str, bfloat16: bool, ema: bool,
-    accumulate: int = 1,
+    accumulate: int = 1, buckets: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
     """Returns the bytes that a training holds between its steps, and at most within one.
 
@@ -203,16 +203,18 @@ def training_memory(
         build: makes the module. batch: makes a batch on a device.
         device: `cpu` or `cuda`, which this machine need not have. bfloat16: whether it trains in mixed precision.
         ema: whether it keeps a moving average. accumulate: batches per step.
+        buckets: whether DDP holds a copy of the gradients, in the buckets that it sums up over devices.
     """
     where = torch.device(GPU if device == "cuda" else device, 0)
     with warnings.catch_warnings(), Pretence(where) as pretence, Held() as held:
         warnings.simplefilter("ignore")
         module = on_paper(build, where)
         take_step = stepper(module, pretence, bfloat16)
-        average = [p.detach().clone() for p in module.model.parameters()] if ema else []
+        copies = [p.detach().clone() for p in module.model.parameters()] if ema else []
+        copies += [torch.empty_like(p) for p in module.parameters() if buckets and p.requires_grad]
         between, held.most = held.now, held.now
         take_step(batch, accumulate)
-        del average
+        del copies
     return between, held.most
 
 

@@ -131,7 +131,7 @@ def test_paper_is_within_a_tenth_of_what_a_gpu_took(row):
     assert memory_of(cfg, data, "cuda", bfloat16=True)[1] / 1e9 == pytest.approx(row["measured_gb"], rel=0.1)
 
 
-def test_what_is_held_is_weights_moments_and_average():
+def test_what_is_held_is_weights_moments_average_and_buckets(monkeypatch):
     words = (
         "stage2_generator",
         "size=tiny",
@@ -150,6 +150,11 @@ def test_what_is_held_is_weights_moments_and_average():
     assert held == pytest.approx(4 * trained + frozen, rel=0.001)
     assert most > held + trained, "and gradients within a step"
     assert held - memory_of(without, data, "cuda", True)[0] == pytest.approx(trained, rel=0.001)
+    several, sharded = (resolved(*words, "trainer.devices=2", *more) for more in ([], ["trainer=fsdp"]))
+    on_each = [size - trained for size in memory_of(several, data, "cuda", True)]
+    assert on_each == pytest.approx([held, most], rel=0.001), "and DDP's buckets of gradients"
+    monkeypatch.setattr("kit.planning.plan.training_memory", lambda *given: given[-1])
+    assert [memory_of(each, data, "cuda", True) for each in (cfg, several, sharded)] == [False, True, False]
 
 
 @pytest.mark.parametrize("conf, clips", [("stage0_image_tokenizer", 32), ("stage1_tokenizer", 8)])
