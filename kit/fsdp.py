@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -71,6 +72,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Shards a model unless it is sharded already: its units, which are gathered one at a time, and the rest of it."""
         if isinstance(model, FSDPModule):
             return
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing changes it in place
         mesh, kept = self.device_mesh if self.replicas > 1 else self.device_mesh["tensor_parallel"], torch.float32
         policy = MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=kept)
         model.to(memory_format=torch.contiguous_format)  # other layouts cannot be sharded
