@@ -380,8 +380,26 @@ def test_a_flipped_bit_of_a_checkpoint_is_found(pair, tmp_path):
         load_tokenizer(tmp_path / "flipped.ckpt")
 
 
+def test_a_file_is_hashed_once_unless_it_changes(tmp_path, monkeypatch):
+    path, weights = tmp_path / "last.ckpt", torch.arange(64.0)
+    save_checked({"weights": weights}, path)
+    monkeypatch.setattr("kit.files.contents_hash", hashed := MagicMock(wraps=contents_hash))
+    for mmap in (True, False):
+        assert torch.equal(load_checked(path, mmap)["weights"], weights)
+    assert hashed.call_count == 1
+    contents = bytearray(path.read_bytes())
+    contents[contents.index(weights.numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(contents)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match="last.ckpt is damaged"):
+        load_checked(path)
+    with pytest.raises(FileNotFoundError):
+        load_checked(tmp_path / "none.ckpt")
+
+
 @pytest.mark.parametrize("error", [PermissionError("not yours"), MemoryError()])
 def test_a_file_that_may_not_be_read_is_not_called_broken(error, tmp_path, monkeypatch):
+    (tmp_path / "last.ckpt").touch()
     monkeypatch.setattr("torch.load", MagicMock(side_effect=error))
     with pytest.raises(type(error)):
         load_checked(tmp_path / "last.ckpt")
@@ -399,8 +417,8 @@ def test_saves_take_no_more_than_their_share_of_the_time(tmp_path, monkeypatch):
 
     progress = SimpleNamespace(total=SimpleNamespace(processed=0))
     trainer = SimpleNamespace(
-        global_step=0, save_checkpoint=save, accumulate_grad_batches=1, should_stop=False, enable_validation=False,
-        val_check_batch=None,
+        global_step=0, max_steps=100, save_checkpoint=save, accumulate_grad_batches=1, should_stop=False,
+        enable_validation=False, val_check_batch=None,
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
         strategy=SimpleNamespace(
             broadcast=lambda x: x, reduce_boolean_decision=lambda x, all: x, checkpoint_io=None,
