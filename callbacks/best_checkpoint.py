@@ -15,7 +15,7 @@ class BestCheckpoint(ModelCheckpoint):
         return super().state_key.replace("BestCheckpoint", "ModelCheckpoint")  # in checkpoints, as of Lightning's
 
     def load_state_dict(self, state: dict):
-        """Restores the best score if the best checkpoint is in this folder: a run that goes on from another has none yet."""
+        """Restores the best score if the best checkpoint is in this folder: a run that starts from another's has none yet."""
 
         def here(path: str) -> str:
             return str(Path(self.dirpath) / Path(path).name) if path else path

@@ -17,7 +17,7 @@ from kit.values import check_whole_number
 
 
 class Preempted(SystemExit):
-    """Raised when the run was told to end by SIGTERM, and has saved.
+    """Raised when SIGTERM has ended the run, after it has saved.
 
     Its exit code is that of a process which the signal ended.
     """
@@ -29,7 +29,7 @@ class Preempted(SystemExit):
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt` up to date.
 
-    It saves every `every` optimizer steps, as far as `share` allows, when training ends, and when SIGTERM or Ctrl-C tells
+    It saves every `every` optimizer steps, as far as `share` allows, when training ends, and when SIGTERM or Ctrl-C asks
     the process to end, after the current step. Schedulers send SIGTERM before they take a machine away. Where a validation
     follows a step, it saves after that: Lightning does not make up for a validation that is lost after a save.
 
@@ -53,7 +53,7 @@ class LastCheckpoint(Checkpoint):
         self.share, self.rest_until = share, 0.0  # in seconds of `time.monotonic`
         self.path, self.every, self.may_fail = Path(folder) / "last.ckpt", every, may_fail
         self.saved = None
-        self.told = 0  # signal that has told this process to end
+        self.received = 0  # signal that has asked this process to end
         self.interrupt = None  # what Ctrl-C did before
 
     def on_train_start(self, trainer, module):
@@ -69,7 +69,7 @@ class LastCheckpoint(Checkpoint):
         return before
 
     def _end(self, number, _):
-        self.told = number
+        self.received = number
         if number == signal.SIGINT:
             self._on_signal(signal.SIGINT, self.interrupt)
             with suppress(RuntimeError):  # it came while something else was being printed
@@ -90,12 +90,12 @@ class LastCheckpoint(Checkpoint):
             self._save_if_due(trainer)
 
     def _save_if_due(self, trainer):
-        if trainer.strategy.reduce_boolean_decision(self.told != 0, all=False):
+        if trainer.strategy.reduce_boolean_decision(self.received != 0, all=False):
             if trainer.training:  # else Lightning has written them, before a validation
                 write_logs(trainer)
             self._save(trainer, may_fail=0)
-            rank_zero_info(f"  told to end: {self.path} is of step {trainer.global_step}; ckpt=last goes on from there")
-            raise KeyboardInterrupt if self.told == signal.SIGINT else Preempted
+            rank_zero_info(f"  ended by a signal: {self.path} is of step {trainer.global_step}; ckpt=last resumes from there")
+            raise KeyboardInterrupt if self.received == signal.SIGINT else Preempted
         if trainer.global_step >= trainer.max_steps:  # later, Lightning would count this step's logs twice on resuming
             self._save(trainer, self.may_fail)
         elif trainer.global_step and trainer.global_step % self.every == 0:
@@ -132,5 +132,5 @@ class LastCheckpoint(Checkpoint):
             return True
         (worst, failure), failed = trainer.strategy.broadcast((io.look(), io.failed))  # with shards all fail alike
         if worst > may_fail:
-            raise OSError(f"{failure}. Make room and go on with ckpt=last")
+            raise OSError(f"{failure}. Make room and resume with ckpt=last")
         return not failed

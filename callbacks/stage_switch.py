@@ -89,7 +89,7 @@ class StageSwitch(L.Callback):
             raise ValueError(f"callbacks.stage_switch.monitor={self.monitor} is not logged; choose from {known}")
         found = self.sign * trainer.callback_metrics[self.monitor].item()
         self.best, self.waited = (found, 0) if found < self.best else (self.best, self.waited + 1)
-        if self.waited >= patience and data.stage not in data.ended:  # above it: a run that goes on with less patience
+        if self.waited >= patience and data.stage not in data.ended:  # above it: a run that resumes with less patience
             rank_zero_info(f"  {self.monitor} is no better than {patience} validations ago: this stage ends")
             data.end_stage(batches_of_a_step(trainer, module))
 
@@ -121,11 +121,11 @@ class StageSwitch(L.Callback):
 
 
 def tell_if_over(data: StagedClips):
-    """Says why a training whose last stage has ended on its plateau does not go on, whatever its patience is now."""
+    """Says why a training whose last stage has ended on its plateau does not continue, whatever its patience is now."""
     batches, planned = data.batches[-1], data.planned[-1]
     if data.finished and batches < planned:
         message = f"stage {data.plan.stages[-1].name}, the last, ended on its plateau after {batches} of {planned} batches"
-        rank_zero_info(f"  {message}; to go on, add a stage after it")
+        rank_zero_info(f"  {message}; to continue, add a stage after it")
 
 
 def check_names(module: L.LightningModule, stage: Stage):

@@ -21,4 +21,4 @@ class StepTimer(Timer):
     def on_fit_end(self, trainer, module):
         left, done = self.time_remaining(), f"step {trainer.global_step} of {trainer.max_steps}"
         if left is not None and left <= 0 and trainer.global_step < trainer.max_steps:
-            rank_zero_info(f"  trainer.max_time is over at {done}; a longer one and ckpt=last go on from there")
+            rank_zero_info(f"  trainer.max_time is over at {done}; with a longer one ckpt=last resumes from there")

@@ -209,7 +209,7 @@ def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerMo
     if data.image_share:
         raise ValueError(
             "data.image_share is for generators; conf=stage0_image_tokenizer trains a tokenizer on images, and init=inflate "
-            "goes on from it with video"
+            "continues from it with video"
         )
     return tokenizer_module(cfg, data.clip)
 

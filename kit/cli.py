@@ -205,7 +205,7 @@ def explained(error: Exception, verb: str) -> str | None:
 
 
 class Call:
-    """A call of a verb: hydra composes its config, and errors that a user can fix are told without a traceback.
+    """A call of a verb: hydra composes its config, and errors that a user can fix are reported without a traceback.
 
     Args:
         verb: its name. path: file of the conf. words: the other words of the command line.
@@ -280,7 +280,7 @@ class Call:
         print(*(f"kit {self.verb}: {reason}" for reason in reasons), sep="\n", file=sys.stderr)
 
     def fail(self, *reasons: str):
-        """Tells why a run has failed."""
+        """Reports why a run has failed."""
         self.failed = True
         self.tell(*reasons)
 

@@ -83,7 +83,7 @@ def sole_user(folder: Path) -> Iterator[None]:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """Returns the path of the checkpoint that ckpt=last goes on from, of the run in a folder."""
+    """Returns the path of the checkpoint that ckpt=last resumes from, of the run in a folder."""
     return folder / "checkpoints" / "last.ckpt"
 
 

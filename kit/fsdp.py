@@ -22,7 +22,7 @@ GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, in
 
 
 def check_unused(trainer: L.Trainer, what: str):
-    """Checks that a trainer allows parameters without a gradient. All do but those with DDP, unless it is told to.
+    """Checks that a trainer allows parameters without a gradient. All do but those with DDP, unless it is set to.
 
     Args:
         what: what it is that leaves parameters without one.

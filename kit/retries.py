@@ -86,7 +86,7 @@ def with_retries(train: Callable[[Path | None, list[BatchPosition]], T], resume:
                 raise
             lost = lost + [error.position] if isinstance(error, LostLoss) else lost
             way = "without that batch" if isinstance(error, LostLoss) else "with new processes"
-            rank_zero_warn(f"{error}. Going on from {resume} {way}; {left - 1} retries left")
+            rank_zero_warn(f"{error}. Resuming from {resume} {way}; {left - 1} retries left")
         gc.collect()  # frees the failed run's model and optimizer, which are in reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -183,7 +183,7 @@ def check_video_length(
     tokenizer.model.schedule(min(frames, longest), *size[1:])
     taken = 0 if history is None else history.shape[1]
     if taken >= longest == 1 and sampling.extend == "reencode":
-        raise ValueError("this generator makes pictures, of one frame: it cannot go on from one; leave out image= and video=")
+        raise ValueError("this generator makes pictures, of one frame: it cannot continue one; leave out image= and video=")
     if taken >= longest and sampling.extend == "reencode":
         least = max(1, longest - TAU)
         message = f"{taken} frames are given, but this generator makes clips of {longest}"

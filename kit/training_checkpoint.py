@@ -1,4 +1,4 @@
-"""Checkpoints of trainings: saved so that a failure leaves the one before whole, and compared with the run that goes on."""
+"""Checkpoints of trainings: saved so that a failure leaves the one before whole, and compared with the run that resumes."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_a_lost_loss_goes_back_and_past_its_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "callbacks.LastCheckpoint.on_train_batch_start", lambda *a: seen.append(a[3]["n"][0].item()), raising=False
     )
-    with pytest.warns(UserWarning, match="Going on from .*without that batch; 1 retries left"):
+    with pytest.warns(UserWarning, match="Resuming from .*without that batch; 1 retries left"):
         assert fit_tokenizer(tmp_path, *STEPS, *POISONED, name="run") == 0
     assert seen == [0, 4, 8, 12, 16, 20, 16, 24, 28, 32]
     checkpoint = read_checkpoint(last(tmp_path), "tokenizer")

@@ -182,7 +182,7 @@ def test_a_run_goes_on_across_a_change_of_sources(pair, tmp_path, monkeypatch, c
     assert fit_stages(tmp_path, pair.tokenizer, *plan) == 1
     monkeypatch.undo()
     assert fit_stages(tmp_path, pair.tokenizer, *plan, "ckpt=last") == 0
-    assert "goes on with other data" not in caplog.text
+    assert "resumes with other data" not in caplog.text
     assert losses(tmp_path / "run", start=1) == losses(tmp_path / "whole")[2:]
     a, b = (read_checkpoint(tmp_path / run / "checkpoints" / "last.ckpt", "generator") for run in ("whole", "run"))
     assert all(torch.equal(a["ema"][key], b["ema"][key]) for key in a["ema"])

@@ -197,11 +197,11 @@ def test_a_stage_can_end_on_a_plateau(pair, tmp_path, monkeypatch, caplog):
 def test_a_run_that_ended_on_a_plateau_says_why_it_does_not_go_on(pair, tmp_path, caplog):
     words = ["+stages.stuck={steps:40,lr:1.0e-30,patience:1}", "trainer.val_check_interval=2"]
     assert fit_stages(tmp_path, pair.tokenizer, *words) == 0
-    assert "to go on, add a stage" not in caplog.text
+    assert "to continue, add a stage" not in caplog.text
     patient = [words[0].replace("patience:1", "patience:9"), words[1]]
     assert fit_stages(tmp_path, pair.tokenizer, *patient, "ckpt=last") == 0
     count = len(losses(tmp_path / "run"))
-    assert f"stage stuck, the last, ended on its plateau after {count} of 40 batches; to go on, add a stage" in caplog.text
+    assert f"stage stuck, the last, ended on its plateau after {count} of 40 batches; to continue, add a stage" in caplog.text
     further = "+stages.then={steps:3}"
     assert fit_stages(tmp_path, pair.tokenizer, *patient, further, "ckpt=last") == 0
     assert read_checkpoint(tmp_path / "run/checkpoints/last.ckpt", "generator")["global_step"] == count + 3

@@ -57,7 +57,7 @@ def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, told, code, acc
     with stopped_midway(tmp_path, f"optimizer.accumulate={accumulate}", *every, interpreter=interpreter) as process:
         os.killpg(process.pid, told)
     assert process.wait(timeout=60) == code
-    assert "ckpt=last goes on from there" in said(tmp_path)
+    assert "ckpt=last resumes from there" in said(tmp_path)
     saved = read_checkpoint(last(tmp_path), "tokenizer")
     assert 0 < saved["global_step"] < 40 and saved["ClipDataModule"]["batches_done"] == accumulate * saved["global_step"]
     assert len(losses(tmp_path / "run")) == accumulate * saved["global_step"], "the last step's loss is logged too"
@@ -260,7 +260,7 @@ def test_a_failed_save_of_another_callback_is_not_forgotten(tmp_path, monkeypatc
         last._save(trainer, may_fail)
         trainer.global_step = 2
     else:
-        with pytest.raises(OSError, match="no room. Make room and go on with ckpt=last"):
+        with pytest.raises(OSError, match="no room. Make room and resume with ckpt=last"):
             last._save(trainer, may_fail)
         trainer.global_step = 2  # told once
     last._save(trainer, 0)

@@ -76,7 +76,7 @@ def test_a_full_disk_of_one_process_leaves_the_last_checkpoint(full, way, tmp_pa
         limit(commands[full], 2**16)
     assert [command.returncode for command in commands] == [1, 1]
     told = (tmp_path / "said_0").read_text()
-    assert "last.ckpt could not be saved: File too large" in told and "Make room and go on with ckpt=last" in told
+    assert "last.ckpt could not be saved: File too large" in told and "Make room and resume with ckpt=last" in told
     assert step_of(tmp_path) == 2
     with stopped_at(5, tmp_path, way, "callbacks.last.may_fail=1000") as commands:
         assert step_of(tmp_path) == 4

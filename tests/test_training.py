@@ -153,7 +153,7 @@ def test_a_training_ends_after_its_time_and_goes_on(tmp_path, caplog):
     done = read_checkpoint(ckpt, "tokenizer")["global_step"]
     assert 0 < done < 100000
     for again in (0, 1):
-        assert f"trainer.max_time is over at step {done} of 100000; a longer one and ckpt=last go on" in caplog.text
+        assert f"trainer.max_time is over at step {done} of 100000; with a longer one ckpt=last resumes" in caplog.text
         caplog.clear()
         still = ["trainer.max_time=00:00:00:01", "recipe.tokenizer.steps=100000", "ckpt=last"]
         assert again or fit_tokenizer(tmp_path, *short[1:], *still) == 0
@@ -214,7 +214,7 @@ def test_what_changed_since_a_run_began_is_told_or_refused(pair, tmp_path, capsy
     assert fit_generator(pair.root, *words, tokenizer=pair.tokenizer) == 0
     for change in ("loss.bit_weights: margin, uniform", "optimizer.lr: "):
         assert f"other settings than it began with (then, now): {change}" in caplog.text
-    assert "goes on with other data than it began with (then, now): batch_size: 4, 2" in caplog.text
+    assert "resumes with other data than it began with (then, now): batch_size: 4, 2" in caplog.text
     assert fit_generator(pair.root, "ckpt=last", "optimizer.weight_decay=0.5", tokenizer=pair.tokenizer) == 1
     assert "cannot change that" in (error := capsys.readouterr().err) and "optimizer.weight_decay: " in error
     assert fit_tokenizer(tmp_path, "tokenizer.bits=8", "trainer.max_steps=1", "seed=1") == 0

@@ -136,7 +136,7 @@ class FolderClips(ClipSource):
             self._tell(f"{message} {without[0]!r}: they train without a condition; caption them, or take them out")
 
     def _tell(self, message: str) -> None:
-        """Warns of something about the files of all splits, but in the split `val`, beside which another tells it."""
+        """Warns of something about the files of all splits, except in the split `val`, beside which another reports it."""
         if self.split != "val":
             warnings.warn(message, stacklevel=5)
 
@@ -200,7 +200,7 @@ class FolderClips(ClipSource):
         return [f"{name} {self.bytes_of(name)}" for name in self.files]
 
     def bytes_of(self, name: str) -> int:
-        """Size of a file; -1 if it is gone, as one behind a broken link: whoever reads it will tell."""
+        """Size of a file; -1 if it is gone, as one behind a broken link: whoever reads it will report it."""
         try:
             return (self.root / name).stat().st_size
         except OSError:

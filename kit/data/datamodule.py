@@ -273,7 +273,7 @@ class ClipDataModule(ClipsOnDevice):
         began = began or {}
         now = {key: value for key, value in self.settings.items() if key in began}  # without keys that kit has added since
         for change in differences(began, now):
-            rank_zero_info(f"  goes on with other data than it began with (then, now): {change}")
+            rank_zero_info(f"  resumes with other data than it began with (then, now): {change}")
 
 
 def check_videos(data: ClipDataModule):

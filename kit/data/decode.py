@@ -123,7 +123,7 @@ def decord_is_right(path: Path) -> bool:
     - if it is AVI, MPEG or GIF: frames are wrong;
     - if an edit list cuts some of its frames away: they are counted, and visible ones come more than once;
     - if it is mirrored, or its pixels are not square: both are ignored;
-    - if it has more than 8 bits a channel: colours differ from PyAV's, which goes on where decord meets damage.
+    - if it has more than 8 bits a channel: colours differ from PyAV's, which continues where decord meets damage.
 
     A file that PyAV cannot open is left to it, too: its errors say more.
     """
@@ -328,7 +328,7 @@ def true_rate(header: float | None, times: Sequence[float]) -> float:
     Args:
         header: the rate that the file states. times: of its frames in seconds, ascending; none if they are not known.
     Raises:
-        ValueError: if neither tells a rate.
+        ValueError: if neither gives a rate.
     """
     steps, seconds = len(times) - 1, times[-1] - times[0] if times else 0
     stated = bool(header) and 0 < header < math.inf
@@ -405,7 +405,7 @@ def _mirrored(path: Path) -> bool:
             size = large if size == 1 else size
             if kind == b"moov":
                 return any(a * d < b * c for a, b, _, c, d in _matrices(file.read(size)))
-            if size < 8:  # 0: the last one goes on to the end
+            if size < 8:  # 0: the last one extends to the end
                 break
             file.seek(size - len(head), os.SEEK_CUR)
     return False

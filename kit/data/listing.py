@@ -106,7 +106,7 @@ def label_files(names: Sequence[str], source: str, pattern: str) -> dict[str, st
 
     Args:
         source: "folder" is the innermost folder, "filename" the group `label` of the regular expression `pattern` in the
-            file name without its suffix, "none" no classes; "auto" is the first of these that tells files apart.
+            file name without its suffix, "none" no classes; "auto" is the first of these that distinguishes files.
     Raises:
         ValueError: if a file has no such label, or the pattern no such group.
     """

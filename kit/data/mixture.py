@@ -67,7 +67,7 @@ def label_among(classes: Sequence[str], own: Sequence[str], label: int) -> int:
 
 def relabelled(item: dict, own: Sequence[str], classes: Sequence[str]) -> dict:
     """Returns an item of a source with the classes `own` with its label as an index into `classes`. A label that is missing
-    or no number is left as it is: `Numbered` tells of it."""
+    or no number is left as it is: `Numbered` reports it."""
     label = item.get("label")
     return item if label is None or isinstance(label, str) else {**item, "label": label_among(classes, own, label)}
 
@@ -116,7 +116,7 @@ class Mixture(ClipSource):
         self.weights = {name: weights[name] for name in self.sources}
         self.turns = Turns(self.weights, seed)
         wordless = [name for name, source in self.sources.items() if not (source.captioned or source.classes)]
-        if wordless and len(wordless) < len(self.sources) and split != "val":  # which another mixture tells
+        if wordless and len(wordless) < len(self.sources) and split != "val":  # which another mixture reports
             message = f"of the sources of the mixture {', '.join(wordless)} have neither captions nor classes, as others have"
             warnings.warn(f"{message}: their clips train without a condition; caption them, or take them out", stacklevel=3)
 

@@ -79,7 +79,7 @@ def written_out(root: str) -> list[str]:
 def shards_at(root: str, patience: float | None) -> list[str]:
     """Lists the tar files as `list_shards`, but for numbers in braces."""
     files, path = fsspec.core.url_to_fs(root)
-    if "://" in root and root.endswith(".tar") and not glob.has_magic(root):  # whether it is there, its index tells
+    if "://" in root and root.endswith(".tar") and not glob.has_magic(root):  # whether it is there, its index says
         return [files.unstrip_protocol(path)]
     folder = path.partition("*")[0].rpartition("/")[0] if "*" in path else path
     if "[" in folder and files.exists(folder):  # part of a name
@@ -302,7 +302,7 @@ class ShardClips(FolderClips):
                 file.flush()
             except StorageHangs as error:
                 raise StorageHangs(
-                    f"{error}, the last of {member.shard}; ckpt=last goes on once its storage answers"
+                    f"{error}, the last of {member.shard}; ckpt=last resumes once its storage answers"
                 ) from error
             except Exception as error:  # each storage has kinds of its own
                 raise UnreadableVideo(path, f"{type(error).__name__}: {error}") from error

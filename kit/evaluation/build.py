@@ -36,7 +36,7 @@ class Tools:
 
 
 def build_protocol(cfg: DictConfig) -> tuple[Protocol, FolderClips | Shapes]:
-    """Builds the protocol, completed by what only its real clips can tell, and the source of these clips.
+    """Builds the protocol, completed by what depends on its real clips, and the source of these clips.
 
     Raises:
         ValueError, FileNotFoundError: for a wrong value, or real clips that are not there.
@@ -198,7 +198,7 @@ def wanted_metrics(asked: str | list[str], paired: bool, captioned: bool) -> lis
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}; expected auto or some of [{','.join(METRICS)}]")
         if name not in possible:
-            why = "it reads what captions of shapes tell" if name == "captions" else "it compares clips in pairs"
+            why = "it reads what captions of shapes describe" if name == "captions" else "it compares clips in pairs"
             raise ValueError(f"{name} has nothing to measure here: {why}; possible are [{','.join(possible)}]")
     return wanted
 

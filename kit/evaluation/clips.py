@@ -128,7 +128,7 @@ def fingerprint(source: FolderClips) -> str:
 
 
 def _marks(path: Path) -> tuple[int, str]:
-    """Size of a file and its two ends in hex, which tell videos apart without reading all of them."""
+    """Size of a file and its two ends in hex, which distinguish videos without reading all of them."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         ends = file.read(END)

@@ -88,7 +88,7 @@ def _read_full_info(path: Path) -> list[tuple[str, list[str]]]:
 def video_name(text: str, index: int) -> str:
     """File name of a prompt's video number `index`, as VBench looks for it: `{prompt}-{index}.mp4`.
 
-    A prompt that cannot be a POSIX file name (a slash, a NUL, too long) is shortened and told apart by its hash.
+    A prompt that cannot be a POSIX file name (a slash, a NUL, too long) is shortened and distinguished by its hash.
     """
     name = f"{text}-{index}.mp4"
     if not re.search(r"[/\0]", text) and len(name.encode()) <= NAME_BYTES:
@@ -189,7 +189,7 @@ def _claim(folder: Path, settings: dict):
                     f"now {settings.get(key)!r}; give another folder, or delete this one to make its videos anew"
                 )
     elif (folder / "videos").exists():
-        raise ValueError(f"{folder} holds videos but no suite.json that tells how they were made; give another folder")
+        raise ValueError(f"{folder} holds videos but no suite.json that says how they were made; give another folder")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)

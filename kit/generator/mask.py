@@ -19,7 +19,7 @@ SHORT = 2048  # up to this many tokens, a single attention over all of them is n
 def visible(
     query_f: Tensor, query_k: Tensor, key_f: Tensor, key_k: Tensor, window: int | None = None, history_k: int | None = None
 ) -> Tensor:
-    """Tells which query tokens, at frame f and scale k, see which key tokens. Arguments broadcast; returns bool.
+    """Returns which query tokens, at frame f and scale k, see which key tokens. Arguments broadcast; the result is bool.
 
     A token sees the condition; its own frame's coarser blocks and its own block; all blocks of the `window` frames
     before (None: of all frames before). The condition sees itself.

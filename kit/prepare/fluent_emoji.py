@@ -81,7 +81,7 @@ def fetch(address: str, path: Path) -> None:
         came = path.stat().st_size if path.exists() else 0
         raise ConnectionError(
             f"the download of {PACKAGE} {VERSION} stopped after {came} bytes: {error}. They are kept in {path}: "
-            f"run it again to go on from there, or {AT_HAND}"
+            f"run it again to continue from there, or {AT_HAND}"
         ) from error
 
 

@@ -356,7 +356,7 @@ def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None
     if any(process.exitcode for process in processes):
         code = next(process.exitcode for process in processes if process.exitcode)
         why = error or (f"killed by signal {-code}" if code < 0 else f"its exit code is {code}")
-        raise ChildProcessError(f"a process that renders has died ({why}); run it again to go on from there")
+        raise ChildProcessError(f"a process that renders has died ({why}); run it again to continue from there")
 
 
 def start(processes: list[BaseProcess]) -> None:

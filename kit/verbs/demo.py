@@ -19,7 +19,7 @@ from kit.files import last_checkpoint, write_json
 from kit.machine import fast_bfloat16
 from kit.signals import interrupted_by_sigterm
 
-PATIENCE = 10.0  # seconds that a part has to end after Ctrl-C, which a terminal sends to it too, before it is told by SIGTERM
+PATIENCE = 10.0  # seconds that a part has to end after Ctrl-C, which a terminal sends to it too, before it gets SIGTERM
 PROMPT = "a red ball moving right over a green field"
 
 
@@ -46,7 +46,7 @@ def run(words: list[str]):
             process.wait()
         raise
     if status:
-        raise ValueError("this part of the demo failed; the message is above. Start the demo again and it goes on from there")
+        raise ValueError("this part of the demo failed; the message is above. Start the demo again and it resumes from there")
 
 
 def train_seconds(checkpoint: Path) -> float:

@@ -1,4 +1,4 @@
-"""A training run from a config: its folder, where it goes on from, the clips it encodes, and the fit."""
+"""A training run from a config: its folder, the checkpoint it resumes from, the clips it encodes, and the fit."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def take_folder(cfg: DictConfig, resume: Path | None):
     """Makes the run's folder that of the training which begins now.
 
     It keeps the config, and removes checkpoints of another run, which a restart with ckpt=last would take for its own. If
-    the training goes on from an earlier checkpoint of its own, that becomes the last one.
+    the training resumes from an earlier checkpoint of its own, that becomes the last one.
     """
     keep_config(cfg)
     last = last_checkpoint(Path(cfg.folder))
@@ -120,7 +120,7 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[BatchPosit
     module = BUILDERS[cfg.module](cfg, data)
     if resume is not None:
         for change in check_resume(resume, module, data):
-            rank_zero_info(f"  goes on with other settings than it began with (then, now): {change}")
+            rank_zero_info(f"  resumes with other settings than it began with (then, now): {change}")
     for note in start(plain(cfg.init), module, resumed=resume is not None):
         rank_zero_info(f"  {note}")
     check_cache(data, module)

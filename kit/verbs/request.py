@@ -99,7 +99,7 @@ def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
             `open_clip_file`.
     """
     if values["history_frames"] is not None and values["video"] is None:
-        raise ValueError(f"history_frames={values['history_frames']} are those of a video to go on from; give video=FILE too")
+        raise ValueError(f"history_frames={values['history_frames']} are those of a video to continue; give video=FILE too")
     if values["image"] is None and values["video"] is None:
         return None, {}
     if values["image"] is not None and values["video"] is not None:
@@ -110,13 +110,13 @@ def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
     try:
         file = open_clip_file(path, frames, clip["fps"], at_end=values["image"] is None)
     except ValueError as error:
-        raise ValueError(f"{error}; say with history_frames= how many to go on from: 1, 5, 9 and so on") from error
+        raise ValueError(f"{error}; say with history_frames= how many to continue from: 1, 5, 9 and so on") from error
     height, width = file.size
     if height * clip["width"] != width * clip["height"]:
         print(f"note: {path} is {width} x {height}: scaled, and cut in the centre to {clip['width']} x {clip['height']}")
     if file.video.moves:
         print(
-            f"note: {path} moves; its first frame is taken, as of every picture: make it a gif or mp4 to go on from its end"
+            f"note: {path} moves; its first frame is taken, as of every picture: a gif or mp4 is continued from its end"
         )
     if file.video.transparent:
         print(f"note: transparent areas of {path} become white")

@@ -148,12 +148,12 @@ def test_a_run_knows_the_files_that_it_began_with(pictures, tmp_path, caplog):
     assert "it began with (then, now): file_sizes: " in caplog.text and "files: " not in caplog.text
     shutil.copy(pictures / "star" / "1.png", tmp_path / "more" / "star" / "0.png")
     module(tmp_path / "more").tell_changes(began.settings)
-    assert "goes on with other data than it began with (then, now): files: " in caplog.text
+    assert "resumes with other data than it began with (then, now): files: " in caplog.text
     caplog.clear()
     other = ClipDataModule(Shapes, **SHAPE, image_share=0.5, images=partial(FolderClips, pictures, seed=1))
     other.trainer = ALONE
     other.tell_changes(began.settings)
-    assert "goes on with other data than it began with (then, now): draws: " in caplog.text
+    assert "resumes with other data than it began with (then, now): draws: " in caplog.text
 
 
 def test_only_clips_go_to_the_training_device(pictures):

@@ -465,7 +465,7 @@ def test_storage_that_is_gone_ends_the_training(hanging, monkeypatch):
     monkeypatch.setattr("kit.data.patience.HUNG", 1)
     with (
         pytest.warns(UserWarning),
-        pytest.raises(OSError, match="1 reads .* last of hanging:.*train-0.tar; ckpt=last goes on"),
+        pytest.raises(OSError, match="1 reads .* last of hanging:.*train-0.tar; ckpt=last resumes"),
     ):
         hanging[0]
 

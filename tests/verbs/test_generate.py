@@ -94,7 +94,7 @@ def test_an_animated_image_gives_its_first_frame(tmp_path):
     values = {"image": str(tmp_path / "a.gif"), "video": None, "history_frames": None}
     history, _ = history_of(values, {"frames": 9, "height": 32, "width": 32, "fps": 8.0})
     assert history.shape[1] == 1 and history.mean().item() == pytest.approx(20 / 127.5 - 1, abs=0.05)
-    with pytest.raises(ValueError, match="history_frames=5 are those of a video to go on from"):
+    with pytest.raises(ValueError, match="history_frames=5 are those of a video to continue"):
         history_of({"image": None, "video": None, "history_frames": 5}, {"frames": 9})
 
 
