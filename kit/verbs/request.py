@@ -115,9 +115,7 @@ def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
     if height * clip["width"] != width * clip["height"]:
         print(f"note: {path} is {width} x {height}: scaled, and cut in the centre to {clip['width']} x {clip['height']}")
     if file.video.moves:
-        print(
-            f"note: {path} moves; its first frame is taken, as of every picture: a gif or mp4 is continued from its end"
-        )
+        print(f"note: {path} moves; its first frame is taken, as of every picture: a gif or mp4 is continued from its end")
     if file.video.transparent:
         print(f"note: transparent areas of {path} become white")
     return file.read(clip["height"], clip["width"]), {"given_sha256": file_sha256(path)}
