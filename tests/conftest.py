@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from unittest import mock
 
 if not os.environ.get("KIT_TEST_GPU"):  # tests but those of tests/gpu are about the CPU, also where there is a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from kit.generator.condition import ConditionConfig
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.causal import CausalConv3d
+from tests.composing import composing_quickly
 from tests.fixtures import pair  # noqa: F401  a fixture
 from tests.interrupted import whole  # noqa: F401  likewise
 
@@ -56,17 +55,8 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_composition():
-    """Keeps hydra from composing a command's config once more only to read `hydra.mode`, which no conf sets: of hundreds of
-    tiny commands composing takes most of the time."""
-    with mock.patch("hydra._internal.hydra.Hydra.get_mode", return_value=None):
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_yaml():
-    """Has PyYAML read with libyaml where it is there: a third of the time in which a config is composed."""
-    with mock.patch("yaml.SafeLoader", getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+def quick_composition():
+    with composing_quickly():
         yield
 
 
