@@ -83,6 +83,11 @@ class Command:
             os.kill(self.pid, signal.SIGKILL)
 
 
+def children(number: int) -> list[int]:
+    """Returns the ids of the processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+
+
 def demo_part(said: Path, words: list[str]):
     """Runs a part of the demo as `kit.verbs.demo.run` does, forked. Args: said: file for what it writes to stderr."""
     assert words[0] == "kit" and Command(words[1:], said).wait() == 0, said.read_text()[-2000:]

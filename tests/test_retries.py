@@ -11,7 +11,6 @@ import sys
 import time
 import weakref
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -24,7 +23,7 @@ from kit.data.shapes import Shapes
 from kit.retries import DeadWorker, LostLoss, noticing_dead_workers, with_retries
 from tests.fixtures import CLIP, QUICK, TOKENIZER, fit_tokenizer
 from tests.interrupted import ROOT, STEPS, last, said, same, stopped_midway
-from tests.processes import together
+from tests.processes import children, together
 
 
 def progress_of(state: dict) -> dict:
@@ -98,14 +97,9 @@ def test_a_second_try_begins_without_what_the_first_held(tmp_path):
 
 def test_a_worker_that_dies_is_made_up_for(whole, tmp_path):
     with stopped_midway(tmp_path, "data.workers=1", "callbacks.last.every=2") as process:
-        os.kill(worker_of(process), signal.SIGKILL)
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
     assert process.wait() == 0 and "with new processes; 1 retries left" in said(tmp_path), said(tmp_path)
     assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
-
-
-def worker_of(process: subprocess.Popen) -> int:
-    """Returns the process id of a loader worker of a training."""
-    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1])
 
 
 def test_what_no_retry_mends_is_raised(tmp_path):
@@ -147,7 +141,7 @@ def announce(queue):
 
 
 def test_worker_that_dies_before_its_tensors_are_fetched_is_a_dead_one():
-    processes = torch.multiprocessing.get_context("spawn")
+    processes = torch.multiprocessing.get_context("fork")
     queue = processes.Queue()
     with pytest.raises(ConnectionError, match="elsewhere"), noticing_dead_workers():
         raise ConnectionError("elsewhere")

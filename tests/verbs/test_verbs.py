@@ -29,7 +29,7 @@ from kit.media import contact_sheet, moving_sheet, write_video
 from kit.verbs.held_out import held_out
 from kit.verbs.reconstruct import per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
-from tests.processes import Command, demo_part
+from tests.processes import Command, children, demo_part
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red ball moving right over a green field"
@@ -241,18 +241,19 @@ def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tm
     saves = ["callbacks.last.every=5", "callbacks.last.share=1"]
     words, folder = demo_words(tmp_path, "recipe.generator.steps=60", *saves), tmp_path / "demo"
     last = folder / "generator" / "checkpoints" / "last.ckpt"
+    monkeypatch.setattr("kit.verbs.demo.run", partial(demo_part, tmp_path / "said"))
     process = Command(words, tmp_path / "log.txt")
     try:
         while not last.exists():
             assert process.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]
             time.sleep(0.02)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        for number in (process.pid, *children(process.pid)):
+            os.kill(number, signal.SIGKILL)
         process.wait()
     begun = read_checkpoint(last, "generator")["global_step"]
     assert 0 < begun < 60 and not (folder / "metrics.json").exists()
 
-    monkeypatch.setattr("kit.verbs.demo.run", partial(demo_part, tmp_path / "said"))
     assert main(words) == 0
     assert read_checkpoint(last, "generator")["global_step"] == 60
     assert len(list((folder / "generator" / "logs").glob("version_*"))) == 2
