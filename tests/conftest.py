@@ -14,6 +14,7 @@ from torch import nn
 
 from kit.generator.condition import ConditionConfig
 from kit.generator.transformer import Generator, GeneratorConfig
+from kit.machine import can_compile
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.causal import CausalConv3d
 from tests.composing import composing_quickly
@@ -71,6 +72,13 @@ def videomae(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("videomae")
     VideoMAEModel(VideoMAEConfig(**size, **layers)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def compiler():
+    """Skips a test where torch.compile does not work; to ask takes seconds."""
+    if not can_compile():
+        pytest.skip("torch.compile does not work here")
 
 
 @pytest.fixture

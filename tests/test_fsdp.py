@@ -18,7 +18,6 @@ from kit.build import BUILDERS, build_data, build_trainer
 from kit.checkpoint import read_checkpoint
 from kit.cli import main
 from kit.fsdp import ShardedStrategy, local
-from kit.machine import can_compile
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed
 from tests.processes import together
 from tests.test_training import losses
@@ -165,7 +164,7 @@ def test_bfloat16_is_near(pair, tmp_path, runs):
     assert all(w.dtype == torch.float32 for w in averages(run).values())
 
 
-@pytest.mark.skipif(not can_compile(), reason="torch.compile does not work here")
+@pytest.mark.usefixtures("compiler")
 def test_compiled_layers_train_as_those_of_one_process_without(pair, tmp_path):
     """Compiled sharded layers with recomputing and clipped gradients give the losses of one process without compiling."""
     words = ["optimizer.name=adamw", "recipe.generator.steps=3", "trainer.gradient_clip_val=0.05", "data.image_share=0"]

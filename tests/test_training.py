@@ -80,7 +80,7 @@ def test_resumed_run_gives_the_uninterrupted_loss_to_the_last_bit(part, compiled
         assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
 
 
-@pytest.mark.skipif(not can_compile(), reason="torch.compile has no C++ compiler here")
+@pytest.mark.usefixtures("compiler")
 def test_compiled_layers_train_alike(pair, tmp_path):
     """Losses are equal up to rounding, over batches of clips and images and validations; nothing stays compiled."""
 

@@ -12,7 +12,6 @@ from torch import nn
 from callbacks import CompileLayers
 from kit.data.shapes import Shapes
 from kit.inspection import bit_use
-from kit.machine import can_compile
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.autoencoder import Downsample, FromLatent, ResBlock, Upsample, fit_channels
 from kit.tokenizer.causal import Stream
@@ -143,7 +142,7 @@ def test_a_stream_goes_through_recomputed_blocks_once(make_tokenizer):
     torch.testing.assert_close(*found, **CLOSE)
 
 
-@pytest.mark.skipif(not can_compile(), reason="torch.compile does not work here")
+@pytest.mark.usefixtures("compiler")
 def test_compiled_blocks_train_alike(monkeypatch):
     """Also recomputed; weights keep their names, and clips coded chunk by chunk are as before. Traced and differentiated as
     ever, but not made into machine code, which takes half a minute."""
