@@ -153,7 +153,7 @@ def build_tools(
     """Loads the networks that the metrics need, and completes the protocol with their hashes.
 
     With `metrics=auto` a metric whose weights are missing is left out, and the result says so; a metric that is asked for by
-    name must have its weights.
+    name, or whose weights are given, must have them.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: if a metric is unknown, does not fit or lacks its weights.
@@ -161,13 +161,13 @@ def build_tools(
     readable = isinstance(source, Shapes) and candidate.captioned
     wanted, left_out = wanted_metrics(cfg.metrics, candidate.paired, readable), {}
 
-    def load(metric: str, function, *arguments):
+    def load(metric: str, function, kind: str, weights: str | None, *more):
         if metric not in wanted:
             return None
         try:
-            return function(*arguments)
+            return function(kind, weights, *more)
         except (FileNotFoundError, ImportError, UnfitClips) as error:
-            if cfg.metrics != "auto":
+            if cfg.metrics != "auto" or (weights is not None and not isinstance(error, UnfitClips)):
                 raise
             left_out[metric] = str(error)
 

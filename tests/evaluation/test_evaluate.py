@@ -295,6 +295,8 @@ def test_what_lacks_its_weights_is_left_out_and_said(evaluate, read, pair, capsy
     assert "frechet is left out: no I3D weights" in told and "python -m kit prepare i3d" in told
     assert evaluate(*words, "metrics=[frechet]") == 1
     assert "python -m kit prepare i3d" in capsys.readouterr().err
+    assert evaluate(*words[:-1], "detector_weights=nowhere.safetensors") == 1, "weights that are given must be there"
+    assert "no I3D weights at nowhere.safetensors" in capsys.readouterr().err
 
 
 def test_results_side_by_side_if_they_may(evaluate, pair, tmp_path, capsys):
