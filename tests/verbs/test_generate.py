@@ -411,7 +411,7 @@ def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
 
     monkeypatch.setattr("kit.verbs.generate.stream_samples", stopped)
     assert run(pair, tmp_path, f"prompt={PROMPT}") != 0
-    assert not any((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists(), "nor an empty folder"
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
