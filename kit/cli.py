@@ -187,7 +187,7 @@ def explained(error: Exception, verb: str) -> str | None:
         key = found[1] if found else error.full_key
         return f"{key} is missing; give {key}=..."
     if isinstance(error, InterpolationKeyError | UnsupportedInterpolationType):
-        return f"{error.full_key}: {next(iter(str(error).splitlines()))}; {INTERPOLATION}"
+        return f"{error.full_key}: {str(error).splitlines()[0]}; {INTERPOLATION}"
     while isinstance(error, InterpolationResolutionError) and error.__context__:
         error = error.__context__  # omegaconf's, about an error of a function that the config calls
     if isinstance(error, HydraException):

@@ -19,6 +19,7 @@ from kit.pixels import to_bytes
 
 COLUMNS = 8  # frames of a video in a contact sheet
 NARROWEST, WIDEST = 2, 16384  # pixels of a side that libx264 takes
+WEBP_WIDEST = 16383  # pixels of a side that a WebP has
 
 
 def to_uint8(video: Tensor) -> np.ndarray:
@@ -120,30 +121,35 @@ def contact_sheet(groups: list[dict[str, Tensor]], titles: list[str], path: str 
 
 def moving_sheet(groups: list[dict[str, Tensor]], titles: list[str], path: str | Path, fps: float, height: int = 96) -> Path:
     """Writes one animated WebP, which browsers play over and over: for each group a column under its title, with all frames
-    of its videos one below another.
+    of its videos one below another. Of many, as many groups as the format has room for.
 
-    Args: as `contact_sheet`; the videos of all groups are of one shape. fps: frames a second.
+    Args:
+        groups, titles: as of `contact_sheet`; all videos are of one shape. fps: frames a second.
+        height: pixels of a frame in the picture, roughly: it is enlarged by a whole factor, or reduced to twice that height.
     """
     font, margin, gap, line = ImageFont.load_default(12), 96, 2, 15
     names, (T, H, W) = list(groups[0]), next(iter(groups[0].values())).shape[1:]
-    zoom = max(1, round(height / H))
-    wrapped = [textwrap.wrap(title, max(8, W * zoom // 7), max_lines=4, placeholder=" ...") for title in titles]
+    zoom = max(1, round(height / H)) if H <= 2 * height else 2 * height / H
+    h, w = round(H * zoom), round(W * zoom)
+    groups = groups[: max(1, (WEBP_WIDEST - margin) // (w + gap))]
+    letters = max(8, w // 7)  # of some 7 pixels each
+    wrapped = [textwrap.wrap(title, letters, max_lines=4, placeholder=" ...") for title in titles[: len(groups)]]
     top = line * max(map(len, wrapped)) + 6
 
     def corner(column: int, row: int) -> tuple[int, int]:
-        return margin + column * (W * zoom + gap), top + row * (H * zoom + gap)
+        return margin + column * (w + gap), top + row * (h + gap)
 
     empty = Image.new("RGB", corner(len(groups), len(names)), "white")
     draw = ImageDraw.Draw(empty)
     for column, lines in enumerate(wrapped):
         draw.multiline_text((corner(column, 0)[0], 2), "\n".join(lines), fill="black", font=font, spacing=2)
     for row, name in enumerate(names):
-        draw.text((4, corner(0, row)[1] + H * zoom // 2 - 8), name, fill=(90, 90, 90), font=font)
+        draw.text((4, corner(0, row)[1] + h // 2 - 8), name, fill=(90, 90, 90), font=font)
     pictures = [empty.copy() for _ in range(T)]
     for (column, group), (row, name) in itertools.product(enumerate(groups), enumerate(names)):
-        frames = to_uint8(group[name]).repeat(zoom, axis=1).repeat(zoom, axis=2)
-        for picture, frame in zip(pictures, frames, strict=True):
-            picture.paste(Image.fromarray(frame), corner(column, row))
+        for picture, frame in zip(pictures, to_uint8(group[name]), strict=True):
+            how = Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.BOX
+            picture.paste(Image.fromarray(frame).resize((w, h), how), corner(column, row))
     path = Path(path)
     with written_aside(path) as aside:
         duration = round(1000 / fps)  # milliseconds

@@ -90,7 +90,7 @@ Done. Trained for {metrics["train_seconds"] / 60:.1f} minutes; one clip is sampl
   caption accuracy          {accuracy}
 
 Look at
-  {folder / "contact_sheet.webp"}   prompt, real, reconstruction, sample; all frames in contact_sheet.png
+  {folder / "contact_sheet.webp"}   prompt, real, reconstruction, sample; without motion: contact_sheet.png
   {folder / "videos"}/*.mp4
   {folder / "metrics.json"}
   {tokenizer}

@@ -328,7 +328,7 @@ def test_a_moving_sheet_plays_each_clip_in_its_place(tmp_path):
     """Frame t of each clip is where its column and its row meet, for as long as `fps` says."""
     levels = torch.linspace(-1, 1, 5)
     flat = levels[:, None, None].expand(3, 5, 32, 48)
-    groups = [{"real": flat, "sample": -flat}, {"real": -flat, "sample": flat}]
+    groups = [{"real": flat, "sample": -flat}, {"real": flat, "sample": flat}]
     with Image.open(moving_sheet(groups, ["a red ball " * 20, "short"], tmp_path / "sheet.webp", fps=10)) as sheet:
         assert (sheet.n_frames, sheet.info["loop"]) == (5, 0)
         for t, level in enumerate(levels.tolist()):
@@ -336,6 +336,13 @@ def test_a_moving_sheet_plays_each_clip_in_its_place(tmp_path):
             sheet.load()
             assert sheet.info["duration"] == 100
             pixels = torch.as_tensor(np.array(sheet.convert("L"))).float()[-2 * 98 :, 96:] / 127.5 - 1
-            for (row, column), sign in {(0, 0): 1, (1, 1): 1, (0, 1): -1, (1, 0): -1}.items():
+            for (row, column), sign in {(0, 0): 1, (1, 0): -1, (0, 1): 1, (1, 1): 1}.items():
                 place = pixels[row * 98 :, column * 146 :][4:92, 4:140]
                 assert (place - sign * level).abs().max() < 0.05, (t, row, column)
+
+
+@pytest.mark.parametrize(("clips", "side", "size"), [(200, 64, (125 * 130 + 96, 130)), (2, 1000, (2 * 194 + 96, 194))])
+def test_a_moving_sheet_of_many_or_large_clips_fits_its_format(tmp_path, clips, side, size):
+    groups = [{"real": torch.zeros(3, 1, side, side)}] * clips
+    with Image.open(moving_sheet(groups, [""] * clips, tmp_path / "sheet.webp", fps=8)) as sheet:
+        assert sheet.size == (size[0], size[1] + 6)
