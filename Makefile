@@ -12,7 +12,7 @@ demo: $(VENV)/.kit
 	$(RUN) -m kit demo
 
 test: $(VENV)/.kit-test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
 
 test-gpu: $(VENV)/.kit-test
 	KIT_TEST_GPU=1 $(RUN) -m pytest tests/gpu

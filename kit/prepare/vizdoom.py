@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process
@@ -59,6 +60,7 @@ LEAST_MOTION, LEAST_FLASH = 3.0, 0.5  # least `motion` of a clip that moves, tha
 LEAST_SPEED = 2.0  # of a player who walks: map units per step of the engine, out of 8 at most; slower clips are dropped
 ATTEMPTS = 300  # until a clip is given up
 SHARE = 32  # clips that an engine renders before it is closed
+PATIENCE = 120.0  # seconds without a step after which an engine is taken for dead
 
 # Settings that name a start-up script for each game that the engine knows. `started` names a file that does not exist:
 # without it the engine looks for one in the current folder, and leaves a folder there.
@@ -173,7 +175,7 @@ def started(map_name: str, form: Form, armed: bool) -> Iterator:
             game.close()
 
 
-def play(game, action: str, form: Form, rng: np.random.Generator) -> np.ndarray | None:
+def play(game, action: str, form: Form, rng: np.random.Generator, check: Callable[[], None]) -> np.ndarray | None:
     """Plays one attempt at a clip: uint8 (T, H, W, 3) at the size of the engine's screen.
 
     The player wanders for some seconds, so that each clip begins elsewhere, and then holds the action.
@@ -189,6 +191,7 @@ def play(game, action: str, form: Form, rng: np.random.Generator) -> np.ndarray 
         game.make_action(HELD[move], int(rng.integers(15, 36)))
     frames, positions = [], []
     for _ in range(form.frames):
+        check()
         game.make_action(HELD[action], form.tics)
         if game.is_episode_finished():  # the player is dead, or has found the way out
             return None
@@ -218,7 +221,7 @@ def render(game, name: str, form: Form, check: Callable[[], None] = lambda: None
     The clip depends on name and form alone, whatever was played before.
 
     Args:
-        check: called before each attempt; it may raise.
+        check: called before each attempt and each frame; it may raise.
     Raises:
         ValueError: if no attempt succeeds, since the player always dies or hardly anything moves.
     """
@@ -227,7 +230,7 @@ def render(game, name: str, form: Form, check: Callable[[], None] = lambda: None
     rng = np.random.default_rng((form.seed, number))
     for _ in range(ATTEMPTS):
         check()
-        frames = play(game, action, form, rng)
+        frames = play(game, action, form, rng, check)
         if frames is not None and motion(video := fit(frames, form.height, form.width)) >= least:
             return video
     raise ValueError(
@@ -277,13 +280,14 @@ class Board:
 
     Only `taken` has a lock. A worker that is killed keeps it only if that happens in the instant that it takes a share.
 
-    Fields: taken, number of shares begun; made, number of clips of each worker; stop, whether to stop before the next
-    attempt; errors, what was raised.
+    Fields: taken, number of shares begun; made, number of clips of each worker; steps, number of frames and attempts of
+    each; stop, whether to stop before the next; errors, what was raised.
     """
 
     def __init__(self, context, workers: int):
         self.taken = context.Value("q", 0)
         self.made = context.RawArray("q", workers)
+        self.steps = context.RawArray("q", workers)
         self.stop = context.RawValue("b", False)
         self.errors = context.SimpleQueue()
 
@@ -298,11 +302,13 @@ def work(number: int, shares: list[list[str]], form: Form, folder: Path, board: 
     torch.set_num_threads(1)
 
     def check():
+        board.steps[number] += 1
         if board.stop.value or not parent_process().is_alive():
             sys.exit()
 
     try:
         while (share := take(board, shares)) is not None:
+            check()
             action, map_name, _ = parts_of(share[0])
             with started(map_name, form, armed=action == SHOOT) as game:
                 for name in share:
@@ -311,6 +317,26 @@ def work(number: int, shares: list[list[str]], form: Form, folder: Path, board: 
     except Exception as error:
         board.errors.put(error)
         sys.exit(1)
+
+
+class Pulse:
+    """Finds workers that have come to a halt.
+
+    An engine that is killed while it holds the lock that it shares with its worker (a kernel short of memory may do so)
+    leaves the worker waiting for that lock forever.
+    """
+
+    def __init__(self, board: Board):
+        self.board = board
+        self.last = [(0, math.inf) for _ in board.steps]  # steps of each worker, when the last was seen
+
+    def halted(self) -> list[int]:
+        """Returns the numbers of the workers that have begun and made no step for PATIENCE seconds."""
+        now = time.monotonic()
+        for n, steps in enumerate(self.board.steps):
+            if steps != self.last[n][0]:
+                self.last[n] = steps, now
+        return [n for n, (_, since) in enumerate(self.last) if now - since > PATIENCE]
 
 
 def take(board: Board, shares: list[list[str]]) -> list[str] | None:
@@ -327,7 +353,7 @@ def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None
         ChildProcessError: if a process or its engine dies. ValueError: as `render`. OSError: if a clip cannot be written.
     """
     context = get_context("spawn")
-    board, dealt = Board(context, workers), shares(names)
+    board, dealt, why = Board(context, workers), shares(names), None
 
     def stop():
         if board.stop.value:  # the second request
@@ -339,9 +365,13 @@ def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None
     with signals_noted(stop) as came, tqdm(total=len(names), desc="vizdoom", unit="clip", disable=None) as bar:
         try:
             start(processes)
+            pulse = Pulse(board)
             while alive := [process.sentinel for process in processes if process.is_alive()]:
                 wait(alive, timeout=0.5)
                 bar.update(sum(board.made) - bar.n)
+                for process in (processes[n] for n in pulse.halted() if processes[n].is_alive()):
+                    why = f"its engine has not answered for {PATIENCE:g} seconds"
+                    process.kill()
                 if any(process.exitcode for process in processes):
                     board.stop.value = True
         finally:
@@ -355,7 +385,7 @@ def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None
         raise error
     if any(process.exitcode for process in processes):
         code = next(process.exitcode for process in processes if process.exitcode)
-        why = error or (f"killed by signal {-code}" if code < 0 else f"its exit code is {code}")
+        why = why or error or (f"killed by signal {-code}" if code < 0 else f"its exit code is {code}")
         raise ChildProcessError(f"a process that renders has died ({why}); run it again to continue from there")
 
 

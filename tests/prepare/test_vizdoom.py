@@ -34,8 +34,9 @@ from kit.prepare.vizdoom import (
     shares,
     started,
 )
+from tests.interrupted import wait_for
+from tests.processes import Command
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = Form(frames=9, height=32, width=48, tics=4, seed=0)
 WORDS = ["frames=9", "height=32", "width=48", "fps=8.75"]  # the same
 COUNT = len(ACTIONS) * len(MAPS)  # each action on each map
@@ -154,15 +155,13 @@ def test_other_forms_and_seeds_have_other_folders():
 
 
 @contextmanager
-def preparing(tmp_path, clips: int) -> Iterator[psutil.Process]:
+def preparing(monkeypatch, tmp_path, clips: int, patience: float = vizdoom.PATIENCE) -> Iterator[Command]:
     """Runs `prepare vizdoom` with two workers in its own session; yields once both run and `clips` clips are made."""
-    words = [sys.executable, "-m", "kit", "prepare", "vizdoom", f"n={COUNT}", *WORDS, "workers=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with open(tmp_path / "said", "w") as said:
-        running = psutil.Popen(words, cwd=tmp_path, env=environment, stdout=said, stderr=said, start_new_session=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vizdoom, "PATIENCE", patience)
+    running = Command(["prepare", "vizdoom", f"n={COUNT}", *WORDS, "workers=2"], tmp_path / "said")
     try:
-        while running.poll() is None and (len(clips_of(SMALL.folder())) < clips or len(workers_of(running)) < 2):
-            time.sleep(0.01)
+        wait_for(lambda: len(clips_of(SMALL.folder())) >= clips and len(workers_of(running)) == 2, running)
         yield running
     finally:
         for process in session(running.pid):
@@ -170,9 +169,9 @@ def preparing(tmp_path, clips: int) -> Iterator[psutil.Process]:
         running.wait()
 
 
-def workers_of(running: psutil.Process) -> list[psutil.Process]:
+def workers_of(running: Command) -> list[psutil.Process]:
     found = []
-    for process in running.children():
+    for process in psutil.Process(running.pid).children():
         with suppress(psutil.Error):  # one that has just ended
             if "spawn_main" in " ".join(process.cmdline()):
                 found.append(process)
@@ -196,9 +195,9 @@ def is_over(number: int) -> bool:
 
 
 @rendering
-def test_two_workers_that_are_stopped_make_what_one_makes(folder, tmp_path):
+def test_two_workers_that_are_stopped_make_what_one_makes(folder, monkeypatch, tmp_path):
     """They are stopped by Ctrl-C, which a terminal sends to the foreground group; no process is left behind."""
-    with preparing(tmp_path, clips=2) as running:
+    with preparing(monkeypatch, tmp_path, clips=2) as running:
         os.killpg(running.pid, signal.SIGINT)
         assert running.wait(120) == 1 and is_over(running.pid)
     assert "interrupted" in (tmp_path / "said").read_text()
@@ -208,8 +207,8 @@ def test_two_workers_that_are_stopped_make_what_one_makes(folder, tmp_path):
 
 
 @rendering
-def test_workers_are_stopped_before_their_first_clip_too(tmp_path):
-    with preparing(tmp_path, clips=0) as running:
+def test_workers_are_stopped_before_their_first_clip_too(monkeypatch, tmp_path):
+    with preparing(monkeypatch, tmp_path, clips=0) as running:
         os.killpg(running.pid, signal.SIGINT)
         assert running.wait(120) == 1 and is_over(running.pid)
     said = (tmp_path / "said").read_text()
@@ -218,9 +217,9 @@ def test_workers_are_stopped_before_their_first_clip_too(tmp_path):
 
 @rendering
 @pytest.mark.parametrize("victim", ["worker", "engine"])
-def test_a_process_that_dies_ends_the_others(tmp_path, victim):
-    """A process may die, for example, if memory runs out."""
-    with preparing(tmp_path, clips=2) as running:
+def test_a_process_that_dies_ends_the_others(monkeypatch, tmp_path, victim):
+    """A process may die, for example, if memory runs out. An engine that dies in a bad moment leaves its worker waiting."""
+    with preparing(monkeypatch, tmp_path, clips=2, patience=8) as running:
         if victim == "worker":
             workers_of(running)[0].kill()
         else:
@@ -233,6 +232,17 @@ def test_a_process_that_dies_ends_the_others(tmp_path, victim):
         assert running.wait(120) == 1 and is_over(running.pid)
     said = (tmp_path / "said").read_text()
     assert "a process that renders has died" in said and "run it again" in said and "Traceback" not in said
+
+
+@rendering
+def test_an_engine_that_does_not_answer_is_taken_for_dead(monkeypatch, tmp_path):
+    with preparing(monkeypatch, tmp_path, clips=2, patience=3) as running:
+        while not (engines := [engine for worker in workers_of(running) for engine in worker.children()]):
+            time.sleep(0.001)
+        engines[0].suspend()
+        assert running.wait(120) == 1 and is_over(running.pid)
+    said = (tmp_path / "said").read_text()
+    assert "has died (its engine has not answered for 3 seconds); run it again" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
