@@ -69,9 +69,27 @@ def mapped(value: Any, change: Callable[[Keys, Tensor], Any], keys: Keys = ()) -
 
 
 class _Writer(dcp.FileSystemWriter):
+    """Writes shards.
+
+    Attributes: parts, of each tensor as plain values: offsets and sizes in it; file, first byte and number of bytes. The
+        first process knows them when all have written.
+    """
+
     def write_data(self, plan, planner):
         with disk_errors():
             return super().write_data(plan, planner)
+
+    def finish(self, metadata, results):
+        stored = {result.index: result.storage_data for written in results for result in written}
+        self.parts = {
+            name: [
+                (list(chunk.offsets), list(chunk.sizes), place.relative_path, place.offset, place.length)
+                for chunk in tensor.chunks
+                for place in [stored[MetadataIndex(name, chunk.offsets)]]
+            ]
+            for name, tensor in metadata.state_dict_metadata.items()
+        }
+        super().finish(metadata, results)
 
 
 def save_shards(checkpoint: dict, path: Path):
@@ -94,14 +112,14 @@ def save_shards(checkpoint: dict, path: Path):
     slot = first(lambda: _cleared(path))
     folder = folder_of(path) / slot
     try:
-        metadata = _written(shared, folder, path)
+        writer = _written(shared, folder, path)
         files = everywhere(lambda: {f.name: file_sha256(f) for f in sorted(folder.glob(f"__{dist.get_rank()}_*"))})
-        shards = {"slot": slot, "files": {k: v for each in files for k, v in each.items()}, "parts": _parts(metadata)}
+        hashes = {name: value for each in files for name, value in each.items()}
 
         def finish():
-            if missing := [name for name in shards["files"] if not (folder / name).is_file()]:
+            if missing := [name for name in hashes if not (folder / name).is_file()]:
                 raise OSError(f"{folder / missing[0]} is missing; all processes must save to one file system")
-            save_checked({**index, SHARDS: shards}, path)
+            save_checked({**index, SHARDS: {"slot": slot, "files": hashes, "parts": writer.parts}}, path)
 
         first(finish)
     except OSError:
@@ -110,15 +128,17 @@ def save_shards(checkpoint: dict, path: Path):
     first(lambda: shutil.rmtree(folder_of(path) / _other(slot), ignore_errors=True))
 
 
-def _written(tensors: dict[str, Tensor], folder: Path, path: Path) -> Metadata:
-    """Writes tensors to a folder; returns where their parts are. Raises OSError on all processes, naming the checkpoint."""
+def _written(tensors: dict[str, Tensor], folder: Path, path: Path) -> _Writer:
+    """Writes tensors to a folder. Raises OSError on all processes, naming the checkpoint."""
+    writer = _Writer(folder)
     try:
-        return dcp.save(tensors, storage_writer=_Writer(folder))
+        dcp.save(tensors, storage_writer=writer)
     except CheckpointException as error:
         full = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
         if not full:
             raise
         raise not_saved(path, full[0]) from error
+    return writer
 
 
 def _name(keys: Keys) -> str:
@@ -141,18 +161,6 @@ def _cleared(path: Path) -> str:
 
 def _other(slot: str | None) -> str:
     return next(s for s in SLOTS if s != slot)
-
-
-def _parts(metadata: Metadata) -> dict[str, list[tuple]]:
-    """Lists the parts of each tensor as plain values: offsets and sizes in it; file, first byte and number of bytes."""
-    found = {}
-    for name, tensor in metadata.state_dict_metadata.items():
-        storage = [metadata.storage_data[MetadataIndex(name, chunk.offsets)] for chunk in tensor.chunks]
-        found[name] = [
-            (list(chunk.offsets), list(chunk.sizes), stored.relative_path, stored.offset, stored.length)
-            for chunk, stored in zip(tensor.chunks, storage, strict=True)
-        ]
-    return found
 
 
 class _Reader(dcp.FileSystemReader):

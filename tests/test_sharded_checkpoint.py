@@ -146,7 +146,7 @@ def test_another_number_of_processes_goes_on_and_clears_up(saved, tmp_path):
     assert [place.name for place in (tmp_path / "last.shards").iterdir()] == ["a"]
     other = copied(path, tmp_path / "other")
     TrainingCheckpointIO().remove_checkpoint(other)
-    assert {p.name for p in other.parent.iterdir()} == {"gathered.ckpt", "met_saves", "met_goes_on"}
+    assert [p.name for p in other.parent.iterdir() if not p.name.startswith("met_")] == ["gathered.ckpt"]
     save_training(contents(6), path)
     assert load_checked(path)["global_step"] == 6 and not (tmp_path / "last.shards").exists()
 
