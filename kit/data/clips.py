@@ -216,18 +216,20 @@ class FolderClips(ClipSource):
 
     @property
     def native_fps(self) -> float:
-        """Median frame rate of the readable files among the first ten. Warns if rates differ, since each clip has its file's.
+        """Median frame rate of the first ten readable files. Warns if rates differ, since each clip has its file's.
 
         Raises:
-            ValueError: if none of the ten can be read.
+            ValueError: if no file can be read.
         """
         rates = []
-        for name in self.files[:10]:
+        for name in self.files:
             try:
                 with self._at(name) as path:
                     rates.append(open_video(path, self.backend, self.patience).fps)
             except UnreadableVideo as error:
                 self.skip(name, error)
+            if len(rates) == 10:
+                break
         if not rates:
             raise self.nothing_readable()
         if self.frames > 1 and max(rates) > SAME_RATE * min(rates):
@@ -349,6 +351,7 @@ class FolderClips(ClipSource):
             warnings.warn(f"too short for a clip of {self.frames} frames so far: {found}; {way_out}", stacklevel=3)
 
     def nothing_readable(self) -> ValueError:
-        what = f"none of the {len(self.files)} {self.split} videos in {self.root} can be read"
+        kind = "videos" if self.split == "all" else f"{self.split} videos"
+        what = f"none of the {len(self.files)} {kind} in {self.root} can be read"
         reasons = "; ".join(f"{Path(path).name}: {reason}" for path, reason in itertools.islice(self.skipped.items(), 3))
         return ValueError(f"{what} ({reasons}); check them")

@@ -358,7 +358,7 @@ def test_unreadable_files_are_counted(folder, tmp_path):
     assert len(clips.unreadable) == 3, "also once its clips are encoded"
     for path in own.iterdir():
         path.write_bytes(b"no video either")
-    with pytest.raises(ValueError, match="none of the 10 all videos"), pytest.warns(UserWarning):
+    with pytest.raises(ValueError, match="none of the 10 videos"), pytest.warns(UserWarning):
         BucketClips(FolderClips(own, "all", 5, 32, 32, patience=None), [WIDE])
 
 

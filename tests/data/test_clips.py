@@ -203,10 +203,11 @@ def test_failure_in_one_clip_of_a_file_does_not_change_its_others(videos, monkey
 
 @pytest.mark.filterwarnings("ignore:cannot read")
 def test_the_one_readable_file_stands_in_for_all_others(tmp_path):
-    for i in range(3):
+    for i in range(10):
         write_bad(tmp_path / f"{i}_bad.mp4")
-    write(tmp_path / "good.mp4", count=4)
+    write(tmp_path / "good.mp4", count=4, rate=20)
     dataset = FolderClips(tmp_path, "all", frames=2, height=16, width=16)
+    assert dataset.native_fps == 20
     assert [shown(dataset[n]) for n in range(4)] == [[1, 2]] * 4
 
 
