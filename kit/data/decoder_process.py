@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from kit.data import decode
 from kit.data.decode import Decoder, UnreadableVideo
 
 START = 60.0  # seconds that the process may take to start
+PAUSE = 60  # seconds between two pieces of an answer
 
 
 class DecoderProcess:
@@ -46,7 +48,8 @@ class DecoderProcess:
                 raise TimeoutError
             answer = self._connection.recv()
         except (OSError, EOFError) as error:
-            reason = f"it took more than {patience:g} s" if isinstance(error, TimeoutError) else "the decoder died of it"
+            late = isinstance(error, TimeoutError | BlockingIOError)  # the latter: it halted amid its answer
+            reason = f"it took more than {patience:g} s" if late else "the decoder died of it"
             self.stop()
             other = "; data.source.backend=pyav may read it" if backend == "decord" else ""
             raise UnreadableVideo(path, reason + other) from error
@@ -62,6 +65,7 @@ class DecoderProcess:
 
     def _start(self):
         ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", PAUSE, 0))  # a C timeval; of `recv` alone
         with theirs:
             words = [sys.executable, "-P", decode.__file__, str(theirs.fileno())]
             self._process = subprocess.Popen(

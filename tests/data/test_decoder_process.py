@@ -79,6 +79,26 @@ def test_decoder_that_dies_or_hangs_costs_its_clip_alone(videos, monkeypatch, nu
     assert torch.equal(source[0]["video"], expected[0])
 
 
+def test_a_decoder_that_halts_amid_its_answer_costs_its_clip(tmp_path, monkeypatch):
+    """So many pixels are more than the socket holds: when their first bytes are there, the others are still to be sent."""
+    monkeypatch.setattr("kit.data.decoder_process.PAUSE", 1)
+    path, process = write_video(Shapes("train", 9, 256, 256, 8.0)[0]["video"], tmp_path / "0.mp4", 8.0), DecoderProcess()
+    count, _ = process.ask(path, "pyav", None, 60.0)
+    halted, poll = process._process, process._connection.poll
+
+    def halt_midway(seconds):
+        came = poll(seconds)
+        os.kill(halted.pid, signal.SIGSTOP)
+        return came
+
+    monkeypatch.setattr(process._connection, "poll", halt_midway)
+    with pytest.raises(UnreadableVideo, match="it took more than 60 s"):
+        process.ask(path, "pyav", list(range(count)), 60.0)
+    assert halted.poll() is not None
+    assert process.ask(path, "pyav", None, 60.0)[0] == count, "another takes its place"
+    process.stop()
+
+
 def test_pyav_is_not_recommended_for_what_it_could_not_read(videos):
     process = DecoderProcess()
     process.ask(videos / "0.mp4", "pyav", None, 60.0)
