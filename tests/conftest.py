@@ -82,6 +82,19 @@ def compiler():
 
 
 @pytest.fixture
+def terminal():
+    """Gives programs that a test starts something to read from, as a user's terminal does."""
+    here, there = os.pipe()
+    before = os.dup(0)
+    os.dup2(here, 0)
+    os.write(there, b"yes\n")
+    yield
+    os.dup2(before, 0)
+    for descriptor in (here, there, before):
+        os.close(descriptor)
+
+
+@pytest.fixture
 def no_grad():
     """Turns gradients off; for a whole file: pytestmark = pytest.mark.usefixtures("no_grad")."""
     with torch.no_grad():

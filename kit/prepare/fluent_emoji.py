@@ -53,7 +53,8 @@ def registry() -> str:
     npm = shutil.which("npm")
     if npm is None:
         raise ValueError(f"npm, which knows where {PACKAGE} is to be had, is not installed: install it, or {AT_HAND}")
-    done = subprocess.run([npm, "config", "get", "registry"], capture_output=True, text=True)
+    command = [npm, "config", "get", "registry"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # nobody would see it ask
     address = done.stdout.strip()
     if done.returncode or not address.startswith(("http://", "https://")):
         said = (address or done.stderr.strip() or "nothing")[-400:]

@@ -41,7 +41,7 @@ def download(package: str, sha256: str, folder: Path) -> Path:
     requirement.write_text(f"{package} --hash=sha256:{sha256}\n")
     words = ["download", "--no-deps", "--no-binary", ":all:", "--require-hashes"]  # pip checks before it unpacks
     command = [sys.executable, "-m", "pip", *words, "--dest", str(folder), "--requirement", str(requirement)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # nobody would see it ask
     if done.returncode:
         said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-4:])
         raise ValueError(f"pip could not download {package}:\n{said}\nTry again, or fetch the file and give source=PATH")

@@ -227,6 +227,12 @@ def test_an_npm_that_names_no_registry(tmp_path, monkeypatch, capsys, line, said
     assert "`npm config get registry` should print an address" in told and said in told and "source=FILE.tgz" in told
 
 
+def test_npm_does_not_wait_for_an_answer(terminal, tmp_path, monkeypatch):
+    """Corepack, in its place, asks before it fetches it, and nobody would see that."""
+    npm(tmp_path, monkeypatch, "read yes && echo fetching || echo http://127.0.0.1/")
+    assert fluent_emoji.registry() == "http://127.0.0.1/"
+
+
 def test_a_registry_without_the_package_or_none_at_all(registry, tmp_path, monkeypatch, capsys):
     npm(tmp_path, monkeypatch, f"echo http://127.0.0.1:{registry.server_port}/elsewhere")
     assert run(tmp_path) == 1

