@@ -82,10 +82,10 @@ def shards_at(root: str, patience: float | None) -> list[str]:
     if "://" in root and root.endswith(".tar") and not glob.has_magic(root):  # whether it is there, its index says
         return [files.unstrip_protocol(path)]
     folder = path.partition("*")[0].rpartition("/")[0] if "*" in path else path
-    if "[" in folder and files.exists(folder):  # part of a name
-        path = glob.escape(folder) + path[len(folder) :]
-    pattern = path if "*" in path or path.endswith(".tar") else f"{path.rstrip('/')}/*.tar"
     try:
+        if "[" in folder and call_within(patience, lambda: files.exists(folder)):  # part of a name
+            path = glob.escape(folder) + path[len(folder) :]
+        pattern = path if "*" in path or path.endswith(".tar") else f"{path.rstrip('/')}/*.tar"
         names = call_within(patience, lambda: files.glob(pattern))
     except Exception as error:  # each storage has kinds of its own
         raise unreachable(root, error) from error
