@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kit.data.cache import MANIFEST, CacheFile, files_of, is_whole
 from kit.data.numbered import Numbered
 from kit.data.source import ClipSource
-from kit.files import file_sha256, not_saved, read_json, write_json, written_aside
+from kit.files import file_sha256, locked, not_saved, read_json, write_json, written_aside
 from kit.machine import device, inference_precision
 from kit.tokenizer import Tokenizer
 from kit.values import hash_of
@@ -70,10 +70,10 @@ def write_cache(
     claimed = _claim(folder, about, clips)
     model, files, met = tokenizer.to(device()).eval(), files_of(claimed), set()
     with tqdm(total=sum(claimed.values()), desc="encode", unit="clip", disable=None) as bar:
-        for seconds in (0, -1):  # first the free files; then wait for those of others, who may have died
+        for wait in (False, True):  # first the free files; then wait for those of others, who may have died
             for file in files:
                 try:
-                    with _locked(folder / file.name, seconds):
+                    with _locked(folder / file.name, wait):
                         if not is_whole(folder / file.name, file):
                             parts = _encoded(sources[file.split], file, model, about["clip"], workers, bar)
                             _write(folder / file.name, parts)
@@ -87,24 +87,22 @@ def write_cache(
 
 
 @contextmanager
-def _locked(path: Path, seconds: float) -> Iterator[None]:
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Holds the lock of a file while the block runs.
 
     Args:
-        seconds: time to wait for the lock; below 0: without limit.
+        wait: whether to wait for another process that holds it.
     Raises:
-        Timeout: if another process holds it for longer. OSError: if the file system has no locks.
+        Timeout: if one does, without `wait`. OSError: if the file system has no locks.
     """
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=seconds)
+    lock = path.with_name(f".{path.name}.lock")
     try:
-        lock.acquire()
+        held = locked(lock) if wait else FileLock(lock).acquire(timeout=0)
     except NotImplementedError as error:
         message = f"{path.parent} is on a file system without locks, which encoding needs; choose another with root=..."
         raise OSError(message) from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def _holds(folder: Path, about: dict, clips: dict[str, int]) -> bool:
@@ -123,7 +121,7 @@ def _claim(folder: Path, about: dict, clips: dict[str, int]) -> dict[str, int]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MANIFEST
-    with _locked(path, -1):
+    with _locked(path):
         found = read_json(path) if path.exists() else {"about": about, "clips": {}}
         if found["about"] != about:
             keys = [key for key in about if found["about"].get(key) != about[key]]
@@ -164,7 +162,7 @@ def _finish(folder: Path, about: dict, clips: dict[str, int]) -> bool:
     """Writes the hashes of all files to the manifest, which marks the cache as finished; returns False if another process has
     asked for more clips than `clips` meanwhile."""
     path = folder / MANIFEST
-    with _locked(path, -1):
+    with _locked(path):
         found = read_json(path)
         if "files" in found or found["clips"] != clips:  # another has finished it, or is adding to it
             return found["clips"] == clips

@@ -13,13 +13,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from lightning_utilities.core.rank_zero import rank_zero_only
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kit.values import hash_of
 
+SILENCE = 10.0  # seconds that a process waits for another before it says so
 TABLES = (".csv", ".tsv", ".json", ".jsonl")  # suffixes of files whose lines are rows
 
 
@@ -52,6 +53,26 @@ def replacing(folder: Path, pattern: str) -> Iterator[None]:
     for path, written in before.items():
         if path.stat().st_mtime_ns == written:
             path.unlink()
+
+
+def locked(path: Path) -> AcquireReturnProxy:
+    """Takes a lock file, for a `with` block that several processes enter in turn.
+
+    Waits without limit for another process that holds it, which may compute for long. Rank 0 says so: the other may be
+    stopped.
+
+    Raises:
+        NotImplementedError: if the file system has no locks.
+    """
+    lock = FileLock(path)
+    try:
+        return lock.acquire(SILENCE)
+    except Timeout:
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            warnings.warn(
+                f"waiting for another process, which is at work on the same and holds {path}; is it stopped?", stacklevel=3
+            )
+        return lock.acquire()
 
 
 @contextmanager

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from kit.data.buckets import Bucket, suiting
 from kit.data.decode import UnreadableVideo
 from kit.data.frames import most_frames
-from kit.files import read_json, write_json
+from kit.files import locked, read_json, write_json
 from kit.machine import cache_folder
 from kit.values import hash_of
 
@@ -46,7 +45,7 @@ def read_heads(source: FolderClips) -> dict[str, Head]:
     path = cache_folder() / "heads" / f"{hash_of([about], 32)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = {name: f"{name} {source.bytes_of(name)}" for name in source.files}
-    with FileLock(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         kept = read_json(path) if path.exists() else {}
         _read_missing(source, {name: line for name, line in lines.items() if line not in kept}, kept, path)
     known = {name: kept[line] for name, line in lines.items()}

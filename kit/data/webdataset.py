@@ -25,14 +25,13 @@ from typing import NamedTuple
 
 import fsspec
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from kit.data.clips import ORDERS, FolderClips
 from kit.data.decode import PICTURES, UnreadableVideo
 from kit.data.listing import SUFFIXES, is_utf8, split_files
 from kit.data.patience import StorageHangs, call_within, each_within
-from kit.files import read_json, write_json
+from kit.files import locked, read_json, write_json
 from kit.machine import cache_folder
 from kit.values import hash_of
 
@@ -128,7 +127,7 @@ def index_of(shard: str, patience: float | None = None) -> dict[str, list]:
     state = json.dumps([INDEX, shard, about["size"], str(written)])
     kept = cache_folder() / "shards" / f"{hash_of([state], 32)}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(kept.with_suffix(".lock")):  # the processes of a training begin together
+    with locked(kept.with_suffix(".lock")):  # the processes of a training begin together
         if not kept.exists():
             try:
                 index = read_index(files, path, about["size"], patience)

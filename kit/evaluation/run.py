@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from kit.evaluation.protocol import Protocol, digest
 from kit.evaluation.report import CLIPS, Shown, best_median_worst, read_result, result_lines, write_report
 from kit.evaluation.run_suite import evaluate_suite
 from kit.evaluation.scores import LPIPS, PSNR, SSIM, CaptionScore, FrechetScore, Score
-from kit.files import load_checked, save_checked, sole_user
+from kit.files import load_checked, locked, save_checked, sole_user
 from kit.machine import cache_folder, device, exact_float32, installed_version
 from kit.pixels import to_8_bits
 from kit.values import differences
@@ -123,7 +122,7 @@ def real_scores(
         key = protocol.real_hash(fold, tools.detector.sha256 if name == "frechet" else name)
         path = cache_folder() / "real" / f"{key}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):  # a second evaluation waits for the first to compute them
+        with locked(path.with_suffix(".lock")):  # a second evaluation waits for the first to compute them
             if (kept := _read_kept(path)) is None:
                 part = Pass(path.with_suffix(".part.pt"), key)
                 part.run(RealClips(), clips, {name: score}, loading, f"real clips: {name}")

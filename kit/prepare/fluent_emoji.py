@@ -21,13 +21,13 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from kit.data.frames import fit
 from kit.data.listing import is_captioned, write_captions
+from kit.files import locked
 from kit.machine import cache_folder
 from kit.media import write_video
 
@@ -226,7 +226,7 @@ def prepare_fluent_emoji(source: Path | None = None) -> Path:
     """
     folder = cache_folder() / "fluent_emoji"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # a second run waits for the first
+    with locked(folder.with_suffix(".lock")):  # a second run waits for the first
         if not is_captioned(folder):
             archive = given(source) if source else fetched()
             done = convert(archive, folder)

@@ -23,12 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
 from kit.data.frames import fit
 from kit.data.listing import is_captioned, write_captions
+from kit.files import locked
 from kit.machine import cache_folder
 from kit.media import write_video
 from kit.values import check_whole_number
@@ -422,7 +422,7 @@ def prepare_vizdoom(n: int, form: Form, workers: int | None = None) -> Path:
         check_whole_number(key, value, 1, optional=True)
     folder = form.folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):  # a second run waits for the first
+    with locked(folder.with_name(f"{folder.name}.lock")):  # a second run waits for the first
         missing = [name for name in map(name_of, range(n)) if not (folder / name).exists()]
         try:
             if missing:
