@@ -307,6 +307,7 @@ def work(number: int, shares: list[list[str]], form: Form, folder: Path, board: 
             sys.exit()
 
     try:
+        check()  # now it has begun, so that it is found if a worker that was killed has kept the lock of `taken`
         while (share := take(board, shares)) is not None:
             check()
             action, map_name, _ = parts_of(share[0])

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ from kit.prepare import vizdoom
 from kit.prepare.vizdoom import (
     ACTIONS,
     MAPS,
+    Board,
     Form,
+    Pulse,
     caption,
     form_of,
     motion,
@@ -33,6 +36,7 @@ from kit.prepare.vizdoom import (
     render,
     shares,
     started,
+    work,
 )
 from tests.interrupted import wait_for
 from tests.processes import Command
@@ -243,6 +247,24 @@ def test_an_engine_that_does_not_answer_is_taken_for_dead(monkeypatch, tmp_path)
         assert running.wait(120) == 1 and is_over(running.pid)
     said = (tmp_path / "said").read_text()
     assert "has died (its engine has not answered for 3 seconds); run it again" in said and "Traceback" not in said
+
+
+def test_a_worker_that_waits_for_the_lock_of_a_killed_one_is_found(monkeypatch, tmp_path):
+    """Before its first share too."""
+    monkeypatch.setattr(vizdoom, "PATIENCE", 0.2)
+    context = get_context("fork")
+    board = Board(context, workers=2)
+    killed = context.Process(target=lambda: board.taken.get_lock().acquire() and os.kill(os.getpid(), signal.SIGKILL))
+    waits = context.Process(target=work, args=(1, [["walk"]], SMALL, tmp_path, board))
+    killed.start(), killed.join()
+    waits.start()
+    try:
+        pulse, end = Pulse(board), time.monotonic() + 10
+        while not (halted := pulse.halted()) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert halted == [1] and waits.is_alive()
+    finally:
+        waits.kill(), waits.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
