@@ -3,6 +3,7 @@ takes longer than what most of them do. Some tests start interpreters instead, a
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -19,8 +21,10 @@ from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
 
 from kit.cli import main
+from kit.signals import PR_SET_PDEATHSIG
 
 
 class Command:
@@ -43,6 +47,9 @@ class Command:
         status = 1
         gc.freeze()  # what the test has left, such as a closed video, may wait at its end for threads that are not here
         try:
+            if sys.platform == "linux":  # else one left behind would keep open what the runner of the tests reads
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            tqdm.set_lock(threading.RLock())  # that of the test is shared: if this is killed, it may stay taken forever
             os.setsid()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)

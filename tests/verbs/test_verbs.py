@@ -248,7 +248,7 @@ def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tm
             assert process.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]
             time.sleep(0.02)
     finally:
-        for number in (process.pid, *children(process.pid)):
+        for number in (*children(process.pid), process.pid):
             os.kill(number, signal.SIGKILL)
         process.wait()
     begun = read_checkpoint(last, "generator")["global_step"]
