@@ -46,17 +46,26 @@ def noticing_dead_workers() -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, OSError, EOFError) as error:
-        if not _of_dead_worker(error) or (dist.is_initialized() and dist.get_world_size() > 1):
+    except Exception as error:  # of any kind: where torch's comes, others may take it and raise their own
+        if not any(map(_of_dead_worker, _with_causes(error))) or (dist.is_initialized() and dist.get_world_size() > 1):
             raise
         raise DeadWorker(f"a process of the loader died: {error}") from error
 
 
-def _of_dead_worker(error: Exception) -> bool:
-    """Returns whether a dead worker caused an error: torch says so, or failed to fetch tensors that it had announced."""
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and those that it was raised from, or while they were handled."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _of_dead_worker(error: BaseException) -> bool:
+    """Returns whether an error is of a dead worker: torch says so, or failed to fetch tensors that it had announced."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
     frames = traceback.walk_tb(error.__traceback__)
     fetching = any(frame.f_globals.get("__name__") == "torch.multiprocessing.reductions" for frame, _ in frames)
-    return str(error).startswith("DataLoader worker") if isinstance(error, RuntimeError) else fetching
+    return fetching and isinstance(error, OSError | EOFError)
 
 
 def written(path: Path) -> int | None:

@@ -130,6 +130,11 @@ def test_what_no_retry_mends_is_raised(tmp_path):
     assert [resume for resume, _ in calls[6:]] == [rewound] * 2, "not from what another training has left"
     with pytest.raises(DeadWorker), noticing_dead_workers():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    with pytest.raises(DeadWorker, match="unsupported callable"), noticing_dead_workers():
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")  # amid any code, as `inspect`'s
+        except Exception as error:
+            raise TypeError("unsupported callable") from error
     with pytest.raises(RuntimeError, match="out of memory"), noticing_dead_workers():
         raise RuntimeError("out of memory")
 
