@@ -28,7 +28,7 @@ from kit.files import load_checked, save_checked, sole_user
 from kit.media import contact_sheet, moving_sheet, write_video
 from kit.verbs.held_out import held_out
 from kit.verbs.reconstruct import per_scale
-from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, fit_tokenizer
+from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_tokenizer
 from tests.processes import Command, children, demo_part
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,6 +232,15 @@ def test_reconstructions_of_another_call_do_not_stay(pair, tmp_path):
     for clips in (3, 1):
         assert main(["reconstruct", f"ckpt={pair.tokenizer}", f"root={tmp_path}", f"clips={clips}"]) == 0
         assert len(list((tmp_path / "reconstructed").glob("reconstruction_*.mp4"))) == clips
+
+
+def test_the_short_demo_trains_less_than_half_as_long():
+    short = composed("demo_short")
+    parts = {"stage1_tokenizer": short.tokenizer_overrides, "stage2_generator": short.generator_overrides}
+    for conf, words in parts.items():
+        less, whole = (composed(conf, "size=tiny", *more).trainer.max_steps for more in (words, []))
+        assert 0 < less < whole / 2
+    assert short.name != composed("demo").name
 
 
 def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tmp_path, monkeypatch):
