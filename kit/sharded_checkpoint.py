@@ -235,7 +235,7 @@ def _filled(
 def _fill(tensors: dict[str, Tensor], reader: _Reader):
     """Fills tensors from shards. Raises ValueError if that fails.
 
-    Avoids torch's `load`, which has `no_dist` since torch 2.7 only, and warns of it.
+    Avoids torch's `load`, which warns of `no_dist`.
     """
     try:
         _load_state_dict(tensors, reader, no_dist=True)
