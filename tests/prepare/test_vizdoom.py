@@ -223,7 +223,7 @@ def test_workers_are_stopped_before_their_first_clip_too(monkeypatch, tmp_path):
 @pytest.mark.parametrize("victim", ["worker", "engine"])
 def test_a_process_that_dies_ends_the_others(monkeypatch, tmp_path, victim):
     """A process may die, for example, if memory runs out. An engine that dies in a bad moment leaves its worker waiting."""
-    with preparing(monkeypatch, tmp_path, clips=2, patience=8) as running:
+    with preparing(monkeypatch, tmp_path, clips=2, patience=12) as running:
         if victim == "worker":
             workers_of(running)[0].kill()
         else:
@@ -240,13 +240,13 @@ def test_a_process_that_dies_ends_the_others(monkeypatch, tmp_path, victim):
 
 @rendering
 def test_an_engine_that_does_not_answer_is_taken_for_dead(monkeypatch, tmp_path):
-    with preparing(monkeypatch, tmp_path, clips=2, patience=3) as running:
+    with preparing(monkeypatch, tmp_path, clips=2, patience=12) as running:
         while not (engines := [engine for worker in workers_of(running) for engine in worker.children()]):
             time.sleep(0.001)
         engines[0].suspend()
         assert running.wait(120) == 1 and is_over(running.pid)
     said = (tmp_path / "said").read_text()
-    assert "has died (its engine has not answered for 3 seconds); run it again" in said and "Traceback" not in said
+    assert "has died (its engine has not answered for 12 seconds); run it again" in said and "Traceback" not in said
 
 
 def test_a_worker_that_waits_for_the_lock_of_a_killed_one_is_found(monkeypatch, tmp_path):
