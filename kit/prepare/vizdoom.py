@@ -324,7 +324,7 @@ class Pulse:
     """Finds workers that have come to a halt.
 
     An engine that is killed while it holds the lock that it shares with its worker (a kernel short of memory may do so)
-    leaves the worker waiting for that lock forever.
+    leaves the worker waiting for that lock forever; likewise a worker that is killed as it takes a share, the others.
     """
 
     def __init__(self, board: Board):
@@ -351,7 +351,8 @@ def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None
 
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM; the clips that exist are whole. A second one kills the processes.
-        ChildProcessError: if a process or its engine dies. ValueError: as `render`. OSError: if a clip cannot be written.
+        ChildProcessError: if a process or its engine dies or does not answer. ValueError: as `render`.
+        OSError: if a clip cannot be written.
     """
     context = get_context("spawn")
     board, dealt, why = Board(context, workers), shares(names), None
@@ -371,7 +372,7 @@ def render_all(names: list[str], form: Form, folder: Path, workers: int) -> None
                 wait(alive, timeout=0.5)
                 bar.update(sum(board.made) - bar.n)
                 for process in (processes[n] for n in pulse.halted() if processes[n].is_alive()):
-                    why = f"its engine has not answered for {PATIENCE:g} seconds"
+                    why = f"it or its engine has not answered for {PATIENCE:g} seconds"
                     process.kill()
                 if any(process.exitcode for process in processes):
                     board.stop.value = True

@@ -59,7 +59,7 @@ def demo(cfg: DictConfig) -> dict:
     """Runs all parts, writes everything to the run's folder, and returns the metrics."""
     folder = Path(cfg.folder)
     if not fast_bfloat16():
-        print("note: without bfloat16 instructions this takes more than an hour on two cores, not a quarter of one;")
+        print("note: without bfloat16 instructions the demo takes more than an hour on two cores, not a quarter of one;")
         print("      conf=demo_short takes less than half as long, and its videos are rougher")
     where = f"root={folder.as_posix()}"
     tokenizer, generator = (last_checkpoint(folder / part) for part in ("tokenizer", "generator"))

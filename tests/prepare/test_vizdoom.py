@@ -246,7 +246,7 @@ def test_an_engine_that_does_not_answer_is_taken_for_dead(monkeypatch, tmp_path)
         engines[0].suspend()
         assert running.wait(120) == 1 and is_over(running.pid)
     said = (tmp_path / "said").read_text()
-    assert "has died (its engine has not answered for 12 seconds); run it again" in said and "Traceback" not in said
+    assert "has died (it or its engine has not answered for 12 seconds); run it again" in said and "Traceback" not in said
 
 
 def test_a_worker_that_waits_for_the_lock_of_a_killed_one_is_found(monkeypatch, tmp_path):
