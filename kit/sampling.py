@@ -110,7 +110,9 @@ def stream_samples(
     """Generates videos with trained models on this machine's device, by `stream_video`.
 
     A single clip is computed as a batch of two, because a batch of one uses other kernels, which round differently. In
-    batches of two or more, a float32 clip is the same to the last bit in any batch (tested on CPUs and on an H200).
+    batches of two or more, a float32 clip is the same to the last bit in any batch (see `kit.generator.linear`; tested on
+    CPUs and on an H200). With several threads that holds for `size=tiny`: products of wider models are divided among
+    threads by the size of the batch, and rounding can turn a bit.
 
     Args:
         size: T, H, W. precision: `float32` or `bfloat16`. history: (3, T0, H, W) in [-1, 1], the same for all.

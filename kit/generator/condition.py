@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from kit.generator.linear import Linear
 from kit.generator.pretrained import PretrainedEncoder
 from kit.machine import onto
 from kit.ranks import from_all_ranks
@@ -146,7 +147,7 @@ class TextCondition(nn.Module):
     def __init__(self, encoder: TextEncoder, width: int):
         super().__init__()
         self.encoder, self.length = encoder, encoder.length
-        self.project = nn.Linear(encoder.channels, width, bias=False)
+        self.project = Linear(encoder.channels, width)
         nn.init.normal_(self.project.weight, std=encoder.channels**-0.5)  # keeps the size of the encoder's states
         self.empty = nn.Parameter(torch.randn(self.length, width) * SIZE)
         self.null = nn.Parameter(torch.randn(self.length, width) * SIZE)

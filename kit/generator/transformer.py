@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kit.generator.condition import ConditionConfig, build_condition
+from kit.generator.linear import Linear, product
 from kit.generator.mask import View, attention_views
 from kit.generator.rope import ALIGN, positions, rotary_table, rotate
 from kit.machine import onto, without_autocast
@@ -121,9 +122,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Linear(width, 3 * width)
         self.query_norm, self.key_norm = RMSNorm(width // heads), RMSNorm(width // heads)
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = Linear(width, width)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], views: Sequence[View], update_cache=None) -> Tensor:
         """Returns (B, tokens, D) for x of that shape.
@@ -142,9 +143,9 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate = Linear(width, hidden)
+        self.up = Linear(width, hidden)
+        self.down = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -171,12 +172,12 @@ class Generator(nn.Module):
         self.config = config
         D = config.width
         self.condition = build_condition(config.condition, D)
-        self.project = nn.Linear(config.inputs, D, bias=False)
+        self.project = Linear(config.inputs, D)
         self.scale_embedding = nn.Embedding(config.scales + (config.history == "full"), D)
         self.start = nn.Parameter(torch.zeros(D))
         self.layers = nn.ModuleList(Layer(D, config.heads) for _ in range(config.layers))
         self.norm = RMSNorm(D)
-        self.head = nn.Linear(D, config.bits, bias=False)
+        self.head = Linear(D, config.bits)
         self.recompute = False  # whether the backward pass computes the layers' activations again instead of storing them
         self._initialise()
 
@@ -228,7 +229,7 @@ class Generator(nn.Module):
         Rounded to bfloat16, logits have errors that guidance, which extrapolates their differences, would multiply.
         """
         with without_autocast(x.device):
-            return F.linear(self.norm(x).float(), self.head.weight.float())
+            return product(self.norm(x).float(), self.head.weight.float())
 
     def forward(
         self, inputs: Tensor, schedule: ScaleSchedule, condition: Tensor, kept: Tensor | None = None,

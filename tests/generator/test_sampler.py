@@ -381,6 +381,17 @@ def test_a_clip_depends_on_its_own_seed_alone(make_generator, guidance):
     assert not torch.equal(nucleus, both)
 
 
+def test_logits_of_a_clip_are_the_same_in_any_batch(make_generator, seen):
+    """They are to the last bit: of the many bits of a video one would at times be drawn otherwise."""
+    model = make_generator()
+    sample(model, PROMPTS * 5, range(10))
+    together = [logits[:2] for *_, logits in seen]
+    seen.clear()
+    sample(model)
+    for b, expected, (*_, logits) in zip(SCHEDULE.blocks, together, seen, strict=True):
+        assert torch.equal(logits, expected), (b.f, b.k)
+
+
 def test_prompts_matter(make_generator):
     model = make_generator()
     bits = sample(model, seeds=(0, 0))
