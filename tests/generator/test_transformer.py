@@ -279,6 +279,8 @@ def test_errors_name_what_is_known(make_generator):
         ({"layers": -1}, "generator.layers=-1; expected a whole number of 1 or more"),
         ({"heads": 0}, "generator.heads=0; expected a whole number of 1 or more"),
         ({"window": -1}, "window must be null or a number of latent frames, 0 or more, got -1"),
+        ({"window": 1.5}, "window must be null or a number of latent frames, 0 or more, got 1.5"),
+        ({"window": "two"}, "window must be null or a number of latent frames, 0 or more, got two"),
     ],
 )
 def test_unknown_choices_and_wrong_numbers_are_refused(value, message):
