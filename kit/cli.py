@@ -191,7 +191,8 @@ def explained(error: Exception, verb: str) -> str | None:
     while isinstance(error, InterpolationResolutionError) and error.__context__:
         error = error.__context__  # omegaconf's, about an error of a function that the config calls
     if isinstance(error, HydraException):
-        return "\n".join(filter(None, (str(error), str(error.__cause__ or ""))))
+        said = re.sub(r"\s*To append to your default list use .*", "", str(error))  # nothing would read it
+        return "\n".join(filter(None, (said, str(error.__cause__ or ""))))
     kind = type(error).__name__  # torch and Lightning may not be imported, which takes seconds
     if kind == "OutOfMemoryError":  # torch's, of a GPU
         room = "fits=12GB, recompute=true or fewer clips a step" if verb == "fit" else "a smaller batch_size"

@@ -202,6 +202,8 @@ def unknown_key(conf: Path, words: list[str], key: str) -> str:
     """Says what key is most like one that the config has not, or else which keys it has there."""
     from omegaconf import OmegaConf
 
+    if choices(conf, key):  # a group of other confs, and so among the words that choose, with which this one does not compose
+        return f"{conf.stem} has no group {key}; --help lists its groups and keys"
     cfg = compose(conf, sorted_out(conf, words)[0])
     above = key.rpartition(".")[0]
     while above and not OmegaConf.is_dict(OmegaConf.select(cfg, above)):

@@ -205,12 +205,31 @@ def test_a_users_own_search_path_counts(own_conf, tmp_path, capfd):
         ("hydra.zzz=1", "Could not override 'hydra.zzz'"),
         ("hydra/launcher=zzz", "Could not find 'hydra/launcher/zzz'"),
         ("~data.zzz", "Could not delete from config. 'data.zzz' does not exist."),
+        ("loss=full", "stage2_generator has no group loss; --help lists its groups and keys"),
+        ("rate=4x8x8", "stage2_generator has no group rate; --help lists its groups and keys"),
     ],
 )
 def test_words_that_do_not_compose_are_refused_in_a_few_words(word, said, capsys):
     assert main(["fit", "conf=stage2_generator", word, "--cfg", "job"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("kit fit: ") and said in told and "HYDRA_FULL_ERROR" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "ckpt=x", "data=clips", "size=tiny"], "generate has no group data; --help lists its groups and keys"),
+        (["evaluate", "data=clips", "data.root=x"], "evaluate has no group data; --help lists its groups and keys"),
+        (["fit", "conf=stage1_tokenizer", "method=paper"], "stage1_tokenizer has no group method; --help lists its groups"),
+        (["doctor", "size=tiny"], "doctor has no group size; --help lists its groups and keys"),
+        (["generate", "data=clips", "hydra.searchpath=[file:///x]"], "Could not override 'data'. No match in the defaults l"),
+    ],
+)
+def test_a_group_that_a_verb_does_not_have_is_refused_in_a_few_words(words, said, capsys):
+    """Hydra's advice, `+data=clips`, would add values that nothing reads."""
+    assert main(words) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"kit {words[0]}: {said}") and "Traceback" not in told and "+data" not in told
 
 
 @pytest.mark.parametrize(("path", "said"), [("a${b}", "Interpolation key 'b' not found"), ("${b:c}", "Unsupported interp")])
