@@ -6,6 +6,7 @@ import math
 import shlex
 import shutil
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def encode(data: ClipDataModule, cfg: DictConfig, tokenizer: Loaded, folder: Pat
     """
 
     def part(place: Path, clip: dict, sources: dict[str, ClipSource], clips: dict[str, int], **more) -> dict:
-        about = describe(clip, tokenizer.model, tokenizer.hash, choice_of(cfg.data.source), sources) | more
+        about = describe(clip, tokenizer.model, tokenizer.hash, choice_of(cfg.data.source, sources.values()), sources) | more
         print(f"{' + '.join(map(str, clips.values()))} clips, {about['schedule']}")
         write_cache(place, about, sources, clips, tokenizer.model, data.workers)
         return read_manifest(place)
@@ -97,11 +98,16 @@ def encoded_clips_of(cfg: DictConfig, *parts: str) -> Path:
     return Path(cfg.folder) / "_".join(filter(None, ("encoded_clips", ".".join(parts))))
 
 
-def choice_of(source: DictConfig) -> dict:
-    """Returns the plain values that choose the clips of a source. The folder is not among them: a cache lists its files."""
+def choice_of(source: DictConfig, sources: Iterable[ClipSource]) -> dict:
+    """Returns the plain values that choose the clips of a source.
+
+    Args:
+        sources: what it makes. If they list files the folder is not among the values: a cache lists these, wherever they lie.
+    """
+    listed = any(len(made.files) for made in sources)
 
     def chosen(values: dict) -> dict:  # recursive: a mixture has sources within
-        others = {"_partial_", "root", "patience", "verify"}
+        others = {"_partial_", "patience", "verify", *["root"] * listed}
         if not values.get("late"):  # chooses the same clips as before this key existed: older caches stay valid
             others.add("late")
         return {key: chosen(v) if isinstance(v, dict) else v for key, v in values.items() if key not in others}
@@ -137,7 +143,7 @@ def encoded(
     """
     data, of = (of_stage(cfg, stage).data, [stage.name]) if stage else (cfg.data, [])
     folder = encoded_clips_of(cfg, *of, *["images"] * images, *[str(bucket)] * part.bucketed)
-    how = choice_of(data.images if images else data.source)
+    how = choice_of(data.images if images else data.source, [source])
     sources, clips = {"train": source}, {"train": min(rounded_share(cfg.encoded_clips, share), max(1, needed))}
     about = describe(shaped(part.clip, bucket), module.tokenizer, module.hparams.tokenizer_hash, how, sources)
     with ended_at_once():  # files that are whole stay

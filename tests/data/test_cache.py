@@ -237,9 +237,9 @@ def test_what_a_cache_does_not_hold_is_refused(pair, tmp_path, given, message):
 
 
 def test_late_clips_are_others_and_none_are_as_before():
-    how = composed("stage2_generator").data.source
-    assert "late" not in choice_of(how)
-    assert choice_of(OmegaConf.merge(how, {"late": 0.5})) == {**choice_of(how), "late": 0.5}
+    how, made = composed("stage2_generator").data.source, [Shapes("val", **CLIP_SHAPE)]
+    assert "late" not in choice_of(how, made)
+    assert choice_of(OmegaConf.merge(how, {"late": 0.5}), made) == {**choice_of(how, made), "late": 0.5}
 
 
 def test_the_list_of_files_is_a_part_of_what_it_is_of(pair, tmp_path):
@@ -320,6 +320,22 @@ def test_a_cache_needs_no_videos_and_validates_alike(pair, tmp_path, capsys):
     for verb in (["validate", ckpt], ["cache", f"tokenizer_ckpt={pair.tokenizer}", "name=again"]):
         assert main([*verb, f"root={tmp_path}", "data=cached", f"data.root={tmp_path / 'cache'}"]) == 1
         assert "holds encoded clips; give the videos" in capsys.readouterr().err
+
+
+class Kept(Shapes):
+    """A source of a user's that has a folder and lists no files of it."""
+
+    def __init__(self, *args, root, **kwargs):
+        super().__init__(*args, **{**kwargs, "seed": len(root)})
+
+
+def test_another_folder_of_a_source_that_lists_no_files_is_other_clips(pair, tmp_path, capsys):
+    """Else a cache of the first folder's clips would pass for one of the second's."""
+    words = ["cache", f"root={tmp_path}", f"tokenizer_ckpt={pair.tokenizer}", "clips=4", "val_clips=2"]
+    words.append(f"data.source._target_={__name__}.Kept")
+    assert main([*words, "+data.source.root=one"]) == 0
+    assert main([*words, "+data.source.root=other"]) == 1
+    assert "holds other clips (source: " in capsys.readouterr().err
 
 
 def test_captions_that_a_training_does_not_read_to_their_end_are_told(pair, tmp_path):
