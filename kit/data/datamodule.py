@@ -110,10 +110,11 @@ class ClipDataModule(ClipsOnDevice):
                 self.images = BucketClips(self.images, image_buckets(shapes))
         self.sources = [source for source in (self.train, self.val, self.images) if source is not None]
         self.bucketed = bool(buckets)
-        self.encode, self.batches, self.encoded, self.batches_done = None, 0, self.cached, 0
+        self.encode, self.batches, self.encoded_clips = None, 0, 0
+        self.encoded, self.batches_done = self.cached, 0
         self.left_out: frozenset[int] = frozenset()  # numbers of batches in the stream
 
-    def encode_ahead(self, encode: Callable[..., ClipSource], batches: int):
+    def encode_ahead(self, encode: Callable[..., ClipSource], batches: int, clips: int):
         """Makes training read encoded clips, which are made or found at its start.
 
         Args:
@@ -121,8 +122,9 @@ class ClipDataModule(ClipsOnDevice):
                 clips. `bucket` is their shape, `share` their share of all clips, `needed` how many of them all ranks
                 together read, and `images` whether they are of the data set `images`.
             batches: number of batches that training reads on each rank.
+            clips: number of encoded clips, of all data sets and buckets, after which they repeat.
         """
-        self.encode, self.batches = encode, batches
+        self.encode, self.batches, self.encoded_clips = encode, batches, clips
 
     @property
     def parts(self) -> list[ClipDataModule]:
@@ -256,7 +258,7 @@ class ClipDataModule(ClipsOnDevice):
             **self.clip, "batch_size": self.batch_size, "image_share": self.image_share, "buckets": buckets,
             "files": hash_of(names), "file_sizes": self.file_sizes,
             "held_out": None if self.cached else hash_of(map(str, self.val.files)),
-            "draws": [source.draws for source in self.sources], **steps,
+            "draws": [source.draws for source in self.sources], "encoded_clips": self.encoded_clips, **steps,
         }  # fmt: skip
 
     def state_dict(self) -> dict:

@@ -128,7 +128,7 @@ def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: Ge
         if part.cached:
             continue
         steps = stage.steps if stage else cfg.trainer.max_steps
-        part.encode_ahead(partial(encoded, cfg, part, stage, module), steps * accumulate_of(cfg))
+        part.encode_ahead(partial(encoded, cfg, part, stage, module), steps * accumulate_of(cfg), cfg.encoded_clips)
 
 
 def encoded(
@@ -144,11 +144,14 @@ def encoded(
     data, of = (of_stage(cfg, stage).data, [stage.name]) if stage else (cfg.data, [])
     folder = encoded_clips_of(cfg, *of, *["images"] * images, *[str(bucket)] * part.bucketed)
     how = choice_of(data.images if images else data.source, [source])
-    sources, clips = {"train": source}, {"train": min(rounded_share(cfg.encoded_clips, share), max(1, needed))}
+    most = rounded_share(cfg.encoded_clips, share)
+    sources, clips = {"train": source}, {"train": min(most, max(1, needed))}
     about = describe(shaped(part.clip, bucket), module.tokenizer, module.hparams.tokenizer_hash, how, sources)
     with ended_at_once():  # files that are whole stay
         write_cache(folder, about, sources, clips, module.tokenizer, part.workers)
-    return CachedClips(folder)
+    found = CachedClips(folder)
+    found.count = min(found.count, most)  # a run may be resumed with fewer than it has encoded
+    return found
 
 
 def check_cache(data: ClipDataModule | StagedClips, module: L.LightningModule):

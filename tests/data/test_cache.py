@@ -408,6 +408,26 @@ def test_a_new_run_encodes_anew_and_a_continued_one_does_not(pair, tmp_path):
     assert CachedClips(kept).count == 8, "no more than are trained on"
 
 
+def test_another_number_of_encoded_clips_is_told_and_holds(pair, tmp_path, caplog, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        CachedClips, "__getitem__", lambda self, n, get=CachedClips.__getitem__: read.append(self.count) or get(self, n)
+    )
+
+    def fit(clips, *words) -> set[int]:
+        read.clear()
+        caplog.clear()
+        words = ["name=run", "data.image_share=0", f"recipe.generator.encoded_clips={clips}", *words]
+        assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == 0
+        return set(read)
+
+    told = "resumes with other data than it began with (then, now): encoded_clips: "
+    assert fit(12, "recipe.generator.steps=3") == {12}
+    assert fit(12, "recipe.generator.steps=4", "ckpt=last") == {12} and told not in caplog.text
+    assert fit(8, "recipe.generator.steps=5", "ckpt=last") == {8} and f"{told}12, 8" in caplog.text
+    assert fit(16, "recipe.generator.steps=6", "ckpt=last") == {16} and f"{told}8, 16" in caplog.text
+
+
 def test_a_run_that_ended_before_its_first_save_keeps_what_it_encoded(pair, tmp_path):
     def fit(*words) -> list[int]:
         words = ["name=run", "data.image_share=0", "recipe.generator.steps=6", *words]

@@ -129,7 +129,7 @@ def test_what_all_processes_read_is_encoded(pictures):
         data = module(pictures)
         data.images = data.images if own else None
         data.trainer, asked = SimpleNamespace(**{**vars(ALONE), "world_size": 3}), []
-        data.encode_ahead(lambda part, bucket, share, needed, images: asked.append((bucket, needed, images)) or part, 8)
+        data.encode_ahead(lambda part, bucket, share, needed, images: asked.append((bucket, needed, images)) or part, 8, 100)
         data.train_dataloader()
         assert asked == expected
 
