@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,16 @@ def test_scale_tokens(tmp_path, monkeypatch):
     spent = 1 * 2 + 4 * 4 + 16 * 8
     assert f"{spent} bits per latent frame, {2 * spent} per clip of 5 frames" in text and "nan" not in text
     assert text.count("PSNR") == 3 and text.count("right (always") == 3
+
+
+@pytest.mark.parametrize(("part", "chosen"), [("tokenizer", "runs/notebook"), ("generator", "runs/demo")])
+def test_a_demo_that_was_interrupted_is_not_completed_with_a_tiny_generator(tmp_path, monkeypatch, part, chosen):
+    """The demo could not be resumed then: its generator is of another architecture."""
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    choice = [line for cell in cells for line in cell["source"] if line.startswith(("whole =", "runs ="))]
+    (tmp_path / "runs" / "demo" / part / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / part / "checkpoints" / "last.ckpt").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KIT_RUNS", raising=False)
+    exec("".join(choice), found := {"os": os, "Path": Path})
+    assert found["runs"] == Path(chosen)
