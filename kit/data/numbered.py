@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import operator
+
 import torch
 from torch.utils.data import Dataset
 
@@ -31,7 +34,7 @@ class Numbered(Dataset):
         else:
             item = {"given": 0, **self.source[n], "n": n}
         try:
-            check_item(item, frames, self.size)
+            check_item(item, frames, self.size, len(self.source.classes))
         except ValueError as error:
             raise ValueError(f"clip {n} of the data: {error}") from error
         for name, used in (("video", frames), ("feature", latent_frames(frames))):
@@ -40,19 +43,25 @@ class Numbered(Dataset):
         return item
 
 
-def check_item(item: dict, frames: int, size: tuple[int, int] | None):
+def check_item(item: dict, frames: int, size: tuple[int, int] | None, classes: int):
     """Checks an item of a source, which may be a user's own: its parts, and shape, type and range of its pixels.
 
     Pixels that are no numbers pass: their loss is lost, and `retries` leaves out the batch alone.
 
     Args:
-        frames: least number of its frames. size: height and width; None: any.
+        frames: least number of its frames. size: height and width; None: any. classes: how many there are; 0: none.
     Raises:
         ValueError: if something is amiss.
     """
     if missing := [key for key in ("caption", "label") if key not in item]:
         raise ValueError(f"it has no {' and no '.join(missing)}; expected video, caption ('' for none), label (-1 for none)")
-    if isinstance(item["label"], str):
+    if not isinstance(item["caption"], str):
+        raise ValueError(f"its caption is {item['caption']!r}; expected text, '' for none")
+    try:
+        known = operator.index(item["label"]) < (classes or math.inf)
+    except TypeError:
+        known = False
+    if not known:
         raise ValueError(f"its label is {item['label']!r}; expected its place in `classes` of the data set, or -1")
     if (video := item.get("video")) is None:
         return

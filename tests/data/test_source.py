@@ -73,6 +73,29 @@ def test_words_that_an_item_lacks_are_told_in_a_mixture_too():
             Numbered(source, images)[0, 1]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"caption": None}, "its caption is None; expected text, '' for none"),
+        ({"caption": float("nan")}, "its caption is nan; expected text"),  # of a table's empty cell
+        ({"label": 2}, "its label is 2; expected its place in `classes` of the data set, or -1"),
+        ({"label": 0.5}, "its label is 0.5; expected"),
+        ({"label": None}, "its label is None; expected"),
+    ],
+)
+def test_a_caption_that_is_no_text_and_a_label_without_a_class_are_told(words, message):
+    class Own(Stripes):
+        classes = ("a", "b")
+
+        def __getitem__(self, n):
+            return super().__getitem__(n) | {"label": np.int64(1)} | (words if n else {})
+
+    clips = Numbered(Own("train", **SHAPE))
+    assert clips[0, 5]["label"] == 1
+    with pytest.raises(ValueError, match=f"clip 1 of the data: {message}"):
+        clips[1, 5]
+
+
 def test_a_checkpoint_holds_plain_values_of_it():
     class Own(Stripes):
         classes, native_fps, files = np.array(["a", "b"]), np.float64(8), [Path("a.npy")]
