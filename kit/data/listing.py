@@ -33,7 +33,7 @@ def list_videos(root: Path, pictures: bool = False) -> list[str]:
         FileNotFoundError: if the folder does not exist or holds none.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"root={str(root)!r} is not a folder; set `root` to a folder of video files")
+        raise FileNotFoundError(f"no folder {root}; expected one that holds video files")
     names, suffixes = files_below(root), SUFFIXES + PICTURES * pictures
     runs = {PurePosixPath(name).parents[1] for name in names if name.endswith(RUN)}
     videos = [name for name in names if name.lower().endswith(suffixes)]
@@ -46,7 +46,7 @@ def list_videos(root: Path, pictures: bool = False) -> list[str]:
     if not videos:
         what = "no video or picture" if pictures else "no video"
         but = f" but those of runs of kit, such as {min(runs)}" if runs else ""
-        raise FileNotFoundError(f"root={str(root)!r} holds {what}{but}; expected files ending in {', '.join(suffixes)}")
+        raise FileNotFoundError(f"{root} holds {what}{but}; expected files ending in {', '.join(suffixes)}")
     return videos
 
 
