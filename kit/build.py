@@ -11,7 +11,7 @@ from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from kit.checkpoint import load_tokenizer
+from kit.checkpoint import load_tokenizer, read_tokenizer_config
 from kit.data.buckets import Bucket, read_shape
 from kit.data.datamodule import ClipDataModule
 from kit.data.staged import StagedClips
@@ -186,13 +186,13 @@ def tokenizer_config(cfg: DictConfig) -> TokenizerConfig:
 
     Raises:
         ValueError: if a generator is to be trained and `tokenizer_ckpt` is null; else as `TokenizerConfig.from_dict` or
-            `load_tokenizer`.
+            `read_tokenizer_config`.
     """
     if cfg.module == "tokenizer":
         return TokenizerConfig.from_dict(plain(cfg.tokenizer))
     if cfg.tokenizer_ckpt is None:
         raise ValueError("tokenizer_ckpt=null: a generator is trained on a tokenizer's bits; give its checkpoint")
-    return load_tokenizer(cfg.tokenizer_ckpt).model.config
+    return read_tokenizer_config(cfg.tokenizer_ckpt)
 
 
 def build_tokenizer_module(cfg: DictConfig, data: ClipDataModule) -> TokenizerModule:

@@ -47,6 +47,11 @@ def read_checkpoint(path: str | os.PathLike, kind: str, load: Callable[[Path], d
     return checkpoint
 
 
+def read_tokenizer_config(path: str | os.PathLike) -> TokenizerConfig:
+    """Returns the architecture of a trained tokenizer, which is not built. Raises as `read_checkpoint`."""
+    return TokenizerConfig.from_dict(read_checkpoint(path, "tokenizer", described)["hyper_parameters"]["tokenizer"])
+
+
 def kind_of(path: str | os.PathLike) -> str:
     """Returns what a checkpoint holds, `tokenizer` or `generator`. Raises as `read_checkpoint`."""
     kind = _read(path, described)[1]

@@ -20,7 +20,7 @@ TOKENIZER = [
 GENERATOR = ["generator.layers=2", "generator.width=32", "generator.heads=2", "recipe.generator.encoded_clips=24"]
 QUICK = [
     "trainer.val_check_interval=50", "trainer.log_every_n_steps=1", "callbacks.video_logger.clips=1",
-    "data.val_clips=4", "data.batch_size=4", "callbacks.last.share=1",
+    "data.val_clips=4", "data.batch_size=4", "callbacks.last.share=1", "callbacks.compile.least_steps=-1",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from tests.fixtures import CLIP, QUICK, TOKENIZER
 from tests.processes import Command
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ["trainer.precision=32-true", "callbacks.compile.least_steps=-1", "callbacks.ema.decay=0.9"]
+STEPS = ["trainer.precision=32-true", "callbacks.ema.decay=0.9"]
 
 
 def last(root: Path) -> Path:

@@ -24,7 +24,7 @@ PLAN = [
     "+stages.high={steps:3}",
     "+stages.long={steps:3,data:{frames:9,batch_size:2}}",
 ]
-ALIKE = ["trainer.precision=32-true", "callbacks.compile.least_steps=-1"]
+ALIKE = ["trainer.precision=32-true"]
 
 
 def fit_stages(root: Path, tokenizer: Path, *words: str, name: str = "run", conf: str = "progressive") -> int:

@@ -15,7 +15,7 @@ from kit.data.read import read_clip_file
 from kit.evaluation.detectors import load_detector, load_i3d, resize_frames
 from kit.evaluation.frechet import Gaussian, frechet_distance
 from kit.evaluation.i3d import I3D, max_pool, pad_same
-from tests.conftest import randomise
+from tests.plugin import randomise
 
 PANCAKE = 129  # "flipping pancake" in the alphabet of Kinetics-400
 POOLINGS = [((1, 3, 3), (1, 2, 2)), ((3, 3, 3), (1, 1, 1)), ((3, 3, 3), (2, 2, 2)), ((2, 2, 2), (2, 2, 2))]

@@ -15,8 +15,8 @@ from kit.generator.rope import rotary_table
 from kit.generator.transformer import Attention, Generator, GeneratorConfig, RMSNorm, SwiGLU
 from kit.scales import ScaleSchedule
 from kit.tokenizer.quantizer import to_code
-from tests.conftest import randomise
 from tests.fixtures import composed
+from tests.plugin import randomise
 
 SCHEDULE = ScaleSchedule(3, ((1, 1), (2, 2), (2, 3)))
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -19,7 +19,7 @@ from kit.files import file_sha256, read_weights
 from kit.machine import cache_folder
 from kit.prepare import i3d
 from kit.prepare.i3d import BRANCHES, PACKAGE_SHA256, ArrayUnpickler, convert_i3d, prepare_i3d
-from tests.conftest import randomise
+from tests.plugin import randomise
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 

@@ -16,8 +16,8 @@ from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.autoencoder import Downsample, FromLatent, ResBlock, Upsample, fit_channels
 from kit.tokenizer.causal import Stream
 from kit.tokenizer.module import inputs_of
-from tests.conftest import randomise
 from tests.fixtures import CLOSE, INFINITY
+from tests.plugin import randomise
 
 
 def silent(layer: nn.Module) -> nn.Module:
@@ -142,12 +142,9 @@ def test_a_stream_goes_through_recomputed_blocks_once(make_tokenizer):
     torch.testing.assert_close(*found, **CLOSE)
 
 
-@pytest.mark.usefixtures("compiler")
-def test_compiled_blocks_train_alike(monkeypatch):
-    """Also recomputed; weights keep their names, and clips coded chunk by chunk are as before. Traced and differentiated as
-    ever, but not made into machine code, which takes half a minute."""
-    compile_block = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_block(self, backend="aot_eager", **how))
+@pytest.mark.usefixtures("traced")
+def test_compiled_blocks_train_alike():
+    """Also recomputed; weights keep their names, and clips coded chunk by chunk are as before."""
     plain = randomise(Tokenizer(TokenizerConfig(bits=4, scales=(1, 2), patch=2, widths=(8,), blocks=1)))
     model, video, stream = copy.deepcopy(plain), torch.rand(2, 3, 5, 4, 4) * 2 - 1, Stream()
     run, module, callback = SimpleNamespace(max_steps=3), SimpleNamespace(model=model), CompileLayers(least_steps=0)

@@ -20,8 +20,8 @@ from kit.tokenizer.causal import Stream
 from kit.tokenizer.infinity_weights import SCALES, infinity_name, load_infinity
 from kit.tokenizer.inflate import inflate
 from kit.tokenizer.quantizer import bits_to_feature, feature_to_bits
-from tests.conftest import past_gradients, randomise
 from tests.fixtures import CLIP, INFINITY, QUICK, infinity_file, infinity_shapes
+from tests.plugin import past_gradients, randomise
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 PUBLISHED = {"widths": (128, 256, 512, 512, 512), "blocks": 2}

@@ -14,8 +14,8 @@ from kit.media import to_uint8
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.inflate import inflate
 from kit.tokenizer.quantizer import feature_to_bits
-from tests.conftest import past_gradients, randomise
 from tests.fixtures import CLIP, QUICK, TOKENIZER
+from tests.plugin import past_gradients, randomise
 
 SHAPE = dict(bits=6, scales=(1, 2, 4), patch=2, widths=(8, 16), blocks=2)
 

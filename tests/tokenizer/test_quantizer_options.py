@@ -23,8 +23,8 @@ from kit.tokenizer.losses import entropy_loss
 from kit.tokenizer.module import TokenizerModule
 from kit.tokenizer.quantizer import bits_to_feature, block_input, feature_to_bits, pyramid
 from kit.values import plain
-from tests.conftest import randomise
 from tests.fixtures import composed, fit_generator, fit_tokenizer
+from tests.plugin import randomise
 
 GRIDS = ((1, 1), (2, 2), (4, 4))
 FEWER = ScaleSchedule(2, GRIDS, (2, 3, 6))

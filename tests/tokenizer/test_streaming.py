@@ -9,7 +9,7 @@ import torch
 
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.streaming import coded_size, pad_to, reconstruct_stream, regrouped, scaled_size, stream_scales
-from tests.conftest import randomise
+from tests.plugin import randomise
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 

@@ -20,7 +20,7 @@ from kit.data.shapes import Shapes
 from kit.media import video_writer, write_video
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.verbs.reconstruct import Scores, fitting_note, per_scale, reconstruct_file
-from tests.conftest import randomise
+from tests.plugin import randomise
 
 
 @pytest.fixture
