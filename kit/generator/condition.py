@@ -15,6 +15,7 @@ from kit.generator.linear import Linear
 from kit.generator.pretrained import PretrainedEncoder
 from kit.machine import onto
 from kit.ranks import from_all_ranks
+from kit.values import check_whole_number
 
 SIZE = 0.5  # root mean square of new condition tokens; embedded bits have 1, and far smaller words would be learned late
 
@@ -30,6 +31,8 @@ class ConditionConfig:
         buckets, channels: rows and row size of the built-in text encoder's table of word vectors.
         encoder, revision: pretrained text encoder to use instead, see `pretrained.find_encoder`; `channels` is its hidden
             size.
+    Raises:
+        ValueError: for a number that is none or below 1.
     """
 
     kind: str = "text"
@@ -42,6 +45,8 @@ class ConditionConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(self.classes))
+        for key in ("length", "buckets", "channels"):
+            check_whole_number(f"condition.{key}", getattr(self, key), 1)
 
 
 class TextEncoder(Protocol):

@@ -17,6 +17,7 @@ from kit.generator.transformer import Generator
 from kit.machine import onto
 from kit.scales import ScaleSchedule
 from kit.tokenizer.quantizer import block_input, frames_of, pyramid, sequence_of
+from kit.values import check_number
 
 MOST = 0.5  # a bit flipped more often than not would carry information again
 
@@ -29,7 +30,7 @@ class FlipLaw:
         p_min, p_max: range in the first frame. delta: added to both per latent frame; neither exceeds `MOST`.
         inherit: the first block of a later frame draws from U(rate of the previous frame's last block, p_max + delta f).
     Raises:
-        ValueError: for a negative delta, or p_min and p_max that are not ascending within [0, 1].
+        ValueError: for what is no number, a negative delta, or p_min and p_max that are not ascending within [0, 1].
     """
 
     p_min: float = 0.0
@@ -38,6 +39,8 @@ class FlipLaw:
     inherit: bool = True
 
     def __post_init__(self):
+        for key in ("p_min", "p_max", "delta"):
+            check_number(f"correction.{key}", getattr(self, key))
         if not (0 <= self.p_min <= self.p_max <= 1 and self.delta >= 0):
             raise ValueError(f"flip probabilities need 0 <= p_min <= p_max <= 1 and delta >= 0, got {self}")
 

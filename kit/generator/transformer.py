@@ -58,8 +58,7 @@ class GeneratorConfig:
             raise ValueError(f"width / heads must be a multiple of 8 for the rotary axes, got {self.width} / {self.heads}")
         for key, choices in (("align", ALIGN), ("inherit", ("first", "all", "none")), ("history", ("scales", "full"))):
             check_choice(key, getattr(self, key), choices)
-        if self.window is not None and (type(self.window) is not int or self.window < 0):
-            raise ValueError(f"window must be null or a number of latent frames, 0 or more, got {self.window}")
+        check_whole_number("window", self.window, 0, optional=True)
 
     @property
     def inputs(self) -> int:

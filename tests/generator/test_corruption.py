@@ -53,6 +53,8 @@ def test_paper_is_the_default():
 def test_impossible_laws_are_refused(value):
     with pytest.raises(ValueError, match="flip probabilities need 0 <= p_min <= p_max <= 1 and delta >= 0, got FlipLaw"):
         FlipLaw(**value)
+    with pytest.raises(ValueError, match="correction.p_max=null; expected a number"):
+        FlipLaw(p_max=None)
 
 
 @pytest.mark.parametrize("scales", [1, 3])

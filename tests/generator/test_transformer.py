@@ -278,14 +278,22 @@ def test_errors_name_what_is_known(make_generator):
         ({"history": "short"}, "history=short; expected one of: scales, full"),
         ({"layers": -1}, "generator.layers=-1; expected a whole number of 1 or more"),
         ({"heads": 0}, "generator.heads=0; expected a whole number of 1 or more"),
-        ({"window": -1}, "window must be null or a number of latent frames, 0 or more, got -1"),
-        ({"window": 1.5}, "window must be null or a number of latent frames, 0 or more, got 1.5"),
-        ({"window": "two"}, "window must be null or a number of latent frames, 0 or more, got two"),
+        ({"window": -1}, "window=-1; expected a whole number of 0 or more"),
+        ({"window": 1.5}, "window=1.5; expected a whole number of 0 or more"),
+        ({"window": "two"}, "window=two; expected a whole number of 0 or more"),
     ],
 )
 def test_unknown_choices_and_wrong_numbers_are_refused(value, message):
     with pytest.raises(ValueError, match=message):
         GeneratorConfig(**{"layers": 1, "width": 32, "heads": 2, "bits": 4, "scales": 3, **value})
+
+
+@pytest.mark.parametrize("value", [{"length": 0}, {"length": 1.5}, {"buckets": 0}, {"channels": None}])
+def test_numbers_of_a_condition_that_mean_nothing_are_told(value):
+    key, wrong = value.popitem()
+    told = f"condition.{key}={'null' if wrong is None else wrong}; expected a whole number of 1 or more"
+    with pytest.raises(ValueError, match=told):
+        ConditionConfig(**{key: wrong})
 
 
 @pytest.mark.parametrize("width, heads", [(30, 4), (36, 3), (8, 2)])
