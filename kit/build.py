@@ -25,7 +25,7 @@ from kit.stages import Stage, StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.module import TokenizerModule
 from kit.training_checkpoint import TrainingCheckpointIO
-from kit.values import check_whole_number, equal_parts, plain
+from kit.values import check_choice, check_whole_number, equal_parts, plain
 
 
 def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> ClipDataModule:
@@ -323,16 +323,20 @@ def condition_of(condition: dict, data: ClipDataModule) -> dict:
 BUILDERS = {"tokenizer": build_tokenizer_module, "generator": build_generator_module}
 
 
+PRECISIONS = "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16"  # those of Lightning's in which weights are float32
+
+
 def check_trainer(trainer: DictConfig):
-    """Checks that the trainer has a number of steps and uses the whole data.
+    """Checks that the trainer has a number of steps, a precision that models train in, and uses the whole data.
 
     Raises:
-        ValueError: if `max_steps`, which the learning rate and the number of encoded clips depend on, or
-            `accumulate_grad_batches` is not a whole number of 1 or more, or if `limit_train_batches` or `overfit_batches` is
-            set, which need data that ends.
+        ValueError: for another precision than `PRECISIONS`; if `max_steps`, which the learning rate and the number of encoded
+            clips depend on, or `accumulate_grad_batches` is not a whole number of 1 or more; or if `limit_train_batches` or
+            `overfit_batches` is set, which need data that ends.
     """
     check_whole_number("trainer.max_steps", trainer.max_steps, 1)
     check_whole_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1)
+    check_choice("trainer.precision", str(trainer.precision), PRECISIONS)
     for key in ("limit_train_batches", "overfit_batches"):
         if trainer.get(key):
             raise ValueError(

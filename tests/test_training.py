@@ -157,9 +157,10 @@ def test_a_training_ends_after_its_time_and_goes_on(tmp_path, caplog):
         (["recipe.tokenizer.steps=-1"], "trainer.max_steps=-1; expected a whole number of 1 or more"),
         (["+trainer.limit_train_batches=3"], "trainer.limit_train_batches=3: the data has no end"),
         (["+trainer.overfit_batches=1"], "trainer.overfit_batches=1: the data has no end"),
+        (["trainer.precision=bf16-true"], "trainer.precision=bf16-true; expected one of: 32-true, bf16-mixed, 16-mixed, "),
     ],
 )
-def test_lengths_that_mean_something_else_are_told(words, told, tmp_path, capsys):
+def test_trainers_that_do_something_else_are_told(words, told, tmp_path, capsys):
     assert fit_tokenizer(tmp_path, *words) == 1
     assert told in capsys.readouterr().err
 
