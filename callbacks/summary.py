@@ -63,7 +63,7 @@ class RunSummary(L.Callback):
                     else f"{trainer.max_steps * batch * trainer.world_size} clips in all"
                 ),
             }
-        interval = trainer.val_check_interval
+        interval = getattr(trainer, "val_check_interval", None)  # Lightning sets none for one by the clock
         if not isinstance(data, StagedClips) and isinstance(interval, int) and interval > trainer.max_steps * batches:
             steps["validation"] = f"none: trainer.val_check_interval={interval} is after the end; no best.ckpt, no pictures"
         return {

@@ -165,6 +165,12 @@ def test_trainers_that_do_something_else_are_told(words, told, tmp_path, capsys)
     assert told in capsys.readouterr().err
 
 
+def test_a_training_may_validate_by_the_clock(tmp_path):
+    often = ["trainer.val_check_interval=00:00:00:01", "trainer.max_time=00:00:00:03", "recipe.tokenizer.steps=100000"]
+    assert fit_tokenizer(tmp_path, *often) == 0
+    assert (tmp_path / "tokenizer" / "checkpoints" / "best.ckpt").is_file()
+
+
 def test_a_training_without_a_logger(tmp_path):
     assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=2", "trainer.val_check_interval=2", "logger=none") == 0
     run = tmp_path / "tokenizer"
