@@ -331,11 +331,13 @@ def check_trainer(trainer: DictConfig):
 
     Raises:
         ValueError: for another precision than `PRECISIONS`; if `max_steps`, which the learning rate and the number of encoded
-            clips depend on, or `accumulate_grad_batches` is not a whole number of 1 or more; or if `limit_train_batches` or
-            `overfit_batches` is set, which need data that ends.
+            clips depend on, `accumulate_grad_batches` or a `val_check_interval` in batches is not a whole number of 1 or more;
+            or if `limit_train_batches` or `overfit_batches` is set, which need data that ends.
     """
     check_whole_number("trainer.max_steps", trainer.max_steps, 1)
     check_whole_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1)
+    if isinstance(interval := trainer.get("val_check_interval"), int):  # else by the clock, or Lightning says what is wrong
+        check_whole_number("trainer.val_check_interval", interval, 1)
     check_choice("trainer.precision", str(trainer.precision), PRECISIONS)
     for key in ("limit_train_batches", "overfit_batches"):
         if trainer.get(key):

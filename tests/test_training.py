@@ -155,6 +155,7 @@ def test_a_training_ends_after_its_time_and_goes_on(tmp_path, caplog):
     "words, told",
     [
         (["recipe.tokenizer.steps=-1"], "trainer.max_steps=-1; expected a whole number of 1 or more"),
+        (["trainer.val_check_interval=0"], "trainer.val_check_interval=0; expected a whole number of 1 or more"),
         (["+trainer.limit_train_batches=3"], "trainer.limit_train_batches=3: the data has no end"),
         (["+trainer.overfit_batches=1"], "trainer.overfit_batches=1: the data has no end"),
         (["trainer.precision=bf16-true"], "trainer.precision=bf16-true; expected one of: 32-true, bf16-mixed, 16-mixed, "),
