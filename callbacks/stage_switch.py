@@ -44,7 +44,7 @@ class StageSwitch(L.Callback):
             trainer.fit_loop.epoch_loop.max_steps = steps
             tell_if_over(trainer.datamodule)
 
-    def on_fit_start(self, trainer, module):
+    def setup(self, trainer, module, stage):
         """Checks that the stages can be trained.
 
         Raises:

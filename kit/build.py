@@ -347,9 +347,11 @@ def check_trainer(trainer: DictConfig):
             )
 
 
-def build_trainer(cfg: DictConfig) -> L.Trainer:
+def build_trainer(cfg: DictConfig, *more: L.Callback) -> L.Trainer:
     """Builds the Lightning trainer with its loggers and callbacks.
 
+    Args:
+        more: callbacks to come after the config's.
     Raises:
         ValueError: if a logger or a callback has no `_target_`; else as `check_trainer` and `check_launch`.
     """
@@ -366,7 +368,9 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     every = {"val_check_interval": -(-interval // parts) * parts} if isinstance(interval, int) else {}  # after whole steps
     logged = set() if loggers else {"learning_rate"}  # callbacks that fail without a logger
     callbacks = [instantiate(c) for name, c in cfg.callbacks.items() if c and name not in logged]
-    trainer = instantiate(cfg.trainer, **every, callbacks=callbacks, logger=loggers, plugins=[TrainingCheckpointIO()])
+    trainer = instantiate(
+        cfg.trainer, **every, callbacks=[*callbacks, *more], logger=loggers, plugins=[TrainingCheckpointIO()]
+    )
     check_launch(trainer)
     return trainer
 

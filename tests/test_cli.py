@@ -664,7 +664,13 @@ def test_a_refused_training_leaves_the_folder_as_it_is(pair, tmp_path, capsys):
     folder = tmp_path / "generator"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert "debug=smoke" in (folder / "config" / "overrides.yaml").read_text()
-    for words in (["optimizer.lr=9"], ["overwrite=true", "data.frames=6"], ["ckpt=last", "data.frames=6"]):
+    switch = "+callbacks.stage_switch={_target_:callbacks.StageSwitch,folder:'',monitor:val/loss}"  # without stages
+    for words in (
+        ["optimizer.lr=9"],
+        ["overwrite=true", "data.frames=6"],
+        ["ckpt=last", "data.frames=6"],
+        ["overwrite=true", switch],
+    ):
         assert fit_generator(tmp_path, "debug=smoke", *words, tokenizer=pair.tokenizer) == 1
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -675,7 +681,7 @@ def test_a_run_that_takes_the_folder_of_another_does_not_go_on_from_it(pair, tmp
     last = tmp_path / "generator" / "checkpoints" / "last.ckpt"
     last.with_name("best.ckpt").touch()
     with monkeypatch.context() as patch:
-        patch.setattr("lightning.Trainer.fit", MagicMock(side_effect=KeyboardInterrupt))
+        patch.setattr("lightning.pytorch.loops.fit_loop._FitLoop.run", MagicMock(side_effect=KeyboardInterrupt))
         assert fit_generator(tmp_path, "debug=smoke", "overwrite=true", tokenizer=pair.tokenizer) != 0
     assert not list(last.parent.glob("*.ckpt")) and "overwrite" in (last.parents[1] / "config" / "overrides.yaml").read_text()
 

@@ -111,7 +111,7 @@ def test_a_run_that_goes_back_to_its_best_goes_on_from_there(tmp_path, monkeypat
     best = last(tmp_path).with_name("best.ckpt")
     shutil.copy(best, kept := tmp_path / "kept.ckpt")
     with monkeypatch.context() as patch:
-        patch.setattr("lightning.Trainer.fit", MagicMock(side_effect=KeyboardInterrupt))
+        patch.setattr("lightning.pytorch.loops.fit_loop._FitLoop.run", MagicMock(side_effect=KeyboardInterrupt))
         assert fit_tokenizer(tmp_path, *steps, "recipe.tokenizer.steps=6", f"ckpt={best}", name="run") == 1
     assert same(*(read_checkpoint(path, "tokenizer") for path in (last(tmp_path), kept)))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig
 
@@ -86,8 +87,8 @@ def goes_on(cfg: DictConfig, resume: Path | None) -> bool:
 def take_folder(cfg: DictConfig, resume: Path | None):
     """Makes the run's folder that of the training which begins now.
 
-    It keeps the config, and removes checkpoints of another run, which a restart with ckpt=last would take for its own. If
-    the training resumes from an earlier checkpoint of its own, that becomes the last one.
+    It keeps the config, and removes checkpoints of another run, which a restart with ckpt=last would take for its own, and
+    the clips that it has encoded. If the training resumes from an earlier checkpoint of its own, that becomes the last one.
     """
     keep_config(cfg)
     last = last_checkpoint(Path(cfg.folder))
@@ -95,6 +96,8 @@ def take_folder(cfg: DictConfig, resume: Path | None):
         for path in [last, *(last.parent.glob("*.ckpt") if cfg.overwrite else ())]:
             path.unlink(missing_ok=True)
             remove_shards(path)
+        if cfg.ckpt != "last" and cfg.get("encoded_clips"):  # encode anew: the source files may have changed
+            remove_encoded_clips(Path(cfg.folder))
     elif resume.resolve() != last.resolve():
         copy_checkpoint(resume, last)
 
@@ -125,13 +128,11 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[BatchPosit
         rank_zero_info(f"  {note}")
     check_cache(data, module)
     if cfg.module == "generator" and cfg.encoded_clips:
-        if cfg.ckpt != "last" and not goes_on(cfg, resume):  # encode anew: the source files may have changed
-            remove_encoded_clips(Path(cfg.folder))
         encode_ahead(cfg, data, module)
-    trainer = build_trainer(cfg)
+    # once data and callbacks have refused what they refuse, and before a checkpoint is loaded
+    trainer = build_trainer(cfg, LambdaCallback(setup=lambda *_, **__: take_folder(cfg, resume)))
     if module.kind == "tokenizer":
         check_devices_of_tokenizer(trainer, module)
-    take_folder(cfg, resume)
     with fast_float32_products(), noticing_dead_workers():
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return trainer
