@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from kit.data.staged import StagedClips
 from kit.fsdp import check_unused
 from kit.loop import batches_done, batches_of_a_step
-from kit.stages import Stage, starts
+from kit.stages import Stage, locate, starts
 from kit.values import check_choice
 
 
@@ -59,9 +59,12 @@ class StageSwitch(L.Callback):
             check_unused(trainer, f"stages.{chosen[0].name}.train")
 
     def on_train_start(self, trainer, module):
+        data = trainer.datamodule
         self._enter(trainer, module)
-        if trainer.datamodule.finished:
+        if data.finished:
             trainer.should_stop = True
+        else:  # of a run that resumes at a stage's end the next one's, see `on_train_batch_end`
+            self._set_learning_rate(trainer, module, locate(data.batches, data.batches_done)[0])
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if batch["stage"] != trainer.datamodule.stage:

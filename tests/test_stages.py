@@ -43,6 +43,11 @@ def column(folder: Path, name: str, start: int = 0) -> list[float]:
     return [float(row[name]) for row in rows if row.get(name)]
 
 
+def learning_rates(folder: Path, start: int = 0) -> list[float]:
+    names = csv.DictReader((folder / "logs" / f"version_{start}" / "metrics.csv").open()).fieldnames
+    return column(folder, next(name for name in names if "lr" in name), start)
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +135,7 @@ def test_one_stage_is_the_plain_training(pair, tmp_path):
 
 def test_each_stage_has_its_clips_and_its_learning_rate(whole):
     assert column(whole, "stage") == [0] * 4 + [1] * 3 + [2] * 3
-    lr = column(whole, [k for k in csv.DictReader((whole / "logs/version_0/metrics.csv").open()).fieldnames if "lr" in k][0])
+    lr = learning_rates(whole)
     assert lr[:2] == pytest.approx([0.01, 0.02]), "the first stage's own peak and warm-up"
     assert lr[3] == pytest.approx(0.02 * (0.01 + 0.99 / 2)), "half of its own cosine"
     assert lr[4] == pytest.approx(8e-3 / 40) and lr[7] == pytest.approx(8e-3 / 40), "then the config's, anew with each stage"
@@ -151,6 +156,7 @@ def test_a_resumed_run_knows_its_stage_and_its_place(step, whole, pair, tmp_path
     monkeypatch.undo()
     assert fit_stages(tmp_path, pair.tokenizer, *words, "ckpt=last") == 0
     assert losses(tmp_path / "run", start=1) == losses(whole)[step:]
+    assert learning_rates(tmp_path / "run", start=1) == learning_rates(whole)[step:]
     a, b = (read_checkpoint(run / "checkpoints" / "last.ckpt", "generator") for run in (whole, tmp_path / "run"))
     for key in ("state_dict", "ema"):
         assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
