@@ -353,7 +353,8 @@ def build_trainer(cfg: DictConfig, *more: L.Callback) -> L.Trainer:
     Args:
         more: callbacks to come after the config's.
     Raises:
-        ValueError: if a logger or a callback has no `_target_`; else as `check_trainer` and `check_launch`.
+        ValueError: if a logger or a callback has no `_target_`, or several processes are to validate by the clock; else as
+            `check_trainer` and `check_launch`.
     """
     check_trainer(cfg.trainer)
     for group in ("logger", "callbacks"):
@@ -372,6 +373,11 @@ def build_trainer(cfg: DictConfig, *more: L.Callback) -> L.Trainer:
         cfg.trainer, **every, callbacks=[*callbacks, *more], logger=loggers, plugins=[TrainingCheckpointIO()]
     )
     check_launch(trainer)
+    if trainer.world_size > 1 and isinstance(interval, str):
+        raise ValueError(
+            f"trainer.val_check_interval={interval}: each of {trainer.world_size} processes would validate by its own clock, "
+            f"and wait for the others; give a number of batches"
+        )
     return trainer
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from callbacks import EMA, LossGuard
+from kit.build import build_trainer
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.cli import main
 from kit.data.batches import StreamSampler
@@ -166,10 +167,12 @@ def test_trainers_that_do_something_else_are_told(words, told, tmp_path, capsys)
     assert told in capsys.readouterr().err
 
 
-def test_a_training_may_validate_by_the_clock(tmp_path):
+def test_a_training_on_one_device_may_validate_by_the_clock(tmp_path):
     often = ["trainer.val_check_interval=00:00:00:01", "trainer.max_time=00:00:00:03", "recipe.tokenizer.steps=100000"]
     assert fit_tokenizer(tmp_path, *often) == 0
     assert (tmp_path / "tokenizer" / "checkpoints" / "best.ckpt").is_file()
+    with pytest.raises(ValueError, match="00:00:00:01: each of 2 processes would validate by its own clock"):
+        build_trainer(composed("stage1_tokenizer", *CLIP, often[0], "trainer.devices=2"))
 
 
 def test_a_training_without_a_logger(tmp_path):
