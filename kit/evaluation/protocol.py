@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
@@ -104,7 +105,7 @@ class Protocol:
         for key, least in {"frames": 1, "height": 16, "width": 16, "folds": 1, "seed": 0}.items():
             check_whole_number(f"protocol.{key}", getattr(self, key), least)
         check_whole_number("protocol.samples", self.samples, 2, optional=True)
-        if not isinstance(self.fps or 0, int | float) or (self.fps or 0) < 0:
+        if not isinstance(self.fps or 0, int | float) or not 0 <= (self.fps or 0) < math.inf:
             raise ValueError(f"protocol.fps={self.fps}; expected frames per second, or 0 for each file's own")
         object.__setattr__(self, "fps", float(self.fps or 0))  # one spelling, one hash
 

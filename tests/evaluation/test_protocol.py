@@ -114,6 +114,8 @@ def test_differences_are_told(protocol):
         (["protocol.frames=abc"], "protocol.frames=abc; expected a whole number"),
         (["protocol.frames=null"], "protocol.frames=null; expected a whole number"),
         (["protocol.fps=-1"], "protocol.fps=-1; expected frames per second"),
+        (["protocol.fps=nan"], "protocol.fps=nan; expected frames per second"),
+        (["protocol.fps=inf"], "protocol.fps=inf; expected frames per second"),
         (["protocol.real.kind=shapes"], "protocol.real.split='all'; shapes are drawn for `train` or `val`"),
         (["+protocol.crop=centre"], "unexpected keyword argument 'crop'; see `python -m kit evaluate --help`"),
     ],
