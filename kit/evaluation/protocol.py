@@ -107,6 +107,12 @@ class Protocol:
         check_whole_number("protocol.samples", self.samples, 2, optional=True)
         if not isinstance(self.fps or 0, int | float) or not 0 <= (self.fps or 0) < math.inf:
             raise ValueError(f"protocol.fps={self.fps}; expected frames per second, or 0 for each file's own")
+        for key, sha256 in (("detector", self.detector.sha256), ("perceptual", self.perceptual.sha256)):
+            if not isinstance(sha256, str | None):  # digits alone, or with an e, are read as a number
+                raise ValueError(
+                    f"protocol.{key}.sha256={sha256} is a number, expected a text or null; put it in quotes twice: "
+                    f"\"protocol.{key}.sha256='...'\""
+                )
         object.__setattr__(self, "fps", float(self.fps or 0))  # one spelling, one hash
 
     @classmethod

@@ -116,6 +116,8 @@ def test_differences_are_told(protocol):
         (["protocol.fps=-1"], "protocol.fps=-1; expected frames per second"),
         (["protocol.fps=nan"], "protocol.fps=nan; expected frames per second"),
         (["protocol.fps=inf"], "protocol.fps=inf; expected frames per second"),
+        (["protocol.detector.sha256=11223344"], "protocol.detector.sha256=11223344 is a number, expected a text or null"),
+        (["protocol.perceptual.sha256=39e7"], "protocol.perceptual.sha256=.* is a number, expected a text or null"),
         (["protocol.real.kind=shapes"], "protocol.real.split='all'; shapes are drawn for `train` or `val`"),
         (["+protocol.crop=centre"], "unexpected keyword argument 'crop'; see `python -m kit evaluate --help`"),
     ],
