@@ -55,6 +55,10 @@ class Real:
             check_choice(f"protocol.real.{key}", getattr(self, key), choices)
         if self.kind == "shapes" and self.split == "all":
             raise ValueError("protocol.real.split='all'; shapes are drawn for `train` or `val`")
+        if self.kind == "shapes" and (self.start, self.random_crop) != ("first", False):  # the protocol would say what is not
+            raise ValueError(
+                "shapes are drawn, each from its start and whole: say protocol.real.start=first, without random_crop"
+            )
         check_whole_number("protocol.real.clips", self.clips, 2, optional=True)
         for key, least in (("val_every", 2), ("official", 1), ("seed", 0)):
             check_whole_number(f"protocol.real.{key}", getattr(self, key), least)

@@ -125,3 +125,9 @@ def test_differences_are_told(protocol):
 def test_values_that_make_no_sense(overrides, message):
     with pytest.raises(ValueError, match=message):
         Protocol.from_dict(shipped("folder", *overrides))
+
+
+@pytest.mark.parametrize("override", ["protocol.real.start=random", "protocol.real.random_crop=true"])
+def test_drawn_clips_have_no_other_start_or_crop(override):
+    with pytest.raises(ValueError, match="say protocol.real.start=first, without random_crop"):
+        Protocol.from_dict(shipped("shapes", override))
