@@ -45,10 +45,11 @@ class Pass:
     Args:
         state: file that keeps the state meanwhile. key: hash of all that the scores depend on; a state with another is
             ignored.
+        size: that all clips must have before they are resized; None: any.
     """
 
-    def __init__(self, state: Path, key: str):
-        self.state, self.key = state, key
+    def __init__(self, state: Path, key: str, size: str | None = None):
+        self.state, self.key, self.size = state, key, size
 
     def run(self, candidate: Clips, clips: Dataset, scores: dict[str, Score], loading: Loading, title: str) -> Errors:
         """Adds all clips to `scores`; returns the error of each clip for each score.
@@ -57,14 +58,13 @@ class Pass:
             ValueError: if a clip cannot be read, or its pixels or features are not finite.
         """
         done, errors = self._load(scores)
-        size = clips[0].get("size") if candidate.one_size else None
         rest = Subset(clips, range(done, len(clips)))
         loader = DataLoader(rest, loading.batch_size, num_workers=loading.workers, collate_fn=collate)
         saved = time.monotonic()
         with tqdm(total=len(clips), initial=done, desc=title, unit="clip", disable=None) as bar:
             for batch in loader:
                 try:
-                    output = self._output(candidate, batch, size)
+                    output = self._output(candidate, batch)
                 except ValueError:
                     self._save(scores, errors, done)
                     raise
@@ -77,14 +77,15 @@ class Pass:
                     saved = time.monotonic()
         return errors
 
-    @staticmethod
-    def _output(candidate: Clips, batch: dict, size: str | None) -> torch.Tensor:
+    def _output(self, candidate: Clips, batch: dict) -> torch.Tensor:
         """Makes the candidate's clips of a batch; rounds them, and the real clips of the batch, to 8 bits."""
         if "error" in batch:
             raise ValueError(batch["error"])
         for name, found in zip(batch["name"], batch.get("size", [])):
-            if size not in (None, found):  # resizing only some would count against all
-                raise ValueError(f"videos of mixed sizes: {name} has {found} pixels, others {size}; make them alike first")
+            if self.size not in (None, found):  # resizing only some would count against all
+                raise ValueError(
+                    f"videos of mixed sizes: {name} has {found} pixels, others {self.size}; make them alike first"
+                )
         output = candidate.make(batch)
         for name, clip in zip(batch["name"], output):
             if not clip.isfinite().all():
@@ -220,13 +221,14 @@ def score(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes, can
 
     real = [real_clips(protocol, source, fold) for fold in range(protocol.folds)]
     clips = [candidate.dataset(protocol, of_fold, fold) for fold, of_fold in enumerate(real)]
+    size = clips[0][0].get("size") if candidate.one_size else None  # of all folds
     passes, results, real_results, errors = [], [], [], []
     with exact_float32():
         for fold in range(protocol.folds):
             reference = real_scores(protocol, real[fold], fold, tools, loading)
             scores = candidate_scores(reference, tools, protocol)
             key = digest([protocol.hash, candidate.about(), tools.metrics, fold])
-            passes.append(Pass(folder / f"fold_{fold}.part.pt", key))
+            passes.append(Pass(folder / f"fold_{fold}.part.pt", key, size))
             title = f"{candidate.row}s" + (f" {fold + 1}/{protocol.folds}" if protocol.folds > 1 else "")
             errors.append(passes[-1].run(candidate, clips[fold], scores, loading, title))
             results.append({name: score.result() for name, score in scores.items()})

@@ -442,6 +442,17 @@ def test_each_fold_has_given_videos_of_its_own():
     assert len(first) == len(second) == 3 and not first & second
 
 
+def test_videos_of_all_folds_are_of_one_size(evaluate, videos, tmp_path, capsys):
+    """A fold in which all have another size than in the first."""
+    given, second = tmp_path / "given", choose([f"{n}.mp4" for n in range(4)], 4, "first", False, 0, 0)[2:]
+    for n in range(4):
+        side = 48 if f"{n}.mp4" in [choice.file for choice in second] else 32
+        write_video(torch.zeros(3, 6, side, side), given / f"{n}.mp4", 12)
+    words = [f"real={videos}", f"videos={given}", "protocol.folds=2", "protocol.samples=2"]
+    assert evaluate(*words, protocol="folder") == 1
+    assert "videos of mixed sizes: " in (error := capsys.readouterr().err) and "48 x 48" in error
+
+
 def test_a_pair_has_the_error_of_either():
     good, bad = {"video": 1}, {"error": "unreadable"}
     assert [Together([a], [b])[0] for a, b in ((good, bad), (bad, good))] == [bad, bad]
