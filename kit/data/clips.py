@@ -174,6 +174,8 @@ class FolderClips(ClipSource):
         return self.root / name
 
     def _check_arguments(self) -> None:
+        if str(self.root) == "":  # as a path it would be the folder that the command runs in
+            raise ValueError("an empty path names no folder of videos. Is a variable of the shell unset?")
         for key, choices in (("split", ("train", "val", "all")), ("label_from", LABEL_SOURCES)):
             check_choice(key, getattr(self, key), choices)
         for key, least in (("frames", 1), ("height", 1), ("width", 1), ("seed", 0), ("val_every", 2)):

@@ -197,13 +197,15 @@ def compare(cfg: DictConfig) -> dict:
 
 
 def check_folders(cfg: DictConfig):
-    """Checks that the evaluation's folder and the folders of clips are not within each other.
+    """Checks that the folders of clips have names, and that they and the evaluation's folder are not within each other.
 
     Raises:
-        ValueError: if what the evaluation writes would count as clips, or would take their place.
+        ValueError: if a path is empty, or what the evaluation writes would count as clips, or would take their place.
     """
     folder = Path(cfg.folder).resolve()
     for key in ("videos", "real"):
+        if cfg[key] == "":
+            raise ValueError(f"{key}= names no folder of videos. Is a variable of the shell unset?")
         given = None if cfg[key] is None else Path(cfg[key]).resolve()
         if given and (folder.is_relative_to(given) or given.is_relative_to(folder / CLIPS)):
             raise ValueError(

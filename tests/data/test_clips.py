@@ -322,6 +322,12 @@ def test_bad_arguments(videos, arguments, message):
         FolderClips(videos, **arguments)
 
 
+def test_an_empty_path_is_not_the_folder_that_the_command_runs_in(videos, monkeypatch):
+    monkeypatch.chdir(videos)
+    with pytest.raises(ValueError, match="Is a variable of the shell unset?"):
+        FolderClips("")
+
+
 def test_missing_captions_and_negative_item(videos):
     with pytest.raises(FileNotFoundError, match="captions=.*nothing.csv"):
         FolderClips(videos, captions=videos / "nothing.csv")

@@ -358,6 +358,11 @@ def test_an_altered_protocol_is_found_out(evaluate, read, pair, tmp_path):
         (["ckpt={generator}", "protocol.frames=5", "metrics=[frechet]"], "takes clips of 4 frames, the protocol has 5"),
         (["ckpt={generator}", "protocol.real.clips=null"], "say how many and how fast"),
         (["videos={videos}", "metrics=[captions]"], "captions has nothing to measure here: it reads what captions of"),
+        (
+            ["protocol=folder", "videos={videos}", "real="],
+            "real= names no folder of videos. Is a variable of the shell unset?",
+        ),
+        (["protocol=folder", "videos=", "real={videos}"], "videos= names no folder of videos. Is a variable of the"),
         (["protocol=weizmann", "videos={videos}"], "needs real=DIR, the folder of real videos"),
         (["protocol=folder", "ckpt={generator}", "real={videos}", "protocol.real.clips=9"], "needs 9 real clips"),
         (["protocol=folder", "videos={videos}", "real={videos}", "protocol.samples=8"], "needs 8 videos for each of 1 folds"),
