@@ -73,6 +73,10 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
             )
         tokenizer = load_tokenizer(cfg.ckpt)
         check_size(tokenizer, shape)
+        if protocol.samples not in (None, protocol.real.clips):
+            print(
+                f"{protocol.real.clips} real clips, each reconstructed once: protocol.samples={protocol.samples} is not used"
+            )
         return Reconstructions(tokenizer, cfg.precision), protocol.resolved(samples=protocol.real.clips)
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
     check_fit(generator.clip, generator.model.config.condition, protocol, source)

@@ -92,6 +92,13 @@ def test_a_tokenizer(evaluate, read, pair, tmp_path, capsys):
     assert printed.count(f"[shapes@{protocol['hash']}]") == 5 and f"protocol shapes@{protocol['hash']}: 6 against" in printed
 
 
+def test_samples_of_a_tokenizer_are_said_to_be_unused(evaluate, read, pair, capsys):
+    assert evaluate(f"ckpt={pair.tokenizer}", "metrics=[psnr]", "protocol.samples=9") == 0
+    assert "protocol.samples=9 is not used" in capsys.readouterr().out and read()["protocol"]["samples"] == 6
+    assert evaluate(f"ckpt={pair.tokenizer}", "metrics=[psnr]", "protocol.samples=null") == 0
+    assert "is not used" not in capsys.readouterr().out
+
+
 def test_a_generator(evaluate, read, pair, tmp_path):
     assert evaluate(f"ckpt={pair.generator}") == 0
     result = read()
