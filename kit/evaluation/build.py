@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
 from omegaconf import DictConfig
@@ -115,6 +116,11 @@ def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Sha
         rate, theirs = videos.native_fps, source.native_fps
         if abs(theirs - rate) > 0.01 * rate:
             print(f"the given videos have {rate:g} frames per second, the real ones {theirs:g}: motions differ by that alone")
+    elif protocol.frames > 1:
+        with warnings.catch_warnings(action="ignore"):  # all are taken at one rate
+            rate = videos.native_fps
+        if rate < 0.99 * protocol.fps:
+            print(f"the given videos have {rate:g} frames per second, the protocol {protocol.fps:g}: frames are taken twice")
     return GivenVideos(videos, cfg.paired), protocol
 
 

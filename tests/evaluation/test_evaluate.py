@@ -210,6 +210,12 @@ def test_videos_against_videos(evaluate, read, videos, tmp_path):
     assert result["of"]["kind"] == "videos" and result["metrics"]["fvd"]["spread"] is None
 
 
+def test_videos_slower_than_the_protocol_are_told(evaluate, videos, capsys):
+    for fps, told in ((24, True), (12, False)):
+        assert evaluate(f"videos={videos}", f"protocol.fps={fps}", "protocol.folds=1", "overwrite=true") == 0
+        assert ("have 12 frames per second, the protocol 24: frames are taken twice" in capsys.readouterr().out) == told
+
+
 def test_more_folds_than_the_videos_allow_are_told(evaluate, videos, capsys):
     assert evaluate(f"real={videos}", f"videos={videos}", "protocol.folds=5", "protocol.samples=null", protocol="folder") == 1
     assert "protocol.folds=5 of 7 videos have no two each; say fewer" in capsys.readouterr().err
