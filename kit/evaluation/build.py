@@ -20,7 +20,7 @@ from kit.machine import check_precision
 from kit.perceptual import Perceptual, load_perceptual
 from kit.sampling import check_video_length, tell_notes
 from kit.scales import whole_groups
-from kit.values import plain
+from kit.values import hash_of, plain
 
 METRICS = ("frechet", "psnr", "ssim", "lpips", "captions")
 ANOTHER = "which makes it another protocol"
@@ -74,6 +74,7 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
             )
         tokenizer = load_tokenizer(cfg.ckpt)
         check_size(tokenizer, shape)
+        tell_learned(tokenizer, protocol, source)
         if protocol.samples not in (None, protocol.real.clips):
             print(
                 f"{protocol.real.clips} real clips, each reconstructed once: protocol.samples={protocol.samples} is not used"
@@ -82,6 +83,7 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
     check_fit(generator.clip, generator.model.config.condition, protocol, source)
     check_size(tokenizer, shape)
+    tell_learned(generator, protocol, source)
     sampling = Sampling.of(plain(cfg))
     check_video_length(tokenizer, (whole_groups(shape[0]), *shape[1:]), None, sampling, generator.clip["frames"])
     tell_notes([], sampling, generator.model.condition.notes)
@@ -135,6 +137,12 @@ def check_size(tokenizer: Loaded, shape: tuple[int, int, int]):
         tokenizer.model.schedule(whole_groups(frames), height, width)
     except ValueError as error:
         raise ValueError(f"protocol.frames={frames}, protocol.height={height}, protocol.width={width}: {error}") from error
+
+
+def tell_learned(model: Loaded, protocol: Protocol, source: FolderClips | Shapes):
+    """Prints a note if clips of the split `val` are others than were held out of the model's training."""
+    if protocol.real.split == "val" and model.held_out not in (None, hash_of(map(str, source.files))):
+        print("the real clips are others than were held out of the training: some of them it may have learned")
 
 
 def check_fit(clip: dict, condition: ConditionConfig, protocol: Protocol, source: FolderClips | Shapes):

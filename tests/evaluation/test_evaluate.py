@@ -210,6 +210,15 @@ def test_videos_against_videos(evaluate, read, videos, tmp_path):
     assert result["of"]["kind"] == "videos" and result["metrics"]["fvd"]["spread"] is None
 
 
+def test_held_out_clips_that_training_may_have_seen_are_told(evaluate, videos, pair, capsys):
+    words = [f"ckpt={pair.tokenizer}", "metrics=[psnr]", "protocol.folds=1"]  # trained on shapes
+    assert evaluate(*words) == 0
+    assert "may have learned" not in capsys.readouterr().out
+    few = ["protocol.real.split=val", "protocol.real.val_every=3", "protocol.real.clips=2"]
+    assert evaluate(*words, *few, f"real={videos}", protocol="folder", name="other") == 0
+    assert "others than were held out of the training: some of them it may have learned" in capsys.readouterr().out
+
+
 def test_videos_slower_than_the_protocol_are_told(evaluate, videos, capsys):
     for fps, told in ((24, True), (12, False)):
         assert evaluate(f"videos={videos}", f"protocol.fps={fps}", "protocol.folds=1", "overwrite=true") == 0
