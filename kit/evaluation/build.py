@@ -141,7 +141,7 @@ def check_size(tokenizer: Loaded, shape: tuple[int, int, int]):
 
 def tell_learned(model: Loaded, protocol: Protocol, source: FolderClips | Shapes):
     """Prints a note if clips of the split `val` are others than were held out of the model's training."""
-    if protocol.real.split == "val" and model.held_out not in (None, hash_of(map(str, source.files))):
+    if source.files and protocol.real.split == "val" and model.held_out not in (None, hash_of(map(str, source.files))):
         print("the real clips are others than were held out of the training: some of them it may have learned")
 
 
