@@ -331,8 +331,8 @@ def check_trainer(trainer: DictConfig):
 
     Raises:
         ValueError: for another precision than `PRECISIONS`; if `max_steps`, which the learning rate and the number of encoded
-            clips depend on, `accumulate_grad_batches` or a `val_check_interval` in batches is no whole number of 1 or more; or
-            if `limit_train_batches` or `overfit_batches` is set, which need data that ends.
+            clips depend on, `accumulate_grad_batches` or a `val_check_interval` in batches is no whole number of 1 or more;
+            or if `limit_train_batches` or `overfit_batches` is set, which need data that ends.
     """
     check_whole_number("trainer.max_steps", trainer.max_steps, 1)
     check_whole_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1)
