@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 
 from kit.evaluation.protocol import Protocol
@@ -173,8 +173,14 @@ def side_by_side(results: list[dict]) -> str:
 
 
 def table(cfg: DictConfig) -> str:
-    """Prints the results that `cfg.results` names, side by side."""
-    wanted = [cfg.results] if isinstance(cfg.results, str) else cfg.results
+    """Prints the results that `cfg.results` names, side by side.
+
+    Raises:
+        ValueError: if it holds what is no path; else as `read_result` and `side_by_side`.
+    """
+    wanted = cfg.results if isinstance(cfg.results, ListConfig) else [cfg.results]
+    if not all(isinstance(name, str) for name in wanted):
+        raise ValueError(f"results={cfg.results}; expected a path of evaluation.json, or several as [PATH,PATH]")
     paths = [Path(path) for name in wanted for path in ([name] if Path(name).is_file() else sorted(glob(name)) or [name])]
     shown = side_by_side([read_result(path) for path in paths])
     print(shown)

@@ -333,6 +333,9 @@ def test_results_side_by_side_if_they_may(evaluate, pair, tmp_path, capsys):
     assert main(["table", f"root={tmp_path}", f"results=[{tmp_path}/a/evaluation.json,{tmp_path}/c/evaluation.json]"]) == 1
     refused = capsys.readouterr().err
     assert "follow different protocols" in refused and "seed: 0, 9" in refused
+    for words in ("5", "[a,null]"):
+        assert main(["table", f"root={tmp_path}", f"results={words}"]) == 1
+        assert "expected a path of evaluation.json, or several as [PATH,PATH]" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no results to show"):
         side_by_side([])
     (tmp_path / "x.json").write_text("{}")
