@@ -16,7 +16,7 @@ demo-short: $(VENV)/.kit
 	$(RUN) -m kit demo conf=demo_short
 
 test: $(VENV)/.kit-test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-gpu: $(VENV)/.kit-test
 	KIT_TEST_GPU=1 $(RUN) -m pytest tests/gpu
