@@ -10,10 +10,10 @@ ROWS = 16  # of fewer tokens a CPU computes a product by other kernels, which ro
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Computes x @ weight.T for x (..., inputs). Without gradients, as in sampling, a few tokens are computed among ROWS, so
-    that a clip has the same logits in a small batch as in a large one."""
-    missing = 0 if torch.is_grad_enabled() else ROWS - x.shape[:-1].numel()
-    if missing <= 0:
+    """Computes x @ weight.T for x (..., inputs). On a CPU without gradients, as in sampling, a few tokens are computed among
+    ROWS, so that a clip has the same logits in a small batch as in a large one."""
+    missing = ROWS - x.shape[:-1].numel()
+    if missing <= 0 or torch.is_grad_enabled() or x.device.type != "cpu":
         return F.linear(x, weight)
     return F.linear(F.pad(x.flatten(0, -2), (0, 0, 0, missing)), weight)[:-missing].unflatten(0, x.shape[:-1])
 
