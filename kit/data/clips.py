@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -184,7 +185,7 @@ class FolderClips(ClipSource):
         for key in self.unused:
             if getattr(self, key) != usual[key]:
                 raise ValueError(f"{key}={getattr(self, key)}: {type(self).__name__} does not use it; leave it out")
-        if (self.fps or 0) < 0:
+        if not 0 <= (self.fps or 0) < math.inf:
             raise ValueError(f"fps={self.fps}; expected frames per second, or 0: the files' own")
         if self.patience is not None and self.patience <= 0:
             raise ValueError(f"patience={self.patience}; expected seconds above 0, or null")

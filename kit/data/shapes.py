@@ -8,6 +8,7 @@ caption says so: "a red ball moving right over a green field".
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -253,7 +254,7 @@ class Shapes(ClipSource):
             shows towards its end. Their first latent frame is `given`, because the caption does not say what is in sight at
             that time.
     Raises:
-        ValueError: if `fps` is not above 0, `seed` is no whole number of 0 or more, or `late` is not in [0, 1].
+        ValueError: if `fps` is no finite number above 0, `seed` is no whole number of 0 or more, or `late` is not in [0, 1].
     """
 
     split: str = "train"
@@ -269,7 +270,7 @@ class Shapes(ClipSource):
     captioned = True
 
     def __post_init__(self):
-        if not self.fps > 0:
+        if not 0 < self.fps < math.inf:
             raise ValueError(f"fps={self.fps}; shapes are drawn, they have no rate of their own: give one above 0")
         check_whole_number("seed", self.seed, 0)
         check_share("late", self.late)

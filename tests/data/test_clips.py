@@ -312,6 +312,8 @@ def test_no_folder_and_no_video(tmp_path):
         ({"frames": 0}, "frames=0; expected a whole number of 1 or more"),
         ({"width": -3}, "width=-3"),
         ({"fps": -1}, "fps=-1"),
+        ({"fps": float("nan")}, "fps=nan"),
+        ({"fps": float("inf")}, "fps=inf"),
         ({"seed": -1}, "seed=-1"),
         ({"val_every": 1}, "val_every=1; expected a whole number of 2 or more"),
         ({"backend": "opencv"}, "backend=opencv; expected one of: decord, pyav"),

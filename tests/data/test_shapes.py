@@ -80,6 +80,12 @@ def test_a_seed_is_a_whole_number(seed):
         Shapes(seed=seed)
 
 
+@pytest.mark.parametrize("fps", [0, float("nan"), float("inf")])
+def test_rates_are_finite_numbers_above_0(fps):
+    with pytest.raises(ValueError, match=f"fps={fps}; shapes are drawn"):
+        Shapes(fps=fps)
+
+
 def test_held_out_combinations_are_a_tenth_and_never_trained_on():
     everything = set(itertools.product(COLOURS, SHAPES, MOTIONS))
     assert len(HELD_OUT) == len(everything) // 10 and set(TRAIN) | HELD_OUT == everything
