@@ -409,6 +409,20 @@ def test_damage_costs_what_is_damaged(packed):
     assert source.unreadable == [f"{packed}/train-0.tar", f"{packed}/train-1.tar/04.mp4"]
 
 
+@pytest.mark.parametrize("how", ["cut", "damaged"])
+def test_a_header_in_its_midst_that_cannot_be_read_is_not_the_end_of_a_shard(packed, how):
+    """tarfile takes it for the end."""
+    shard, contents = packed / "train-0.tar", bytearray((packed / "train-0.tar").read_bytes())
+    with tarfile.open(shard) as tar:
+        at = tar.getmember("02.mp4").offset
+    contents[at + 100 : len(contents) if how == "cut" else at + 200] = b"" if how == "cut" else bytes(100)
+    shard.write_bytes(contents)
+    with pytest.warns(
+        UserWarning, match=f"train-0.tar is broken: it has a damaged or cut header at byte {at}. It is left out"
+    ):
+        assert len(ShardClips(packed, "all", **SHAPE).files) == 8
+
+
 def test_broken_shards_are_in_the_summary_of_a_run(packed, caplog):
     for shard in ("train-0.tar", "train-2.tar"):
         (packed / shard).write_bytes((packed / shard).read_bytes()[:1000])
