@@ -244,10 +244,15 @@ class ClipDataModule(ClipsOnDevice):
         """Hash of the names and sizes of all files, looked up once: others may have come under the same names."""
         return hash_of(line for source in self.sources for line in source.listing())
 
+    @functools.cached_property
+    def words(self) -> str:
+        """Hash of the captions and classes of all files, looked up once."""
+        return hash_of(repr(text) for source in self.sources if len(source.files) for text in source.texts())
+
     @property
     def settings(self) -> dict:
-        """Plain values that decide which clips the batches of a step hold; of files, hashes of their names and sizes, of
-        caches one of what they hold."""
+        """Plain values that decide which clips the batches of a step hold; of files, hashes of their names, sizes and words,
+        of caches one of what they hold."""
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
         names = [str(name) for source in self.sources for name in source.files]
         steps = {}
@@ -256,7 +261,7 @@ class ClipDataModule(ClipsOnDevice):
             steps = {"devices": self.trainer.world_size, "batches_of_a_step": batches}
         return {
             **self.clip, "batch_size": self.batch_size, "image_share": self.image_share, "buckets": buckets,
-            "files": hash_of(names), "file_sizes": self.file_sizes,
+            "files": hash_of(names), "file_sizes": self.file_sizes, "words": self.words,
             "held_out": None if self.cached else hash_of(map(str, self.val.files)),
             "draws": [source.draws for source in self.sources], "encoded_clips": self.encoded_clips, **steps,
         }  # fmt: skip

@@ -156,6 +156,18 @@ def test_a_run_knows_the_files_that_it_began_with(pictures, tmp_path, caplog):
     assert "resumes with other data than it began with (then, now): draws: " in caplog.text
 
 
+def test_a_run_knows_the_captions_that_it_began_with(pictures, tmp_path, caplog):
+    shutil.copytree(pictures, tmp_path / "captioned")
+    began = {}
+    for words in ("a drawing", "a drawing", "another drawing"):
+        for picture in (tmp_path / "captioned").rglob("*.png"):
+            picture.with_suffix(".txt").write_text(words)
+        assert "other data" not in caplog.text
+        (now := module(tmp_path / "captioned")).tell_changes(began)
+        began = now.settings
+    assert "resumes with other data than it began with (then, now): words: " in caplog.text
+
+
 def test_only_clips_go_to_the_training_device(pictures):
     batch = next(iter(module(pictures).train_dataloader()))
     moved = module(pictures).transfer_batch_to_device(batch, torch.device("meta"), 0)
