@@ -164,11 +164,11 @@ def read_captions(path: Path, names: Sequence[str], others: Sequence[str] = ()) 
     captions: dict[str, str] = {}
     for number, row in enumerate(_rows(path), start=1):
         file, caption = (row.get(key) if isinstance(row, dict) else None for key in ("file", "caption"))
-        if isinstance(row, dict) and None in row:  # csv puts values beyond the columns there
-            raise ValueError(f"{path}, row {number}: more values than columns, {row[None]}; quote captions with commas")
         if not (isinstance(file, str) and isinstance(caption, str)):
             named = "named `file` and `caption`, in a csv by its first line and with commas between them"
             raise ValueError(f"{path}, row {number}: expected texts {named}; found {row}; add them")
+        if None in row:  # csv puts values beyond the columns there
+            raise ValueError(f"{path}, row {number}: more values than columns, {row[None]}; quote captions with commas")
         if written(file) in captions:
             raise ValueError(f"{path}, row {number}: a second caption for {file!r}; keep one for each file")
         if not is_utf8(caption):  # JSON can write half a letter

@@ -175,6 +175,7 @@ def test_captions_from_a_table(tmp_path, suffix, where):
             "file,caption\na.mp4,a dog, running\nb.mp4,x\n",
             "row 1: more values than columns, .*quote captions",
         ),
+        ("c.csv", "file;caption\na.mp4;a dog, running\nb.mp4;x\n", "row 1: expected texts .* with commas between them"),
         ("c.jsonl", '"a.mp4"\n', "row 1: expected texts"),
         ("c.json", '{"a.mp4": 5, "b": "x"}', "row 1: expected texts"),
         ("c.jsonl", '{"file": "a.mp4", "caption": "x \\ud83d"}\n', r"row 1: 'x \\ud83d' cannot be written as UTF-8"),
