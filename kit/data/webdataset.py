@@ -147,7 +147,7 @@ def members_of(files: fsspec.AbstractFileSystem, path: str) -> Iterator[tuple[ta
     """
     with files.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
         for member in tar:
-            wordy = member.isfile() and PurePosixPath(member.name).suffix in WORDS
+            wordy = member.isfile() and PurePosixPath(member.name).suffix.lower() in WORDS
             yield member, tar.extractfile(member).read() if wordy else b""
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a header that it cannot read for the end
@@ -163,8 +163,8 @@ def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None, pa
             continue
         if name.suffix.lower() in SUFFIXES + PICTURES:
             videos[member.name] = [member.offset_data, member.size]
-        elif name.suffix in WORDS:
-            words[str(name.with_suffix(""))][name.suffix] = contents
+        elif (suffix := name.suffix.lower()) in WORDS:
+            words[str(name.with_suffix(""))][suffix] = contents
         count[member.name] += 1
     if size is not None and end > size:
         raise tarfile.ReadError(f"it ends after {size} bytes, in the midst of a file")
@@ -172,7 +172,8 @@ def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None, pa
     index = {}
     for name, place in videos.items():
         key = str(PurePosixPath(name).with_suffix(""))
-        caption, label, faults = words_of(words[key])
+        sample = str((path := PurePosixPath(name)).parent / path.name.partition(".")[0])  # where `left.mp4` is a field of it
+        caption, label, faults = words_of(words.get(key) or words.get(sample, {}))
         faults += ["a name that comes more than once in its shard, where the last counts"] * (key in twice)
         index[name] = [*place, caption, label, " and ".join(faults)]
     return index

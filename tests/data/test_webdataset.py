@@ -371,6 +371,24 @@ def test_words_that_are_wrong_are_told_and_not_taken(tmp_path, words, caption, t
     assert len([text for text in warned if told in text]) == bool(told) and (told or not warned), warned
 
 
+def test_the_videos_of_a_sample_share_its_words(tmp_path):
+    """WebDataset's key ends at the name's first point; `left.mp4` and `right.mp4` are fields of a sample."""
+    files = {
+        "x.y/1.left.mp4": b"",
+        "x.y/1.right.mp4": b"",
+        "x.y/1.txt": b"one",
+        "x.y/1.right.txt": b"its own",
+        "y/1.mp4": b"",
+    }
+    found, _ = words_of(tmp_path, files | {"y/1.txt": b"two"})
+    assert found == {"1.left.mp4": "one", "1.right.mp4": "its own", "1.mp4": "two"}
+
+
+@pytest.mark.parametrize("words", ["A.TXT", "A.Json"])
+def test_suffixes_of_words_may_be_capitals_as_those_of_videos(tmp_path, words):
+    assert words_of(tmp_path, {"A.MP4": b"", words: b'"one"'})[0] == {"A.MP4": "one" if words == "A.Json" else '"one"'}
+
+
 def test_names_that_come_twice_are_told(tmp_path):
     files = [("a.mp4", b""), ("a.txt", b"one"), ("b.mp4", b""), ("b.txt", b"b"), ("a.mp4", b"new"), ("a.txt", b"two")]
     found, (told,) = words_of(tmp_path, files)
