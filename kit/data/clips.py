@@ -23,10 +23,10 @@ from kit.data.decoder_process import open_video
 from kit.data.frames import fit, frame_numbers
 from kit.data.heads import Head, sort_files
 from kit.data.listing import (
-    CAPTION_FILES,
     LABEL_SOURCES,
     LEADING_WORDS,
     captions_beside,
+    captions_in,
     held_out_of,
     label_files,
     list_videos,
@@ -159,7 +159,7 @@ class FolderClips(ClipSource):
         return label_files(names, self.label_from, self.filename_pattern)
 
     def _captions_of(self, names: list[str]) -> dict[str, str]:
-        table = self.captions or next(filter(Path.is_file, map(self.root.joinpath, CAPTION_FILES)), None)
+        table = self.captions or captions_in(self.root)
         if not table:
             return captions_beside(self.root, names)
         others = list_videos(self.root, pictures=True) if self.root.is_dir() else []  # pictures, where videos are read

@@ -188,6 +188,12 @@ def read_captions(path: Path, names: Sequence[str], others: Sequence[str] = ()) 
     return {name: captions[keys[name]] for name in names}
 
 
+def captions_in(root: Path) -> Path | None:
+    """Returns the table of captions in a folder, in small or capital letters as suffixes of videos may be; None without."""
+    files = {path.name.lower(): path for path in sorted(root.glob("*")) if path.name.lower() in CAPTION_FILES}
+    return next((files[name] for name in CAPTION_FILES if name in files and files[name].is_file()), None)
+
+
 def captions_beside(root: Path, names: Sequence[str]) -> dict[str, str]:
     """Reads captions from the text files beside the videos, a.txt beside a.mp4: name -> caption; empty if there are none.
 
@@ -195,6 +201,7 @@ def captions_beside(root: Path, names: Sequence[str]) -> dict[str, str]:
         ValueError: if only some files have one, or it is not UTF-8.
     """
     texts = {name: (root / name).with_suffix(".txt") for name in names}
+    texts |= {name: capitals for name, path in texts.items() if (capitals := path.with_suffix(".TXT")).is_file()}
     missing = [name for name, path in texts.items() if not path.is_file()]
     if len(missing) == len(names):
         return {}

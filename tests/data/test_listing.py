@@ -229,6 +229,13 @@ def test_captions_in_texts_beside_the_files(tmp_path):
     assert captions_beside(tmp_path, names) == {"a.mp4": "a red ball, moving", "deep/b.mp4": "a blue star"}
 
 
+@pytest.mark.parametrize("name", ["Captions.csv", "captions.CSV", "a.TXT"])
+def test_names_of_caption_files_may_have_capitals(tmp_path, name):
+    (tmp_path / "a.MP4").touch()
+    (tmp_path / name).write_text("a red ball" if name == "a.TXT" else "file,caption\na.MP4,a red ball\n")
+    assert FolderClips(tmp_path).words("a.MP4")["caption"] == "a red ball"
+
+
 def test_what_keeps_labels_from_being_classes_is_told():
     folders = ["a/1.mp4", "a/2.mp4", "b/1.mp4", "b/2.mp4"]
     with pytest.warns(UserWarning, match="1 of 5 files lie in no folder, such as 'stray.mp4'"):
