@@ -121,11 +121,16 @@ def check_optimizer(values: Mapping, keys: Sequence[str]):
         check_number(f"optimizer.{key}", values[key], least=0)
     check_whole_number("optimizer.warmup", values["warmup"], 0)
     check_whole_number("optimizer.accumulate", values.get("accumulate", 1), 1)
-    clip, betas = values.get("clip"), tuple(values["betas"])
+    clip = values.get("clip")
     if clip is not None and not (isinstance(clip, int | float) and clip > 0):
         raise ValueError(f"optimizer.clip={clip}; expected a norm above 0, or null: gradients of any")
+    check_betas("optimizer.betas", values["betas"])
+
+
+def check_betas(key: str, betas: Sequence[float]):
+    """Checks the betas of Adam. Raises ValueError, naming their key, unless they are two numbers, each from 0 to below 1."""
     if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
-        raise ValueError(f"optimizer.betas={list(betas)}; expected two numbers, each from 0 to below 1")
+        raise ValueError(f"{key}={list(betas)}; expected two numbers, each from 0 to below 1")
 
 
 def build_optimizer(

@@ -24,7 +24,7 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, dims: int, width: int, layers: int):
         super().__init__()
         if dims not in (2, 3):
-            raise ValueError(f"a discriminator has 2 or 3 dims, got {dims}")
+            raise ValueError(f"loss.adversarial.dims: a discriminator has 2 or 3 dims, got {dims}")
         check_whole_number("loss.adversarial.layers", layers, 1)
         if type(width) is not int or width < GROUPS or width % GROUPS:
             raise ValueError(f"loss.adversarial.width={width}; expected a multiple of {GROUPS}")
@@ -49,10 +49,16 @@ class Discriminator(nn.Module):
 
     Args:
         dims: one for each discriminator, such as (2, 3). width, layers: the same for all.
+    Raises:
+        ValueError: without dims; else as `PatchDiscriminator`.
     """
 
     def __init__(self, dims: tuple[int, ...], width: int, layers: int):
         super().__init__()
+        if not dims:
+            raise ValueError(
+                "loss.adversarial.dims=[]; expected 2, 3 or both, or loss.adversarial.weight=0: no discriminator"
+            )
         self.parts = nn.ModuleList(PatchDiscriminator(d, width, layers) for d in dims)
 
     def forward(self, video: Tensor) -> list[Tensor]:

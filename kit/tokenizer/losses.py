@@ -9,24 +9,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kit.optim import check_betas
 from kit.perceptual import Perceptual
 from kit.ranks import mean_over_ranks
 from kit.tokenizer.quantizer import Step
-from kit.values import check_number, check_share
+from kit.values import check_choice, check_number, check_share, check_whole_number
 
 
 def check_losses(loss: Mapping):
-    """Checks the numbers of conf/loss/plain.yaml.
+    """Checks the values of conf/loss/plain.yaml, except those that build a network.
 
     Raises:
         ValueError: if one makes no sense, naming its key.
     """
-    against = loss["adversarial"]
-    for key in ("motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end"):
+    seen, against = loss["perceptual"], loss["adversarial"]
+    check_choice("loss.reconstruction", loss["reconstruction"], ("l1", "l2"))
+    for key in ("motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end", "entropy_inverse_temperature"):
         check_number(f"loss.{key}", loss[key], least=0)
-    check_number("loss.perceptual.weight", loss["perceptual"]["weight"], least=0)
+    check_number("loss.perceptual.weight", seen["weight"], least=0)
+    check_whole_number("loss.perceptual.frames", seen["frames"], 1, optional=True)
     for key in ("weight", "lr", "lecam"):
         check_number(f"loss.adversarial.{key}", against[key], least=0)
+    check_betas("loss.adversarial.betas", against["betas"])
     check_share("loss.adversarial.warmup", against["warmup"])
     if not 0 <= against["start"] < 1:
         raise ValueError(f"loss.adversarial.start={against['start']}; expected a share of the training, 0 to below 1")

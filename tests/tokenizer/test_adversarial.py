@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import shutil
 from functools import partial
 
@@ -361,14 +362,18 @@ def test_values_that_make_no_sense():
         make_module("loss.adversarial.start=1")
     loss = plain(composed("stage1_tokenizer", "size=tiny").loss)
     for part, keys in (
-        ("", ("motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end")),
-        ("perceptual", ("weight",)),
+        ("", ("motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end", "entropy_inverse_temperature")),
+        ("perceptual", ("weight", "frames")),
         ("adversarial", ("weight", "lr", "lecam", "warmup", "start")),
     ):
         for key in keys:
             wrong = {**loss, part: {**loss[part], key: -1}} if part else {**loss, key: -1}
             with pytest.raises(ValueError, match=f"loss.{part and part + '.'}{key}=-1; expected a"):
                 check_losses(wrong)
+    for word in ("loss.reconstruction=l3", "loss.perceptual.frames=0", "loss.perceptual.frames=1.5",
+                 "loss.adversarial.betas=[0.5]", "loss.adversarial.dims=[]"):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{re.escape(word)}; expected"):  # at once, not in the first step
+            make_module(word)
 
 
 def test_gradients_are_clipped_each_for_itself():
