@@ -11,6 +11,13 @@ from kit.values import check_whole_number
 GROUPS = 8  # groups of channels in the normalisation
 
 
+def check_layers(layers: int, height: int, width: int):
+    """Checks that discriminators leave something of a clip. Raises ValueError if `layers` halvings take a side to below 1."""
+    most = min(height, width).bit_length() - 1
+    if layers > most:
+        raise ValueError(f"loss.adversarial.layers={layers}; expected at most {most} for clips of {height} x {width} pixels")
+
+
 class PatchDiscriminator(nn.Module):
     """Maps a clip to logits, one per neighbourhood (PatchGAN, Isola et al. 2017, arXiv 1611.07004).
 
@@ -55,6 +62,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, dims: tuple[int, ...], width: int, layers: int):
         super().__init__()
+        self.layers = layers
         if not dims:
             raise ValueError(
                 "loss.adversarial.dims=[]; expected 2, 3 or both, or loss.adversarial.weight=0: no discriminator"
@@ -62,5 +70,6 @@ class Discriminator(nn.Module):
         self.parts = nn.ModuleList(PatchDiscriminator(d, width, layers) for d in dims)
 
     def forward(self, video: Tensor) -> list[Tensor]:
-        """Returns each discriminator's map of logits for a video (B, 3, T, H, W) in [-1, 1]."""
+        """Returns each discriminator's map of logits for a video (B, 3, T, H, W) in [-1, 1]. Raises as `check_layers`."""
+        check_layers(self.layers, *video.shape[3:])
         return [part(video) for part in self.parts]

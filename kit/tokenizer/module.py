@@ -19,7 +19,7 @@ from kit.perceptual import Perceptual, load_perceptual
 from kit.pixels import psnr
 from kit.ranks import mean_over_ranks
 from kit.tokenizer import Tokenizer, TokenizerConfig
-from kit.tokenizer.discriminator import Discriminator
+from kit.tokenizer.discriminator import Discriminator, check_layers
 from kit.tokenizer.losses import (
     adaptive_weight,
     adversarial_loss,
@@ -85,6 +85,7 @@ class TokenizerModule(L.LightningModule):
         self.discriminator, self.start = None, steps
         if against["weight"]:
             self.discriminator = Discriminator(against["dims"], against["width"], against["layers"])
+            check_layers(against["layers"], clip["height"], clip["width"])  # not only once they see one, late in a training
             self.start = round(against["start"] * steps)  # the discriminators' first iteration
             self.register_buffer("anchors", torch.zeros(len(against["dims"]), 2))  # LeCAM's
 

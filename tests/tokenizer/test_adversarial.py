@@ -374,6 +374,10 @@ def test_values_that_make_no_sense():
                  "loss.adversarial.betas=[0.5]", "loss.adversarial.dims=[]"):  # fmt: skip
         with pytest.raises(ValueError, match=f"{re.escape(word)}; expected"):  # at once, not in the first step
             make_module(word)
+    with pytest.raises(ValueError, match="loss.adversarial.layers=5; expected at most 4 for clips of 16 x 16 pixels"):
+        make_module("loss.adversarial.layers=5")
+    with pytest.raises(ValueError, match="expected at most 3 for clips of 8 x 24 pixels"):  # of a bucket
+        make_module("loss.adversarial.layers=4").discriminator(torch.zeros(1, 3, 5, 8, 24))
 
 
 def test_gradients_are_clipped_each_for_itself():
