@@ -22,6 +22,7 @@ from kit.pixels import ssim
 from kit.scales import whole_groups
 from kit.tokenizer import Tokenizer
 from kit.tokenizer.streaming import coded_size, scaled_size, stream_scales
+from kit.values import check_whole_number
 
 
 def reconstruct(cfg: DictConfig) -> dict:
@@ -32,8 +33,10 @@ def reconstruct(cfg: DictConfig) -> dict:
     Returns:
         `by_scale`: see `reconstruct_file`.
     Raises:
-        ValueError: if the video would be overwritten by its reconstruction; else as `reconstruct_file` and `held_out`.
+        ValueError: if `frames` is no whole number, or the video would be overwritten by its reconstruction; else as
+            `reconstruct_file` and `held_out`.
     """
+    check_whole_number("frames", cfg.frames, 1, optional=True)
     tokenizer, folder = load_tokenizer(cfg.ckpt), Path(cfg.folder)
     pattern = "reconstruction*.*"
     if cfg.video is not None and Path(cfg.video).resolve() in [path.resolve() for path in folder.glob(pattern)]:

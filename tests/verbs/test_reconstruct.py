@@ -231,7 +231,8 @@ def test_sides_that_no_mp4_has_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [(["video=nowhere.mp4"], "no such file: nowhere.mp4"), (["video={}", "frames=99"], "too short for 99 frames"),
-     (["video={}", "frames=0"], "ask for 1 or more")],
+     (["video={}", "frames=0"], "frames=0; expected a whole number of 1 or more"),
+     (["video={}", "frames=2.5"], "frames=2.5; expected a whole number"), (["video={}", "frames=x"], "frames=x; expected a")],
 )  # fmt: skip
 def test_command_explains_bad_input(pair, tmp_path, capsys, words, expected):
     path = write_video(moving(9, 16, 16), tmp_path / "a.mp4", 8)
