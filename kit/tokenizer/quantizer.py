@@ -134,12 +134,12 @@ def bits_to_feature(bits: Tensor, schedule: ScaleSchedule, scales: int | None = 
     """Sums the residual maps of bits (B, L, d) to a feature (B, d, F, h, w); of the first `scales` only, if given.
 
     Raises:
-        ValueError: if there are not L tokens, the bits are floating point numbers, or there are not as many scales.
+        ValueError: if there are not L tokens, the bits are numbers, or there are not as many scales.
     """
     if bits.shape[1] != schedule.length:
         raise ValueError(f"the schedule has {schedule.length} tokens ({schedule}), got bits of shape {tuple(bits.shape)}")
-    if bits.is_floating_point():
-        raise ValueError(f"expected bits, True or False, got {bits.dtype}; of values +-1 they are values > 0")
+    if bits.dtype != torch.bool:
+        raise ValueError(f"expected bits, True or False, got {bits.dtype}; of numbers they are those > 0")
     if scales is not None and not 1 <= scales <= schedule.scales:
         raise ValueError(f"expected 1 to {schedule.scales} scales, got {scales}")
     frames = bits.unflatten(1, (schedule.latent_frames, -1)).flatten(0, 1)

@@ -181,7 +181,7 @@ def test_wrong_number_of_tokens_is_refused(tokens):
         bits_to_feature(torch.zeros(1, tokens, 4, dtype=torch.bool), SCHEDULES[0])
 
 
-@pytest.mark.parametrize(("scales", "type"), [(0, bool), (-1, bool), (7, bool), (None, float)])
+@pytest.mark.parametrize(("scales", "type"), [(0, bool), (-1, bool), (7, bool), (None, float), (None, int)])
 def test_other_bits_and_scales_than_there_are_are_refused(scales, type):
     with pytest.raises(ValueError, match="expected (1 to 6 scales|bits, True or False)"):
         bits_to_feature(torch.zeros(1, SCHEDULES[0].length, 4, dtype=type), SCHEDULES[0], scales)
