@@ -149,20 +149,21 @@ def used():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1000
 
 torch.set_num_threads(1)
-score, before = PSNR(), None
-for n in range(8):
+score, found = PSNR(), []
+for n in range(24):
     clips = to_8_bits(torch.rand(16, 3, 16, 64, 64))
     score.add(clips, {"real": to_8_bits(clips * 0.5), "name": [str(n)] * 16})
-    before = before or (used() if n == 3 else None)
-print(used() - before)
+    found.append(used())
+print(min(found[16:]) - min(found[4:12]))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_does_not_grow_with_the_clips():
-    """With `keep_freed_memory` and scores kept as tensors it grew by 1.25 MB a clip, 80 in all; a batch's tensors have 13."""
+    """With `keep_freed_memory` and scores kept as tensors it grew by 1.25 MB a clip, 240 in all. Between two batches it varies
+    by 100, by what the allocator happens to keep, so the least of several is compared."""
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert float(done.stdout) < 25, f"{done.stdout} MB more after 64 clips"
+    assert float(done.stdout) < 100, f"{done.stdout} MB more after 192 clips"
 
 
 def test_folds_are_averaged_whatever_is_inside():
