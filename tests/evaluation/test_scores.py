@@ -160,8 +160,8 @@ print(min(found[16:]) - min(found[4:12]))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_does_not_grow_with_the_clips():
-    """With `keep_freed_memory` and scores kept as tensors it grew by 1.25 MB a clip, 240 in all. Between two batches it varies
-    by 100, by what the allocator happens to keep, so the least of several is compared."""
+    """With `keep_freed_memory` and scores kept as tensors it grew by 1.25 MB a clip, 240 in all. Between batches it varies
+    by 100 MB, as the allocator keeps more or less, so the least of several is compared."""
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True, cwd=ROOT)
     assert float(done.stdout) < 100, f"{done.stdout} MB more after 192 clips"
 
