@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from kit.data.batches import BucketSampler, StreamSampler, images_among, numbers_from
 from kit.data.bucketed import BucketClips
 from kit.data.buckets import Bucket, image_buckets
+from kit.data.listing import held_out_hash
 from kit.data.numbered import Numbered
 from kit.data.source import ClipSource, check_source
 from kit.loop import batches_done, batches_of_a_step
@@ -262,7 +263,7 @@ class ClipDataModule(ClipsOnDevice):
         return {
             **self.clip, "batch_size": self.batch_size, "image_share": self.image_share, "buckets": buckets,
             "files": hash_of(names), "file_sizes": self.file_sizes, "words": self.words,
-            "held_out": None if self.cached else hash_of(map(str, self.val.files)),
+            "held_out": None if self.cached else held_out_hash(self.val.files),
             "draws": [source.draws for source in self.sources], "encoded_clips": self.encoded_clips, **steps,
         }  # fmt: skip
 

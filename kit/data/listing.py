@@ -8,11 +8,12 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from kit.data.decode import PICTURES
 from kit.files import read_text, written_aside
+from kit.values import hash_of
 
 SUFFIXES = (
     ".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v",
@@ -190,8 +191,13 @@ def read_captions(path: Path, names: Sequence[str], others: Sequence[str] = ()) 
 
 def captions_in(root: Path) -> Path | None:
     """Returns the table of captions in a folder, in small or capital letters as suffixes of videos may be; None without."""
-    files = {path.name.lower(): path for path in sorted(root.glob("*")) if path.name.lower() in CAPTION_FILES}
-    return next((files[name] for name in CAPTION_FILES if name in files and files[name].is_file()), None)
+    tables = sorted(path for path in root.glob("*") if path.name.lower() in CAPTION_FILES and path.is_file())
+    return min(tables, key=lambda path: CAPTION_FILES.index(path.name.lower()), default=None)
+
+
+def held_out_hash(files: Iterable) -> str:
+    """Returns the hash by which a checkpoint knows the files, or addresses of clips, that were held out of its training."""
+    return hash_of(map(str, files))
 
 
 def captions_beside(root: Path, names: Sequence[str]) -> dict[str, str]:

@@ -161,9 +161,10 @@ def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None, pa
         name, end = PurePosixPath(member.name), member.offset_data + member.size
         if not member.isfile() or any(part.startswith(".") for part in name.parts):  # hidden: a Mac puts ._a.mp4 there
             continue
-        if name.suffix.lower() in SUFFIXES + PICTURES:
+        suffix = name.suffix.lower()
+        if suffix in SUFFIXES + PICTURES:
             videos[member.name] = [member.offset_data, member.size]
-        elif (suffix := name.suffix.lower()) in WORDS:
+        elif suffix in WORDS:
             words[str(name.with_suffix(""))][suffix] = contents
         count[member.name] += 1
     if size is not None and end > size:
@@ -171,8 +172,11 @@ def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None, pa
     twice = {str(PurePosixPath(name).with_suffix("")) for name, times in count.items() if times > 1}
     index = {}
     for name, place in videos.items():
-        key = str(PurePosixPath(name).with_suffix(""))
-        sample = str((path := PurePosixPath(name)).parent / path.name.partition(".")[0])  # where `left.mp4` is a field of it
+        video = PurePosixPath(name)
+        key, sample = (
+            str(video.with_suffix("")),
+            str(video.with_name(video.name.partition(".")[0])),
+        )  # in which `left` may be a field
         caption, label, faults = words_of(words.get(key) or words.get(sample, {}))
         faults += ["a name that comes more than once in its shard, where the last counts"] * (key in twice)
         index[name] = [*place, caption, label, " and ".join(faults)]

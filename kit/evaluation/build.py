@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.clips import FolderClips
+from kit.data.listing import held_out_hash
 from kit.data.shapes import Shapes
 from kit.evaluation.candidates import Candidate, GivenVideos, Reconstructions, Samples
 from kit.evaluation.clips import fingerprint, real_source
@@ -20,7 +21,7 @@ from kit.machine import check_precision
 from kit.perceptual import Perceptual, load_perceptual
 from kit.sampling import check_video_length, tell_notes
 from kit.scales import whole_groups
-from kit.values import hash_of, plain
+from kit.values import plain
 
 METRICS = ("frechet", "psnr", "ssim", "lpips", "captions")
 ANOTHER = "which makes it another protocol"
@@ -141,7 +142,7 @@ def check_size(tokenizer: Loaded, shape: tuple[int, int, int]):
 
 def tell_learned(model: Loaded, protocol: Protocol, source: FolderClips | Shapes):
     """Prints a note if clips of the split `val` are others than were held out of the model's training."""
-    if source.files and protocol.real.split == "val" and model.held_out not in (None, hash_of(map(str, source.files))):
+    if source.files and protocol.real.split == "val" and model.held_out not in (None, held_out_hash(source.files)):
         print("the real clips are others than were held out of the training: some of them it may have learned")
 
 
