@@ -173,10 +173,8 @@ def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None, pa
     index = {}
     for name, place in videos.items():
         video = PurePosixPath(name)
-        key, sample = (
-            str(video.with_suffix("")),
-            str(video.with_name(video.name.partition(".")[0])),
-        )  # in which `left` may be a field
+        key = str(video.with_suffix(""))
+        sample = str(video.with_name(video.name.partition(".")[0]))  # in which `left` may be a field
         caption, label, faults = words_of(words.get(key) or words.get(sample, {}))
         faults += ["a name that comes more than once in its shard, where the last counts"] * (key in twice)
         index[name] = [*place, caption, label, " and ".join(faults)]
