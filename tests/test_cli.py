@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import pytest
 import torch
 import wandb
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -24,12 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from kit.build import build_data, build_trainer
 from kit.cli import VERBS, explained, main
-from kit.confs import CONF, confs, register_resolvers
+from kit.confs import CONF, confs
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.planning.doctor import training_config
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.words import FREE_TEXT, PATHS, options_and_overrides, quoted
-from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_generator, fit_tokenizer
+from tests.fixtures import composed, fit_generator, fit_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = sorted(path.stem for path in (CONF / "size").glob("*.yaml"))
@@ -240,12 +238,6 @@ def test_a_path_that_reads_as_the_value_of_another_key_is_told(path, said):
     assert told.startswith(f"ckpt: {said}") and told.endswith("to a path with ${ in it give a link without")
 
 
-@pytest.mark.parametrize("word", ["data.heigth=64,32", "data.heigth=64"])
-def test_a_misspelt_key_of_a_multirun_is_told(word, capsys):
-    assert main(["fit", "conf=stage1_tokenizer", "--multirun", "size=tiny,small", word]) == 1
-    assert capsys.readouterr().err == "kit fit: no key data.heigth; did you mean data.height?\n"
-
-
 def test_commas_within_brackets_and_quotes_divide_nothing():
     parse = OverridesParser.create().parse_override
     words = "data=clips, data.root=/a b,'prompt=a, b',data.buckets=[17x96x160,17x160x96],name=it's"
@@ -350,12 +342,6 @@ def test_a_run_without_a_name_is_refused_before_a_folder_is_made(words, expected
     assert expected in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["nameless.yaml"]
 
 
-def test_a_run_of_a_multirun_without_a_name_is_told(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["generate", "-m", "ckpt=x", "name=a,''"]) == 1
-    assert "name= names no folder" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "words, way", [("fit conf=stage1_tokenizer", "fits=12GB"), ("validate ckpt=x", "a smaller batch_size")]
 )
@@ -423,42 +409,6 @@ def test_whose_batches_hold_images(conf, size, share):
 def test_cfg_job_prints_the_composed_config(capsys):
     assert main(["fit", "conf=stage1_tokenizer", "seed=7", "--cfg", "job"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["seed"] == 7
-
-
-def test_multirun_runs_once_for_each_value(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = ["fit", "conf=stage1_tokenizer", "--multirun", "name=s${seed}", "seed=1,2", "debug=smoke", f"root={tmp_path}"]
-    assert main([*words, *CLIP, *TOKENIZER]) == 0
-    assert all((tmp_path / f"s{seed}" / "checkpoints" / "last.ckpt").is_file() for seed in (1, 2))
-    assert {path.name for path in tmp_path.iterdir()} == {"s1", "s2", "s0_multirun"}, "no folder of a job's number stays"
-    assert [path.name for path in (tmp_path / "s0_multirun").iterdir()] == ["multirun.yaml"]
-
-
-def test_a_launcher_runs_each_value_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
-    """The error of a failed job is printed by the main process."""
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-    words = ["fit", "conf=stage1_tokenizer", "--multirun", "hydra/launcher=submitit_local", "name=s${seed}"]
-    assert main([*words, *CLIP, *TOKENIZER, "seed=0,-1", "debug=smoke", f"root={tmp_path}"]) == 1
-    assert (tmp_path / "s0" / "checkpoints" / "last.ckpt").is_file() and not (tmp_path / "s-1" / "checkpoints").exists()
-    assert "seed=-1; expected a whole number of 0 or more" in capsys.readouterr().err
-
-
-def test_jobs_of_slurm_have_a_process_for_each_device():
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    words = ["hydra/launcher=slurm", "trainer.devices=4", "trainer.num_nodes=2", "trainer=fsdp"]
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        launcher = compose("stage2_generator", words, return_hydra_config=True).hydra.launcher
-    assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (2, 4, 4)
-
-
-def test_slurm_is_told_how_many_devices_its_machines_have(tmp_path, capsys):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    words = ["--multirun", "hydra/launcher=slurm", "trainer.devices=auto", "seed=0,1", f"root={tmp_path}"]
-    assert main(["fit", "conf=stage1_tokenizer", *words]) == 1
-    assert "trainer.devices=auto: give a number, of each machine" in capsys.readouterr().err
 
 
 def test_further_ranks_are_started_with_words_that_parse(monkeypatch, tmp_path):
@@ -560,68 +510,11 @@ def test_confs_may_lie_where_hydras_option_says(tmp_path, capfd):
     assert OmegaConf.create(capfd.readouterr().out).data.val_clips == 5
 
 
-def test_folders_may_be_swept_and_a_name_is_no_number():
-    parse = OverridesParser.create().parse_override
-    assert parse(quoted("data.root=/a,/b", sweep=True)).is_sweep_override()
-    assert parse(quoted("data.root=/a,/b")).value() == "/a,/b"
-    for name in ("2024_01_15", "1e3", "007", "run-3.5"):
-        assert parse(quoted(f"name={name}")).value() == name
-
-
 def test_hydras_options_may_stand_anywhere(capsys):
     words = ["a=1", "--cfg", "job", "b=2", "-m"]
     assert options_and_overrides(words) == (["--cfg", "job", "-m"], ["a=1", "b=2"])
     assert main(["fit", "conf=stage1_tokenizer", "seed=3", "--cfg", "job", "name=x"]) == 0
     assert "seed: 3" in capsys.readouterr().out
-
-
-def test_ctrl_c_ends_all_runs_of_a_multirun(tmp_path, monkeypatch, capsys):
-    runs = []
-
-    def verb(cfg):
-        runs.append(cfg.seed)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("kit.verbs.fit.fit", verb)
-    assert main(["fit", "conf=stage1_tokenizer", "--multirun", "seed=1,2,3", f"root={tmp_path}"]) == 1
-    assert runs == [1] and "interrupted" in capsys.readouterr().err
-
-
-def test_a_run_that_fails_does_not_keep_the_others_of_a_multirun(tmp_path, monkeypatch):
-    runs = []
-
-    def verb(cfg):
-        runs.append(cfg.seed)
-        raise ValueError("told")
-
-    monkeypatch.setattr("kit.verbs.fit.fit", verb)
-    words = ["trainer.devices=auto", "callbacks.video_logger=false", f"root={tmp_path}"]
-    assert main(["fit", "conf=stage1_tokenizer", "--multirun", "seed=1,2", *words]) == 1
-    assert runs == [1, 2]
-
-
-def test_a_pipe_whose_reader_is_gone_is_no_error():
-    words = f"{sys.executable} -c 'from kit.cli import main; raise SystemExit(main())' evaluate --help | head -n 1"
-    done = subprocess.run(words, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.startswith("python -m kit evaluate") and not done.stderr
-
-
-@pytest.mark.parametrize("name", ["generator", "ablation"])
-def test_sweep_commands_run_as_an_agent_would_call_them(pair, tmp_path, monkeypatch, name):
-    """W&B replaces ${args_no_hyphens} by key=value words; here by the first value of each parameter."""
-    sweep = yaml.safe_load((CONF / "sweep" / f"{name}.yaml").read_text())
-    words = [word for word in sweep["command"] if word not in ("${env}", "python", "-m", "kit")]
-    values = [f"{key}={parameter['values'][0]}" for key, parameter in sweep["parameters"].items()]
-    at = words.index("${args_no_hyphens}")
-    words[at : at + 1] = values
-    for key, value in {"WANDB_MODE": "offline", "WANDB_SWEEP_ID": "abc", "WANDB_RUN_ID": "run1"}.items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.chdir(tmp_path)
-    small = [*CLIP, *TOKENIZER, *GENERATOR, *QUICK, "recipe.generator.steps=2", "trainer.val_check_interval=2"]
-    assert main([*words, *small, f"tokenizer_ckpt={pair.tokenizer}"]) == 0
-    assert wandb.run is None, "the next training of this process is a run of its own"
-    folder = {"generator": "sweep_generator", "ablation": "ablation_standard_0"}[name]
-    assert (tmp_path / "runs" / folder / "run1" / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_wandb_is_told_the_data_and_the_trainer(monkeypatch):

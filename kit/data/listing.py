@@ -225,7 +225,11 @@ def _rows(path: Path) -> list:
         with path.open(encoding="utf-8-sig", newline="") as file:
             match path.suffix.lower():
                 case ".csv":
-                    return list(csv.DictReader(file))
+                    table = csv.DictReader(file)
+                    named = table.fieldnames or []
+                    if twice := [key for key in ("file", "caption") if named.count(key) > 1]:  # a row keeps the last
+                        raise ValueError(f"{path}: {named.count(twice[0])} columns named {twice[0]!r}; keep one of them")
+                    return list(table)
                 case ".jsonl":
                     lines = [(n, line) for n, line in enumerate(file, start=1) if line.strip()]
                     return [_json_of(line, n, path) for n, line in lines]

@@ -168,6 +168,7 @@ def test_captions_from_a_table(tmp_path, suffix, where):
         ("c.csv", "file,caption\na.mp4,x\n", "no caption for 1 files, such as 'b.mp4'"),
         ("c.csv", "file,caption\na.mp4,x\na.mp4,y\nb.mp4,z\n", "row 2: a second caption for 'a.mp4'"),
         ("c.csv", "file,caption\na.mp4,x\na,y\nb.mp4,z\n", r"c\.csv: a second caption for 'a.mp4', named 'a'; keep one"),
+        ("c.csv", "file,caption,caption\na.mp4,x,y\nb.mp4,z,u\n", r"c\.csv: 2 columns named 'caption'; keep one"),
         ("c.json", '{"a.mp4": "x", "b": "y", "a.mp4": "z"}', "row 3: a second caption for 'a.mp4'"),
         ("c.jsonl", '{"file": "a.mp4", "caption": "x"}\n{"file": \n', r"c\.jsonl, line 2: not JSON"),
         (

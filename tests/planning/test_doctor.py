@@ -31,10 +31,11 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_doctor_reports_and_finds_a_configs_problem(capsys):
+def test_doctor_reports_and_finds_a_configs_problem(capsys, monkeypatch):
+    monkeypatch.setattr("kit.machine.can_compile", lambda: False)  # a first compile takes half a minute
     assert main(["doctor", "check=stage2_generator"]) == 0
     text = capsys.readouterr().out
-    assert all(size in text for size in SIZES) and "torch" in text
+    assert all(size in text for size in SIZES) and "torch.compile does not work here" in " ".join(text.split())
     assert "no checkpoint at runs/stage1_tokenizer/checkpoints/last.ckpt" in text
     assert main(["doctor", "check=generate"]) == 1
     assert "check=generate: not a training conf; choose from ablation, paper_plan" in capsys.readouterr().err
