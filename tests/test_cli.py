@@ -42,7 +42,9 @@ def test_help_names_every_verb(capsys):
 def test_help_of_fit_lists_what_can_be_trained(capsys):
     assert main(["fit", "--help"]) == 0
     text = capsys.readouterr().out
-    assert all(re.search(rf"^  {name} +\w", text, re.M) for name in confs()) and "--- conf/stage1_tokenizer.yaml" in text
+    found = [re.search(rf"^  {name} +(\w.*)", text, re.M) for name in confs()]
+    assert all(found) and "--- conf/stage1_tokenizer.yaml" in text
+    assert all(re.search(r"\.$|: python -m kit ", line[1]) for line in found), "each line is a whole sentence"
 
 
 def test_help_of_a_conf_shows_the_groups_that_it_chooses(capsys):
