@@ -59,7 +59,8 @@ def usage() -> str:
     return (
         "python -m kit VERB [conf=NAME] [key=value ...]\n\nverbs:\n" + "\n".join(lines) + "\n\n"
         "python -m kit VERB --help    its keys, their defaults and units\n"
-        "python -m kit VERB ... --cfg job    the composed config      --multirun key=a,b,c    one run for each value\n\n"
+        "python -m kit VERB ... --cfg job    the composed config\n"
+        "python -m kit VERB ... --multirun key=a,b name='x${key}'    a run for each value, each with a name of its own\n\n"
         "first steps:\n"
         "  python -m kit demo\n"
         "  python -m kit fit conf=stage1_tokenizer && python -m kit fit conf=stage2_generator\n"

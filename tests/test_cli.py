@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,16 @@ def test_help_names_every_verb(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(re.search(rf"^  {verb} +\w", text, re.M) for verb in VERBS)
+
+
+def test_runs_of_the_multirun_that_help_shows_have_folders_of_their_own(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 2
+    shown = next(line for line in capsys.readouterr().out.splitlines() if "--multirun" in line).partition("    ")[0]
+    words, folders = [word.replace("key", "seed") for word in shlex.split(shown.replace("a,b", "1,2"))[5:]], []
+    monkeypatch.setattr("kit.verbs.fit.fit", lambda cfg: folders.append(cfg.folder))
+    assert main(["fit", "conf=stage1_tokenizer", *words]) == 0
+    assert folders == ["runs/x1", "runs/x2"]
 
 
 def test_help_of_fit_lists_what_can_be_trained(capsys):
