@@ -196,8 +196,8 @@ def explained(error: Exception, verb: str) -> str | None:
         return "\n".join(filter(None, (said, str(error.__cause__ or ""))))
     kind = type(error).__name__  # torch and Lightning may not be imported, which takes seconds
     if kind == "OutOfMemoryError":  # torch's, of a GPU
-        room = "fits=12GB, recompute=true or fewer clips a step" if verb == "fit" else "a smaller batch_size"
-        return f"{error}\n{room} takes less\n(KIT_TRACEBACK=1 shows where)"
+        room = {"fit": "fits=12GB, recompute=true or fewer clips a step", "cache": "a smaller data.height and data.width"}
+        return f"{error}\n{room.get(verb, 'a smaller batch_size')} takes less\n(KIT_TRACEBACK=1 shows where)"
     if isinstance(error, MENDABLE) or kind == "MisconfigurationException":  # Lightning's
         text = str(error)
         if text.startswith("Caught ") and "\nOriginal Traceback " in text:  # torch's, around that of a loader's worker

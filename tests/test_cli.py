@@ -356,17 +356,28 @@ def test_a_run_without_a_name_is_refused_before_a_folder_is_made(words, expected
 
 
 @pytest.mark.parametrize(
-    "words, way", [("fit conf=stage1_tokenizer", "fits=12GB"), ("validate ckpt=x", "a smaller batch_size")]
+    "words, way",
+    [
+        ("fit conf=stage1_tokenizer", "fits=12GB"),
+        ("validate ckpt=x", "a smaller batch_size"),
+        ("cache", "a smaller data.height and data.width"),
+    ],
 )
 def test_a_full_gpu_is_told_without_a_traceback(words, way, capsys, monkeypatch, tmp_path):
+    """The way out is of keys that the verb has."""
+    seen, verb = [], words.split()[0]
+
     def full(cfg):
+        seen.append(cfg)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kit.verbs.fit.fit" if "fit" in words else "kit.verbs.validate.validate", full)
+    monkeypatch.setattr(f"{VERBS[verb].module}.{verb}", full)
     assert main(words.split()) == 1
     error = capsys.readouterr().err
     assert "CUDA out of memory" in error and way in error and "Traceback" not in error
+    keys = re.findall(r"\w+(?:\.\w+)+|\w+_\w+", error.splitlines()[-2].replace("fits=12GB", ""))
+    assert all(OmegaConf.select(seen[0], key, default="absent") != "absent" for key in keys)
 
 
 OF_ONE_SIZE = ("paper_plan", "ucf101_tokenizer", "ucf101_generator")  # or of data that is not here
