@@ -420,8 +420,8 @@ def prepare_vizdoom(n: int, form: Form, workers: int | None = None) -> Path:
         ImportError: without the package vizdoom. ValueError: if n or workers is below 1, and as `render`.
         KeyboardInterrupt: see `render_all`; the next call continues from there.
     """
-    for key, value in (("n", n), ("workers", workers)):
-        check_whole_number(key, value, 1, optional=True)
+    check_whole_number("n", n, 1)
+    check_whole_number("workers", workers, 1, optional=True)
     folder = form.folder()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f"{folder.name}.lock")):  # a second run waits for the first

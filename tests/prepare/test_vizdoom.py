@@ -314,6 +314,7 @@ def test_shares_are_of_one_map_and_weapon():
         (["fps=70"], "fps=70; expected"),
         (["seed=-1"], "seed=-1; expected a whole number of 0 or more"),
         (["n=0"], "n=0; expected a whole number of 1 or more"),
+        (["n=null"], "n=null; expected a whole number of 1 or more"),
         (["workers=0"], "workers=0; expected a whole number of 1 or more"),
     ],
 )
