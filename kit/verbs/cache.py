@@ -34,8 +34,10 @@ def cache(cfg: DictConfig) -> Path:
     Returns:
         the folder of the cache.
     Raises:
-        ValueError: if the clips come from a cache already, or their shape is no whole numbers; else as `write_cache`.
+        ValueError: if the clips come from a cache already, or their number or shape is no whole numbers; else as
+            `write_cache`.
     """
+    check_whole_number("clips", cfg.clips, 1)
     tokenizer, folder, cfg = load_tokenizer(cfg.tokenizer_ckpt), Path(cfg.folder), cfg.copy()
     for key in ("frames", "height", "width"):
         check_whole_number(f"data.{key}", cfg.data[key], 1, optional=True)

@@ -439,6 +439,13 @@ def test_a_run_that_ended_before_its_first_save_keeps_what_it_encoded(pair, tmp_
     assert fit("ckpt=last") == first
 
 
+@pytest.mark.parametrize("number", ["null", "2.5", "0"])
+def test_a_number_of_clips_that_is_none_is_named(tmp_path, capsys, number):
+    assert main(["cache", f"clips={number}", f"root={tmp_path}"]) == 1
+    assert f"clips={number}; expected a whole number of 1 or more" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_negative_number_is_named(pair, tmp_path, capsys):
     assert fit_generator(tmp_path, "recipe.generator.encoded_clips=-1", tokenizer=pair.tokenizer) == 1
     assert "encoded_clips=-1" in capsys.readouterr().err
