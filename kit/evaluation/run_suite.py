@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -67,11 +68,17 @@ def make_suite(cfg: DictConfig) -> dict:
     write_page(folder, suite.name, [words_of(settings)], [], played, [])
     print(f"in {folder}: videos, videos.json, contact_sheet.png, report.html")
     if suite.name == "vbench":
-        print(
-            f"score them with VBench (vbench evaluate --videos_path {videos} --dimension ...), then read its results back:\n"
-            f"python -m kit evaluate protocol=vbench name={cfg.name} results=FOLDER_OF_ITS_RESULTS"
-        )
+        print(next_steps(videos, cfg.root, cfg.name))
     return read_json(folder / "suite.json")
+
+
+def next_steps(videos: Path, root: str, name: str) -> str:
+    """Says how VBench scores the videos of the run `name` in `root`, and how its results are read back."""
+    again = shlex.join(["protocol=vbench", f"root={root}", f"name={name}", "results=FOLDER_OF_ITS_RESULTS"])
+    return (
+        f"score them with VBench (vbench evaluate --videos_path {shlex.quote(str(videos))} --dimension ...), then read its "
+        f"results back:\npython -m kit evaluate {again}"
+    )
 
 
 def read_suite(cfg: DictConfig) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from kit.checkpoint import load_generator
 from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.evaluation import suites
+from kit.evaluation.run_suite import next_steps
 from kit.evaluation.suites import (
     Prompt,
     read_prompts,
@@ -324,6 +326,13 @@ def test_a_wrong_command_does_not_take_the_folder(pair, tmp_path, capsys, words,
     run = ["evaluate", "protocol=prompts", f"prompts={prompts}", f"ckpt={pair.generator}", f"root={tmp_path}", "name=out"]
     assert main([*run, *words]) == 1 and told in capsys.readouterr().err
     assert not list(tmp_path.rglob("suite.json"))
+
+
+def test_the_command_that_reads_results_back_looks_where_the_videos_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    told = shlex.split(next_steps(Path("my runs/suite/videos"), "my runs", "suite").splitlines()[-1])
+    assert told[:4] == ["python", "-m", "kit", "evaluate"] and main(told[3:]) == 1
+    assert "my runs/suite has no suite.json" in capsys.readouterr().err
 
 
 def test_a_suite_tells_of_words_that_were_never_trained(pair, tmp_path, capsys):
