@@ -85,6 +85,7 @@ def demo(cfg: DictConfig) -> dict:
 
 def summary(folder: Path, tokenizer: Path, generator: Path, metrics: dict) -> str:
     accuracy = ", ".join(f"{name} {value:.0%}" for name, value in metrics["caption_accuracy"].items())
+    ckpt = shlex.quote(f"ckpt={generator}")
     return f"""
 Done. Trained for {metrics["train_seconds"] / 60:.1f} minutes; one clip is sampled in {metrics["sample_seconds"]:.2f} s.
   held-out reconstruction   {metrics["reconstruction_psnr_db"]:.2f} dB
@@ -98,9 +99,9 @@ Look at
   {generator}
 
 Next
-  python -m kit generate ckpt={generator} prompt="a blue star growing on a dark background" n=4
-  python -m kit inspect ckpt={generator}
-  python -m kit prepare i3d && python -m kit evaluate protocol=shapes ckpt={generator}
-  python -m kit generate ckpt={generator} image=PICTURE.png prompt="a green ring circling in a blue sky"
+  python -m kit generate {ckpt} prompt="a blue star growing on a dark background" n=4
+  python -m kit inspect {ckpt}
+  python -m kit prepare i3d && python -m kit evaluate protocol=shapes {ckpt}
+  python -m kit generate {ckpt} image=PICTURE.png prompt="a green ring circling in a blue sky"
   python -m kit fit conf=stage1_tokenizer data=clips data.root=YOUR_VIDEOS name=mine
   python -m kit --help"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.files import load_checked, save_checked, sole_user
 from kit.media import contact_sheet, moving_sheet, write_video
+from kit.verbs.demo import summary
 from kit.verbs.held_out import held_out
 from kit.verbs.reconstruct import per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_tokenizer
@@ -276,6 +278,15 @@ def test_demo_killed_goes_on_leaves_what_it_promises_and_is_not_trained_again(tm
     assert main(words) == 0
     assert last.read_bytes() == before
     assert json.loads((folder / "metrics.json").read_text())["train_seconds"] == metrics["train_seconds"]
+
+
+def test_what_the_demo_says_comes_next_can_be_pasted():
+    """Also where its folder has blanks."""
+    folder = Path("my runs/demo")
+    scores = {"train_seconds": 60, "sample_seconds": 1, "reconstruction_psnr_db": 29, "caption_accuracy": {"colour": 1}}
+    next_ones = summary(folder, folder / "tokenizer.ckpt", folder / "generator.ckpt", scores).partition("\nNext\n")[2]
+    given = [[word for word in shlex.split(line) if word.startswith("ckpt=")] for line in next_ones.splitlines()]
+    assert given == [["ckpt=my runs/demo/generator.ckpt"]] * 4 + [[], []]
 
 
 def test_the_demo_hands_on_its_seed_and_threads(tmp_path, monkeypatch):
