@@ -347,7 +347,7 @@ def display_width(width: int, aspect: Fraction | None) -> int:
     return round(width * aspect) if stretched else width
 
 
-def upright(pixels: np.ndarray, matrix: Sequence[int]) -> np.ndarray:
+def upright(pixels: np.ndarray, matrix: Sequence[float]) -> np.ndarray:
     """Turns and mirrors an image (H, W, 3) as a file's display matrix says, in quarter turns.
 
     Args:
@@ -357,6 +357,16 @@ def upright(pixels: np.ndarray, matrix: Sequence[int]) -> np.ndarray:
     if abs(b) > abs(a):
         pixels, a, d = pixels.swapaxes(0, 1), c, b
     return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def _display_matrix(frame: av.VideoFrame) -> Sequence[float]:
+    """Returns the display matrix of a frame, at least what `upright` takes of it."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # beside data that PyAV has no name for, such as EXIF, it gives the rotation alone
+        angle = math.radians(-frame.rotation)
+        return math.cos(angle), math.sin(angle), 0, -math.sin(angle), math.cos(angle)
+    return (1, 0, 0, 0, 1) if matrix is None else struct.unpack("=9i", matrix)
 
 
 def unpad_rows(frame: np.ndarray) -> np.ndarray:
@@ -382,8 +392,7 @@ def _forward(
         if at > index:
             return
         pixels = frame.to_ndarray(format="rgb24", width=width or None, height=height or None)
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        yield pixels if matrix is None else upright(pixels, struct.unpack("=9i", matrix))
+        yield upright(pixels, _display_matrix(frame))
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:

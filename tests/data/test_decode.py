@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from kit.data import decode
 from kit.data.decode import (
@@ -265,6 +266,22 @@ def test_a_display_matrix_is_applied(tmp_path, backend, matrix):
     path = write(tmp_path / "a.mp4", [image] * 3, crf="1")
     stored = open_video(path, backend).frames([1])[0]
     assert np.array_equal(open_video(set_matrix(path, *matrix), backend).frames([1])[0], shown(stored, *matrix))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_frames_of_a_camera_that_hold_exif_are_read(tmp_path, orientation):
+    """PyAV gives no data beside a frame if it has no name for a part of it."""
+    exif, pixels = Image.Exif(), np.zeros((48, 64, 3), np.uint8)
+    exif[0x112], pixels[:16, :32] = orientation, 255
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg", exif=exif)
+    with av.open(str(tmp_path / "camera.avi"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=8, width=64, height=48, pix_fmt="yuvj420p")
+        for number in range(3):
+            packet = av.Packet((tmp_path / "photo.jpg").read_bytes())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 8)
+            container.mux(packet)
+    shown = open_video(tmp_path / "photo.jpg").frames([0])
+    assert np.abs(open_video(tmp_path / "camera.avi").frames([2]).astype(int) - shown).mean() < 3
 
 
 def test_headers_of_large_files_are_read(tmp_path):
