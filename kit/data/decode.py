@@ -396,10 +396,16 @@ def _forward(
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """Returns the stream that FFmpeg considers the main one, as decord does: it is not always the first."""
+    """Returns the stream that FFmpeg considers the main one, as decord does: it is not always the first.
+
+    Raises:
+        ValueError: if there is none, or it is but a part of a picture, as in the HEIC files of phones.
+    """
     stream = container.streams.best("video")
     if stream is None:
         raise ValueError("the file holds no video stream")
+    if stream.disposition & stream.disposition.dependent:
+        raise ValueError("it holds a picture in tiles, which are not put together here: save it as jpg or png")
     return stream
 
 

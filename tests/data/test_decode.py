@@ -388,6 +388,45 @@ def test_a_stream_that_changes_its_size_keeps_that_of_its_start(tmp_path, backen
     assert open_video(path, backend).frames([19]).shape == (1, 48, 80, 3)
 
 
+def box(kind: bytes, *content: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + sum(map(len, content)), kind) + b"".join(content)
+
+
+def write_tiled(path: Path, side: int = 64) -> Path:
+    """Writes a picture of two tiles, left and right, as phones write their photos (HEIC, ISO/IEC 23008-12)."""
+    tile = write(path.with_suffix(".mp4"), noise(side, side, 1), "libx265", **{"x265-params": "log-level=none"})
+    with av.open(str(tile)) as container:
+        (stream,) = container.streams.video
+        coded = b"".join(bytes(packet) for packet in container.demux(stream) if packet.size)
+        settings = bytes(stream.codec_context.extradata)
+    grid = struct.pack(">BBBBHH", 0, 0, 0, 1, 2 * side, side)  # items: 1 is the grid, 2 and 3 are its tiles
+
+    def header(start: int) -> bytes:
+        tiles = [struct.pack(">HHHHII", item, 0, 0, 1, start, len(coded)) for item in (2, 3)]
+        kinds = ((1, 0, b"grid"), (2, 1, b"hvc1"), (3, 1, b"hvc1"))
+        sizes = [box(b"ispe", struct.pack(">III", 0, width, side)) for width in (2 * side, side)]
+        places = [struct.pack(">IHH", 1 << 24, 0x4400, 3), struct.pack(">HHHHII", 1, 1, 0, 1, 0, len(grid)), *tiles]
+        items = [box(b"infe", struct.pack(">IHH4sB", 2 << 24 | hidden, item, 0, kind, 0)) for item, hidden, kind in kinds]
+        of_items = struct.pack(">II", 0, 3) + bytes([0, 1, 1, 0x81, 0, 2, 2, 0x82, 0x83, 0, 3, 2, 0x82, 0x83])
+        return box(
+            b"meta", bytes(4), box(b"hdlr", bytes(8), b"pict", bytes(13)), box(b"pitm", struct.pack(">IH", 0, 1)),
+            box(b"iloc", *places), box(b"iinf", struct.pack(">IH", 0, 3), *items),
+            box(b"iref", bytes(4), box(b"dimg", struct.pack(">HHHH", 1, 2, 2, 3))),
+            box(b"iprp", box(b"ipco", *sizes, box(b"hvcC", settings)), box(b"ipma", of_items)), box(b"idat", grid),
+        )  # fmt: skip
+
+    kind = box(b"ftyp", b"heic", bytes(4), b"mif1heic")
+    path.write_bytes(kind + header(len(kind) + len(header(0)) + 8) + box(b"mdat", coded))
+    return path
+
+
+@both_backends
+def test_a_picture_in_tiles_is_not_taken_for_one_of_them(tmp_path, backend):
+    path = write_tiled(tmp_path / "photo.heic")
+    with pytest.raises(UnreadableVideo, match="photo.heic: .*it holds a picture in tiles.*save it as jpg or png"):
+        open_video(path, backend)
+
+
 def test_display_width():
     assert [display_width(720, aspect) for aspect in (None, Fraction(1), Fraction(64, 45), Fraction(8, 9))] == [
         720,
