@@ -53,7 +53,7 @@ def as_text(text: str, literal: bool = True) -> str:
     Args:
         literal: whether ${...} in it is text too, not the value of another key.
     """
-    if text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"):
+    if text == "null" or re.fullmatch(r"""(['"])(\\.|(?!\1)[^\\])*\1""", text, re.DOTALL):
         return text
     if literal:
         text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # omegaconf halves backslashes before ${

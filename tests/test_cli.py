@@ -527,6 +527,11 @@ def test_prompts_are_not_interpolated(text):
     assert composed("generate", quoted("ckpt=runs/g${seed}/a,b.ckpt")).ckpt == "runs/g0/a,b.ckpt"
 
 
+@pytest.mark.parametrize("text", ['"Stop" says the sign, and "go"', "'a' or 'b'", "'a\\'", "'", "'it's'"])
+def test_a_text_that_begins_and_ends_with_a_quote_is_not_one_in_quotes(text):
+    assert composed("generate", quoted(f"prompt={text}")).prompt == text
+
+
 def test_confs_may_lie_where_hydras_option_says(tmp_path, capfd):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.yaml").write_text("defaults: [shapes]\nval_clips: 5\n")
