@@ -40,7 +40,7 @@ def video_writer(path: Path, fps: float, height: int, width: int) -> Iterator[Ca
     if not NARROWEST <= min(height, width) <= max(height, width) <= WIDEST:
         raise ValueError(f"{path}: an mp4 has {NARROWEST} to {WIDEST} pixels a side, not {width} x {height}; cut the picture")
     twice = (0, 0), (0, height % 2), (0, width % 2), (0, 0)  # of a video (T, H, W, 3)
-    with written_aside(path) as aside, av.open(str(aside), "w") as container:
+    with written_aside(path.absolute()) as aside, av.open(str(aside), "w") as container:  # `12:30/a.mp4` reads as a protocol
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         # With its macroblock tree x264 writes the same small frames differently from run to run. `veryfast` takes half the

@@ -220,6 +220,11 @@ def test_odd_sizes_lose_nothing(tmp_path):
     assert decoded(odd).shape == (5, 18, 32, 3) and odd.read_bytes() == even.read_bytes()
 
 
+def test_a_folder_may_have_a_colon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(decoded(write_video(moving(1, 16, 16), "12:30/a.mp4", 8).absolute())) == 1
+
+
 def test_sides_that_no_mp4_has_are_told(tmp_path):
     for height, width in ((1, 32), (32, 16386)):
         with pytest.raises(ValueError, match=f"2 to 16384 pixels a side, not {width} x {height}"):
