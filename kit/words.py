@@ -179,10 +179,14 @@ def refused(conf: Path, words: list[str], sweep: bool = False) -> str | None:
         words = [of_one_run(word) for word in words] if sweep else words
         compose(conf, words)
     except MissingConfigException as error:
-        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        missing = error.missing_cfg_file or ""
+        keys = (word.split("=")[0] for word in words)
+        group = next((key for key in keys if missing.startswith(f"{key}/")), missing.rpartition("/")[0])
         if not group or not error.options:
             return None
-        return f"no {group}={name}; choose from {', '.join(error.options)}"
+        name, choice = missing.removeprefix(f"{group}/"), ", ".join(error.options)
+        own = f"; one of yours lies in the folder {group} beside a conf of yours, and is chosen by its name without .yaml"
+        return f"no {group}={name}; choose from {choice}{own if name.endswith('.yaml') else ''}"
     except ConfigCompositionException as error:
         found = re.match(r"Could not override '(.+)'", str(error))
         said = str(error).strip() + (f"; {INTERPOLATION}" if "${" in str(error) else "")

@@ -532,6 +532,12 @@ def test_a_text_that_begins_and_ends_with_a_quote_is_not_one_in_quotes(text):
     assert composed("generate", quoted(f"prompt={text}")).prompt == text
 
 
+def test_where_a_protocol_of_ones_own_lies_is_told(capsys):
+    assert main(["evaluate", "protocol=/a/mine.yaml"]) == 1
+    told = "no protocol=/a/mine.yaml; choose from folder, prompts, .* one of yours lies in the folder protocol beside a conf"
+    assert re.search(told, capsys.readouterr().err)
+
+
 def test_confs_may_lie_where_hydras_option_says(tmp_path, capfd):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.yaml").write_text("defaults: [shapes]\nval_clips: 5\n")
