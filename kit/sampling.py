@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 
 import numpy as np
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +21,7 @@ from kit.scales import TAU, ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer import Tokenizer
 from kit.tokenizer.causal import Stream
 from kit.tokenizer.quantizer import feature_to_bits
+from kit.words import typed_keys
 
 
 def seed_of(*place: int) -> int:
@@ -197,6 +200,19 @@ def check_video_length(
     elif frames > longest:
         how_made = f"{longest} at a time, each time from the last {overlap} on"
         print(f"note: {frames} frames, {how_made}; training saw {trained}, not what comes after them")
+
+
+def check_none_samples(cfg: DictConfig, who: str):
+    """Checks that no key is given on the command line that says how a generator samples, where none does.
+
+    Args:
+        who: what the command is about instead, in words.
+    Raises:
+        ValueError: if one is.
+    """
+    names = {"tokenizer", *(field.name for field in fields(Sampling))}
+    if idle := [key for key in typed_keys() if key.split(".")[0] in names and OmegaConf.select(cfg, key) is not None]:
+        raise ValueError(f"{', '.join(idle)}: how a generator samples, which {who} does not; leave it out")
 
 
 def tell_notes(prompts: Sequence[str], sampling: Sampling, notes: Callable[[str], list[str]]):

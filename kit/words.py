@@ -216,3 +216,19 @@ def unknown_key(conf: Path, words: list[str], key: str) -> str:
     keys = ", ".join(map(str, OmegaConf.select(cfg, above) if above else cfg))
     message = like[0] if like else f"no key {key}; {f'{above} has' if above else 'there are'} {keys}"
     return f"{message}; +{key}=... adds it" if key.startswith(OPEN) else message
+
+
+def typed_keys() -> list[str]:
+    """Lists the keys given on the command line, such as `seed` and `guidance.first`; none if there is no command line.
+
+    Of values in braces, guidance={first: 3}, it lists those that are there: the others stay as they are.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    keys = []
+    for given in OverridesParser.create().parse_overrides([word for word in words if word[0] != "~"]):
+        key, value = given.key_or_group, given.value()
+        keys += [f"{key}.{part}" for part in value] if isinstance(value, dict) else [key]
+    return keys

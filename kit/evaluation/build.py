@@ -19,7 +19,7 @@ from kit.generator.condition import ConditionConfig, check_classes
 from kit.generator.sampler import Sampling
 from kit.machine import check_precision
 from kit.perceptual import Perceptual, load_perceptual
-from kit.sampling import check_video_length, tell_notes
+from kit.sampling import check_none_samples, check_video_length, tell_notes
 from kit.scales import whole_groups
 from kit.values import plain
 
@@ -68,6 +68,7 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
         raise ValueError("paired=true is for videos=DIR; a tokenizer's reconstructions are paired anyway, samples never")
     shape = (protocol.frames, protocol.height, protocol.width)
     if kind_of(cfg.ckpt) == "tokenizer":
+        check_none_samples(cfg, "a tokenizer")
         if protocol.folds > 1 and not protocol.real.drawn_anew:
             raise ValueError(
                 f"protocol.folds={protocol.folds} would score the same reconstructions again: say protocol.folds=1 or "
@@ -93,6 +94,7 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
 
 
 def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes) -> tuple[GivenVideos, Protocol]:
+    check_none_samples(cfg, "videos=DIR")
     shape = dict(frames=protocol.frames, height=protocol.height, width=protocol.width, fps=protocol.fps)
     videos = FolderClips(cfg.videos, "all", label_from="none", backend=protocol.real.backend, **shape)
     samples = protocol.samples or len(videos.files) // protocol.folds

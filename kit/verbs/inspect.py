@@ -15,6 +15,7 @@ from kit.generator.sampler import Sampling
 from kit.inspection import bit_use, bit_use_picture, forced_and_free
 from kit.machine import autocast, device
 from kit.media import clip_by_clip, contact_sheet
+from kit.sampling import check_none_samples
 from kit.self_check import Check, check_tokenizer, self_check
 from kit.values import plain
 from kit.verbs.held_out import TRAINED_ON, data_for, held_out
@@ -37,6 +38,8 @@ def inspect(cfg: DictConfig) -> dict:
     folder = Path(cfg.folder)
     with sole_user(folder):
         is_generator = kind_of(cfg.ckpt) == "generator"
+        if not is_generator:
+            check_none_samples(cfg, "a tokenizer")
         generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer) if is_generator else (None, load_tokenizer(cfg.ckpt))
         data = data_for(cfg, generator or tokenizer)
         if generator is not None:

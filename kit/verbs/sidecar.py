@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-
 from kit.files import file_sha256, no_file, read_json
+from kit.words import typed_keys
 
 SETTINGS = (  # keys of conf/generate.yaml that decide how a video looks, apart from prompt, label and seed
     "ckpt", "tokenizer", "image", "video", "history_frames", "frames", "fps", "precision",
@@ -59,19 +57,6 @@ class Job:
         return any(
             settings.get(name) != value for name, value in self.own_settings.items() if name not in ("ckpt", "tokenizer")
         )
-
-
-def typed_keys() -> list[str]:
-    """Lists the keys given on the command line, such as `seed` and `guidance.first`; none if there is no command line.
-
-    Of values in braces, guidance={first: 3}, it lists those that are there: the others stay as they are.
-    """
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    keys = []
-    for given in OverridesParser.create().parse_overrides([word for word in words if word[0] != "~"]):
-        key, value = given.key_or_group, given.value()
-        keys += [f"{key}.{part}" for part in value] if isinstance(value, dict) else [key]
-    return keys
 
 
 def read_sidecar(path: Path) -> dict:

@@ -379,6 +379,15 @@ def test_an_altered_protocol_is_found_out(evaluate, read, pair, tmp_path):
         (["ckpt={generator}", "metrics=[psnr]"], "psnr has nothing to measure here: it compares clips in pairs"),
         (["ckpt={generator}", "metrics=[fvd]"], "unknown metric 'fvd'; expected auto or some of [frechet,"),
         (["ckpt={generator}", "paired=true"], "paired=true is for videos=DIR"),
+        (
+            ["ckpt={tokenizer}", "guidance.first=3", "negative=x"],
+            "guidance.first, negative: how a generator samples, which a",
+        ),
+        (["ckpt={tokenizer}", "tokenizer={tokenizer}"], "tokenizer: how a generator samples, which a tokenizer does not"),
+        (
+            ["protocol=folder", "videos={videos}", "real={videos}", "top_p=0.5"],
+            "top_p: how a generator samples, which videos=",
+        ),
         (["ckpt={generator}", "protocol.detector.sha256=0123"], "needs videomae weights with sha256 0123, found"),
         (["ckpt={generator}", "protocol.frames=5", "metrics=[frechet]"], "takes clips of 4 frames, the protocol has 5"),
         (["ckpt={generator}", "protocol.real.clips=null"], "say how many and how fast"),

@@ -149,6 +149,13 @@ def test_inspect_and_validate(pair, tmp_path, capsys):
     assert set(metrics["reconstruction_caption_accuracy"]) == {"colour", "shape", "motion", "background", "all"}
 
 
+@pytest.mark.parametrize("verb", ["validate", "inspect"])
+def test_a_tokenizer_is_not_told_how_to_sample(verb, pair, tmp_path, capsys):
+    assert run(verb, pair, tmp_path, "guidance={first: 3}", "temperature=0", model="tokenizer") == 1
+    told = "guidance.first, temperature: how a generator samples, which a tokenizer does not; leave it out"
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("verb", ["validate", "inspect", "reconstruct"])
 def test_what_models_show_is_of_one_process_and_of_some_clips(verb, pair, tmp_path, capsys):
     words = [verb, f"ckpt={pair.tokenizer}", f"root={tmp_path}", "name=out", "clips=4"]
