@@ -20,20 +20,21 @@ from kit.tokenizer.losses import entropy_of
 
 @torch.no_grad()
 def forced_and_free(
-    model: Generator, tokenizer: Tokenizer, feature: Tensor, schedule: ScaleSchedule, prompts: list[str], sampling: Sampling
-) -> dict[str, Tensor]:
+    model: Generator, tokenizer: Tokenizer, feature: Tensor, schedule: ScaleSchedule, prompts: list[str], sampling: Sampling,
+    seed: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
     """Reconstructs clips, predicts each block from the true earlier ones, and samples their prompts freely.
 
     Args:
         feature: (B, d, F, h, w) of the clips.
     Returns:
-        name -> (B, 3, T, H, W): `reconstruction`, `teacher-forced`, and `free sample`, with seeds 0, 1, and so on.
+        name -> (B, 3, T, H, W): `reconstruction`, `teacher-forced`, and `free sample`, with seeds from `seed` on.
     """
     logits, sequence = teacher_forced(model, feature, schedule, model.condition(prompts))
     return {
         "reconstruction": tokenizer.decode_bits(sequence.targets, schedule),
         "teacher-forced": tokenizer.decode_bits(logits > 0, schedule),
-        "free sample": sample_clips(model, tokenizer, schedule, prompts, range(len(prompts)), sampling),
+        "free sample": sample_clips(model, tokenizer, schedule, prompts, range(seed, seed + len(prompts)), sampling),
     }
 
 

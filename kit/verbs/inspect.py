@@ -90,6 +90,6 @@ def draw_samples(generator: Loaded, tokenizer: Loaded, few: dict, cfg: DictConfi
     prompts = model.condition.prompts(few)
     with autocast(cfg.precision):
         feature, schedule = codec.encode(video), codec.schedule_of(video)
-        rows = {"real": video, **forced_and_free(model, codec, feature, schedule, prompts, Sampling.of(plain(cfg)))}
-    groups = clip_by_clip({name: videos.float().cpu() for name, videos in rows.items()}, len(prompts))
+        made = forced_and_free(model, codec, feature, schedule, prompts, Sampling.of(plain(cfg)), cfg.seed)
+    groups = clip_by_clip({name: videos.float().cpu() for name, videos in {"real": video, **made}.items()}, len(prompts))
     contact_sheet(groups, list(prompts), Path(cfg.folder) / "samples.png")

@@ -17,9 +17,10 @@ import av
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
-from kit.checkpoint import kind_of, load_generator, load_tokenizer, model_hash, read_checkpoint
+from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer, model_hash, read_checkpoint
 from kit.cli import main
 from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
@@ -29,6 +30,7 @@ from kit.files import load_checked, save_checked, sole_user
 from kit.media import contact_sheet, moving_sheet, write_video
 from kit.verbs.demo import summary
 from kit.verbs.held_out import held_out
+from kit.verbs.inspect import draw_samples
 from kit.verbs.reconstruct import per_scale
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_tokenizer
 from tests.processes import Command, children, demo_part
@@ -154,6 +156,15 @@ def test_a_tokenizer_is_not_told_how_to_sample(verb, pair, tmp_path, capsys):
     assert run(verb, pair, tmp_path, "guidance={first: 3}", "temperature=0", model="tokenizer") == 1
     told = "guidance.first, temperature: how a generator samples, which a tokenizer does not; leave it out"
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_inspect_samples_with_its_seed(make_generator, make_tokenizer, tmp_path):
+    models = [Loaded(model, {}, tmp_path, 0, "") for model in (make_generator(scales=2), make_tokenizer())]
+    few = {"video": Shapes("val", frames=5, height=8, width=8)[0]["video"][None], "caption": ["a red ball"]}
+    for name, seed in {"a": 0, "b": 0, "c": 5}.items():
+        draw_samples(*models, few, OmegaConf.create({"folder": str(tmp_path / name), "seed": seed, "precision": "float32"}))
+    pictures = [(tmp_path / name / "samples.png").read_bytes() for name in "abc"]
+    assert pictures[0] == pictures[1] != pictures[2]
 
 
 @pytest.mark.parametrize("verb", ["validate", "inspect", "reconstruct"])
