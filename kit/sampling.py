@@ -23,6 +23,8 @@ from kit.tokenizer.causal import Stream
 from kit.tokenizer.quantizer import feature_to_bits
 from kit.words import typed_keys
 
+MOST_NOTES = 9  # lines about prompts, of which there may be thousands
+
 
 def seed_of(*place: int) -> int:
     """Derives a 32-bit seed from a place in numbered work, such as (seed, fold, clip), whatever else is generated."""
@@ -216,7 +218,7 @@ def check_none_samples(cfg: DictConfig, who: str):
 
 
 def tell_notes(prompts: Sequence[str], sampling: Sampling, notes: Callable[[str], list[str]]):
-    """Prints what a user should know of the prompts before generation begins.
+    """Prints what a user should know of the prompts before generation begins, in MOST_NOTES lines at most.
 
     Args:
         notes: the condition's notes on a text.
@@ -228,5 +230,8 @@ def tell_notes(prompts: Sequence[str], sampling: Sampling, notes: Callable[[str]
         found += [f"negative: {note}" for note in notes(sampling.negative)]
         if sampling.guidance.neutral:
             found.append("negative has no effect without guidance (guidance.first=1)")
-    for note in dict.fromkeys(found):
+    distinct = list(dict.fromkeys(found))
+    if len(distinct) > MOST_NOTES:
+        distinct[MOST_NOTES - 1 :] = [f"and {len(distinct) - MOST_NOTES + 1} more such notes"]
+    for note in distinct:
         print(f"note: {note}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kit.generator.sampler import Sampling, sample_frames
-from kit.sampling import sample_clips, seed_of, stream_clips, stream_video, windows
+from kit.sampling import sample_clips, seed_of, stream_clips, stream_video, tell_notes, windows
 from tests.fixtures import CLOSE, PROMPTS, RISING
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -97,6 +97,12 @@ def test_a_long_video_in_one_sequence(tiny_pair):
     how = Sampling(extend="positions")
     video = torch.cat(list(stream_video(model, tokenizer, schedule, PROMPTS, [0, 1], 33, how)), 2)
     assert torch.equal(video, sample_clips(model, tokenizer, schedule.with_latent_frames(9), PROMPTS, [0, 1], how))
+
+
+def test_of_many_notes_some_are_told_and_the_others_counted(capsys):
+    tell_notes([f"prompt {n % 30}" for n in range(99)], Sampling(), lambda text: [f"{text} is odd"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [*(f"note: prompt {n} is odd" for n in range(8)), "note: and 22 more such notes"]
 
 
 def test_each_window_costs_the_same(tiny_pair):

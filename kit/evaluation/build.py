@@ -88,7 +88,7 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
     tell_learned(generator, protocol, source)
     sampling = Sampling.of(plain(cfg))
     check_video_length(tokenizer, (whole_groups(shape[0]), *shape[1:]), None, sampling, generator.clip["frames"])
-    tell_notes([], sampling, generator.model.condition.notes)
+    tell_notes(captions_read(generator, protocol, source), sampling, generator.model.condition.notes)
     protocol = protocol.resolved(samples=protocol.samples or protocol.real.clips)
     return Samples(generator, tokenizer, sampling, cfg.precision, shape), protocol
 
@@ -140,6 +140,14 @@ def check_size(tokenizer: Loaded, shape: tuple[int, int, int]):
         tokenizer.model.schedule(whole_groups(frames), height, width)
     except ValueError as error:
         raise ValueError(f"protocol.frames={frames}, protocol.height={height}, protocol.width={width}: {error}") from error
+
+
+def captions_read(generator: Loaded, protocol: Protocol, source: FolderClips | Shapes) -> list[str]:
+    """Returns the captions of the real clips that a generator of texts samples for, without empty ones."""
+    if generator.model.config.condition.kind != "text":
+        return []
+    words = source.texts() or map(source.words, range(protocol.real.clips))
+    return [each["caption"] for each in words if each["caption"].strip()]
 
 
 def tell_learned(model: Loaded, protocol: Protocol, source: FolderClips | Shapes):

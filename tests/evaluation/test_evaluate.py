@@ -308,6 +308,14 @@ def test_a_generator_of_classes(evaluate, read, pair, tmp_path, capsys):
     assert "this generator knows the classes Class000" in capsys.readouterr().err
 
 
+def test_captions_with_words_that_were_never_trained_are_told(evaluate, pair, videos, tmp_path, capsys):
+    shutil.copytree(videos, tmp_path / "captioned")
+    rows = [f"ball_{n:03d}.mp4,a red zeppelin" for n in range(7)]
+    (tmp_path / "captioned" / "captions.csv").write_text("\n".join(["file,caption", *rows]))
+    assert evaluate(f"ckpt={pair.generator}", f"real={tmp_path / 'captioned'}", protocol="folder") == 0
+    assert "note: never seen in training, so without a meaning: zeppelin\n" in capsys.readouterr().out
+
+
 def test_what_lacks_its_weights_is_left_out_and_said(evaluate, read, pair, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     words = [f"ckpt={pair.tokenizer}", "protocol.folds=1", "protocol.detector.kind=i3d", "detector_weights=null"]
