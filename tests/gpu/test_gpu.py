@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,15 @@ def test_memory_is_as_on_paper(conf, words, tmp_path):
     measured = torch.cuda.max_memory_allocated() - before
     _, most = memory_of(cfg, stages_of(cfg)[0][2], "cuda", bfloat16=True)
     assert measured == pytest.approx(most, rel=0.1)
+
+
+def test_the_notebook(pair, monkeypatch):
+    """What it takes from models lies where they do, what it draws on the CPU."""
+    pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.setenv("KIT_RUNS", str(pair[0].parents[2]))
+    notebook = Path(__file__).resolve().parents[2] / "notebooks" / "scale_tokens.ipynb"
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    exec("\n".join("".join(cell["source"]) for cell in cells), {})
 
 
 def test_the_verbs(pair, tmp_path, capsys):
