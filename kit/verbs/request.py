@@ -114,6 +114,9 @@ def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
     height, width = file.size
     if height * clip["width"] != width * clip["height"]:
         print(f"note: {path} is {width} x {height}: scaled, and cut in the centre to {clip['width']} x {clip['height']}")
+    if frames > 1 and file.video.fps < 0.99 * clip["fps"]:
+        rates = f"{file.video.fps:g} frames per second, the generator's clips {clip['fps']:g}"
+        print(f"note: {path} has {rates}: frames are taken twice")
     if file.video.moves:
         print(f"note: {path} moves; its first frame is taken, as of every picture: a gif or mp4 is continued from its end")
     if file.video.transparent:

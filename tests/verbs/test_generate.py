@@ -81,6 +81,14 @@ def test_a_video_is_gone_on_with_from_its_end_at_the_generators_rate(tmp_path):
     torch.testing.assert_close(history.mean((0, 2, 3)), levels[[11, 13, 15, 17, 19]], atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("rate, taken, told", [(4, 5, True), (7.95, 5, False), (12, 5, False), (4, 1, False)])
+def test_a_video_slower_than_the_generators_clips_is_told(tmp_path, capsys, rate, taken, told):
+    path = write_video(torch.zeros(3, 20, 32, 32), tmp_path / "slow.mp4", rate)
+    values = {"image": None, "video": str(path), "history_frames": taken}
+    history_of(values, {"frames": 9, "height": 32, "width": 32, "fps": 8.0})
+    assert ("slow.mp4 has 4 frames per second, the generator's clips 8: frames are taken" in capsys.readouterr().out) == told
+
+
 @pytest.mark.parametrize("trained, taken", [(1, 1), (5, 1), (9, 5), (33, 9)])
 def test_how_many_frames_of_a_video_are_gone_on_with(trained, taken, tmp_path):
     write_video(torch.zeros(3, 9, 32, 32), tmp_path / "dark.mp4", 8)
