@@ -230,6 +230,8 @@ def tell_notes(prompts: Sequence[str], sampling: Sampling, notes: Callable[[str]
         found += [f"negative: {note}" for note in notes(sampling.negative)]
         if sampling.guidance.neutral:
             found.append("negative has no effect without guidance (guidance.first=1)")
+    idle = {f"guidance.{name}" for name in sampling.guidance.unused}
+    found += [f"{key} has no effect: guidance.kind={sampling.guidance.kind}" for key in typed_keys() if key in idle]
     distinct = list(dict.fromkeys(found))
     if len(distinct) > MOST_NOTES:
         distinct[MOST_NOTES - 1 :] = [f"and {len(distinct) - MOST_NOTES + 1} more such notes"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kit.generator.guidance import Guidance
 from kit.generator.sampler import Sampling, sample_frames
 from kit.sampling import sample_clips, seed_of, stream_clips, stream_video, tell_notes, windows
 from tests.fixtures import CLOSE, PROMPTS, RISING
@@ -97,6 +98,14 @@ def test_a_long_video_in_one_sequence(tiny_pair):
     how = Sampling(extend="positions")
     video = torch.cat(list(stream_video(model, tokenizer, schedule, PROMPTS, [0, 1], 33, how)), 2)
     assert torch.equal(video, sample_clips(model, tokenizer, schedule.with_latent_frames(9), PROMPTS, [0, 1], how))
+
+
+@pytest.mark.parametrize("kind, idle", [("constant", ["last", "fine"]), ("falling", ["fine"]), ("rising", [])])
+def test_guidance_that_its_kind_does_not_read_is_told(kind, idle, monkeypatch, capsys):
+    monkeypatch.setattr("kit.sampling.typed_keys", lambda: ["guidance.first", "guidance.last", "guidance.fine", "seed"])
+    tell_notes([], Sampling(Guidance(kind, 2.0)), lambda text: [])
+    told = [f"note: guidance.{name} has no effect: guidance.kind={kind}" for name in idle]
+    assert capsys.readouterr().out.splitlines() == told
 
 
 def test_of_many_notes_some_are_told_and_the_others_counted(capsys):

@@ -33,6 +33,11 @@ class Guidance:
         for name in ("first", "last", "fine"):
             check_number(f"guidance.{name}", getattr(self, name))
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the values that this kind does not read."""
+        return {"constant": ("last", "fine"), "falling": ("fine",), "rising": ()}[self.kind]
+
     def gamma(self, f: int, k: int, schedule: ScaleSchedule) -> float:
         """The guidance of block (f, k)."""
         F, K = schedule.latent_frames, schedule.scales
