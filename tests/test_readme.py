@@ -58,7 +58,9 @@ def reduced(words: list[str], videos: Path) -> list[str]:
 def test_readme_commands_run(tmp_path, monkeypatch, capfd):
     videos = tmp_path / "videos"
     for n in range(6):
-        write_video(Shapes(frames=9, height=32, width=32)[n]["video"], videos / f"{('jump', 'jumping_jack')[n % 2]}_{n}.mp4", 8)
+        write_video(
+            Shapes(frames=9, height=32, width=32)[n]["video"], videos / f"{('jump', 'jumping_jack')[n % 2]}_{n}.mp4", 8
+        )
     infinity_file(tmp_path / "infinity_vae_d32.pth")
     monkeypatch.chdir(tmp_path)
     found = commands()
