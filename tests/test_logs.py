@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import errno
+import sys
+from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
@@ -20,6 +22,7 @@ from kit.generator.module import GeneratorModule
 from kit.inspection import bit_use_picture
 from kit.logs import CSVLogger
 from kit.tokenizer.module import TokenizerModule
+from kit.verbs.fit import ending_wandb
 from tests.fixtures import fit_generator, fit_tokenizer
 from tests.test_training import losses
 
@@ -86,6 +89,17 @@ def test_each_kind_of_logger_is_handed_pictures_as_it_takes_them(tmp_path):
     ((name, shown, step), how) = tensorboard.experiment.add_image.call_args
     assert (name, step, how) == ("samples", 7, {"dataformats": "HWC"}) and np.array_equal(shown, pixels)
     assert not others.experiment.mock_calls
+
+
+@pytest.mark.parametrize("error", [None, ValueError("a lost loss"), SystemExit(143)])
+def test_wandb_is_told_whether_a_training_has_come_to_its_end(error, monkeypatch):
+    """By itself it would show each as finished."""
+    wandb = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with suppress(ValueError, SystemExit), ending_wandb():
+        if error is not None:
+            raise error
+    wandb.finish.assert_called_once_with(exit_code=int(error is not None))
 
 
 def test_a_constant_bit_shows_at_a_glance(tmp_path):

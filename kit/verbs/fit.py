@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -63,19 +64,25 @@ def fit(cfg: DictConfig) -> L.Trainer:
         as `sole_user`, `checkpoint_to_resume`, `with_retries` and `train`.
     """
     end_with_launcher()
-    with sole_user(Path(cfg.folder)):
+    with sole_user(Path(cfg.folder)), ending_wandb():
         resume = checkpoint_to_resume(cfg)
-        try:
-            return with_retries(lambda *where: train(cfg, *where), resume, last_checkpoint(Path(cfg.folder)), cfg.retries)
-        finally:
-            finish_wandb()
+        return with_retries(lambda *where: train(cfg, *where), resume, last_checkpoint(Path(cfg.folder)), cfg.retries)
 
 
-def finish_wandb():
-    """Ends the run of wandb, if there is one: the next training of this process is another."""
-    wandb = sys.modules.get("wandb")
-    if wandb and wandb.run:
-        wandb.finish()
+@contextmanager
+def ending_wandb() -> Iterator[None]:
+    """Ends the run of wandb after the block, if there is one: the next training of this process is another.
+
+    W&B shows it as failed if the block ends by an error, or because it was asked to.
+    """
+    code = 1
+    try:
+        yield
+        code = 0
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb and wandb.run:
+            wandb.finish(exit_code=code)
 
 
 def goes_on(cfg: DictConfig, resume: Path | None) -> bool:
