@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+import netrc
 import os
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -129,8 +130,18 @@ def processes(devices: int | str | list) -> int:
 
 
 def wandb_offline() -> bool:
-    """Returns whether W&B has no key to log in with."""
-    return not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists())
+    """Returns whether W&B has no key to log in with.
+
+    It looks for one in the environment, and in the file of passwords where `wandb login` puts them, as of a login `user`:
+    those of other servers may be there too.
+    """
+    if os.environ.get("WANDB_API_KEY"):
+        return False
+    try:
+        known = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).hosts
+    except (OSError, netrc.NetrcParseError):
+        return True
+    return not any(host == "api.wandb.ai" or login == "user" for host, (login, *_) in known.items())
 
 
 def sweep_run() -> str:

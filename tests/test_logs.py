@@ -21,6 +21,7 @@ from kit.data.staged import StagedClips
 from kit.generator.module import GeneratorModule
 from kit.inspection import bit_use_picture
 from kit.logs import CSVLogger
+from kit.machine import wandb_offline
 from kit.tokenizer.module import TokenizerModule
 from kit.verbs.fit import ending_wandb
 from tests.fixtures import fit_generator, fit_tokenizer
@@ -89,6 +90,33 @@ def test_each_kind_of_logger_is_handed_pictures_as_it_takes_them(tmp_path):
     ((name, shown, step), how) = tensorboard.experiment.add_image.call_args
     assert (name, step, how) == ("samples", 7, {"dataformats": "HWC"}) and np.array_equal(shown, pixels)
     assert not others.experiment.mock_calls
+
+
+@pytest.mark.parametrize(
+    ("passwords", "offline"),
+    [
+        (None, True),
+        ("machine github.com login me password key", True),
+        ("machine github.com", True),
+        ("machine github.com login me password key\nmachine api.wandb.ai login user password key", False),
+        ("machine wandb.example.org\n  login user\n  password key", False),
+    ],
+)
+@pytest.mark.parametrize("variable", ["HOME", "NETRC"])
+def test_passwords_of_other_servers_are_no_key_of_wandb(passwords, offline, variable, tmp_path, monkeypatch):
+    """Told to go online without a key, it ends the training."""
+    for name in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / (".netrc" if variable == "HOME" else "passwords")
+    if variable == "NETRC":
+        monkeypatch.setenv("NETRC", str(path))
+    if passwords is not None:
+        path.write_text(passwords)
+        path.chmod(0o600)
+    assert wandb_offline() == offline
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert not wandb_offline()
 
 
 @pytest.mark.parametrize("error", [None, ValueError("a lost loss"), SystemExit(143)])
