@@ -176,6 +176,8 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
     Raises:
         ValueError: if the tokenizer cannot take the clips.
     """
+    stages, cfg = stages_of(cfg), cfg.copy()
+    cfg.trainer.max_steps = sum(steps for _, steps, _ in stages)  # the discriminators begin at a share of these
     tokenizer, _ = planned_tokenizer(cfg)
     generator = generator_config(cfg, tokenizer) if cfg.module == "generator" else None
     replicas = replicas_of(cfg)
@@ -189,7 +191,7 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
 
     heads = ("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")
     rows, total, begun = [COLUMNS.format(*heads, "GB held", "at most")], 0.0, 0
-    for name, steps, data in stages_of(cfg):
+    for name, steps, data in stages:
         data = max(shapes_of(data).values(), key=lambda data: tokens_of_a_batch(data, tokenizer))
         iterations, share = range(begun, begun := begun + steps), data["image_share"]
         clip, image = cost(data["frames"], data, iterations), cost(1, data, iterations) if share else None

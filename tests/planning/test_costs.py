@@ -77,6 +77,21 @@ def test_a_tokenizers_step_on_paper_is_the_real_one(words, monkeypatch):
     assert tokenizer_cost(lambda: tokenizer_on_paper(cfg, clip), range(3, 4)).flops == after
 
 
+def test_discriminators_begin_at_a_share_of_all_stages(monkeypatch):
+    """Stages have other steps than the recipe: the same training costs the same, however it is put down."""
+    monkeypatch.setattr("kit.planning.plan.memory_of", lambda *_: (0, 0))
+    switch = "+callbacks.stage_switch={_target_: callbacks.StageSwitch, folder: x, monitor: val/psnr}"
+
+    def exaflop(*words: str) -> float:
+        cfg = composed("stage1_tokenizer", *CLIP, *TINY, *FULL, "loss.perceptual.weight=0", *words)
+        OmegaConf.resolve(cfg)
+        rows = [line.split() for line in costs(cfg, composed("doctor"))]
+        return sum(float(row[-4]) for row in rows if row[1] == "5x32x32")
+
+    plain = exaflop("recipe.tokenizer.steps=1000")
+    assert exaflop(switch, "stages={a:{steps:600},b:{steps:400}}") == pytest.approx(plain, rel=1e-3)
+
+
 def test_costs_need_no_weights_of_the_perceptual_network():
     words = [*CLIP, *TINY, "loss.perceptual.kind=st-lpips", "loss.adversarial.weight=0"]
 
