@@ -304,21 +304,24 @@ class ShardClips(FolderClips):
 
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:
-        member, path = self.members[name], self.path_of(name)
+        contents = self._fetched(name)
         with tempfile.NamedTemporaryFile(suffix=PurePosixPath(name).suffix) as file:
-            try:
-                file.write(call_within(self.patience, lambda: read_member(member)))
-                file.flush()
-            except StorageHangs as error:
-                raise StorageHangs(
-                    f"{error}, the last of {member.shard}; ckpt=last resumes once its storage answers"
-                ) from error
-            except Exception as error:  # each storage has kinds of its own
-                raise UnreadableVideo(path, f"{type(error).__name__}: {error}") from error
+            file.write(contents)  # where there is no room, that is no fault of the clip
+            file.flush()
             try:
                 yield Path(file.name)
             except UnreadableVideo as error:
-                raise UnreadableVideo(path, error.reason) from error
+                raise UnreadableVideo(self.path_of(name), error.reason) from error
+
+    def _fetched(self, name: str) -> bytes:
+        """The bytes of a clip. Raises: UnreadableVideo if its storage does not deliver them; StorageHangs."""
+        member = self.members[name]
+        try:
+            return call_within(self.patience, lambda: read_member(member))
+        except StorageHangs as error:
+            raise StorageHangs(f"{error}, the last of {member.shard}; ckpt=last resumes once its storage answers") from error
+        except Exception as error:  # each storage has kinds of its own
+            raise UnreadableVideo(self.path_of(name), f"{type(error).__name__}: {error}") from error
 
     @property
     def unreadable(self) -> list[str]:

@@ -173,6 +173,16 @@ def test_no_room_for_an_index_is_no_damage_of_a_shard(packed, monkeypatch):
         ShardClips(packed, "all", **SHAPE)
 
 
+def test_no_room_to_unpack_a_clip_is_no_damage_of_it(packed, monkeypatch):
+    """Else a training would go on without the larger clips."""
+    pack(packed / "large.tar", {"large.mp4": bytes(20_000)})
+    source = ShardClips(packed / "large.tar", "all", patience=None, **SHAPE)
+    monkeypatch.setattr(webdataset.tempfile, "NamedTemporaryFile", lambda **_: open("/dev/full", "wb"))
+    with pytest.raises(OSError, match="No space left"):
+        source[0]
+    assert not source.unreadable
+
+
 def test_workers_give_the_same_items(packed):
     source = ShardClips(packed, "train", **SHAPE)
     expected = torch.stack([source[n]["video"] for n in range(12)])
