@@ -58,6 +58,10 @@ class Clip(NamedTuple):
     size: tuple[int, int]
 
 
+class NotDelivered(UnreadableVideo):
+    """A file that its storage did not deliver: it may do so another time."""
+
+
 @dataclass(eq=False)
 class FolderClips(ClipSource):
     """Data set of video files: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}.
@@ -305,11 +309,17 @@ class FolderClips(ClipSource):
         return Clip(fit(pixels, self.height, self.width, top, left), lacking, pixels.shape[1:3])
 
     def head(self, name: str) -> Head | None:
-        """Reads the length, frame rate and frame size of a file; None if it cannot be read."""
+        """Reads the length, frame rate and frame size of a file; None if it cannot be read.
+
+        Raises:
+            NotDelivered: heads are kept, and it would be left out for good.
+        """
         try:
             with self._at(name) as path:
                 video = open_video(path, self.backend, self.patience)
                 height, width = video.frames([0]).shape[1:3]
+        except NotDelivered:
+            raise
         except UnreadableVideo as error:
             self.skip(name, error)
             return None

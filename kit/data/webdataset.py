@@ -27,8 +27,9 @@ import fsspec
 import numpy as np
 from tqdm import tqdm
 
-from kit.data.clips import ORDERS, FolderClips
+from kit.data.clips import ORDERS, FolderClips, NotDelivered
 from kit.data.decode import PICTURES, UnreadableVideo
+from kit.data.heads import Head
 from kit.data.listing import SUFFIXES, is_utf8, split_files
 from kit.data.patience import StorageHangs, call_within, each_within
 from kit.files import locked, read_json, write_json
@@ -314,14 +315,21 @@ class ShardClips(FolderClips):
                 raise UnreadableVideo(self.path_of(name), error.reason) from error
 
     def _fetched(self, name: str) -> bytes:
-        """The bytes of a clip. Raises: UnreadableVideo if its storage does not deliver them; StorageHangs."""
+        """The bytes of a clip. Raises: NotDelivered if its storage does not give them; StorageHangs."""
         member = self.members[name]
         try:
             return call_within(self.patience, lambda: read_member(member))
         except StorageHangs as error:
             raise StorageHangs(f"{error}, the last of {member.shard}; ckpt=last resumes once its storage answers") from error
         except Exception as error:  # each storage has kinds of its own
-            raise UnreadableVideo(self.path_of(name), f"{type(error).__name__}: {error}") from error
+            raise NotDelivered(self.path_of(name), f"{type(error).__name__}: {error}") from error
+
+    def head(self, name: str) -> Head | None:
+        """Reads as `FolderClips.head`. Raises OSError as `unreachable` if the storage does not deliver the clip."""
+        try:
+            return super().head(name)
+        except NotDelivered as error:
+            raise unreachable(error.path, error.__cause__) from error
 
     @property
     def unreadable(self) -> list[str]:

@@ -33,6 +33,7 @@ from kit.data.bucketed import BucketClips
 from kit.data.buckets import Bucket
 from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
+from kit.data.heads import read_heads
 from kit.data.shapes import Shapes
 from kit.data.webdataset import ShardClips, list_shards, written_out
 from kit.files import written_aside
@@ -286,6 +287,16 @@ def test_a_connection_that_is_cut_off_costs_the_clip(packed, server):
     server.cut = None
     assert source._read(place) is not None, "it is tried again"
     assert source.unreadable == [place] == [f"{server.address}/train-1.tar/04.mp4"]
+
+
+def test_a_connection_that_is_cut_off_leaves_no_clip_out_of_the_buckets(server):
+    """The sizes of clips are kept: one that did not come while they were read would be left out of all trainings."""
+    source = ShardClips(f"{server.address}/train-1.tar", "all", patience=None, **SHAPE)
+    server.cut = 100
+    with pytest.raises(OSError, match=rf"cannot reach {source.files[0]} \(Client\w*Error: .*try again"):
+        read_heads(source)
+    server.cut = None
+    assert list(read_heads(source)) == source.files
 
 
 @pytest.mark.parametrize("root, told", [("train-{0..3}.tar", "train-3.tar"), ("train-*.tar", "train-*.tar")])
