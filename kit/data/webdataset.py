@@ -37,7 +37,7 @@ from kit.machine import cache_folder
 from kit.values import hash_of
 
 WORDS = (".txt", ".json", ".cls")  # files that hold the caption or class of a clip
-INDEX = 4  # what an index means; another number with each change, so that those kept before are made anew
+INDEX = 5  # what an index means; another number with each change, so that those kept before are made anew
 
 
 class Member(NamedTuple):
@@ -141,18 +141,36 @@ def index_of(shard: str, patience: float | None = None) -> dict[str, list]:
 
 
 def members_of(files: fsspec.AbstractFileSystem, path: str) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Yields the members of a tar, each with its contents if it holds words.
+    """Yields the members of a tar, or of several joined with `cat`, each with its contents if it holds words.
 
     Raises:
         tarfile.ReadError: if it is damaged; whatever the storage raises.
     """
-    with files.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
-        for member in tar:
-            wordy = member.isfile() and PurePosixPath(member.name).suffix.lower() in WORDS
-            yield member, tar.extractfile(member).read() if wordy else b""
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a header that it cannot read for the end
-            raise tarfile.ReadError(f"it has a damaged or cut header at byte {tar.offset}")
+    with files.open(path, "rb") as file:
+        more = True
+        while more:
+            with tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
+                for member in tar:
+                    wordy = member.isfile() and PurePosixPath(member.name).suffix.lower() in WORDS
+                    yield member, tar.extractfile(member).read() if wordy else b""
+            more = to_next_tar(file, tar.offset)
+
+
+def to_next_tar(file, end: int) -> bool:
+    """Goes to the tar that follows one in a file, behind blocks of zeros; returns whether there is any.
+
+    Args:
+        end: byte at which the first has no more members.
+    Raises:
+        tarfile.ReadError: if it is no end: tarfile takes a header that it cannot read for one.
+    """
+    file.seek(at := end)
+    while (block := file.read(tarfile.BLOCKSIZE)) and not block.strip(b"\0"):
+        at += tarfile.BLOCKSIZE
+    if block and at == end:
+        raise tarfile.ReadError(f"it has a damaged or cut header at byte {at}")
+    file.seek(at)
+    return bool(block)
 
 
 def read_index(files: fsspec.AbstractFileSystem, path: str, size: int | None, patience: float | None) -> dict[str, list]:

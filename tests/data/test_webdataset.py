@@ -462,6 +462,30 @@ def test_a_header_in_its_midst_that_cannot_be_read_is_not_the_end_of_a_shard(pac
         assert len(ShardClips(packed, "all", **SHAPE).files) == 8
 
 
+def test_shards_joined_with_cat_are_read_to_the_end_of_the_last(packed):
+    """tarfile ends at the first one's end, where tar writes zeros up to a whole 10 KiB."""
+    whole, shards = ShardClips(packed, "all", **SHAPE), sorted(packed.iterdir())
+    joined = packed / "joined" / "a.tar"
+    joined.parent.mkdir()
+    joined.write_bytes(b"".join(shard.read_bytes() for shard in shards))
+    source = ShardClips(joined, "all", **SHAPE)
+    assert [Path(name).name for name in source.files] == [Path(name).name for name in whole.files]
+    for n in (0, 11):
+        assert torch.equal(source[n]["video"], whole[n]["video"]) and source[n]["caption"] == f"clip {n:02d}"
+
+
+def test_a_hole_is_not_the_end_of_a_shard(packed):
+    """As in a download that went on elsewhere in the file."""
+    shard = packed / "train-0.tar"
+    contents = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        at = tar.getmember("02.mp4").offset
+    contents[at : at + 1024] = bytes(1024)
+    shard.write_bytes(contents)
+    with pytest.warns(UserWarning, match="train-0.tar is broken"):
+        assert len(ShardClips(packed, "all", **SHAPE).files) == 8
+
+
 def test_broken_shards_are_in_the_summary_of_a_run(packed, caplog):
     for shard in ("train-0.tar", "train-2.tar"):
         (packed / shard).write_bytes((packed / shard).read_bytes()[:1000])
