@@ -37,6 +37,7 @@ from kit.machine import cache_folder
 from kit.values import hash_of
 
 WORDS = (".txt", ".json", ".cls")  # files that hold the caption or class of a clip
+TIMES = ("mtime", "LastModified", "last_modified", "ETag", "etag", "Last-Modified")  # by which storages tell of a change
 INDEX = 5  # what an index means; another number with each change, so that those kept before are made anew
 
 
@@ -112,7 +113,8 @@ def unreachable(address: str, error: Exception) -> OSError:
 def index_of(shard: str, patience: float | None = None) -> dict[str, list]:
     """Index of a shard: file name -> the values of its `Member`, without the shard.
 
-    It is kept in kit's cache folder as long as the shard keeps its size and time.
+    It is kept in kit's cache folder as long as the shard keeps its size and time; where the storage tells no time, its first
+    header, which has that of a file.
 
     Args:
         patience: see `ShardClips`.
@@ -122,9 +124,11 @@ def index_of(shard: str, patience: float | None = None) -> dict[str, list]:
     try:
         files, path = fsspec.core.url_to_fs(shard)
         about = call_within(patience, lambda: files.info(path))
+        written = next((about[key] for key in TIMES if about.get(key)), None)
+        if written is None:
+            written = call_within(patience, lambda: files.cat_file(path, 0, tarfile.BLOCKSIZE)).hex()
     except Exception as error:  # each storage has kinds of its own
         raise unreachable(shard, error) from error
-    written = about.get("mtime") or about.get("LastModified") or about.get("ETag") or about.get("Last-Modified")
     state = json.dumps([INDEX, shard, about["size"], str(written)])
     kept = cache_folder() / "shards" / f"{hash_of([state], 32)}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -276,6 +276,19 @@ def test_shards_over_http(packed, server):
     assert server.asked == [there.bytes_of(there.files[7])]
 
 
+def test_a_shard_packed_anew_is_read_anew_where_no_time_is_told(packed, server, monkeypatch):
+    """A server need not send one; the first header then tells of the change."""
+    monkeypatch.setattr(Range, "date_time_string", lambda *_: "")
+    for seconds, caption in enumerate(("a dog", "a cat")):
+        with tarfile.open(packed / "train-0.tar", "w") as tar:
+            for name, contents in (("a.mp4", b"video"), ("a.txt", caption.encode())):
+                member = tarfile.TarInfo(name)
+                member.size, member.mtime = len(contents), seconds
+                tar.addfile(member, io.BytesIO(contents))
+        (words,) = ShardClips(f"{server.address}/train-0.tar", "all", **SHAPE).texts()
+        assert words["caption"] == caption
+
+
 def test_a_connection_that_is_cut_off_costs_the_clip(packed, server):
     source = ShardClips(f"{server.address}/train-1.tar", "all", patience=None, **SHAPE)
     server.cut = 100
