@@ -14,10 +14,11 @@ from PIL import Image
 
 @contextmanager
 def may_fail(what: str, step: int) -> Iterator[None]:
-    """Warns of an error of the disk in the block: a full one must not end a training over a picture."""
+    """Warns of an error of the disk in the block, or of more clips than a format has room for: neither must end a training
+    over a picture."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         rank_zero_warn(f"no {what} of step {step}: {error}")
 
 

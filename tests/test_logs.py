@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from callbacks.pictures import log_picture
+from callbacks.pictures import log_picture, may_fail
 from kit.data.datamodule import ClipDataModule
 from kit.data.staged import StagedClips
 from kit.generator.module import GeneratorModule
 from kit.inspection import bit_use_picture
 from kit.logs import CSVLogger
 from kit.machine import wandb_offline
+from kit.media import write_video
 from kit.tokenizer.module import TokenizerModule
 from kit.verbs.fit import ending_wandb
 from tests.fixtures import fit_generator, fit_tokenizer
@@ -128,6 +129,13 @@ def test_wandb_is_told_whether_a_training_has_come_to_its_end(error, monkeypatch
         if error is not None:
             raise error
     wandb.finish.assert_called_once_with(exit_code=int(error is not None))
+
+
+def test_more_clips_than_a_video_has_room_for_end_no_training(tmp_path):
+    """Of many clips one below another; a training of hours would end at its first validation."""
+    with pytest.warns(UserWarning, match="no pictures of step 7: .*an mp4 has 2 to 16384 pixels a side"):
+        with may_fail("pictures", 7):
+            write_video(torch.zeros(3, 1, 257 * 64, 64), tmp_path / "step000007.mp4", 8.0)
 
 
 def test_a_constant_bit_shows_at_a_glance(tmp_path):
