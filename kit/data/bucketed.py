@@ -55,6 +55,9 @@ class BucketClips(ClipSource):
     def draws(self) -> dict:
         return self.source.draws
 
+    def known_as(self) -> list[str]:
+        return self.source.known_as()
+
     def listing(self) -> list[str]:
         return self.source.listing()
 

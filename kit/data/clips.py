@@ -204,7 +204,7 @@ class FolderClips(ClipSource):
         return {"seed": self.seed}
 
     def listing(self) -> list[str]:
-        return [f"{name} {self.bytes_of(name)}" for name in self.files]
+        return [f"{known} {self.bytes_of(name)}" for known, name in zip(self.known_as(), self.files, strict=True)]
 
     def bytes_of(self, name: str) -> int:
         """Size of a file; -1 if it is gone, as one behind a broken link: whoever reads it will report it."""

@@ -255,7 +255,7 @@ class ClipDataModule(ClipsOnDevice):
         """Plain values that decide which clips the batches of a step hold; of files, hashes of their names, sizes and words,
         of caches one of what they hold."""
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
-        names = [str(name) for source in self.sources for name in source.files]
+        names = [name for source in self.sources for name in source.known_as()]
         steps = {}
         if self.trainer is not None:
             batches = batches_of_a_step(self.trainer, self.trainer.lightning_module)
@@ -263,7 +263,7 @@ class ClipDataModule(ClipsOnDevice):
         return {
             **self.clip, "batch_size": self.batch_size, "image_share": self.image_share, "buckets": buckets,
             "files": hash_of(names), "file_sizes": self.file_sizes, "words": self.words,
-            "held_out": None if self.cached else held_out_hash(self.val.files),
+            "held_out": None if self.cached else held_out_hash(self.val.known_as()),
             "draws": [source.draws for source in self.sources], "encoded_clips": self.encoded_clips, **steps,
         }  # fmt: skip
 

@@ -196,7 +196,7 @@ def captions_in(root: Path) -> Path | None:
 
 
 def held_out_hash(files: Iterable) -> str:
-    """Returns the hash by which a checkpoint knows the files, or addresses of clips, that were held out of its training."""
+    """Returns the hash by which a checkpoint knows the held-out files of its training, named as by `ClipSource.known_as`."""
     return hash_of(map(str, files))
 
 

@@ -145,6 +145,9 @@ class Mixture(ClipSource):
         """Files of all sources, as SOURCE/FILE."""
         return [f"{name}/{file}" for name, source in self.sources.items() for file in source.files]
 
+    def known_as(self) -> list[str]:
+        return [f"{name}/{file}" for name, source in self.sources.items() for file in source.known_as()]
+
     def listing(self) -> list[str]:
         """The lines of all sources, each with its source's name."""
         return [f"{name}: {line}" for name, source in self.sources.items() for line in source.listing()]

@@ -54,6 +54,10 @@ class ClipSource(Dataset):
         """Paths or addresses of files that could not be read so far, in this process or a worker."""
         return []
 
+    def known_as(self) -> list[str]:
+        """Names of the files by which checkpoints know them, wherever they lie."""
+        return list(map(str, self.files))
+
     def listing(self) -> list[str]:
         """`NAME BYTES` of each file, which tells others of its name; with `texts` it identifies the clips of a cache."""
         return []

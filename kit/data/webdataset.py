@@ -361,11 +361,8 @@ class ShardClips(FolderClips):
     def path_of(self, name: str) -> str:
         return name  # as it is: a Path would make https:/ of https://
 
-    def listing(self) -> list[str]:
-        def within(name: str) -> str:  # the shard's own name and what is in it, wherever it lies
-            return name[len(self.members[name].shard.rpartition("/")[0]) + 1 :]
-
-        return [f"{within(name)} {self.bytes_of(name)}" for name in self.files]
+    def known_as(self) -> list[str]:  # the shard's own name and what is in it
+        return [name[len(self.members[name].shard.rpartition("/")[0]) + 1 :] for name in self.files]
 
     def bytes_of(self, name: str) -> int:
         return self.members[name].size

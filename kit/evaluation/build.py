@@ -152,7 +152,7 @@ def captions_read(generator: Loaded, protocol: Protocol, source: FolderClips | S
 
 def tell_learned(model: Loaded, protocol: Protocol, source: FolderClips | Shapes):
     """Prints a note if clips of the split `val` are others than were held out of the model's training."""
-    if source.files and protocol.real.split == "val" and model.held_out not in (None, held_out_hash(source.files)):
+    if source.files and protocol.real.split == "val" and model.held_out not in (None, held_out_hash(source.known_as())):
         print("the real clips are others than were held out of the training: some of them it may have learned")
 
 

@@ -34,6 +34,7 @@ from kit.data.buckets import Bucket
 from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
 from kit.data.heads import read_heads
+from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.data.webdataset import ShardClips, list_shards, written_out
 from kit.files import written_aside
@@ -497,6 +498,17 @@ def test_a_hole_is_not_the_end_of_a_shard(packed):
     shard.write_bytes(contents)
     with pytest.warns(UserWarning, match="train-0.tar is broken"):
         assert len(ShardClips(packed, "all", **SHAPE).files) == 8
+
+
+def test_checkpoints_know_shards_that_were_moved(packed, tmp_path):
+    """Else their held-out clips would be told to be others, some of which were trained on."""
+
+    def settings(root: Path) -> dict:
+        source = partial(Mixture, weights={"a": 1}, sources={"a": partial(ShardClips, root, patience=None)})
+        return ClipDataModule(source, 5, 32, 32, 8.0, batch_size=1, val_clips=1, workers=0).settings
+
+    before = settings(packed)
+    assert settings(packed.rename(tmp_path / "elsewhere")) == before
 
 
 def test_broken_shards_are_in_the_summary_of_a_run(packed, caplog):
