@@ -63,16 +63,22 @@ def list_shards(root: str, patience: float | None = None) -> list[str]:
             Numbers in braces, such as {000..127}, stand for each of them: over http there may be no list to choose from.
         patience: seconds that the storage may take to list them; None: without limit.
     Raises:
-        FileNotFoundError: if there are none. OSError: if the storage does not answer.
+        FileNotFoundError: if there are none. OSError: if the storage does not answer. ValueError: as `written_out`.
     """
     return sorted(shard for each in written_out(root) for shard in shards_at(each, patience))
 
 
 def written_out(root: str) -> list[str]:
-    """Writes out the numbers in braces, with the leading zeros of the first."""
+    """Writes out the numbers in braces, with the leading zeros of the first.
+
+    Raises:
+        ValueError: if the last is below the first.
+    """
     if not (found := RANGE.search(root)):
         return [root]
     first, last = found.groups()
+    if int(last) < int(first):
+        raise ValueError(f"data.root={root}: {found[0]} holds no number; expected the lower one first")
     numbers = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
     return [text for number in numbers for text in written_out(root[: found.start()] + number + root[found.end() :])]
 

@@ -335,6 +335,8 @@ def test_a_server_that_is_down_is_told(tmp_path, capsys):
 def test_numbers_in_braces_are_written_out():
     assert written_out("a-{08..11}-{1..2}.tar") == [f"a-{i}-{j}.tar" for i in ("08", "09", "10", "11") for j in (1, 2)]
     assert written_out("{a..b}/{1,2}.tar") == ["{a..b}/{1,2}.tar"]
+    with pytest.raises(ValueError, match=re.escape("data.root=a-{11..08}.tar: {11..08} holds no number")):
+        ShardClips("a-{11..08}.tar", **SHAPE)
 
 
 def test_brackets_may_be_part_of_a_name(tmp_path):
