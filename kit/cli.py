@@ -198,6 +198,8 @@ def explained(error: Exception, verb: str) -> str | None:
     if kind == "OutOfMemoryError":  # torch's, of a GPU
         room = {"fit": "fits=12GB, recompute=true or fewer clips a step", "cache": "a smaller data.height and data.width"}
         return f"{error}\n{room.get(verb, 'a smaller batch_size')} takes less\n(KIT_TRACEBACK=1 shows where)"
+    if type(error).__module__.startswith("wandb."):  # such as a server that is out of reach
+        return f"{error}\nlogger.wandb.offline=true logs without W&B's server\n(KIT_TRACEBACK=1 shows where)"
     if isinstance(error, MENDABLE) or kind == "MisconfigurationException":  # Lightning's
         text = str(error)
         if text.startswith("Caught ") and "\nOriginal Traceback " in text:  # torch's, around that of a loader's worker

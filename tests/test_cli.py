@@ -380,6 +380,17 @@ def test_a_full_gpu_is_told_without_a_traceback(words, way, capsys, monkeypatch,
     assert all(OmegaConf.select(seen[0], key, default="absent") != "absent" for key in keys)
 
 
+def test_a_server_of_wandb_that_is_out_of_reach_is_told_without_a_traceback(capsys, monkeypatch, tmp_path):
+    def lost(cfg):
+        raise wandb.errors.CommError("no answer from api.wandb.ai")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kit.verbs.fit.fit", lost)
+    assert main(["fit", "conf=stage1_tokenizer", "logger=wandb"]) == 1
+    error = capsys.readouterr().err
+    assert "no answer from api.wandb.ai\nlogger.wandb.offline=true logs without" in error and "Traceback" not in error
+
+
 OF_ONE_SIZE = ("paper_plan", "ucf101_tokenizer", "ucf101_generator")  # or of data that is not here
 
 

@@ -222,6 +222,8 @@ def check_gpus(cfg: DictConfig):
         check_number(key, cfg[key])
         if not 0 < cfg[key] <= most:
             raise ValueError(f"{key}={cfg[key]}; expected {what}")
+    if cfg.gpus is None:
+        raise ValueError("gpus=null; expected a list of whole numbers, such as gpus=[1,8]")
     for number in cfg.gpus:
         check_whole_number("gpus", number, 1)
 

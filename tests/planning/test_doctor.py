@@ -129,6 +129,7 @@ def test_words_that_do_not_fit_are_an_error(words, said, capsys):
         ("utilisation=35", "utilisation=35; expected a share, above 0 and up to 1"),
         ("tflops=0", "tflops=0; expected TFLOP/s, a number above 0"),
         ("gpus=[1,0]", "gpus=0; expected a whole number of 1 or more"),
+        ("gpus=null", "gpus=null; expected a list of whole numbers"),
     ],
 )
 def test_numbers_of_gpus_that_make_no_sense_are_refused(word, said, capsys):
