@@ -81,6 +81,11 @@ class ShardedStrategy(ModelParallelStrategy):
         fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(self.param_dtype, kept, output_dtype=kept))
         model._get_fsdp_state()._lazy_init()  # otherwise a unit that is called by itself first would take itself for the root
 
+    def on_validation_end(self):
+        """Lets go of what validation has gathered: while a weight is held whole, what a stage freezes is not the share that
+        learns, and averages would begin whole."""
+        let_go(self.lightning_module)
+
     def as_saved(self, tensors: dict) -> dict:
         """Prepares nested dicts of tensors for a checkpoint. All processes must call this.
 

@@ -240,6 +240,33 @@ def test_validation_without_pictures_leaves_the_weights_as_they_were(pair, tmp_p
     assert losses(tmp_path / "2") == losses(tmp_path / "50")
 
 
+@pytest.mark.parametrize("word", ["callbacks.ema=null", "trainer.num_sanity_val_steps=1"])
+def test_after_a_validation_a_stage_freezes_and_averages_what_is_sharded(word, pair, tmp_path):
+    """Also without averages or before there are any, and without pictures: those let go of what validation has gathered."""
+    words = [
+        *CLIP,
+        *QUICK,
+        *GENERATOR,
+        f"tokenizer_ckpt={pair.tokenizer}",
+        "trainer=fsdp",
+        "trainer.strategy.param_dtype=null",
+    ]
+    words += [*STAGES[:3], "+stages.all={steps:1}", "+stages.some={steps:3,train:[head,layers.1.]}", "optimizer.lr=0.1"]
+    words += [
+        "optimizer.warmup=2",
+        "trainer.accumulate_grad_batches=2",
+        "trainer.val_check_interval=2",
+        "callbacks.video_logger.clips=0",
+    ]
+    assert main(["fit", "conf=progressive", f"root={tmp_path}", "name=run", *words, word]) == 0
+    paths = (tmp_path / "run" / "checkpoints" / f"{name}.ckpt" for name in ("all", "some"))
+    before, after = (read_checkpoint(path, "generator")["state_dict"] for path in paths)
+    frozen = [
+        name for name in before if not name.startswith(("model.head", "model.layers.1.", "model.condition.encoder.seen"))
+    ]
+    assert not [name for name in frozen if not torch.equal(before[name], after[name])]
+
+
 @pytest.mark.parametrize("conf", ["stage1_tokenizer", "stage2_generator"])
 def test_recompute_reaches_the_model(conf, pair):
     given = [*GENERATOR, f"tokenizer_ckpt={pair.tokenizer}"] if conf == "stage2_generator" else TOKENIZER
