@@ -71,10 +71,16 @@ def save_training(checkpoint: dict, path: Path):
 
 
 def copy_checkpoint(path: Path, to: Path):
-    """Copies a training's checkpoint, with its shards if it has any."""
+    """Copies a training's checkpoint, with its shards if it has any. A full disk leaves the one that was at `to`."""
     if folder_of(path).is_dir():
-        remove_shards(to)
-        shutil.copytree(folder_of(path), folder_of(to))
+        aside = folder_of(to).with_suffix(".part")
+        shutil.rmtree(aside, ignore_errors=True)  # of a copy that was killed
+        try:
+            shutil.copytree(folder_of(path), aside)
+            remove_shards(to)
+            aside.rename(folder_of(to))
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     with written_aside(to) as aside:
         shutil.copyfile(path, aside)
 

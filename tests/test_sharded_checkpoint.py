@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from kit.cli import main
 from kit.files import contents_hash, load_checked, save_checked
 from kit.fsdp import ShardedStrategy, as_shared, whole
 from kit.sharded_checkpoint import load_shares, load_whole, mapped, save_shards
-from kit.training_checkpoint import TrainingCheckpointIO, save_training
+from kit.training_checkpoint import TrainingCheckpointIO, copy_checkpoint, save_training
 
 
 def contents(step: int) -> dict:
@@ -149,6 +150,18 @@ def test_another_number_of_processes_goes_on_and_clears_up(saved, tmp_path):
     assert [p.name for p in other.parent.iterdir() if not p.name.startswith("met_")] == ["gathered.ckpt"]
     save_training(contents(6), path)
     assert load_checked(path)["global_step"] == 6 and not (tmp_path / "last.shards").exists()
+
+
+def test_a_copy_that_finds_no_room_leaves_what_was_there(saved, tmp_path, monkeypatch):
+    path, last = copied(saved, tmp_path / "best"), copied(saved, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copytree", MagicMock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            copy_checkpoint(path, last)
+    assert contents_hash(load_whole(last)) == contents_hash(contents(1))
+    copy_checkpoint(path, last)
+    assert contents_hash(load_whole(last)) == contents_hash(contents(1))
+    assert not list(last.parent.glob("*.part")), "nothing is left of the way there"
 
 
 def test_one_file_of_it_is_what_a_whole_save_holds(saved, tmp_path, capsys):
