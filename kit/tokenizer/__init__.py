@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -65,7 +66,7 @@ class TokenizerConfig:
         if list(self.scales) != sorted({*self.scales}):
             raise ValueError(f"tokenizer.scales={listed(self.scales)}; expected sides that rise, such as [1, 2, 4, 8]")
         check_choice("tokenizer.architecture", self.architecture, ARCHITECTURES)
-        if self.amplitude is not None and not (isinstance(self.amplitude, int | float) and self.amplitude > 0):
+        if self.amplitude is not None and not (isinstance(self.amplitude, int | float) and 0 < self.amplitude < math.inf):
             raise ValueError(f"tokenizer.amplitude={self.amplitude}; expected a number above 0, or null: as training has it")
         of = self.scale_bits
         if of and not (len(of) == len(self.scales) and 1 <= min(of) <= max(of) == of[-1] == self.bits):

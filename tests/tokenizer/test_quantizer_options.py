@@ -70,6 +70,7 @@ def test_the_schedule_knows_which_bits_there_are():
         ("bits", 0, "bits=0; expected"),
         ("bits", "many", "bits=many; expected"),
         ("amplitude", 0, "amplitude=0; expected a number above 0, or null"),
+        ("amplitude", float("inf"), "amplitude=inf; expected a number above 0, or null"),
         ("depth", 3, "tokenizer has no depth; its keys are amplitude, architecture, bits"),
     ],
 )
