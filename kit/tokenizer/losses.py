@@ -26,6 +26,8 @@ def check_losses(loss: Mapping):
     check_choice("loss.reconstruction", loss["reconstruction"], ("l1", "l2"))
     for key in ("motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end", "entropy_inverse_temperature"):
         check_number(f"loss.{key}", loss[key], least=0)
+    if not loss["entropy_inverse_temperature"]:
+        raise ValueError("loss.entropy_inverse_temperature=0; expected a number above 0: at 0 no bit can become certain")
     check_number("loss.perceptual.weight", seen["weight"], least=0)
     check_whole_number("loss.perceptual.frames", seen["frames"], 1, optional=True)
     for key in ("weight", "lr", "lecam"):

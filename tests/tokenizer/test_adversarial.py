@@ -370,7 +370,8 @@ def test_values_that_make_no_sense():
             wrong = {**loss, part: {**loss[part], key: -1}} if part else {**loss, key: -1}
             with pytest.raises(ValueError, match=f"loss.{part and part + '.'}{key}=-1; expected a"):
                 check_losses(wrong)
-    for word in ("loss.reconstruction=l3", "loss.perceptual.frames=0", "loss.perceptual.frames=1.5",
+    for word in ("loss.reconstruction=l3", "loss.entropy_inverse_temperature=0", "loss.perceptual.frames=0",
+                 "loss.perceptual.frames=1.5",
                  "loss.adversarial.betas=[0.5]", "loss.adversarial.dims=[]"):  # fmt: skip
         with pytest.raises(ValueError, match=f"{re.escape(word)}; expected"):  # at once, not in the first step
             make_module(word)
