@@ -35,7 +35,9 @@ class LossGuard(L.Callback):
             self.stage, self.mean, self.count = stage, 0.0, 0
 
     def on_before_backward(self, trainer, module, loss):
-        size = abs(loss.item())
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # of 16-mixed, which has multiplied the loss by then
+        loss = loss.item() / (scaler.get_scale() if scaler else 1)
+        size = abs(loss)
         limit = self.explosion * self.mean if self.explosion and self.count >= SPAN else math.inf
         good = size <= limit and math.isfinite(size)
         if good:
@@ -49,7 +51,7 @@ class LossGuard(L.Callback):
         if trainer.global_rank == where.index(False):
             kept = self._keep(path)
         far = f", far above their mean, {self.mean:g}," if math.isfinite(size) else ""
-        message = "the loss of another device is lost" if good else f"the loss is {loss.item():g}{far}"
+        message = "the loss of another device is lost" if good else f"the loss is {loss:g}{far}"
         last = last_checkpoint(self.folder)
         saved = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint is saved yet"
         data, batch = trainer.datamodule, trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1

@@ -159,19 +159,25 @@ def test_worker_that_dies_before_its_tensors_are_fetched_is_a_dead_one():
         queue.get(timeout=5)
 
 
-def test_exploding_loss_is_as_bad_as_none(tmp_path, monkeypatch):
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu", init_scale=65536.0)], ids=["plain", "float16"])
+def test_exploding_loss_is_as_bad_as_none(scaler, tmp_path, monkeypatch):
     """The guard has seen a hundred losses of 0.5; a normal loss updates their mean, an exploding one raises."""
+
+    def loss(value: float) -> torch.Tensor:  # as Lightning hands it over
+        return torch.tensor(value * (scaler.get_scale() if scaler else 1))
+
     trainer = SimpleNamespace(
-        world_size=1, global_rank=0, global_step=3, datamodule=SimpleNamespace(position_of=lambda n: (0, n)),
+        world_size=1, global_rank=0, global_step=3, precision_plugin=SimpleNamespace(scaler=scaler),
+        datamodule=SimpleNamespace(position_of=lambda n: (0, n)),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=SimpleNamespace(ready=8)))),
     )  # fmt: skip
     guard = LossGuard(tmp_path, explosion=4.0)
     guard.load_state_dict({"mean": 0.5, "count": 100})
     guard.on_train_batch_start(trainer, None, {"n": torch.arange(2)}, 7)
-    guard.on_before_backward(trainer, None, torch.tensor(-1.9))
+    guard.on_before_backward(trainer, None, loss(-1.9))
     assert guard.mean == pytest.approx(0.5 + 1.4 / 100)
     with pytest.raises(LostLoss, match="the loss is 2.1, far above their mean, 0.514, at step 3") as error:
-        guard.on_before_backward(trainer, None, torch.tensor(2.1))
+        guard.on_before_backward(trainer, None, loss(2.1))
     assert error.value.position == (0, 7) and guard.mean == pytest.approx(0.514)
     batch = tmp_path / "lost_loss_step3.pt"
     assert batch.is_file() and f"The batch is in {batch}, no checkpoint is saved yet" in str(error.value)
@@ -179,25 +185,25 @@ def test_exploding_loss_is_as_bad_as_none(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()
     with pytest.raises(LostLoss, match="the last good checkpoint is .*last.ckpt"):
-        guard.on_before_backward(trainer, None, torch.tensor(2.1))
+        guard.on_before_backward(trainer, None, loss(2.1))
     batch.unlink()
     shutil.rmtree(tmp_path / "checkpoints")
     monkeypatch.setattr("torch.save", MagicMock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(
         LostLoss, match="The batch is not kept .*lost_loss_step3.pt could not be saved: No space left on device"
     ):
-        guard.on_before_backward(trainer, None, torch.tensor(2.1))
+        guard.on_before_backward(trainer, None, loss(2.1))
     assert not any(tmp_path.iterdir())
 
     guard.on_train_batch_start(trainer, None, {"n": torch.arange(2), "stage": 1}, 8)
-    guard.on_before_backward(trainer, None, torch.tensor(2.1))
+    guard.on_before_backward(trainer, None, loss(2.1))
     assert guard.state_dict() == {"stage": 1, "mean": pytest.approx(2.1), "count": 1}, "a stage's losses are its own"
 
     guard.load_state_dict({"stage": 1, "mean": 0.5, "count": 99})
     guard.on_train_batch_start(trainer, None, {"n": torch.arange(2), "stage": 1}, 9)
-    guard.on_before_backward(trainer, None, torch.tensor(2.1))  # the hundredth of the stage, in which the run goes on
+    guard.on_before_backward(trainer, None, loss(2.1))  # the hundredth of the stage, in which the run goes on
     with pytest.raises(LostLoss):
-        guard.on_before_backward(trainer, None, torch.tensor(2.1))
+        guard.on_before_backward(trainer, None, loss(2.1))
 
 
 def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
