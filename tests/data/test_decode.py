@@ -394,7 +394,7 @@ def box(kind: bytes, *content: bytes) -> bytes:
 
 def write_tiled(path: Path, side: int = 64) -> Path:
     """Writes a picture of two tiles, left and right, as phones write their photos (HEIC, ISO/IEC 23008-12)."""
-    tile = write(path.with_suffix(".mp4"), noise(side, side, 1), "libx265", **{"x265-params": "log-level=none"})
+    tile = write(path.with_suffix(".mp4"), noise(side, side, 1), "libx265", **{"x265-params": "log-level=none:bframes=0"})
     with av.open(str(tile)) as container:
         (stream,) = container.streams.video
         coded = b"".join(bytes(packet) for packet in container.demux(stream) if packet.size)
