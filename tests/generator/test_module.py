@@ -14,7 +14,7 @@ from kit.draws import Draws
 from kit.generator import module as module_file
 from kit.generator.corruption import training_sequence
 from kit.generator.mask import draw_kept_frames
-from kit.generator.module import POWERS, accuracy_by_block
+from kit.generator.module import POWERS, accuracy_by_block, scale_weights
 from kit.scales import ScaleSchedule
 from tests.fixtures import CLIP, GENERATOR, TOKENIZER, composed
 
@@ -38,6 +38,14 @@ def test_the_loss_by_hand(pair, scales, bits):
     right = torch.where(sequence.targets, logits, -logits)
     expected = (weights * torch.log1p(torch.exp(-right))).mean()
     torch.testing.assert_close(module.bit_loss(logits, sequence, schedule), expected)
+
+
+def test_the_weights_of_scales_by_hand():
+    """A token of the first scale covers four of the second, and weighs as much or twice as much."""
+    schedule = ScaleSchedule(2, ((1, 1), (2, 2)))
+    assert torch.equal(scale_weights(schedule, 3, "uniform"), torch.ones(10, 3))
+    expected = torch.tensor([2.0, 1, 1, 1, 1] * 2)[:, None].expand(10, 3) / 1.2
+    torch.testing.assert_close(scale_weights(schedule, 3, "early"), expected)
 
 
 def test_given_frames_are_not_to_be_predicted(pair):
