@@ -22,6 +22,12 @@ def test_each_clip_has_numbers_of_its_own():
     assert torch.equal(Draws(3, torch.tensor([9])).rand(8), Draws(3, [9]).rand(8))
 
 
+def test_seeds_share_no_clips_numbers():
+    """Runs with seeds side by side are independent, for error bars: none has another's draws for other clips."""
+    drawn = torch.cat([Draws(seed, range(100)).rand(4) for seed in range(4)])
+    assert len(drawn.unique(dim=0)) == 400
+
+
 @pytest.mark.parametrize("part", ["generator", "tokenizer"])
 def test_the_loss_of_a_batch_is_the_mean_of_its_clips(part, pair):
     """This holds with flips, masked frames, dropped conditions and scale dropout, all that is random in training."""
