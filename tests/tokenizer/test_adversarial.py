@@ -250,6 +250,20 @@ def test_the_discriminators_have_an_optimizer_of_their_own():
     assert all(schedule["interval"] == "step" for schedule in schedules), "or their rates are logged once"
 
 
+def test_the_tokenizers_optimizer_is_that_of_the_config():
+    words = ["name=adamw", "lr=2e-3", "betas=[0.5,0.6]", "weight_decay=0.3", "warmup=4"]
+    (ours, _), (course, _) = make_module(*(f"optimizer.{word}" for word in words)).configure_optimizers()
+    assert {group["weight_decay"] for group in ours.param_groups} == {0.3, 0.0}
+    rates = []
+    for _ in range(5):
+        rates.append([group["lr"] for group in ours.param_groups])
+        ours.step()
+        course["scheduler"].step()
+    for group, *found in zip(ours.param_groups, *rates):
+        assert group["betas"] == (0.5, 0.6)
+        assert found == pytest.approx([5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3])
+
+
 def test_the_perceptual_term_compares_with_the_clips(shared, monkeypatch):
     weights = shared / "weights" / "stlpips_vgg_fp16.pt"
     if not weights.is_file():
