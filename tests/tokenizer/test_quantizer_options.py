@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from callbacks import CodeUse
 from kit.cli import main
 from kit.draws import Draws
 from kit.generator.corruption import FlipLaw, training_sequence
@@ -217,6 +218,25 @@ def test_bit_use_has_no_value_where_there_is_no_bit():
     bits = feature_to_bits(noise(2, 6, 2, 4, 4), FEWER)
     use = bit_use(bits, FEWER)
     assert use["ones"].isnan().sum(1).tolist() == use["entropy"].isnan().sum(1).tolist() == [4, 3, 0]
+
+
+def test_bit_use_of_a_validation_is_of_all_its_clips_and_of_no_other(tmp_path):
+    """Of batches of 3 clips and 1 each clip counts as much, and nothing of the validation before is left."""
+    logged, use, schedule = {}, CodeUse(str(tmp_path)), ScaleSchedule(1, GRIDS)
+    module = SimpleNamespace(device="cpu", schedule=schedule, log_dict=lambda values, **_: logged.update(values))
+    strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
+    trainer = SimpleNamespace(sanity_checking=False, is_global_zero=False, strategy=strategy)
+    before, clips = noise(2, schedule.length, 6) > 1, noise(4, schedule.length, 6, seed=1) > 0
+    clips[..., 0] = False  # a dead bit
+    for batches in ([before], clips.split([3, 1])):
+        use.on_validation_epoch_start(trainer, module)
+        for number, bits in enumerate(batches):
+            use.on_validation_batch_end(trainer, module, {"bits": bits}, None, number)
+        use.on_validation_epoch_end(trainer, module)
+    expected = bit_use(clips, schedule)["entropy"]
+    found = torch.stack([logged[f"val/bit_entropy_scale{k + 1}"] for k in range(3)])
+    torch.testing.assert_close(found, expected.mean(1))
+    assert logged["val/dead_bits"] == (expected < 0.01).sum() >= 3
 
 
 def test_by_command(tmp_path):
