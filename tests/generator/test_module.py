@@ -143,6 +143,21 @@ def test_what_is_logged_by_hand(pair, monkeypatch):
     torch.testing.assert_close(torch.stack(by_scale), accuracy_by_block(right, schedule).mean(0))
 
 
+def test_a_validation_disturbs_nothing(pair, monkeypatch):
+    """However much a training flips, hides and drops, a validation is of clean clips with their conditions."""
+    words = ["correction.p_max=0.5", "correction.delta=0.1", "frame_mask=1", "drop_condition=1", "data.frames=13"]
+    module = module_of(pair, *words)
+    module.model.load_state_dict(load_generator(pair.generator)[0].model.state_dict())
+    logged, batch = {}, late_clips()
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+    module.validation_step(batch, 0)
+    feature, condition = module.tokenizer.encode(batch["video"]), module.model.condition(batch["caption"])
+    sequence = training_sequence(feature, module.schedule, None, None, **module.model.config.reads)
+    logits = module.model(sequence.inputs, module.schedule, condition)
+    torch.testing.assert_close(logged["val/loss"], module.bit_loss(logits, sequence, module.schedule))
+
+
 def test_the_learning_rate_and_the_clip_of_the_config(pair):
     module = module_of(pair, "data.width=16", "optimizer.lr=0.01", "optimizer.warmup=4", "trainer.max_steps=20")
     assert module.schedule == module.tokenizer.schedule(5, 32, 16)
