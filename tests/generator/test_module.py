@@ -158,6 +158,13 @@ def test_a_validation_disturbs_nothing(pair, monkeypatch):
     torch.testing.assert_close(logged["val/loss"], module.bit_loss(logits, sequence, module.schedule))
 
 
+def test_the_optimizer_is_that_of_the_config(pair):
+    words = ["name=adamw", "betas=[0.5,0.6]", "weight_decay=0.3"]
+    groups = module_of(pair, *(f"optimizer.{word}" for word in words)).configure_optimizers()["optimizer"].param_groups
+    assert all(group["betas"] == (0.5, 0.6) for group in groups)
+    assert {group["weight_decay"] for group in groups} == {0.3, 0.0}
+
+
 def test_the_learning_rate_and_the_clip_of_the_config(pair):
     module = module_of(pair, "data.width=16", "optimizer.lr=0.01", "optimizer.warmup=4", "trainer.max_steps=20")
     assert module.schedule == module.tokenizer.schedule(5, 32, 16)
