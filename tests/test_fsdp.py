@@ -119,6 +119,14 @@ def test_the_loss_is_that_of_one_process(runs):
     torch.testing.assert_close(two, one, **CLOSE)
 
 
+@pytest.mark.parametrize("metric", ["val/loss", "val/bit_accuracy_scale3"])
+def test_the_validation_is_that_of_one_process(runs, metric):
+    """It is the mean over the clips of all processes, not over those of the first."""
+    one, two = (torch.tensor(losses(run, metric=metric)) for run in runs)
+    assert len(one) > 0
+    torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-4)
+
+
 def test_checkpoints_are_alike(runs):
     one, two = (read_checkpoint(run / "checkpoints" / "last.ckpt", "generator") for run in runs)
     assert_alike(two, one)
