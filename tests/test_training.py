@@ -299,6 +299,20 @@ def test_ema_is_the_average_of_the_weights():
     assert torch.equal(resumed.average["model.weight"], before)
 
 
+def test_ema_follows_faster_early_on():
+    """After n steps its decay is (1 + n) / (10 + n): the first average of 0 and 1 has 9/11 of the new weight."""
+    module, ema = torch.nn.Module(), EMA(decay=0.999)
+    module.model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(module.model.weight)
+    trainer = type("Trainer", (), {"global_step": 0})()
+    ema.on_train_start(trainer, module)
+    torch.nn.init.ones_(module.model.weight)
+    for step, expected in ((1, 1 - 2 / 11), (2, 1 - 2 / 11 * 3 / 12)):
+        trainer.global_step = step
+        ema.on_train_batch_end(trainer, module, None, None, step)
+        assert ema.average["model.weight"].item() == pytest.approx(expected)
+
+
 def test_nan_loss_stops_before_the_weights_and_saves_the_batch(tmp_path):
     clip = {"frames": 1, "height": 16, "width": 16, "fps": 8}
     tokenizer = {"bits": 4, "scales": [1, 2], "patch": 8, "widths": [8], "blocks": 1}
