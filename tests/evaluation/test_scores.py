@@ -67,6 +67,14 @@ def ssim_of_bytes(a: np.ndarray, b: np.ndarray) -> float:
     return (likeness / ((mean(a) ** 2 + mean(b) ** 2 + c1) * (sum(variance) + c2))).mean()
 
 
+def test_psnr_is_the_mean_over_clips():
+    """Clips at 20 and at 40 dB have 30 dB, not the 23 dB of their mean error."""
+    score, real = PSNR(), torch.zeros(2, 3, 2, 16, 16)
+    score.add(real + torch.tensor([0.2, 0.02])[:, None, None, None, None], {"name": ["a", "b"], "real": real})
+    found = score.result()
+    assert [found[part] for part in ("value", "first_frame", "later_frames")] == pytest.approx([30.0] * 3, abs=1e-4)
+
+
 def test_ssim_by_hand(pair_of_clips):
     real, clips = pair_of_clips
     score = SSIM()
