@@ -111,6 +111,15 @@ def test_wrong_i3d_weights(tmp_path, damage):
     assert "weights.safetensors" in str(error.value)
 
 
+def test_frames_are_averaged_where_they_shrink():
+    """One bright column of four stays a quarter bright; without antialiasing it would be half or none."""
+    clips = torch.zeros(1, 3, 2, 64, 64)
+    clips[..., 1::4] = 1
+    shrunk = resize_frames(clips, 16)
+    assert shrunk.shape == (1, 3, 2, 16, 16)
+    torch.testing.assert_close(shrunk[..., 2:-2], torch.full((1, 3, 2, 16, 12), 0.25))
+
+
 def test_unknown_detector_and_too_few_frames(i3d):
     with pytest.raises(ValueError, match="detector=c3d; expected one of: i3d, videomae"):
         load_detector("c3d", None, 16)
