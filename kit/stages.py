@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -36,7 +37,7 @@ class Stage:
     def __post_init__(self):
         for key, least in (("steps", 1), ("warmup", 0), ("patience", 1)):
             check_whole_number(f"stages.{self.name}.{key}", getattr(self, key), least, optional=key != "steps")
-        if self.lr is not None and not (isinstance(self.lr, int | float) and self.lr > 0):
+        if self.lr is not None and not (isinstance(self.lr, int | float) and 0 < self.lr < math.inf):
             raise ValueError(f"stages.{self.name}.lr={self.lr}; expected a number above 0")
         if self.train is not None and (isinstance(self.train, str) or not self.train):
             raise ValueError(

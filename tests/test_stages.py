@@ -82,6 +82,7 @@ def test_plan_from_plain_values():
     [({"steps": 0}, "stages.a.steps=0; expected a whole number of 1 or more"),
      ({}, "stages.a needs steps"),
      ({"steps": 2, "lr": 0.0}, "stages.a.lr=0.0; expected a number above 0"),
+     ({"steps": 2, "lr": float("inf")}, "stages.a.lr=inf; expected a number above 0"),
      ({"steps": 2, "patience": 0}, "stages.a.patience=0"),
      ({"steps": 2, "lr": "fast"}, "stages.a.lr=fast; expected a number above 0"),
      ({"steps": 2, "train": "head"}, r"stages.a.train=head; expected beginnings of names, such as \[head\]"),
