@@ -11,6 +11,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
+from kit.media import Oversized
+
 
 @contextmanager
 def may_fail(what: str, step: int) -> Iterator[None]:
@@ -18,7 +20,7 @@ def may_fail(what: str, step: int) -> Iterator[None]:
     over a picture."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, Oversized) as error:
         rank_zero_warn(f"no {what} of step {step}: {error}")
 
 

@@ -27,6 +27,10 @@ def to_uint8(video: Tensor) -> np.ndarray:
     return to_bytes(video.detach()).permute(1, 2, 3, 0).cpu().numpy()
 
 
+class Oversized(ValueError):
+    """Raised for sides that a format does not have."""
+
+
 @contextmanager
 def video_writer(path: Path, fps: float, height: int, width: int) -> Iterator[Callable[[Tensor], None]]:
     """Writes an H.264 mp4 that browsers play, whole or not at all. Its sizes are even, as the format requires: of odd ones
@@ -35,10 +39,10 @@ def video_writer(path: Path, fps: float, height: int, width: int) -> Iterator[Ca
     Yields:
         a function that adds the next frames (3, n, height, width), any number of them.
     Raises:
-        ValueError: if a side is too short or too long for the format.
+        Oversized: if a side is too short or too long for the format.
     """
     if not NARROWEST <= min(height, width) <= max(height, width) <= WIDEST:
-        raise ValueError(f"{path}: an mp4 has {NARROWEST} to {WIDEST} pixels a side, not {width} x {height}; cut the picture")
+        raise Oversized(f"{path}: an mp4 has {NARROWEST} to {WIDEST} pixels a side, not {width} x {height}; cut the picture")
     twice = (0, 0), (0, height % 2), (0, width % 2), (0, 0)  # of a video (T, H, W, 3)
     with written_aside(path.absolute()) as aside, av.open(str(aside), "w") as container:  # `12:30/a.mp4` reads as a protocol
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.fsdp import share_of, whole
-from kit.values import check_choice, check_number, check_whole_number
+from kit.values import check_choice, check_number, check_positive, check_whole_number
 
 BYTES_TRAINED, BYTES_AVERAGED = 16, 4  # of a float32 parameter with its gradient and AdamW's moments; of its moving average
 NAMES = ("adamw", "muon")
@@ -121,9 +121,7 @@ def check_optimizer(values: Mapping, keys: Sequence[str]):
         check_number(f"optimizer.{key}", values[key], least=0)
     check_whole_number("optimizer.warmup", values["warmup"], 0)
     check_whole_number("optimizer.accumulate", values.get("accumulate", 1), 1)
-    clip = values.get("clip")
-    if clip is not None and not (isinstance(clip, int | float) and clip > 0):
-        raise ValueError(f"optimizer.clip={clip}; expected a norm above 0, or null: gradients of any")
+    check_positive("optimizer.clip", values.get("clip"), optional=True)
     check_betas("optimizer.betas", values["betas"])
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-from kit.values import check_whole_number, from_values
+from kit.values import check_positive, check_whole_number, from_values
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class Stage:
     def __post_init__(self):
         for key, least in (("steps", 1), ("warmup", 0), ("patience", 1)):
             check_whole_number(f"stages.{self.name}.{key}", getattr(self, key), least, optional=key != "steps")
-        if self.lr is not None and not (isinstance(self.lr, int | float) and 0 < self.lr < math.inf):
-            raise ValueError(f"stages.{self.name}.lr={self.lr}; expected a number above 0")
+        check_positive(f"stages.{self.name}.lr", self.lr, optional=True)
         if self.train is not None and (isinstance(self.train, str) or not self.train):
             raise ValueError(
                 f"stages.{self.name}.train={self.train}; expected beginnings of names, such as [head], or null: all"

@@ -63,6 +63,12 @@ def check_whole_number(key: str, value: int | None, least: int, optional: bool =
         raise ValueError(f"{as_word(key, value)}; expected a whole number of {least} or more")
 
 
+def check_positive(key: str, value: float | None, optional: bool = False):
+    """Checks that a value is a finite number above 0, or None if `optional`. Raises ValueError, naming its key, if not."""
+    if not (value is None and optional) and not (isinstance(value, int | float) and 0 < value < math.inf):
+        raise ValueError(f"{as_word(key, value)}; expected a number above 0{', or null' if optional else ''}")
+
+
 def check_number(key: str, value: float, least: float = -math.inf):
     """Checks that a value is a finite number of at least `least`. Raises ValueError, naming its key, if not."""
     if not isinstance(value, int | float) or not math.isfinite(value) or value < least:

@@ -309,7 +309,7 @@ def test_a_misspelt_key_in_a_users_conf_is_told(own_conf, capfd):
         (["fit", "conf=stage1_tokenizer", "data.workers=2.5"], "data.workers=2.5; expected a whole number of 0 or more"),
         (["fit", "conf=stage1_tokenizer", "data.image_share=3"], "data.image_share=3; expected a number from 0 to 1"),
         (["fit", "conf=stage1_tokenizer", "optimizer.lr=-1"], "optimizer.lr=-1; expected a number of 0 or more"),
-        (["fit", "conf=stage1_tokenizer", "optimizer.clip=0"], "optimizer.clip=0; expected a norm above 0, or null"),
+        (["fit", "conf=stage1_tokenizer", "optimizer.clip=0"], "optimizer.clip=0; expected a number above 0, or null"),
         (["fit", "conf=stage1_tokenizer", "optimizer.betas=[0.9,1]"], "optimizer.betas=[0.9, 1]; expected two numbers"),
         (["fit", "conf=stage1_tokenizer", "optimizer.accumulate=0"], "optimizer.accumulate=0; expected a whole number of 1"),
         (["fit", "conf=stage1_tokenizer", "loss.motion_weight=-1"], "loss.motion_weight=-1; expected a number of 0 or more"),

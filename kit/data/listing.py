@@ -195,9 +195,9 @@ def captions_in(root: Path) -> Path | None:
     return min(tables, key=lambda path: CAPTION_FILES.index(path.name.lower()), default=None)
 
 
-def held_out_hash(files: Iterable) -> str:
+def held_out_hash(files: Iterable[str]) -> str:
     """Returns the hash by which a checkpoint knows the held-out files of its training, named as by `ClipSource.known_as`."""
-    return hash_of(map(str, files))
+    return hash_of(files)
 
 
 def captions_beside(root: Path, names: Sequence[str]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -15,7 +14,7 @@ from kit.scales import ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer import autoencoder, infinity
 from kit.tokenizer.causal import Stream
 from kit.tokenizer.quantizer import Step, bits_to_feature, clip_of, feature_to_bits, frames_of, pyramid
-from kit.values import check_choice, from_values
+from kit.values import check_choice, check_positive, from_values
 
 ARCHITECTURES = {"fast": autoencoder, "infinity": infinity}  # each with an Encoder and a Decoder
 
@@ -66,8 +65,7 @@ class TokenizerConfig:
         if list(self.scales) != sorted({*self.scales}):
             raise ValueError(f"tokenizer.scales={listed(self.scales)}; expected sides that rise, such as [1, 2, 4, 8]")
         check_choice("tokenizer.architecture", self.architecture, ARCHITECTURES)
-        if self.amplitude is not None and not (isinstance(self.amplitude, int | float) and 0 < self.amplitude < math.inf):
-            raise ValueError(f"tokenizer.amplitude={self.amplitude}; expected a number above 0, or null: as training has it")
+        check_positive("tokenizer.amplitude", self.amplitude, optional=True)  # null: as training has it
         of = self.scale_bits
         if of and not (len(of) == len(self.scales) and 1 <= min(of) <= max(of) == of[-1] == self.bits):
             expected = f"{len(self.scales)} numbers of 1 to {self.bits}, the last one {self.bits}"

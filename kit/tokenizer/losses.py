@@ -13,7 +13,7 @@ from kit.optim import check_betas
 from kit.perceptual import Perceptual
 from kit.ranks import mean_over_ranks
 from kit.tokenizer.quantizer import Step
-from kit.values import check_choice, check_number, check_share, check_whole_number
+from kit.values import check_choice, check_number, check_positive, check_share, check_whole_number
 
 
 def check_losses(loss: Mapping):
@@ -24,10 +24,9 @@ def check_losses(loss: Mapping):
     """
     seen, against = loss["perceptual"], loss["adversarial"]
     check_choice("loss.reconstruction", loss["reconstruction"], ("l1", "l2"))
-    for key in ("motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end", "entropy_inverse_temperature"):
+    for key in ("motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end"):
         check_number(f"loss.{key}", loss[key], least=0)
-    if not loss["entropy_inverse_temperature"]:
-        raise ValueError("loss.entropy_inverse_temperature=0; expected a number above 0: at 0 no bit can become certain")
+    check_positive("loss.entropy_inverse_temperature", loss["entropy_inverse_temperature"])  # at 0 no bit becomes certain
     check_number("loss.perceptual.weight", seen["weight"], least=0)
     check_whole_number("loss.perceptual.frames", seen["frames"], 1, optional=True)
     for key in ("weight", "lr", "lecam"):

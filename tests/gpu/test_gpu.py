@@ -149,12 +149,17 @@ def test_memory_is_as_on_paper(conf, words, tmp_path):
 
 
 def test_the_notebook(pair, monkeypatch):
-    """What it takes from models lies where they do, what it draws on the CPU."""
+    """What it takes from models lies where they do, what it draws on the CPU. It draws six pictures."""
     pytest.importorskip("matplotlib").use("agg")
+    from matplotlib import pyplot
+
     monkeypatch.setenv("KIT_RUNS", str(pair[0].parents[2]))
     notebook = Path(__file__).resolve().parents[2] / "notebooks" / "scale_tokens.ipynb"
     cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    pyplot.close("all")
     exec("\n".join("".join(cell["source"]) for cell in cells), {})
+    assert len(pyplot.get_fignums()) == 6
+    pyplot.close("all")
 
 
 def test_the_verbs(pair, tmp_path, capsys):
