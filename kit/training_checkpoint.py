@@ -94,8 +94,8 @@ def check_resume(path: str | os.PathLike, module: L.LightningModule, data: L.Lig
         the settings that differ from those at the checkpoint's start, as `differences` lists them.
     Raises:
         ValueError: if the checkpoint is of another architecture, has other discriminators, another optimizer or tokenizer,
-            naming each difference; if one training is in stages and the other is not; if the checkpoint has the weights of
-            another version of kit, or holds weights alone; else as `read_checkpoint`.
+            naming each difference; if one training is in stages and the other is not, or has begun others; if the checkpoint
+            has the weights of another version of kit, or holds weights alone; else as `read_checkpoint`.
     """
     kind, model = module.kind, module.model
     checkpoint = read_checkpoint(path, kind, described)
@@ -107,6 +107,8 @@ def check_resume(path: str | os.PathLike, module: L.LightningModule, data: L.Lig
             f"{path} is of a training {ways[theirs]}, this one is {ways[ours]} and would not find its place in the data; "
             f"start anew from its weights: init=weights init.ckpt={path} and another name=..."
         )
+    if STAGED in checkpoint:
+        data.check_state(checkpoint[STAGED])
     began, now = checkpoint["hyper_parameters"], dict(module.hparams)
     differing = differences(CONFIGS[kind](began[kind]).as_dict(), model.config.as_dict())
     differing += differences(_discriminators(began["loss"]), _discriminators(now["loss"]), "loss.adversarial.")

@@ -350,6 +350,11 @@ def test_what_a_run_in_stages_cannot_go_on_with_is_told(whole, pair, tmp_path, m
         assert fit_stages(tmp_path, pair.tokenizer, *words, "ckpt=last") == 1
         error = capsys.readouterr().err
         assert told in error and "Traceback" not in error
+    left = (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes()
+    other = f"ckpt={whole / 'checkpoints' / 'last.ckpt'}"
+    for words in ([*PLAN, "trainer.accumulate_grad_batches=2"], PLAN[1:]):
+        assert fit_stages(tmp_path, pair.tokenizer, *words, other, "overwrite=true") == 1
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes() == left, "a refused command changes nothing"
     assert fit_stages(tmp_path, pair.tokenizer, *PLAN[:2], "ckpt=last") == 0, "one that has not begun may go"
 
 

@@ -28,7 +28,7 @@ class StagedClips(ClipsOnDevice):
 
     Args:
         plan: the stages. parts: a DataModule for each. batches: number of batches of each on a rank, if it does not end
-            early.
+            early; as many to a step in all.
     """
 
     def __init__(self, plan: StagePlan, parts: list[ClipDataModule], batches: list[int]):
@@ -127,8 +127,8 @@ class StagedClips(ClipsOnDevice):
             "settings": [part.settings for part in self.parts],
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict):
-        """Restores the place in the data.
+    def check_state(self, state: dict):
+        """Checks whether `load_state_dict` can restore a place in the data.
 
         Raises:
             ValueError: if the stages that are over, or the one it was in, have other names now, or a step has another number
@@ -137,10 +137,13 @@ class StagedClips(ClipsOnDevice):
         begun = [stage.name for stage in self.plan.stages[: state["stage"] + 1]]
         if (before := state.get("names", begun)[: state["stage"] + 1]) != begun:
             raise ValueError(f"the stages begun so far were {', '.join(before)}, now {', '.join(begun)}: those must stay")
-        for part, began in zip(self.parts, state.get("settings", ())):
-            now = part.settings["batches_of_a_step"]
-            if (then := began.get("batches_of_a_step", now)) != now:
+        now = self.planned[0] // self.plan.stages[0].steps
+        for settings in state.get("settings", ()):
+            if (then := settings.get("batches_of_a_step", now)) != now:
                 raise ValueError(f"a step had {then} batches on each device, now {now}: in stages that cannot change")
+
+    def load_state_dict(self, state: dict):
+        """Restores the place in the data, from a state for which `check_state` holds."""
         self.batches_done, self.stage, self.ended = state["batches_done"], state["stage"], dict(state["ended"])
         if (done := self.batches_done - self.began) > self.batches[self.stage]:  # the stage has fewer steps now
             self.ended[self.stage] = done
