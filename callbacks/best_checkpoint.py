@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from kit.training_checkpoint import save_failed
+
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which also knows its best score after the run's folder was copied or moved."""
+    """Lightning's ModelCheckpoint, whose best score is always that of the checkpoint there is: also after a save that failed,
+    and after the run's folder was copied or moved."""
 
     @property
     def state_key(self) -> str:
         return super().state_key.replace("BestCheckpoint", "ModelCheckpoint")  # in checkpoints, as of Lightning's
+
+    def on_validation_end(self, trainer, module):
+        before = deepcopy(self.state_dict())
+        super().on_validation_end(trainer, module)
+        if save_failed(trainer):
+            super().load_state_dict(before)
 
     def load_state_dict(self, state: dict):
         """Restores the best score if the best checkpoint is in this folder: a run that starts from another's has none yet."""

@@ -58,6 +58,12 @@ class TrainingCheckpointIO(TorchCheckpointIO):
         remove_shards(Path(path))
 
 
+def save_failed(trainer: L.Trainer) -> bool:
+    """Returns, on all processes alike, whether the last save of a checkpoint, of any kind, has failed: with shards they fail
+    together. An IO other than `TrainingCheckpointIO` raises where one does."""
+    return trainer.strategy.broadcast(getattr(trainer.strategy.checkpoint_io, "failed", 0) > 0)
+
+
 def save_training(checkpoint: dict, path: Path):
     """Saves a training's checkpoint: sharded, by all processes, if it has sharded tensors; else as one file.
     Raises as `save_shards`."""

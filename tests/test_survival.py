@@ -24,7 +24,7 @@ from callbacks import LastCheckpoint, last_checkpoint
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.files import contents_hash, load_checked, save_checked, written_aside
 from kit.tokenizer.module import TokenizerModule
-from kit.training_checkpoint import TrainingCheckpointIO
+from kit.training_checkpoint import TrainingCheckpointIO, save_training
 from tests.fixtures import fit_generator, fit_tokenizer
 from tests.interrupted import ROOT, STEPS, last, said, same, started, stopped_midway, wait_for
 from tests.test_training import losses
@@ -242,6 +242,26 @@ def test_the_best_checkpoint_stays_until_the_next_one_is_saved(tmp_path):
         io.failed = failed
         io.remove_checkpoint(old)
         assert old.exists() == kept
+
+
+def test_the_best_score_is_that_of_the_best_checkpoint_there_is(tmp_path, monkeypatch):
+    """The first one is saved, those of later, better validations are not."""
+    best, steps = tmp_path / "run" / "checkpoints" / "best.ckpt", []
+
+    def fail(checkpoint, path):
+        if path == best:
+            steps.append(checkpoint["global_step"])
+            if best.exists():
+                raise OSError(errno.ENOSPC, "No space left on device")
+        save_training(checkpoint, path)
+
+    monkeypatch.setattr("kit.training_checkpoint.save_training", fail)
+    words = [*STEPS, "trainer.val_check_interval=2", "recipe.tokenizer.steps=8", "callbacks.last.may_fail=9"]
+    with pytest.warns(UserWarning, match="No space left on device"):
+        assert fit_tokenizer(tmp_path, *words, name="run") == 0
+    states = [read_checkpoint(path, "tokenizer")["callbacks"] for path in (best, last(tmp_path))]
+    scores = [state[key]["best_model_score"] for state in states for key in state if key.startswith("ModelCheckpoint")]
+    assert len(steps) > 1 and scores[0] == scores[1] is not None
 
 
 @pytest.mark.parametrize("may_fail", [0, 1])
