@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Containers that store a time with every frame and seek exactly, as FFmpeg calls them. AVI has no such times, a seek in MPEG
 # lands anywhere near, and each frame of a GIF needs the ones before it.
 SEEKABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 REORDERED = 16  # frames that a codec may store out of order, at most
 FAR = 32  # frames; a seek pays if the wanted frame is farther ahead
 TICK = 0.001  # seconds: Matroska's times are rounded to it
@@ -302,8 +302,8 @@ class PictureDecoder(Decoder):
     def __init__(self, path: Path):
         self.path = path
         with _reporting(path), Image.open(path) as picture:
-            if picture.mode.startswith("I"):
-                raise ValueError("it has 16 bits a pixel, expected 8")  # its conversion to RGBA would be white
+            if picture.mode.startswith(("I", "F")):  # its conversion to RGBA would be white, or black
+                raise ValueError("it has 16 bits a pixel or more, expected 8")
             self.moves = getattr(picture, "is_animated", False) and picture.format != "MPO"  # of photos with a preview
             upright = ImageOps.exif_transpose(picture).convert("RGBA")
             self.transparent = upright.getextrema()[-1][0] < 255

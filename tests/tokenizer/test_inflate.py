@@ -119,15 +119,18 @@ def test_training_goes_on_from_given_weights_with_other_losses(tmp_path, capsys)
 
 
 def test_pictures_of_other_kinds(tmp_path):
-    """Transparent pixels are white; turned pictures are shown upright; pictures of sixteen bits are refused, since they would
-    be read as white."""
-    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    """Transparent pixels are white; turned pictures are shown upright; pictures of sixteen bits or more are refused, since
+    they would be read as white or black."""
+    for clear in ("clear.png", "clear.tif", "clear.avif"):
+        Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / clear)
+        assert open_video(tmp_path / clear).frames([0]).min() == 255 and open_video(tmp_path / clear).transparent
     Image.new("L", (8, 8), 100).save(tmp_path / "grey.png")
     Image.new("I;16", (8, 8), 30000).save(tmp_path / "deep.png")
-    assert open_video(tmp_path / "clear.png").frames([0]).min() == 255
+    Image.new("F", (8, 8), 0.5).save(tmp_path / "deep.tif")
     assert (open_video(tmp_path / "grey.png").frames([0]) == 100).all()
     (turned := Image.Exif())[0x0112] = 6  # the orientation: to be turned clockwise
     Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=turned)
     assert open_video(tmp_path / "turned.jpg").frames([0]).shape == (1, 8, 4, 3)
-    with pytest.raises(UnreadableVideo, match="deep.png: ValueError: it has 16 bits a pixel, expected 8. Check or remove"):
-        open_video(tmp_path / "deep.png")
+    for deep in ("deep.png", "deep.tif"):
+        with pytest.raises(UnreadableVideo, match=f"{deep}: ValueError: it has 16 bits a pixel or more, expected 8. Check"):
+            open_video(tmp_path / deep)
