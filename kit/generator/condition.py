@@ -181,6 +181,7 @@ class TextCondition(nn.Module):
     def forward(self, texts: list[str], dropped: Tensor | None = None) -> Tensor:
         """Returns (B, S, D). dropped: (B,) bool, True where the condition is left out, for classifier-free guidance."""
         states, mask = self.encoder(texts)
+        states = states.to(self.project.weight.dtype)  # a pretrained encoder's are float32, sharded weights bfloat16
         x = torch.where(mask[..., None], self.project(states), self.empty)
         without = ~mask.any(dim=1) if dropped is None else ~mask.any(dim=1) | onto(dropped, x.device)
         return torch.where(without[:, None, None], self.null, x)

@@ -176,6 +176,16 @@ def test_weights_stay_out_of_the_model(bert):
     assert torch.equal(condition([""]), condition([CAPTION], torch.tensor([True])))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_conditions_are_of_the_type_of_their_weights(bert, dtype):
+    """Sharded training (trainer=fsdp) computes with bfloat16 weights, without autocast."""
+    condition = build_condition(ConditionConfig(length=12, channels=32, encoder=str(bert)), 16)
+    exact = condition([CAPTION, ""])
+    found = condition.to(dtype)([CAPTION, ""])
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), exact, atol=5e-2, rtol=5e-2)
+
+
 def test_a_generator_is_trained_and_used_with_it(pair, bert, tmp_path, monkeypatch, capsys):
     """The checkpoint names encoder and revision; after a move the encoder is found by KIT_TEXT_ENCODER."""
     monkeypatch.chdir(tmp_path)
