@@ -70,9 +70,9 @@ def commitment_loss(feature: Tensor, steps: list[Step]) -> Tensor:
 def entropy_loss(steps: list[Step], inverse_temperature: float) -> Tensor:
     """1 - (entropy of a bit over the batch - mean entropy of a bit given its token), in bits; in [0, 1].
 
-    It is 0 when every bit is certain for its token and balanced over the batch of all devices (MAGVIT-v2's entropy penalty,
-    per bit as in BSQ-ViT). A bit's probability is sigmoid(inverse_temperature * u * sqrt(d)), u the residual on the unit
-    sphere.
+    It is 0 when every bit is certain for its token and balanced over the batch of all devices, or its part where batches are
+    accumulated (MAGVIT-v2's entropy penalty, per bit as in BSQ-ViT). A bit's probability is
+    sigmoid(inverse_temperature * u * sqrt(d)), u the residual on the unit sphere.
     """
     losses = []
     for step in steps:
