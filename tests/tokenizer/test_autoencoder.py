@@ -84,6 +84,21 @@ def test_the_feature_has_a_shortcut_past_norm_and_activation():
     torch.testing.assert_close(feature, fit_channels(seen[0], 4))
 
 
+def test_heads_read_what_is_normalised_and_activated():
+    model, seen = randomise(Tokenizer(TokenizerConfig(bits=4, scales=(1, 2), patch=2, widths=(8, 16), blocks=1))), []
+    for part in (model.encoder, model.decoder):
+        part.norm.register_forward_hook(lambda module, inputs, output: seen.append(nn.functional.silu(output)))
+        part.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model.reconstruct(torch.rand(1, 3, 5, 8, 8))
+    assert torch.equal(*seen[:2]) and torch.equal(*seen[2:])
+
+
+@pytest.mark.parametrize("temporal, past", [(True, 2), (False, 0)])
+def test_blocks_of_the_coarsest_level_alone_see_past_frames(temporal, past):
+    model = Tokenizer(TokenizerConfig(bits=4, scales=(1, 2), patch=2, widths=(8, 16, 24), blocks=1, temporal=temporal))
+    assert [block.conv1.past for block in model.blocks] == [0, 0, past, past, 0, 0]
+
+
 def test_a_new_block_changes_nothing():
     x = torch.randn(2, 8, 3, 4, 4)
     assert torch.equal(ResBlock(8, 8, temporal=True)(x), x)
