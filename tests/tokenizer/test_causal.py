@@ -173,7 +173,13 @@ def test_decoding_the_coarse_scales_only(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "size, message", [((6, 8, 8), "1 \\+ 4n"), ((5, 10, 8), "multiples of 4"), ((5, 16, 16), "shorter side must be at most")]
+    "size, message",
+    [
+        ((6, 8, 8), "1 \\+ 4n"),
+        ((5, 10, 8), "multiples of 4"),
+        ((5, 8, 10), "multiples of 4"),
+        ((5, 16, 16), "shorter side must be at most"),
+    ],
 )
 def test_sizes_that_do_not_fit_are_refused(tokenizer, size, message):
     with pytest.raises(ValueError, match=message):
