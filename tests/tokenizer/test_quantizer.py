@@ -76,6 +76,7 @@ def test_bits_survive_their_code(d):
     torch.testing.assert_close(code.norm(dim=1), torch.ones(22))
     torch.testing.assert_close(code.abs(), torch.full((22, d), d**-0.5))
     assert torch.equal(to_bits(code), bits)
+    assert to_bits(torch.zeros(d)).tolist() == [False] * d
 
 
 @each_schedule
