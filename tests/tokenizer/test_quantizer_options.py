@@ -155,10 +155,12 @@ def test_stochastic_depth_leaves_out_what_it_says():
 
     tokenizer = randomise(Tokenizer(TokenizerConfig(**SHAPE)))
     video = noise(2, 3, 5, 16, 16).clamp(-1, 1)
-    first = torch.tensor([[True, False, False]]).expand(2, 3)
+    kept = torch.tensor([[True, True, True], [True, False, False]])  # of each clip, for all of its frames
+    bits, schedule = tokenizer.bits(video), tokenizer.schedule_of(video)
     with torch.no_grad():
-        output = tokenizer(video, first)[0].clamp(-1, 1)
-        torch.testing.assert_close(output, tokenizer.decode_bits(tokenizer.bits(video), tokenizer.schedule_of(video), 1))
+        whole, first = tokenizer(video, kept)[0].clamp(-1, 1)
+        torch.testing.assert_close(whole, tokenizer.decode_bits(bits, schedule)[0])
+        torch.testing.assert_close(first, tokenizer.decode_bits(bits, schedule, 1)[1])
 
 
 def test_scales_are_left_out_at_the_given_rate_and_again_the_same_way():
