@@ -188,8 +188,10 @@ def test_learned_amplitude_is_the_features_and_is_trained(amplitude):
     video = noise(2, 3, 5, 16, 16).clamp(-1, 1)
     with torch.no_grad():
         tokenizer.amplitude.fill_(1.25)
-    rms = tokenizer.encode(video).square().mean((1, 3, 4)).sqrt() * 6**0.5
+    feature = tokenizer.encode(video)
+    rms = feature.square().mean((1, 3, 4)).sqrt() * 6**0.5
     torch.testing.assert_close(rms, torch.full_like(rms, 1.25))
+    assert feature.square().mean(1).std() > 0.01, "each frame has that size, but not each of its places"
     (tokenizer(video)[0] - video).square().mean().backward()
     assert tokenizer.amplitude.grad.abs() > 0
     with pytest.raises(ValueError, match="learned_amplitude=true needs an amplitude to start from"):
