@@ -120,6 +120,8 @@ def test_what_is_held_does_not_grow(tokenizer):
     chunks = (clip_of(6) for _ in range(8))  # whole groups and a half: 5, 4, 8, 4, 8 ... frames
     after = [held() for _ in reconstruct_stream(tokenizer, chunks)]
     assert len(after) >= 8 and len(set(after[1::2])) == len(set(after[2:-1:2])) == 1
+    rest = list(regrouped([clip_of(6)], 4))[-1]
+    assert rest.untyped_storage().nbytes() == rest.nbytes, "the chunk that it is of is let go"
 
 
 @pytest.mark.parametrize("lengths", [(17,), (1,) * 17, (2, 3, 7, 1, 4), (0, 3, 0, 12)], ids=str)
