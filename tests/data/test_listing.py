@@ -159,6 +159,14 @@ def test_captions_from_a_table(tmp_path, suffix, where):
     assert found["b_1.mp4"]["caption"] == "" and found["b_1.mp4"]["label"] == dataset.classes.index("b")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json"])
+def test_a_table_may_begin_with_a_byte_order_mark(tmp_path, suffix):
+    """Spreadsheets on Windows write one."""
+    path = write_captions(tmp_path / f"c.{suffix}", {"a.mp4": "x"})
+    path.write_text("\ufeff" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert read_captions(path, ["a.mp4"]) == {"a.mp4": "x"}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
