@@ -350,6 +350,7 @@ def test_a_constant_rate_is_what_the_file_states(tmp_path, backend, name, rate, 
 def test_rates_of_a_header_and_of_times():
     assert true_rate(30.0, [0, 0.033, 0.067]) == 30.0
     assert true_rate(30.0, [0, 0.1, 0.2]) == 10.0
+    assert [true_rate(30.0, [n / rate for n in range(100)]) for rate in (29.9, 29.0)] == [30.0, 29.0]
     for nothing in (None, 0, float("nan"), float("inf")):
         assert true_rate(nothing, [0, 1, 3]) == 0.667
     for times in ([], [5], [5, 5]):
