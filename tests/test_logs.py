@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+from callbacks import RunSummary
 from callbacks.pictures import log_picture, may_fail
 from kit.data.datamodule import ClipDataModule
+from kit.data.shapes import Shapes
 from kit.data.staged import StagedClips
 from kit.generator.module import GeneratorModule
 from kit.inspection import bit_use_picture
@@ -76,6 +79,30 @@ def test_clips_alone_are_moved(kind):
     moved = kind.transfer_batch_to_device(None, batch, torch.device("meta"), 0)
     assert moved.keys() == batch.keys() and moved["video"].is_meta
     assert all(moved[key] is batch[key] for key in ("n", "label", "caption"))
+
+
+def test_a_run_tells_at_its_start_what_it_will_train():
+    """Three steps of two batches of four clips, on two devices; discriminators are no part of the model."""
+    module = nn.Module()
+    with torch.device("meta"):
+        module.model = nn.Module()
+        module.model.encoder, module.model.decoder = nn.Linear(1000, 10000, False), nn.Linear(1000, 20000, False)
+        module.discriminator = nn.Linear(1000, 40000, False)
+    module.kind, module.schedule, module.hparams = "tokenizer", "its scales", SimpleNamespace(optimizer={})
+    data = ClipDataModule(Shapes, 5, 32, 32, 8.0, batch_size=4, val_clips=2, workers=0)
+    trainer = SimpleNamespace(
+        datamodule=data, max_steps=3, accumulate_grad_batches=2, world_size=2, val_check_interval=6, precision="32-true",
+        strategy=SimpleNamespace(root_device="cpu"), default_root_dir="runs/a",
+    )  # fmt: skip
+    lines = RunSummary.lines(trainer, module)
+    of_them = "discriminators 40.00 M, decoder 20.00 M, encoder 10.00 M"
+    assert lines["model"] == f"tokenizer, 30.00 M parameters ({of_them})"
+    assert lines["clip"] == "5 x 32 x 32 at 8 fps -> its scales"
+    assert lines["steps"] == "3 of 8 clips on 2 device(s), 48 clips in all"
+    assert lines["memory"].startswith("up to 1.12 GB for weights, gradients and optimizer, 0.12 GB for EMA")
+    trainer.val_check_interval = 7
+    told = RunSummary.lines(trainer, module)["validation"]
+    assert "validation" not in lines and "trainer.val_check_interval=7 is after the end" in told
 
 
 def test_each_kind_of_logger_is_handed_pictures_as_it_takes_them(tmp_path):
