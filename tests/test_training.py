@@ -313,6 +313,12 @@ def test_ema_follows_faster_early_on():
         assert ema.average["model.weight"].item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("decay", [-0.1, 1, 1.5])
+def test_a_decay_that_averages_nothing_is_told(decay):
+    with pytest.raises(ValueError, match=rf"decay must lie in \[0, 1\), got {decay}"):
+        EMA(decay)
+
+
 def test_nan_loss_stops_before_the_weights_and_saves_the_batch(tmp_path):
     clip = {"frames": 1, "height": 16, "width": 16, "fps": 8}
     tokenizer = {"bits": 4, "scales": [1, 2], "patch": 8, "widths": [8], "blocks": 1}
