@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ THREE = {"a": partial(Shapes, seed=1), "b": partial(Shapes, seed=2), "c": partia
 def test_shares_are_whole_numbers_of_a_period():
     assert shares({"a": 1, "b": 1, "c": 1}) == {"a": 334, "b": 333, "c": 333}
     assert shares({"a": 0.7, "b": 0.3}) == {"a": 700, "b": 300}
+    assert shares({"a": 1, "b": 2}) == {"a": 333, "b": 667}
     assert shares({"a": 1e9, "b": 1}) == {"a": 999, "b": 1}
 
 
@@ -47,7 +49,7 @@ def test_each_source_has_its_share_and_gives_its_items_in_order(split):
     assert Counter(name for name, _ in asked[:PERIOD]) == {"a": 600, "b": 300, "c": 100}
     for name in THREE:
         numbers = [n for other, n in asked if other == name]
-        assert numbers == list(range(len(numbers)))
+        assert all(n == turn for turn, n in enumerate(numbers))  # of such long lists pytest compares for minutes
     hundred = Counter(name for name, _ in asked[:100])
     assert hundred["a"] < 75 and hundred["c"] > 2, "they take turns all the while"
 
@@ -90,11 +92,17 @@ def test_what_has_no_class_gets_none():
     [({"a": 1, "b": -1, "c": 1}, "data.source.weights.b=-1; expected a number of 0 or more"),
      ({"a": 1, "b": None, "c": 1}, "data.source.weights.b=null; expected a number of 0 or more"),
      ({"a": 0, "b": 0, "c": 0.0}, "data.source.weights of a, b, c are 0; expected one above 0"),
-     ({"a": 1, "b": 1}, "weights are of a, b, the sources are a, b, c")],
+     ({"a": 1, "b": 1}, "weights are of a, b, the sources are a, b, c"),
+     ({"a": 1, "b": 1, "c": 1, "d": 1}, "weights are of a, b, c, d, the sources are a, b, c")],
 )  # fmt: skip
 def test_wrong_weights_are_told(weights, message):
     with pytest.raises(ValueError, match=message):
         Mixture(THREE, weights, **SHAPE)
+
+
+def test_a_weight_of_nothing_leaves_its_source_out():
+    mixture = Mixture(THREE, {"a": 3, "b": 0, "c": 1}, **SHAPE)
+    assert set(mixture.sources) == {"a", "c"} and mixture.turns.counts == {"a": 750, "c": 250}
 
 
 def test_sources_without_words_are_told_once(tmp_path):
@@ -155,6 +163,8 @@ def test_own_rates_must_agree(tmp_path):
     mixture = Mixture(sources, {"slow": 1, "fast": 1}, **{**SHAPE, "fps": 0})
     with pytest.raises(ValueError, match=r"frame rates differ \({'slow': 5.0, 'fast': 10.0}\); choose one with data.fps"):
         _ = mixture.native_fps
+    mixture.sources = {name: SimpleNamespace(native_fps=rate) for name, rate in (("slow", 29.97003), ("fast", 29.96999))}
+    assert mixture.native_fps == 29.97, "they are one to a thousandth"
 
 
 def test_a_tokenizer_trains_on_a_mixture(tmp_path, capsys):
