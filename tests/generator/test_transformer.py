@@ -207,6 +207,8 @@ def test_empty_text_is_no_condition(make_generator):
     condition = make_generator().condition
     assert torch.equal(condition([""]), condition(["a red ball"], torch.tensor([True])))
     assert not torch.allclose(condition([""]), condition(["a red ball"]))
+    assert torch.equal(condition(["", "a"], torch.tensor([False, False]))[0], condition.null), "in training too"
+    assert not torch.allclose(condition.null, condition.empty)
 
 
 def read_on_a_rank(rank: int, folder: str):
