@@ -230,7 +230,8 @@ def test_all_ranks_know_the_words_of_each(tmp_path):
 
 def test_words_not_read_or_never_trained_are_told(make_generator):
     condition = make_generator().condition
-    condition.train()(["a red ball"]), condition.eval()(["a blue star"])
+    condition.train()(["a red ball", "ball"]), condition.eval()(["a blue star"])
+    assert condition.encoder.seen.sum() == 3, "places without a word are no words"
     assert condition.notes("A red ball.") == []
     assert condition.notes("a blue ball") == ["never seen in training, so without a meaning: blue"]
     assert condition.notes("a red ball in blue") == ["of 'a red ball in blue' the first 3 words are read, not: in blue"]
