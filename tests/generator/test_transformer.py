@@ -9,7 +9,7 @@ import torch
 
 from kit.confs import CONF
 from kit.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
-from kit.generator.condition import ClassCondition, ConditionConfig, TextCondition, WordEncoder
+from kit.generator.condition import ClassCondition, ConditionConfig, TextCondition, WordEncoder, check_classes
 from kit.generator.mask import View, attention_views
 from kit.generator.rope import rotary_table
 from kit.generator.transformer import Attention, Generator, GeneratorConfig, RMSNorm, SwiGLU
@@ -258,6 +258,14 @@ def test_what_has_no_class_is_unconditional(make_generator):
     assert names == ["jump", ""] and condition.notes("") == ["no class: clips of any kind"]
     without = condition(["jump", "jump"], torch.tensor([False, True]))
     assert torch.equal(condition(names), without) and not torch.equal(without[0], without[1])
+
+
+def test_classes_in_another_order_are_other_classes():
+    """A label is a place among them."""
+    condition = ConditionConfig("class", ("jump", "run"))
+    check_classes(condition, ["jump", "run"], "the data", "take others")
+    with pytest.raises(ValueError, match="knows the classes jump, run, the data run, jump; take others"):
+        check_classes(condition, ["run", "jump"], "the data", "take others")
 
 
 def test_condition_kinds_build_what_they_say(make_generator):
