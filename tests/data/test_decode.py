@@ -284,6 +284,13 @@ def test_frames_of_a_camera_that_hold_exif_are_read(tmp_path, orientation):
     assert np.abs(open_video(tmp_path / "camera.avi").frames([2]).astype(int) - shown).mean() < 3
 
 
+def test_a_photo_with_a_preview_does_not_move(tmp_path):
+    photo, other = Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64), "white")
+    for name, format in (("photo.jpg", "MPO"), ("moving.webp", "WEBP")):
+        photo.save(tmp_path / name, format, save_all=True, append_images=[other])
+    assert [open_video(tmp_path / name).moves for name in ("photo.jpg", "moving.webp")] == [False, True]
+
+
 def test_headers_of_large_files_are_read(tmp_path):
     """These have sizes and times of 64 bits."""
     path = set_matrix(write(tmp_path / "a.mp4", ramp()[:3]), -1, 0, 0, 1)
