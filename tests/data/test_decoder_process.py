@@ -11,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -172,6 +173,19 @@ def test_a_decoder_that_nobody_waits_for_ends_by_itself(videos):
         assert connection.recv() == "ready"
         connection.send((videos / "0.mp4", "pyav", None, 1.0))
         assert process.wait(timeout=60) == 1
+
+
+def test_the_limit_of_a_request_ends_with_its_answer(videos, monkeypatch):
+    """Else a decoder that is asked nothing for a while, as during a validation, would end, and cost the next clip."""
+    seen = Mock()
+    seen.connection.recv.side_effect = [(videos / "0.mp4", "pyav", None, 1.0), EOFError]
+    monkeypatch.setattr(decode, "faulthandler", seen.limit)
+    monkeypatch.setattr(decode, "signal", Mock())
+    monkeypatch.setattr(decode.os, "dup2", lambda *_: None)
+    decode.serve(seen.connection)
+    limit = ["limit.dump_traceback_later", "limit.cancel_dump_traceback_later"]
+    talk = ["connection.send", "connection.recv"]
+    assert [name for name, *_ in seen.mock_calls] == [*talk, *limit, *talk]
 
 
 def is_running(pid: int) -> bool:
