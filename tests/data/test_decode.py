@@ -436,12 +436,8 @@ def test_a_picture_in_tiles_is_not_taken_for_one_of_them(tmp_path, backend):
 
 
 def test_display_width():
-    assert [display_width(720, aspect) for aspect in (None, Fraction(1), Fraction(64, 45), Fraction(8, 9))] == [
-        720,
-        720,
-        1024,
-        640,
-    ]
+    aspects = (None, Fraction(1), Fraction(64, 45), Fraction(8, 9), Fraction(100), Fraction(1, 100))
+    assert [display_width(720, aspect) for aspect in aspects] == [720, 720, 1024, 640, 720, 720]
 
 
 @pytest.mark.parametrize(("name", "options"), CONTAINERS.items(), ids=str)
