@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -439,6 +440,19 @@ def test_logits_are_of_float32_in_every_precision(make_generator):
         assert torch.equal(model.logits(hidden), exact)
     near = model.bfloat16().logits(hidden.bfloat16())
     assert near.dtype == torch.float32 and not torch.equal(near, near.bfloat16().float())
+
+
+def test_queries_and_keys_have_one_size_and_values_their_own():
+    attention, x, where = randomise(Attention(32, 2)), torch.randn(1, 6, 32), torch.randint(0, 9, (6, 3)).float()
+    found = []
+    for rows in (slice(0), slice(0, 32), slice(32, 64), slice(64, 96)):  # none, queries, keys, values
+        again = copy.deepcopy(attention)
+        again.qkv.weight[rows] *= 3
+        found.append(again(x, rotary_table(where, 16), [View(slice(None), slice(None), None)]))
+    before, queries, keys, values = found
+    torch.testing.assert_close(queries, before)
+    torch.testing.assert_close(keys, before)
+    torch.testing.assert_close(values, 3 * before)
 
 
 def test_attention_depends_on_relative_positions_only():
