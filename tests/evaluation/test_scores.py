@@ -16,7 +16,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from kit.data.shapes import Shapes
 from kit.evaluation.report import best_median_worst
 from kit.evaluation.run import over_folds
-from kit.evaluation.scores import PSNR, SSIM, CaptionScore, decibel
+from kit.evaluation.scores import PSNR, SSIM, CaptionScore, FrechetScore, decibel
 from kit.pixels import ssim, to_8_bits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +125,7 @@ def test_captions_of_real_clips_and_of_spoilt_ones():
     assert score.add(clips, {"caption": captions}) == [0] * 4
     found = score.result()
     assert found["value"] == found["shape"] == found["motion"] == 1 and found["by_frame"]["colour"] == [1] * 9
+    assert not found["by_frame"].keys() & {"motion", "all"}, "a frame shows no motion"
     again = CaptionScore(12)
     again.load(score.state())
     assert again.result() == found
@@ -134,6 +135,23 @@ def test_captions_of_real_clips_and_of_spoilt_ones():
     score.add(drifting, {"caption": captions})
     curve = score.result()["by_frame"]["colour"]
     assert curve[:5] == [1] * 5 and max(curve[5:]) < 1
+
+
+def test_a_share_is_of_the_captions_that_name_it():
+    """Captions of images name no motion."""
+    score = CaptionScore(12)
+    score.load({"whole": [{"motion": True, "all": True}, {"all": False}], "frames": [[{"shape": True}], [{"shape": False}]]})
+    assert score.result() == {"value": 0.5, "motion": 1, "by_frame": {"shape": [0.5]}}
+
+
+def test_the_error_of_a_clip_is_its_distance_from_the_real_ones_mean():
+    def detector(clips):
+        return clips
+
+    detector.size = 2
+    real, names = FrechetScore(detector, 2), {"name": ["a", "b"]}
+    assert real.add(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), names) == [0, 0]
+    assert FrechetScore(detector, 2, real.nested).add(torch.tensor([[5.0, 6.0], [2.0, 1.0]]), names) == [5, 1]
 
 
 @pytest.mark.parametrize("make", [PSNR, SSIM])
