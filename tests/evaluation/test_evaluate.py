@@ -477,7 +477,9 @@ def test_clips_are_chosen_alike_each_time():
     first = choose(files, 12, "random", True, 3, 0)
     assert first == choose(files, 12, "random", True, 3, 0) != choose(files, 12, "random", True, 3, 1)
     assert sorted(choice.file for choice in first[:5]) == sorted(choice.file for choice in first[5:10]) == files
+    assert first != choose(files, 12, "random", True, 4, 0)
     assert len({choice.start for choice in first}) == 12 and all(0 <= choice.top < 1 for choice in first)
+    assert all(len({choice.start, choice.top, choice.left}) == 3 for choice in first), "each is a draw of its own"
     middle = choose(files, 5, "middle", False, 3, 0)
     assert {(c.start, c.top, c.left) for c in middle} == {(0.5, 0.5, 0.5)} and sorted(c.file for c in middle) == files
 
@@ -535,9 +537,11 @@ def test_a_suite_and_its_results(pair, tmp_path, capsys):
     assert "needs ckpt=GENERATOR and prompts=FILE" in capsys.readouterr().err
 
 
-def test_file_clips_say_what_they_are(videos):
+def test_file_clips_say_what_they_are(tmp_path):
     from kit.data.clips import FolderClips
 
-    source = FolderClips(videos, "all", frames=4, height=16, width=24)
+    for name in ("ball_001.mp4", "ball_002.mp4"):
+        write_video(torch.zeros(3, 6, 32, 48), tmp_path / name, 12)
+    source = FolderClips(tmp_path, "all", frames=4, height=16, width=24)
     item = FileClips(source, choose(["ball_002.mp4"], 1, "first", False, 0, 0))[0]
-    assert item["video"].shape == (3, 4, 16, 24) and item["size"] == "32 x 32" and item["name"] == "ball_002.mp4"
+    assert item["video"].shape == (3, 4, 16, 24) and item["size"] == "32 x 48" and item["name"] == "ball_002.mp4"
