@@ -327,6 +327,9 @@ def test_a_hash_tells_apart_what_looks_alike():
     numbers = torch.arange(4)
     alike = [[[1], [2]], [[1, 2]], [{}, 1], {1: {}}, numbers, numbers.view(2, 2), numbers.int(), numbers.float()]
     assert len({contents_hash({"entry": value}) for value in alike}) == len(alike)
+    long = torch.zeros(2, 5000, dtype=torch.long)  # printed, its middle would be left out
+    long[1, 2500] = 1
+    assert contents_hash({"entry": long[0]}) != contents_hash({"entry": long[1]})
 
 
 def test_a_full_disk_costs_pictures_and_not_the_run(tmp_path, monkeypatch):
