@@ -302,6 +302,16 @@ def test_a_failure_that_was_let_pass_does_not_fail_a_later_save(tmp_path, monkey
     assert last.saved == trainer.global_step
 
 
+def test_the_most_failures_in_a_row_are_told_although_saves_succeeded_between(tmp_path, monkeypatch):
+    outcomes = [OSError("no room"), OSError("no room"), None, OSError("no disk"), None]
+    monkeypatch.setattr("kit.training_checkpoint.save_training", MagicMock(side_effect=outcomes))
+    io = TrainingCheckpointIO()
+    with pytest.warns(UserWarning):
+        for _ in outcomes:
+            io.save_checkpoint({}, tmp_path / "last.ckpt")
+    assert io.look() == (2, "no disk") and io.look()[0] == io.failed == 0
+
+
 def test_a_folder_that_cannot_be_synced_loses_no_save(tmp_path, monkeypatch):
     """Some network file systems cannot sync a folder; the file is in place all the same."""
     sync = os.fsync
