@@ -22,7 +22,7 @@ import torch
 import kit.verbs.cache
 from callbacks import LastCheckpoint, last_checkpoint
 from kit.checkpoint import load_tokenizer, read_checkpoint
-from kit.files import contents_hash, load_checked, save_checked, written_aside
+from kit.files import contents_hash, load_checked, not_saved, save_checked, written_aside
 from kit.tokenizer.module import TokenizerModule
 from kit.training_checkpoint import TrainingCheckpointIO, save_training
 from tests.fixtures import fit_generator, fit_tokenizer
@@ -374,6 +374,13 @@ def test_failed_save_leaves_what_was_there(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load_checked(path) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_first_save_that_fails_has_none_before_it(tmp_path):
+    path, full = tmp_path / "last.ckpt", OSError(errno.ENOSPC, "No space left on device")
+    assert "whole" not in str(not_saved(path, full))
+    path.touch()
+    assert "the one before it is whole" in str(not_saved(path, full))
 
 
 def test_a_file_is_replaced_and_not_written_over(tmp_path):
