@@ -141,6 +141,7 @@ def test_what_is_recomputed_is_what_was(config, frames):
             found.append(trained(model, video))
         sizes.append(sum(held.values()))
     assert model.recompute and [*model.state_dict()] == names
+    assert all(level.recompute for part in (model.encoder, model.decoder) for level in part.levels)
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert sizes[1] < 0.75 * sizes[0]
 
