@@ -184,7 +184,9 @@ def test_scales_are_left_out_at_the_given_rate_and_again_the_same_way():
 
 @pytest.mark.parametrize("amplitude", [1.5, 2])
 def test_learned_amplitude_is_the_features_and_is_trained(amplitude):
-    tokenizer = randomise(Tokenizer(TokenizerConfig(**SHAPE, amplitude=amplitude, learned_amplitude=True)))
+    tokenizer = Tokenizer(TokenizerConfig(**SHAPE, amplitude=amplitude, learned_amplitude=True))
+    assert tokenizer.amplitude.item() == amplitude
+    randomise(tokenizer)
     video = noise(2, 3, 5, 16, 16).clamp(-1, 1)
     with torch.no_grad():
         tokenizer.amplitude.fill_(1.25)
