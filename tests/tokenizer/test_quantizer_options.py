@@ -200,6 +200,12 @@ def test_learned_amplitude_is_the_features_and_is_trained(amplitude):
         TokenizerConfig(**SHAPE, amplitude=None, learned_amplitude=True)
 
 
+def test_a_frame_without_any_feature_has_no_amplitude():
+    tokenizer = Tokenizer(TokenizerConfig(**SHAPE))
+    tokenizer.encoder.register_forward_hook(lambda module, inputs, feature: feature * 0)
+    assert not tokenizer.encode(torch.zeros(1, 3, 5, 16, 16)).any()
+
+
 def test_entropy_weight_goes_in_a_straight_line():
     module = make_module("loss.entropy_weight=0.1", "loss.entropy_weight_end=0.02")
     seen = []
