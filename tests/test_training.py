@@ -124,6 +124,8 @@ def test_pixels_of_another_range_are_told_before_they_are_learned(verb, pair, tm
         (lambda item: {"video": item["video"], "label": -1}, "clip 0 of the data: it has no caption; expected video, "),
         (lambda item: {**item, "label": "red"}, "its label is 'red'; expected its place in `classes`"),
         (lambda item: {**item, "video": item["video"].numpy()}, "its video is ndarray; expected a tensor"),
+        (lambda item: {**item, "video": item["video"].double()}, "its video is torch.float64, expected torch.float32; "),
+        (lambda item: {**item, "video": item["video"].half()}, "its video is torch.float16, expected torch.float32; "),
         (lambda item: {**item, "video": item["video"][:, :1]}, "it has 1 x 16 x 16 pixels, expected 5 x 16 x 16"),
         (lambda item: {**item, "video": item["video"][..., 1:]}, "it has 5 x 16 x 15 pixels, expected 5 x 16 x 16"),
     ],

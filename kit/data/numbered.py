@@ -72,6 +72,8 @@ def check_item(item: dict, frames: int, size: tuple[int, int] | None, classes: i
     except ValueError:
         if video.ndim != 4 or video.isfinite().all():
             raise
+    if video.dtype != torch.float32:
+        raise ValueError(f"its video is {video.dtype}, expected torch.float32; .float() makes it that")
     _, found, *sides = video.shape
     if found < frames or size not in (None, tuple(sides)):
         height, width = size or sides
