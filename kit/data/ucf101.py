@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kit.data.clips import FolderClips
+from kit.files import read_text
 
 LISTS = "ucfTrainTestlist"
 CLASSES = 101
@@ -18,7 +19,7 @@ def read_list(path: Path) -> list[str]:
     A line is `Class/v_Class_g01_c01.avi`; a class number may follow.
 
     Raises:
-        FileNotFoundError: if there is no such list. ValueError: if a line is not of this form.
+        FileNotFoundError: if there is no such list. ValueError: if it is empty or no UTF-8, or a line is not of this form.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -26,13 +27,15 @@ def read_list(path: Path) -> list[str]:
             f"folder of the classes"
         )
     names = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not (words := line.split()):
             continue
         name = PurePosixPath(words[0])
         if len(name.parts) != 2 or len(words) > 2:
             raise ValueError(f"{path}, line {number}: expected `Class/v_Class_g01_c01.avi 1`, found {line!r}")
         names.append(str(name.with_suffix("")))
+    if not names:
+        raise ValueError(f"UCF-101's split list {path} is empty; unpack it anew")
     return names
 
 

@@ -84,6 +84,14 @@ def test_wrong_arguments_and_lists(ucf101, tmp_path):
     (tmp_path / "list.txt").write_text("Class000/v_Class000_g01_c01.avi Class000/v_Class000_g01_c02.avi 1")
     with pytest.raises(ValueError, match="list.txt, line 1: expected"):
         read_list(tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("Class000/v_Class000_g01_c01.avi 1\r\n", encoding="utf-8-sig")
+    assert read_list(tmp_path / "list.txt") == ["Class000/v_Class000_g01_c01"]
+    (tmp_path / "list.txt").write_text("Class000/v_Class000_g01_c01.avi 1\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="list.txt, line 1: not UTF-8; save the file in that encoding"):
+        read_list(tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("\n")
+    with pytest.raises(ValueError, match="split list .*list.txt is empty; unpack it anew"):
+        read_list(tmp_path / "list.txt")
 
 
 def test_the_papers_recipes_train(ucf101, tmp_path):
