@@ -200,7 +200,8 @@ def misspelt_in(conf: Path) -> list[str]:
         try:
             known, keys = leaves(compose(alone, beside_it=conf.parent)), leaves(OmegaConf.create(values))
             added = [key for key in keys if key not in known and f"{key}._target_" in keys]
-            own = ("stages.", *(f"{key}." for key in added))  # names of one's own, and objects such as callbacks
+            empty = [key for key in known if not any(other.startswith(f"{key}.") for other in known)]  # such as `weights: {}`
+            own = ("stages.", *(f"{key}." for key in added + empty))  # names of one's own, and objects such as callbacks
             return nearest([key for key in keys if not f"{key}.".startswith(own)], known)
         except Exception:  # reported elsewhere
             return []
