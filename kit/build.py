@@ -34,11 +34,16 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
     Args:
         tokenizer: gives the number of tokens of a clip, for `data.batch_tokens`; None: `data.batch_tokens` is ignored.
     Raises:
-        ValueError: if `data.batch_tokens` is less than one clip, the tokenizer cannot take a bucket's clips, or
-            `data.images` lacks the folder of its cache; else as `check_batch_parts` and `ClipDataModule`.
+        ValueError: if `data.batch_tokens` is less than one clip, the tokenizer cannot take a bucket's clips,
+            `data.images` lacks the folder of its cache, or a source of a mixture is not partial; else as
+            `check_batch_parts` and `ClipDataModule`.
     """
     check_batch_parts(cfg)
     values = {k: v for k, v in plain(cfg.data).items() if k not in ("root", "batch_tokens")}
+    source = values.get("source") or {}
+    mixed = source.get("sources") or {} if source.get("_target_") == "kit.data.mixture.Mixture" else {}
+    if whole := [name for name, part in mixed.items() if not (part or {}).get("_partial_")]:
+        raise ValueError(f"data.source.sources.{whole[0]} would be of one split; add _partial_: true to its values")
     images = values.pop("images", None)
     root = (images or {}).get("root", "")  # a source of the user's own may have none; null: no pictures
     if root == "???":

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kit.build import build_data
 from kit.cli import main
 from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
@@ -17,7 +18,7 @@ from kit.data.mixture import PERIOD, Mixture, label_among, shares
 from kit.data.shapes import Shapes
 from kit.data.source import ClipSource
 from kit.media import write_video
-from tests.fixtures import CLIP, QUICK, TOKENIZER
+from tests.fixtures import CLIP, QUICK, TOKENIZER, composed
 
 SHAPE = dict(frames=5, height=32, width=32, fps=8.0)
 THREE = {"a": partial(Shapes, seed=1), "b": partial(Shapes, seed=2), "c": partial(Shapes, seed=3)}
@@ -115,6 +116,13 @@ def test_sources_without_words_are_told_once(tmp_path):
         warnings.simplefilter("error")
         Mixture(mine | {"drawn": Shapes}, {"mine": 1, "drawn": 1}, "val", **SHAPE)
         Mixture(mine, {"mine": 1}, **SHAPE)
+
+
+def test_a_source_that_is_not_partial_is_told():
+    drawn = "+data.source.sources.drawn={_target_: kit.data.shapes.Shapes}"
+    cfg = composed("stage1_tokenizer", "size=tiny", "data=mixture", *CLIP, drawn, "+data.source.weights.drawn=1")
+    with pytest.raises(ValueError, match="data.source.sources.drawn would be of one split; add _partial_: true"):
+        build_data(cfg)
 
 
 def test_a_mixture_of_drawn_clips_tells_of_no_files():
