@@ -170,6 +170,7 @@ def explained(error: Exception, verb: str) -> str | None:
     """Says in a few lines what a user can mend; None for other errors, and where KIT_TRACEBACK asks for a traceback."""
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import (
+        ConfigAttributeError,
         InterpolationKeyError,
         InterpolationResolutionError,
         InterpolationToMissingValueError,
@@ -191,6 +192,8 @@ def explained(error: Exception, verb: str) -> str | None:
         return f"{error.full_key}: {str(error).splitlines()[0]}; {INTERPOLATION}"
     while isinstance(error, InterpolationResolutionError) and error.__context__:
         error = error.__context__  # omegaconf's, about an error of a function that the config calls
+    if isinstance(error, ConfigAttributeError):  # such as ~seed has left
+        return f"there is no {error.full_key}, which kit reads; set it, do not take it out\n(KIT_TRACEBACK=1 shows where)"
     if isinstance(error, HydraException):
         said = re.sub(r"\s*To append to your default list use .*", "", str(error))  # nothing would read it
         return "\n".join(filter(None, (said, str(error.__cause__ or ""))))

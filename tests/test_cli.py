@@ -210,6 +210,12 @@ def test_a_users_own_search_path_counts(own_conf, tmp_path, capfd):
     assert training_config(str(own_conf), ["data=elsewhere"]).data.val_clips == 5
 
 
+def test_a_key_that_was_taken_out_is_told(tmp_path, capsys):
+    assert main(["fit", "conf=stage1_tokenizer", "size=tiny", "~trainer.max_steps", f"root={tmp_path}"]) == 1
+    error = capsys.readouterr().err
+    assert "there is no trainer.max_steps, which kit reads; set it" in error and "Traceback" not in error
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [
