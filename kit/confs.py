@@ -42,9 +42,9 @@ def values_of(path: Path) -> dict:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML in UTF-8: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("defaults", []), list):
         raise ValueError(f"{path} is no config: expected keys, and defaults as a list such as [stage2_generator, _self_]")
     return values

@@ -85,6 +85,7 @@ def test_help_of_a_verb_shows_each_key_with_its_comment(verb, capsys):
         (["fit", "conf=generate.yaml"], "conf=generate.yaml: kit has a generate.yaml too; give yours another name"),
         (["fit", "conf=broken.yaml"], "broken.yaml is no config: expected keys"),
         (["fit", "conf=word.yaml"], "word.yaml is no config: expected keys, and defaults as a list"),
+        (["fit", "conf=latin.yaml"], "latin.yaml is no YAML in UTF-8: 'utf-8' codec can't decode byte 0xe9 in position 9"),
         (["fit", "conf=bare.yaml"], "conf=bare.yaml is not for fit; choose from ablation"),
         (["generate", "conf=mine.yaml"], "conf=mine.yaml is not for generate"),
         (["fit", "conf=itself.yaml"], "itself.yaml is built on itself"),
@@ -101,6 +102,7 @@ def test_mistakes_name_the_choices(words, expected, capsys, tmp_path, monkeypatc
         ("itself", "defaults: [itself, _self_]"),
     ):
         (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "latin.yaml").write_bytes("name: caf\u00e9".encode("latin-1"))
     assert main(words) == 2
     assert expected in capsys.readouterr().err
 
