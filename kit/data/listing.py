@@ -190,9 +190,16 @@ def read_captions(path: Path, names: Sequence[str], others: Sequence[str] = ()) 
 
 
 def captions_in(root: Path) -> Path | None:
-    """Returns the table of captions in a folder, in small or capital letters as suffixes of videos may be; None without."""
-    tables = sorted(path for path in root.glob("*") if path.name.lower() in CAPTION_FILES and path.is_file())
-    return min(tables, key=lambda path: CAPTION_FILES.index(path.name.lower()), default=None)
+    """Returns the table of captions in a folder, in small or capital letters as suffixes of videos may be; None without.
+
+    Raises:
+        ValueError: if there are several.
+    """
+    tables = sorted(path.name for path in root.glob("*") if path.name.lower() in CAPTION_FILES and path.is_file())
+    if len(tables) > 1:
+        named = f"name one with data.source.captions={root / tables[0]}"
+        raise ValueError(f"{root} holds several tables of captions, {' and '.join(tables)}; keep one of them, or {named}")
+    return root / tables[0] if tables else None
 
 
 def held_out_hash(files: Iterable[str]) -> str:

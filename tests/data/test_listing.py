@@ -245,6 +245,15 @@ def test_names_of_caption_files_may_have_capitals(tmp_path, name):
     assert FolderClips(tmp_path).words("a.MP4")["caption"] == "a red ball"
 
 
+def test_of_several_tables_of_captions_one_is_to_be_named(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "captions.csv").write_text("file,caption\na.mp4,a red ball\n")
+    (tmp_path / "captions.json").write_text('{"a.mp4": "a blue star"}')
+    with pytest.raises(ValueError, match="holds several tables of captions, captions.csv and captions.json; keep one"):
+        FolderClips(tmp_path)
+    assert FolderClips(tmp_path, captions=tmp_path / "captions.json").words("a.mp4")["caption"] == "a blue star"
+
+
 def test_what_keeps_labels_from_being_classes_is_told():
     folders = ["a/1.mp4", "a/2.mp4", "b/1.mp4", "b/2.mp4"]
     with pytest.warns(UserWarning, match="1 of 5 files lie in no folder, such as 'stray.mp4'"):
