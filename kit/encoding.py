@@ -20,7 +20,7 @@ from kit.data.source import ClipSource
 from kit.files import file_sha256, locked, not_saved, read_json, write_json, written_aside
 from kit.machine import device, inference_precision
 from kit.tokenizer import Tokenizer
-from kit.values import hash_of
+from kit.values import differences, hash_of
 
 BATCH = 16  # clips encoded at a time
 
@@ -124,10 +124,9 @@ def _claim(folder: Path, about: dict, clips: dict[str, int]) -> dict[str, int]:
     with _locked(path):
         found = read_json(path) if path.exists() else {"about": about, "clips": {}}
         if found["about"] != about:
-            keys = [key for key in about if found["about"].get(key) != about[key]]
-            message = "; ".join(f"{key}: {found['about'].get(key)}, asked for {about[key]}" for key in keys)
             raise ValueError(
-                f"{folder} holds other clips ({message}); choose another with name=..., or remove it: they are encoded anew"
+                f"{folder} holds other clips (there, asked for: {'; '.join(differences(found['about'], about))}); choose "
+                f"another with name=..., or remove it: they are encoded anew"
             )
         clips = {split: max(number, found["clips"].get(split, 0)) for split, number in clips.items()}
         if found["clips"] != clips or not all(is_whole(folder / file.name, file) for file in files_of(clips)):

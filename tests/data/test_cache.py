@@ -205,7 +205,7 @@ def test_a_file_that_was_removed_is_made_again_and_hashed_anew(pair, tmp_path):
 
 def test_other_clips_need_another_folder(pair, tmp_path):
     write(pair, tmp_path, seed=0)
-    with pytest.raises(ValueError, match=r"holds other clips \(source: {'seed': 0}, asked for {'seed': 1}\)"):
+    with pytest.raises(ValueError, match=r"holds other clips \(there, asked for: source.seed: 0, 1\)"):
         write(pair, tmp_path, seed=1)
     with pytest.raises(ValueError, match="0 clips of the split val"):
         write(pair, tmp_path / "none", val=0)
@@ -335,7 +335,7 @@ def test_another_folder_of_a_source_that_lists_no_files_is_other_clips(pair, tmp
     words.append(f"data.source._target_={__name__}.Kept")
     assert main([*words, "+data.source.root=one"]) == 0
     assert main([*words, "+data.source.root=other"]) == 1
-    assert "holds other clips (source: " in capsys.readouterr().err
+    assert "holds other clips (there, asked for: source.root: one, other)" in capsys.readouterr().err
 
 
 def test_captions_that_a_training_does_not_read_to_their_end_are_told(pair, tmp_path):
