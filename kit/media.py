@@ -18,6 +18,7 @@ from kit.files import written_aside
 from kit.pixels import to_bytes
 
 COLUMNS = 8  # frames of a video in a contact sheet
+LINES = 16  # of a title, at most
 NARROWEST, WIDEST = 2, 16384  # pixels of a side that libx264 takes
 WEBP_WIDEST = 16383  # pixels of a side that a WebP has
 
@@ -83,33 +84,46 @@ def clip_by_clip(rows: dict[str, Tensor], clips: int) -> list[dict[str, Tensor]]
     return [dict(zip(rows, videos)) for videos in zip(*(videos[:clips] for videos in rows.values()), strict=True)]
 
 
+def wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+    """Breaks a text, with its own line breaks taken for blanks, into at most `most` lines of at most `width` pixels."""
+    text = " ".join(text.split())
+    start = round(1.2 * width * len(text) / (font.getlength(text) or 1))  # a line may have narrower ones than the whole
+    for letters in range(max(start, 5), 4, -1):
+        lines = textwrap.wrap(text, letters, max_lines=most, placeholder=" ...")
+        if all(font.getlength(line) <= width for line in lines):
+            break
+    return lines
+
+
 def contact_sheet(groups: list[dict[str, Tensor]], titles: list[str], path: str | Path, height: int = 64) -> Path:
     """Writes one PNG: for each group its title, and below it a row of frames for each of its videos.
 
     Args:
         groups: each row name -> video.
-        titles: of the groups, such as prompts.
+        titles: of the groups, such as prompts, in as many lines as they need.
         height: pixels of a frame in the picture, approximately: frames are enlarged by a whole factor and never reduced.
     """
     font = ImageFont.load_default(13)
-    margin, gap, line = 108, 2, 20
-    rows = []
-    for group, title in zip(groups, titles, strict=True):
-        rows.append(" ".join(title.split()))  # in one line: of a caption with several the frames would cover the others
-        rows.extend(group.items())
-
+    margin, gap, line = 108, 2, 16
     first = next(iter(groups[0].values()))
     zoom = max(1, round(height / first.shape[-2]))
     frame_h, frame_w = first.shape[-2] * zoom, first.shape[-1] * zoom
-    columns = max(len(spread(v.shape[1])) for g in groups for v in g.values())
-    total = sum(line if isinstance(row, str) else frame_h + gap for row in rows)
-    sheet = Image.new("RGB", (margin + columns * (frame_w + gap), total + 6), "white")
+    width = margin + max(len(spread(v.shape[1])) for g in groups for v in g.values()) * (frame_w + gap)
+    rows = []
+    for group, title in zip(groups, titles, strict=True):
+        rows.append(wrapped(title, font, width - 8, LINES) or [""])
+        rows.extend(group.items())
+
+    total = sum(line * len(row) + 4 if isinstance(row, list) else frame_h + gap for row in rows)
+    sheet = Image.new("RGB", (width, total + 6), "white")
     draw = ImageDraw.Draw(sheet)
     y = 2
     for row in rows:
-        if isinstance(row, str):
-            draw.text((4, y + 2), row, fill="black", font=font)
-            y += line
+        if isinstance(row, list):
+            for text in row:
+                draw.text((4, y + 2), text, fill="black", font=font)
+                y += line
+            y += 4
             continue
         name, video = row
         draw.text((4, y + frame_h // 2 - 8), name, fill=(90, 90, 90), font=font)
@@ -137,15 +151,15 @@ def moving_sheet(groups: list[dict[str, Tensor]], titles: list[str], path: str |
     h, w = round(H * zoom), round(W * zoom)
     groups = groups[: max(1, (WEBP_WIDEST - margin) // (w + gap))]
     letters = max(8, w // 7)  # of some 7 pixels each
-    wrapped = [textwrap.wrap(title, letters, max_lines=4, placeholder=" ...") for title in titles[: len(groups)]]
-    top = line * max(map(len, wrapped)) + 6
+    heads = [textwrap.wrap(title, letters, max_lines=4, placeholder=" ...") for title in titles[: len(groups)]]
+    top = line * max(map(len, heads)) + 6
 
     def corner(column: int, row: int) -> tuple[int, int]:
         return margin + column * (w + gap), top + row * (h + gap)
 
     empty = Image.new("RGB", corner(len(groups), len(names)), "white")
     draw = ImageDraw.Draw(empty)
-    for column, lines in enumerate(wrapped):
+    for column, lines in enumerate(heads):
         draw.multiline_text((corner(column, 0)[0], 2), "\n".join(lines), fill="black", font=font, spacing=2)
     for row, name in enumerate(names):
         draw.text((4, corner(0, row)[1] + h // 2 - 8), name, fill=(90, 90, 90), font=font)

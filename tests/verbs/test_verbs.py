@@ -362,6 +362,15 @@ def test_a_caption_of_several_lines_has_one_on_a_contact_sheet(tmp_path):
     assert sheets[0].read_bytes() == sheets[1].read_bytes()
 
 
+def test_a_long_title_is_whole_on_a_contact_sheet(tmp_path):
+    """However narrow the frames are: of captions that differ in their last word alone one sees which is which."""
+    sheets = [
+        contact_sheet([{"real": torch.zeros(3, 1, 64, 64)}], [f"{'a red ball ' * 20}(seed {seed})"], tmp_path / f"{seed}.png")
+        for seed in (1, 2)
+    ]
+    assert sheets[0].read_bytes() != sheets[1].read_bytes()
+
+
 def test_a_moving_sheet_plays_each_clip_in_its_place(tmp_path):
     """Frame t of each clip is where its column and its row meet, for as long as `fps` says."""
     levels = torch.linspace(-1, 1, 5)
