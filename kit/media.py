@@ -18,7 +18,8 @@ from kit.files import written_aside
 from kit.pixels import to_bytes
 
 COLUMNS = 8  # frames of a video in a contact sheet
-LINES = 16  # of a title, at most
+LINES, LINES_MOVING = 16, 4  # of a title, at most
+NARROWEST_TITLE = 88  # pixels: where clips are narrower, their titles push them apart
 NARROWEST, WIDEST = 2, 16384  # pixels of a side that libx264 takes
 WEBP_WIDEST = 16383  # pixels of a side that a WebP has
 
@@ -149,13 +150,13 @@ def moving_sheet(groups: list[dict[str, Tensor]], titles: list[str], path: str |
     names, (T, H, W) = list(groups[0]), next(iter(groups[0].values())).shape[1:]
     zoom = max(1, round(height / H)) if H <= 2 * height else 2 * height / H
     h, w = round(H * zoom), round(W * zoom)
-    groups = groups[: max(1, (WEBP_WIDEST - margin) // (w + gap))]
-    letters = max(8, w // 7)  # of some 7 pixels each
-    heads = [textwrap.wrap(title, letters, max_lines=4, placeholder=" ...") for title in titles[: len(groups)]]
+    step = max(w, NARROWEST_TITLE) + gap  # from one column to the next
+    groups = groups[: max(1, (WEBP_WIDEST - margin) // step)]
+    heads = [wrapped(title, font, step - 6, LINES_MOVING) for title in titles[: len(groups)]]
     top = line * max(map(len, heads)) + 6
 
     def corner(column: int, row: int) -> tuple[int, int]:
-        return margin + column * (w + gap), top + row * (h + gap)
+        return margin + column * step, top + row * (h + gap)
 
     empty = Image.new("RGB", corner(len(groups), len(names)), "white")
     draw = ImageDraw.Draw(empty)

@@ -393,3 +393,14 @@ def test_a_moving_sheet_of_many_or_large_clips_fits_its_format(tmp_path, clips, 
     groups = [{"real": torch.zeros(3, 1, side, side)}] * clips
     with Image.open(moving_sheet(groups, [""] * clips, tmp_path / "sheet.webp", fps=8)) as sheet:
         assert sheet.size == (size[0], size[1] + 6)
+
+
+def test_a_title_on_a_moving_sheet_keeps_to_its_column(tmp_path):
+    """Also over tall and narrow clips, where few letters have room: it would cover the title beside it."""
+    groups = [{"real": torch.zeros(3, 1, 96, 32)}] * 2
+    texts = {"": None, "PURPLE STARS CIRCLING": None}
+    for title in texts:
+        with Image.open(moving_sheet(groups, [title, "a red ball " * 20], tmp_path / "sheet.webp", fps=8)) as sheet:
+            texts[title] = np.array(sheet.convert("L")).astype(int)[:60, sheet.width - (sheet.width - 96) // 2 :]
+    plain, beside = texts.values()
+    assert np.abs(plain - beside).max() < 40  # a WebP's small losses
