@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from kit.pixels import to_bytes
 COLUMNS = 8  # frames of a video in a contact sheet
 LINES, LINES_MOVING = 16, 4  # of a title, at most
 NARROWEST_TITLE = 88  # pixels: where clips are narrower, their titles push them apart
+FONTS = "NotoSansCJK-Regular.ttc", "DejaVuSans.ttf"  # of the machine, for letters that Pillow's own font lacks
 NARROWEST, WIDEST = 2, 16384  # pixels of a side that libx264 takes
 WEBP_WIDEST = 16383  # pixels of a side that a WebP has
 
@@ -85,6 +86,14 @@ def clip_by_clip(rows: dict[str, Tensor], clips: int) -> list[dict[str, Tensor]]
     return [dict(zip(rows, videos)) for videos in zip(*(videos[:clips] for videos in rows.values()), strict=True)]
 
 
+def font_for(text: str, size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Returns Pillow's own font, which has the letters of English alone, or for others the first of FONTS that is there."""
+    for name in () if text.isascii() else FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
 def wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
     """Breaks a text, with its own line breaks taken for blanks, into at most `most` lines of at most `width` pixels."""
     text = " ".join(text.split())
@@ -104,7 +113,7 @@ def contact_sheet(groups: list[dict[str, Tensor]], titles: list[str], path: str 
         titles: of the groups, such as prompts, in as many lines as they need.
         height: pixels of a frame in the picture, approximately: frames are enlarged by a whole factor and never reduced.
     """
-    font = ImageFont.load_default(13)
+    font = font_for("".join(titles), 13)
     margin, gap, line = 108, 2, 16
     first = next(iter(groups[0].values()))
     zoom = max(1, round(height / first.shape[-2]))
@@ -146,7 +155,7 @@ def moving_sheet(groups: list[dict[str, Tensor]], titles: list[str], path: str |
         groups, titles: as of `contact_sheet`; all videos are of one shape. fps: frames a second.
         height: pixels of a frame in the picture, roughly: it is enlarged by a whole factor, or reduced to twice that height.
     """
-    font, margin, gap, line = ImageFont.load_default(12), 96, 2, 15
+    font, margin, gap, line = font_for("".join(titles), 12), 96, 2, 15
     names, (T, H, W) = list(groups[0]), next(iter(groups[0].values())).shape[1:]
     zoom = max(1, round(height / H)) if H <= 2 * height else 2 * height / H
     h, w = round(H * zoom), round(W * zoom)

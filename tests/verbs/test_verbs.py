@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import av
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -369,6 +370,16 @@ def test_a_long_title_is_whole_on_a_contact_sheet(tmp_path):
         for seed in (1, 2)
     ]
     assert sheets[0].read_bytes() != sheets[1].read_bytes()
+
+
+def test_titles_in_any_script_can_be_told_apart(tmp_path, monkeypatch):
+    """Pillow's own font draws a box for each letter that is not English."""
+    monkeypatch.setattr("kit.media.FONTS", ("none.ttf", f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"))
+    groups = [{"real": torch.zeros(3, 1, 64, 64)}]
+    sheets = [contact_sheet(groups, [title], tmp_path / f"{title}.png").read_bytes() for title in ("красный", "зелёный")]
+    assert sheets[0] != sheets[1]
+    monkeypatch.setattr("kit.media.FONTS", ("none.ttf",))
+    contact_sheet(groups, ["красный"], tmp_path / "boxes.png")
 
 
 def test_a_moving_sheet_plays_each_clip_in_its_place(tmp_path):
