@@ -15,7 +15,7 @@ from kit.data.shapes import Shapes
 from kit.evaluation import run
 from kit.evaluation.candidates import Reconstructions, Samples
 from kit.evaluation.clips import FileClips, Together, choose, given_clips
-from kit.evaluation.report import details, read_result, side_by_side
+from kit.evaluation.report import curves, details, read_result, side_by_side, write_page
 from kit.machine import cache_folder
 from kit.media import write_video
 from tests.fixtures import fit_generator
@@ -90,6 +90,12 @@ def test_a_tokenizer(evaluate, read, pair, tmp_path, capsys):
     assert page.count("<video") == 6 and page.count("<polyline") == 8 and protocol["hash"] in page
     printed = capsys.readouterr().out
     assert printed.count(f"[shapes@{protocol['hash']}]") == 5 and f"protocol shapes@{protocol['hash']}: 6 against" in printed
+
+
+def test_a_curve_that_falls_is_not_said_to_rise(tmp_path):
+    metric = {"value": 24.0, "spread": None, "by_frame": [30.0, 20.0, 22.0]}
+    write_page(tmp_path, "title", [], [], [], curves({"metrics": {"psnr": metric}}))
+    assert "PSNR, first frame to last; lowest 20.00, highest 30.00" in (tmp_path / "report.html").read_text()
 
 
 def test_samples_of_a_tokenizer_are_said_to_be_unused(evaluate, read, pair, capsys):
