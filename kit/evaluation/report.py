@@ -77,8 +77,10 @@ def curves(result: dict) -> list[dict]:
     for name, metric in result["metrics"].items():
         series = metric.get("by_frame", {})
         for label, values in (series if isinstance(series, dict) else {"": series}).items():
+            if len(values) < 2:  # of images
+                continue
             low, high = min(values), max(values)
-            across = 280 / max(len(values) - 1, 1)
+            across = 280 / (len(values) - 1)
             heights = [75 - 70 * (v - low) / ((high - low) or 1) for v in values]
             points = " ".join(f"{10 + across * t:.1f},{y:.1f}" for t, y in enumerate(heights))
             digits = TITLES[name][2]

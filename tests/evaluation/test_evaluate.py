@@ -98,6 +98,10 @@ def test_a_curve_that_falls_is_not_said_to_rise(tmp_path):
     assert "PSNR, first frame to last; lowest 20.00, highest 30.00" in (tmp_path / "report.html").read_text()
 
 
+def test_a_single_frame_has_no_curve():
+    assert curves({"metrics": {"psnr": {"value": 24.0, "spread": None, "by_frame": [24.0]}}}) == []
+
+
 def test_samples_of_a_tokenizer_are_said_to_be_unused(evaluate, read, pair, capsys):
     assert evaluate(f"ckpt={pair.tokenizer}", "metrics=[psnr]", "protocol.samples=9") == 0
     assert "protocol.samples=9 is not used" in capsys.readouterr().out and read()["protocol"]["samples"] == 6
