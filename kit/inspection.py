@@ -61,9 +61,11 @@ def bit_use_picture(ones: Tensor, path: str | Path) -> Path:
     """
     K, d = ones.shape
     font, margin, line, cell = ImageFont.load_default(12), 76, 22, 14  # pixels
-    picture = Image.new("RGB", (margin + d * cell + 4, line + K * cell + 4), "white")
+    title = f"share of ones of {d} bits: white 0.5, red 1, blue 0"
+    width = max(margin + d * cell, 4 + round(font.getlength(title))) + 4
+    picture = Image.new("RGB", (width, line + K * cell + 4), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((4, 3), f"share of ones of {d} bits: white 0.5, red 1, blue 0", fill="black", font=font)
+    draw.text((4, 3), title, fill="black", font=font)
     for k in range(K):
         y = line + k * cell
         draw.text((4, y), f"scale {k + 1}", fill="black", font=font)

@@ -171,3 +171,9 @@ def test_a_constant_bit_shows_at_a_glance(tmp_path):
     red, blue, white = (255, 0, 0), (0, 0, 255), (255, 255, 255)
     cells = [[picture.getpixel((76 + 14 * bit + 6, 22 + 14 * scale + 6)) for bit in range(3)] for scale in range(2)]
     assert cells == [[white, white, white], [red, blue, white]]
+
+
+def test_what_the_colours_mean_is_whole_over_few_bits(tmp_path):
+    pictures = [Image.open(bit_use_picture(torch.full((1, d), 0.5), tmp_path / f"{d}.png")) for d in (3, 40)]
+    few, many = (np.nonzero((np.array(picture.convert("L"))[:20] < 128).any(0))[0].max() for picture in pictures)
+    assert many - 20 < few <= many  # the last column of pixels with a letter; 40 has one more than 3
