@@ -25,12 +25,14 @@ def test_scale_tokens(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit the notebook without outputs"
+    notebook.cells.append(nbformat.v4.new_code_cell("print('frames', axis.get_xticks())"))  # of the last plot with axes
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     text = "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
     pictures = sum("image/png" in o.get("data", {}) for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
     assert pictures == 6
     spent = 1 * 2 + 4 * 4 + 16 * 8
     assert f"{spent} bits per latent frame, {2 * spent} per clip of 5 frames" in text and "nan" not in text
+    assert "frames [0 1]" in text  # and none between them
     assert text.count("PSNR") == 3 and text.count("right (always") == 3
 
 
