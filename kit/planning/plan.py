@@ -31,7 +31,7 @@ from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.module import TokenizerModule
 from kit.values import plain
 
-COLUMNS = "{:<12}{:>14}{:>8}{:>9}{:>14}{:>8}{:>14}{:>12}{:>11}{:>9}{:>9}"
+COLUMNS = "{:<{}}{:>14}{:>8}{:>9}{:>14}{:>8}{:>14}{:>12}{:>11}{:>9}{:>9}"
 
 
 def stages_of(cfg: DictConfig) -> list[tuple[str, int, dict]]:
@@ -190,7 +190,8 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
         return generator_cost(generator, tokenizer, *size, encoded=not encodes(cfg, data), recompute=cfg.recompute)
 
     heads = ("stage", "clip", "tokens", "steps", "clips a step", "images", "GFLOP a clip", "EFLOP", "hours")
-    rows, total, begun = [COLUMNS.format(*heads, "GB held", "at most")], 0.0, 0
+    widest = max(12, *(len(name) for name, _, _ in stages))
+    rows, total, begun = [COLUMNS.format(heads[0], widest, *heads[1:], "GB held", "at most")], 0.0, 0
     for name, steps, data in stages:
         data = max(shapes_of(data).values(), key=lambda data: tokens_of_a_batch(data, tokenizer))
         iterations, share = range(begun, begun := begun + steps), data["image_share"]
@@ -203,7 +204,7 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
         total += hours
         size = f"{data['frames']}x{data['height']}x{data['width']}"
         figures = (f"{clip.flops / 1e9:,.1f}", f"{whole.flops / 1e18:,.4g}", f"{hours:,.4g}")
-        rows.append(COLUMNS.format(name, size, clip.tokens, steps, batch, f"{share:.0%}", *figures, *memory))
+        rows.append(COLUMNS.format(name, widest, size, clip.tokens, steps, batch, f"{share:.0%}", *figures, *memory))
     rows.append(
         f"in all {total:,.4g} GPU-hours at {doctor.utilisation:.0%} of {doctor.tflops:g} TFLOP/s: "
         + ", ".join(f"{days(total / n)} on {n}" for n in doctor.gpus)

@@ -55,6 +55,7 @@ def test_the_doctor_tells_what_each_stage_costs(conf, stages, capsys):
     assert main(["doctor", f"check={conf}", "gpus=[1,16]"]) == 0
     table = capsys.readouterr().out.split("cost, on paper, of ")[1].splitlines()[1:]
     figures = [[float(word.replace(",", "")) for word in line.split()[-3:]] for line in table[1 : 1 + stages]]
+    assert {len(line) for line in table[1 : 1 + stages]} == {len(table[0])}, "figures stand under their heads"
     hours = [figure[0] for figure in figures]
     assert all(0 < held < most for _, held, most in figures)
     assert min(hours) > 0 and table[1 + stages].endswith(" on 16")
