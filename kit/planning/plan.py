@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.module import TokenizerModule
 from kit.values import plain
 
-COLUMNS = "{:<{}}{:>14}{:>8}{:>9}{:>14}{:>8}{:>14}{:>12}{:>11}{:>9}{:>9}"
+COLUMNS = "{:<{}}{:>14}{:>8}{:>9}{:>14}{:>8}{:>14} {:>11} {:>10}{:>9}{:>9}"
 
 
 def stages_of(cfg: DictConfig) -> list[tuple[str, int, dict]]:
@@ -203,11 +204,11 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
         hours = gpu_hours(whole.flops, doctor.tflops, doctor.utilisation)
         total += hours
         size = f"{data['frames']}x{data['height']}x{data['width']}"
-        figures = (f"{clip.flops / 1e9:,.1f}", f"{whole.flops / 1e18:,.4g}", f"{hours:,.4g}")
+        figures = (f"{clip.flops / 1e9:,.1f}", figure(whole.flops / 1e18, 4), figure(hours, 4))
         rows.append(COLUMNS.format(name, widest, size, clip.tokens, steps, batch, f"{share:.0%}", *figures, *memory))
     rows.append(
-        f"in all {total:,.4g} GPU-hours at {doctor.utilisation:.0%} of {doctor.tflops:g} TFLOP/s: "
-        + ", ".join(f"{days(total / n)} on {n}" for n in doctor.gpus)
+        f"in all {figure(total, 4)} GPU-hours at {doctor.utilisation:.0%} of {doctor.tflops:g} TFLOP/s: "
+        + ", ".join(f"{duration(total / n)} on {n}" for n in doctor.gpus)
     )
     rows.append(
         "GB of each GPU's memory, in bfloat16 mixed precision, not compiled: held between steps, and at most within one"
@@ -216,5 +217,13 @@ def costs(cfg: DictConfig, doctor: DictConfig) -> list[str]:
     return rows
 
 
-def days(hours: float) -> str:
-    return f"{hours / 24:,.3g} days" if hours >= 48 else f"{hours:.3g} h"
+def figure(number: float, digits: int) -> str:
+    """Writes a number to at least `digits` digits, never as a power of ten."""
+    return f"{number:,.{max(0, digits - 1 - math.floor(math.log10(abs(number) or 1)))}f}"
+
+
+def duration(hours: float) -> str:
+    for unit, long in {"days": 24, "h": 1, "min": 1 / 60}.items():
+        if hours >= (2 if unit == "days" else 1) * long:
+            return f"{figure(hours / long, 3)} {unit}"
+    return f"{figure(3600 * hours, 3)} s"

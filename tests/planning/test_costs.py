@@ -14,7 +14,7 @@ from kit.generator.mask import SHORT
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.planning.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
 from kit.planning.memory import without_trainer
-from kit.planning.plan import clip_of, costs, tokenizer_on_paper
+from kit.planning.plan import clip_of, costs, duration, figure, tokenizer_on_paper
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from tests.fixtures import CLIP, composed
 from tests.fixtures import TOKENIZER as TINY
@@ -152,3 +152,17 @@ def test_the_doctor_counts_blocks_that_are_computed_once_more(monkeypatch):
         return float(costs(cfg, composed("doctor"))[1].split()[6].replace(",", ""))
 
     assert 1.15 < gflop("true") / gflop("false") < 1 + 1 / 3, "not all is in the blocks"
+
+
+def test_costs_are_not_told_as_powers_of_ten():
+    hours = (15_937, 664 * 24, 48, 47, 0.5, 8.864e-05, 8.66e-08)
+    assert [duration(h) for h in hours] == [
+        "664 days",
+        "664 days",
+        "2.00 days",
+        "47.0 h",
+        "30.0 min",
+        "0.319 s",
+        "0.000312 s",
+    ]
+    assert [figure(x, 4) for x in (15_937.4, 1_334, 8.864e-05)] == ["15,937", "1,334", "0.00008864"]
