@@ -127,6 +127,8 @@ def make_videos(
                 batch, stream_samples(generator, tokenizer, *words, size, sampling, values["precision"], history, bar.update)
             )
     print("\n".join(map(str, [*(job.path for job in missing), show(jobs[:SHOWN], sheet_path(jobs))])))
+    if len(jobs) > SHOWN:
+        print(f"note: the contact sheet shows the first {SHOWN} of {len(jobs)} videos")
     return [job.path for job in jobs]
 
 

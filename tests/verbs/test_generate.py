@@ -51,6 +51,13 @@ def test_writes_videos_and_a_contact_sheet(pair, tmp_path):
     assert len(list((tmp_path / "out").glob("*.png"))) == 1
 
 
+def test_that_a_contact_sheet_has_not_all_videos_is_told(pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kit.verbs.generate.SHOWN", 2)
+    for n, told in ((2, False), (3, True)):
+        assert run(pair, tmp_path, f"prompt={PROMPT}", f"n={n}") == 0
+        assert ("the contact sheet shows the first 2 of 3 videos" in capsys.readouterr().out) == told
+
+
 def test_a_training_keeps_its_config(pair, tmp_path):
     """Videos may be made in the folder of the training itself."""
     before = tmp_path / "out" / "config" / "overrides.yaml"
