@@ -78,17 +78,19 @@ def save_training(checkpoint: dict, path: Path):
 
 def copy_checkpoint(path: Path, to: Path):
     """Copies a training's checkpoint, with its shards if it has any. A full disk leaves the one that was at `to`."""
-    if folder_of(path).is_dir():
-        aside = folder_of(to).with_suffix(".part")
-        shutil.rmtree(aside, ignore_errors=True)  # of a copy that was killed
-        try:
-            shutil.copytree(folder_of(path), aside)
-            remove_shards(to)
-            aside.rename(folder_of(to))
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    sharded, part = folder_of(path).is_dir(), folder_of(to).with_suffix(".part")
     with written_aside(to) as aside:
         shutil.copyfile(path, aside)
+        if sharded:
+            shutil.rmtree(part, ignore_errors=True)  # of a copy that was killed
+            try:
+                shutil.copytree(folder_of(path), part)
+                remove_shards(to)
+                part.rename(folder_of(to))
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    if not sharded:
+        remove_shards(to)
 
 
 def check_resume(path: str | os.PathLike, module: L.LightningModule, data: L.LightningDataModule) -> list[str]:

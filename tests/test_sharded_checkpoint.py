@@ -152,14 +152,33 @@ def test_another_number_of_processes_goes_on_and_clears_up(saved, tmp_path):
     assert load_checked(path)["global_step"] == 6 and not (tmp_path / "last.shards").exists()
 
 
-def test_a_copy_that_finds_no_room_leaves_what_was_there(saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lacks", ["copytree", "copyfile"])
+def test_a_copy_that_finds_no_room_leaves_what_was_there(saved, tmp_path, monkeypatch, lacks):
+    """With room for the shards there may be none for the index."""
     path, last = copied(saved, tmp_path / "best"), copied(saved, tmp_path / "run")
+    shards = last.with_suffix(".shards")
+    (shards / "own").touch()
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.copytree", MagicMock(side_effect=OSError(28, "No space left on device")))
+        patch.setattr(f"shutil.{lacks}", MagicMock(side_effect=OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="No space left"):
             copy_checkpoint(path, last)
-    assert contents_hash(load_whole(last)) == contents_hash(contents(1))
+    assert contents_hash(load_whole(last)) == contents_hash(contents(1)) and (shards / "own").exists()
     copy_checkpoint(path, last)
+    assert contents_hash(load_whole(last)) == contents_hash(contents(1)) and not (shards / "own").exists()
+    assert not list(last.parent.glob("*.part")), "nothing is left of the way there"
+
+
+def test_a_copy_of_one_file_leaves_no_shards_of_what_was_there(saved, tmp_path):
+    last = copied(saved, tmp_path / "run")
+    copy_checkpoint(saved.with_name("gathered.ckpt"), last)
+    assert contents_hash(load_whole(last)) == contents_hash(contents(1))
+    assert not last.with_suffix(".shards").exists()
+
+
+def test_a_copy_goes_on_after_one_that_was_killed(saved, tmp_path):
+    last = copied(saved, tmp_path / "run")
+    (last.with_suffix(".part") / "a").mkdir(parents=True)
+    copy_checkpoint(saved, last)
     assert contents_hash(load_whole(last)) == contents_hash(contents(1))
     assert not list(last.parent.glob("*.part")), "nothing is left of the way there"
 
