@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import kit.verbs.cache
-from callbacks import LastCheckpoint, last_checkpoint
+from callbacks import BestCheckpoint, LastCheckpoint, last_checkpoint
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.files import contents_hash, load_checked, not_saved, save_checked, written_aside
 from kit.tokenizer.module import TokenizerModule
@@ -130,6 +130,24 @@ def test_a_run_that_was_moved_knows_its_best_score(tmp_path, recwarn):
     assert fit_tokenizer(tmp_path, *steps, "recipe.tokenizer.steps=6", f"ckpt={folder / 'last.ckpt'}", name="other") == 0
     assert (tmp_path / "other" / "checkpoints" / "best.ckpt").is_file(), "another run has a best of its own"
     assert not [told for told in recwarn if "dirpath has changed" in str(told.message)]
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_the_best_score_goes_with_the_best_checkpoint(tmp_path, copied):
+    """A run whose folder was copied knows its best one, and what takes its place; one that starts from another's has none."""
+    before, now = (BestCheckpoint(tmp_path / name, "best", monitor="val/psnr", mode="max") for name in ("before", "now"))
+    before.best_model_path = before.kth_best_model_path = str(tmp_path / "before" / "best.ckpt")
+    before.best_model_score = before.kth_value = torch.tensor(30.0)
+    before.best_k_models = {before.best_model_path: before.best_model_score}
+    own = tmp_path / "now" / "best.ckpt"
+    if copied:
+        own.parent.mkdir()
+        own.touch()
+    now.load_state_dict(before.state_dict())
+    best = str(own) if copied else ""
+    assert now.best_model_path == now.kth_best_model_path == best
+    assert now.best_model_score == (30 if copied else None)
+    assert list(now.best_k_models) == [best] * copied
 
 
 def test_while_clips_are_encoded_sigterm_ends_the_run_at_once(pair, tmp_path, monkeypatch):
