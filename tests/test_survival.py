@@ -215,6 +215,14 @@ def test_what_signals_did_before_they_do_again(fails, handlers, tmp_path, monkey
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
+def test_a_second_interrupt_does_what_it_did_before(handlers, tmp_path):
+    callback = LastCheckpoint(str(tmp_path), every=1)
+    callback.on_train_start(None, None)
+    assert signal.getsignal(signal.SIGINT) != handlers[signal.SIGINT]
+    signal.raise_signal(signal.SIGINT)
+    assert callback.received == signal.SIGINT and signal.getsignal(signal.SIGINT) == handlers[signal.SIGINT]
+
+
 def fill(folder: Path):
     """Fills a file system up to 1 MB, which is enough for logs but not for a checkpoint."""
     with open(folder / "filler", "wb") as file:
