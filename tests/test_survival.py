@@ -313,6 +313,29 @@ def test_a_failed_save_of_another_callback_is_not_forgotten(tmp_path, monkeypatc
     assert last.saved == 2 and save.call_count == 3
 
 
+def test_a_failed_save_of_another_callback_ends_the_run_at_its_validation(tmp_path, monkeypatch):
+    monkeypatch.setattr("kit.training_checkpoint.save_training", MagicMock(side_effect=OSError("no room")))
+    io, last = TrainingCheckpointIO(), LastCheckpoint(str(tmp_path), every=100)
+    strategy = SimpleNamespace(checkpoint_io=io, broadcast=lambda value: value)
+    with pytest.warns(UserWarning, match="no room"):
+        io.save_checkpoint({}, tmp_path / "best.ckpt")
+    with pytest.raises(OSError, match="no room. Make room"):
+        last.on_validation_end(SimpleNamespace(strategy=strategy, global_step=1, sanity_checking=False), None)
+
+
+def test_after_a_validation_by_the_clock_a_step_is_saved_again(tmp_path, monkeypatch):
+    """With what other callbacks have learned of it, such as the best score."""
+    monkeypatch.setattr("kit.training_checkpoint.save_training", save := MagicMock())
+    io, last = TrainingCheckpointIO(), LastCheckpoint(str(tmp_path), every=1)
+    strategy = SimpleNamespace(checkpoint_io=io, broadcast=lambda value: value)
+    trainer = SimpleNamespace(strategy=strategy, global_step=1, sanity_checking=False)
+    trainer.save_checkpoint = lambda path, **_: io.save_checkpoint({}, path)
+    last._save(trainer, may_fail=0)
+    last.on_validation_end(trainer, None)
+    last.on_train_end(trainer, None)
+    assert save.call_count == 2
+
+
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_failure_that_was_let_pass_does_not_fail_a_later_save(tmp_path, monkeypatch, failures):
     """The last save of a training may not fail, but failures before it are forgiven."""
