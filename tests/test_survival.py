@@ -351,6 +351,19 @@ def test_a_failure_that_was_let_pass_does_not_fail_a_later_save(tmp_path, monkey
     assert last.saved == trainer.global_step
 
 
+def test_a_save_that_failed_is_tried_again_at_the_end_of_the_training(tmp_path, monkeypatch):
+    """Although no step has been taken since: the last save may not fail."""
+    monkeypatch.setattr("kit.training_checkpoint.save_training", save := MagicMock(side_effect=[OSError("no room"), None]))
+    io, last = TrainingCheckpointIO(), LastCheckpoint(str(tmp_path), every=1, may_fail=1)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=io, broadcast=lambda value: value), global_step=1)
+    trainer.save_checkpoint = lambda path, **_: io.save_checkpoint({}, path)
+    with pytest.warns(UserWarning, match="no room"):
+        last._save(trainer, may_fail=1)
+    last.on_train_end(trainer, None)
+    last.on_fit_end(trainer, None)
+    assert save.call_count == 2 and last.saved == 1
+
+
 def test_the_most_failures_in_a_row_are_told_although_saves_succeeded_between(tmp_path, monkeypatch):
     outcomes = [OSError("no room"), OSError("no room"), None, OSError("no disk"), None]
     monkeypatch.setattr("kit.training_checkpoint.save_training", MagicMock(side_effect=outcomes))
