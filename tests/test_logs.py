@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from callbacks import RunSummary
+from callbacks import RunSummary, VideoLogger
 from callbacks.pictures import log_picture, may_fail
 from kit.data.datamodule import ClipDataModule
+from kit.data.read import open_clip_file
 from kit.data.shapes import Shapes
 from kit.data.staged import StagedClips
 from kit.generator.module import GeneratorModule
@@ -163,6 +164,23 @@ def test_more_clips_than_a_video_has_room_for_end_no_training(tmp_path):
     with pytest.warns(UserWarning, match="no pictures of step 7: .*an mp4 has 2 to 16384 pixels a side"):
         with may_fail("pictures", 7):
             write_video(torch.zeros(3, 1, 257 * 64, 64), tmp_path / "step000007.mp4", 8.0)
+
+
+def test_a_video_of_a_validation_has_a_row_for_each_clip(tmp_path, monkeypatch):
+    """Of a real clip and what a model makes of it, side by side."""
+    colours = {"real": torch.tensor([-1.0, -0.5]), "sample": torch.tensor([0.5, 1.0])}
+    rows = {name: each.view(2, 1, 1, 1, 1).expand(2, 3, 5, 32, 48) for name, each in colours.items()}
+    callback = VideoLogger(str(tmp_path), clips=2)
+    monkeypatch.setattr(callback, "rows", lambda *_: rows)
+    trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(val=[{"caption": "a"}, {"caption": "b"}], fps=8), loggers=[], global_step=3,
+        precision_plugin=SimpleNamespace(val_step_context=nullcontext),
+    )  # fmt: skip
+    callback._show(trainer, SimpleNamespace(device="cpu"), None)
+    file = open_clip_file(tmp_path / "media" / "step000003.mp4", None, 0)
+    assert file.size == (64, 96) and len(file) == 5 and file.video.fps == 8
+    found = file.read(64, 96)[0, 0, 16::32, 24::48]
+    assert torch.allclose(found, torch.stack(list(colours.values()), 1), atol=0.05)
 
 
 def test_a_constant_bit_shows_at_a_glance(tmp_path):
