@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from torch import nn
 
-from callbacks import EMA, LossGuard
+from callbacks import EMA, BestCheckpoint, CompileLayers, LossGuard, StepTimer
 from kit.build import build_trainer
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.cli import main
@@ -88,6 +90,28 @@ def test_compiled_layers_train_alike(pair, tmp_path, traced):
     assert len(traced) == 2, "the layers of the second run only"
     torch.testing.assert_close(fast, plain, atol=1e-3, rtol=1e-3)
     assert torch.compile(torch.neg, backend="aot_eager")(torch.ones(1)) == -1, "compiling works as before"
+
+
+def test_shapes_between_two_steps_compile_nothing():
+    """Those of validations and samples: they vary."""
+
+    class Layer(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    compiled, layer, callback = [], Layer(3, 2), CompileLayers()
+    layer.compile(dynamic=False, backend=lambda graph, _: compiled.append(len(compiled)) or graph.forward)
+    callback.compiled = True
+    for clips in (2, 4):
+        callback.on_train_batch_start(None, None, None, 0)
+        layer(torch.ones(clips, 3))
+        callback.on_train_batch_end(None, None, None, None, 0)
+        made = len(compiled)
+        layer(torch.ones(clips + 1, 3))
+        assert len(compiled) == made == clips // 2
+    callback.on_exception(None, None, None)
+    layer(torch.ones(9, 3))
+    assert len(compiled) == 3, "compiling works as before"
 
 
 def test_training_leaves_the_precision_of_float32_products_as_it_was(pair):
