@@ -178,6 +178,21 @@ def test_a_training_ends_after_its_time_and_goes_on(tmp_path, caplog):
     assert fit_tokenizer(tmp_path, *more) == 0 and read_checkpoint(ckpt, "tokenizer")["global_step"] == done + 2
 
 
+def test_a_training_that_came_to_its_end_in_time_is_not_told_to_go_on(monkeypatch, caplog):
+    timer = StepTimer({"seconds": 1})
+    monkeypatch.setattr(timer, "time_remaining", lambda: -0.5)
+    for step in (4, 5):
+        timer.on_fit_end(SimpleNamespace(global_step=step, max_steps=5), None)
+    assert "over at step 4 of 5" in caplog.text and "step 5" not in caplog.text
+
+
+def test_callbacks_of_kit_are_named_as_lightnings_in_checkpoints(tmp_path):
+    """So were they before kit had its own, and so they are found in older checkpoints."""
+    given = {"dirpath": tmp_path, "monitor": "val/psnr", "mode": "max"}
+    assert BestCheckpoint(**given).state_key == ModelCheckpoint(**given).state_key
+    assert StepTimer("00:00:00:01").state_key == Timer("00:00:00:01").state_key
+
+
 @pytest.mark.parametrize(
     "words, told",
     [
