@@ -20,12 +20,13 @@ from kit import encoding
 from kit.checkpoint import load_tokenizer
 from kit.cli import main
 from kit.data import cache
-from kit.data.cache import CachedClips, files_of, read_manifest
+from kit.data.cache import MANIFEST, CachedClips, files_of, open_cache, read_manifest
 from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.encoding import describe, write_cache
+from kit.files import write_json
 from kit.media import write_video
 from kit.verbs.cache import check_cache, choice_of, encoded_clips_of
 from tests.fixtures import CLIP, GENERATOR, QUICK, composed, fit_generator
@@ -225,6 +226,23 @@ def test_damage_is_found(pair, tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match="train_00001.safetensors, a part of the cache, is missing"):
         CachedClips(tmp_path)
+
+
+def test_damage_and_changes_are_found_in_each_bucket(pair, tmp_path):
+    buckets = ["5x32x32", "5x32x48"]
+    for folder in (tmp_path, *(tmp_path / bucket for bucket in buckets)):
+        write(pair, folder, train=2, val=1)
+    manifest = read_manifest(tmp_path)
+    write_json(tmp_path / MANIFEST, {**manifest, "about": {**manifest["about"], "buckets": buckets}})
+    before, path = open_cache(tmp_path, verify=True).contents, tmp_path / buckets[1] / "train_00000.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert open_cache(tmp_path).contents == before, "as long as it is not asked for"
+    with pytest.raises(ValueError, match="train_00000.safetensors is damaged"):
+        open_cache(tmp_path, verify=True)
+    path.unlink()
+    write(pair, path.parent, train=3, val=1)
+    assert open_cache(tmp_path).contents != before
 
 
 @pytest.mark.parametrize("given, message", [({"height": 64}, "data.height=64, but the clips .* have 32"),
