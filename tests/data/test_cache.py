@@ -28,7 +28,7 @@ from kit.data.shapes import Shapes
 from kit.encoding import describe, write_cache
 from kit.files import write_json
 from kit.media import write_video
-from kit.verbs.cache import check_cache, choice_of, encoded_clips_of
+from kit.verbs.cache import check_cache, choice_of, encode_ahead, encoded_clips_of, rounded_share
 from tests.fixtures import CLIP, GENERATOR, QUICK, composed, fit_generator
 from tests.test_training import losses
 
@@ -258,6 +258,35 @@ def test_late_clips_are_others_and_none_are_as_before():
     how, made = composed("stage2_generator").data.source, [Shapes("val", **CLIP_SHAPE)]
     assert "late" not in choice_of(how, made)
     assert choice_of(OmegaConf.merge(how, {"late": 0.5}), made) == {**choice_of(how, made), "late": 0.5}
+
+
+def test_what_chooses_no_clips_makes_no_others():
+    """How long a storage may take, for example: a cache stays valid where that changes."""
+    how, made = OmegaConf.create({"_partial_": True, "seed": 0}), [Shapes("val", **CLIP_SHAPE)]
+    assert choice_of(OmegaConf.merge(how, {"patience": 5.0, "verify": True}), made) == {"seed": 0}
+
+
+def test_a_file_of_an_older_cache_has_no_given_frames(pair, tmp_path):
+    write(pair, tmp_path, train=2, val=1)
+    path = tmp_path / "train_00000.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, words = {name: file.get_tensor(name) for name in ("feature", "label")}, file.metadata()
+    path.unlink()
+    save_file(tensors, path, words)
+    _, _, given, _ = cache._open(str(path), 0)
+    assert given == [0, 0]
+
+
+@pytest.mark.parametrize("clips, share, expected", [(10, 1.0, 10), (12, 0.7, 9), (10, 0.31, 4), (10, 0.001, 1)])
+def test_each_bucket_has_its_share_of_the_clips_rounded_up(clips, share, expected):
+    assert rounded_share(clips, share) == expected
+
+
+def test_clips_of_all_batches_of_a_step_are_encoded_ahead():
+    part = SimpleNamespace(cached=False, encode_ahead=MagicMock())
+    cfg = composed("stage2_generator", "trainer.max_steps=7", "trainer.accumulate_grad_batches=3", "encoded_clips=5")
+    encode_ahead(cfg, SimpleNamespace(parts=[part]), None)
+    assert part.encode_ahead.call_args.args[1:] == (21, 5)
 
 
 def test_the_list_of_files_is_a_part_of_what_it_is_of(pair, tmp_path):
