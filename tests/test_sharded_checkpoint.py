@@ -82,6 +82,10 @@ def saves(path: Path):
         kit.sharded_checkpoint.save_checked = no_room
     fails("No space left")
     kit.sharded_checkpoint.save_checked = write
+    hashed = kit.sharded_checkpoint.file_sha256
+    kit.sharded_checkpoint.file_sha256 = lambda file: (hashed(file), dist.get_rank() and file.unlink())[0]
+    with pytest.raises(OSError, match="__1_0.distcp is missing; all processes must save to one file system"):
+        save_training(shared_out(contents(2)), path)
     kit.sharded_checkpoint.file_sha256 = lambda _: os.kill(os.getpid(), signal.SIGKILL)
     save_training(shared_out(contents(3)), path)
 
@@ -110,7 +114,12 @@ def goes_on(path: Path):
     dist.barrier()
     with pytest.raises(ValueError, match="__1_0.distcp is damaged, or of another save"):
         load_shares(path, lambda keys, x: as_shared(x, like(keys)))
+    if dist.get_rank() == 0:
+        (path.parent / "last.shards" / "b" / "__7_0.distcp").touch()  # of a killed save of more processes
+    dist.barrier()
     save_shards(shared_out(contents(4)), path)
+    assert len(list((path.parent / "last.shards" / "b").glob("__*"))) == 3
+    dist.barrier()
     save_shards(shared_out(contents(5)), path)
 
 
@@ -168,6 +177,12 @@ def test_a_copy_that_finds_no_room_leaves_what_was_there(saved, tmp_path, monkey
     assert not list(last.parent.glob("*.part")), "nothing is left of the way there"
 
 
+def test_a_checkpoint_that_is_broken_can_be_saved_over(saved, tmp_path):
+    path = copied(saved, tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert kit.sharded_checkpoint._cleared(path) in kit.sharded_checkpoint.SLOTS
+
+
 def test_a_copy_of_one_file_leaves_no_shards_of_what_was_there(saved, tmp_path):
     last = copied(saved, tmp_path / "run")
     copy_checkpoint(saved.with_name("gathered.ckpt"), last)
@@ -207,7 +222,8 @@ def test_one_file_of_it_is_what_a_whole_save_holds(saved, tmp_path, capsys):
 
 
 def test_no_room_for_one_file_is_told_before_it_is_made(saved, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    """There is room for the file, not for its tensors as well."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=250_000))
     assert main(["consolidate", f"ckpt={saved}", f"out={tmp_path / 'one.ckpt'}", f"root={tmp_path}"]) == 1
     assert "one.ckpt needs 0 MiB of room while it is made, 0 MiB are free" in capsys.readouterr().err
 
