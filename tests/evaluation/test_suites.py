@@ -74,12 +74,13 @@ def test_prompts_of_a_text_file(tmp_path):
 
 
 def test_prompts_of_vbench(tmp_path):
-    """A prompt for temporal flickering needs more videos, also if another dimension lists it first."""
+    """A prompt for temporal flickering needs more videos, also if another dimension lists it, first or last."""
     entries = [
         {"prompt_en": "a bird", "dimension": ["color"], "auxiliary_info": {"color": {"color": "red"}}},
         {"prompt_en": "alley ", "dimension": ["scene", "background_consistency"]},
         {"prompt_en": "a bowl", "dimension": ["temporal_flickering"]},
         {"prompt_en": "a bird", "dimension": ["temporal_flickering"]},
+        {"prompt_en": "a bowl", "dimension": ["object_class"]},
     ]
     path = written(tmp_path / "VBench_full_info.json", entries)
     assert read_prompts(path) == [Prompt("a bird", 25), Prompt("alley ", 5), Prompt("a bowl", 25)]
