@@ -36,7 +36,7 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.heads import read_heads
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
-from kit.data.webdataset import ShardClips, list_shards, written_out
+from kit.data.webdataset import ShardClips, list_shards, read_member, written_out
 from kit.files import written_aside
 from kit.media import write_video
 from tests.fixtures import CLIP, QUICK, TOKENIZER
@@ -135,6 +135,28 @@ def test_a_shard_of_the_same_size_that_was_packed_anew_is_read_anew(videos, tmp_
         os.utime(shard, (seconds, seconds))
         (words,) = ShardClips(shard.parent, "all", **SHAPE).texts()
         assert words["caption"] == caption
+
+
+def test_a_shard_of_another_size_and_the_same_time_is_read_anew(tmp_path):
+    files = {"a.mp4": b"a" * 20_000, "b.mp4": b"b" * 20_000}
+    for count in (1, 2):
+        pack(shard := tmp_path / "shards" / "a.tar", dict(list(files.items())[:count]))
+        os.utime(shard, (1, 1))
+        assert len(ShardClips(shard.parent, "all", **SHAPE).files) == count
+
+
+def test_of_small_shards_some_hold_one_clip_out(tmp_path):
+    for number in range(24):
+        pack(tmp_path / "shards" / f"{number}.tar", {"a.mp4": b""})
+    held_out, train = (ShardClips(tmp_path / "shards", split, val_every=4, **SHAPE).files for split in ("val", "train"))
+    assert 0 < len(held_out) < 20 and len(held_out) + len(train) == 24
+
+
+def test_bytes_that_a_storage_does_not_give_are_missed(packed):
+    member = next(iter(ShardClips(packed, "all", **SHAPE).members.values()))
+    assert len(read_member(member)) == member.size
+    with pytest.raises(OSError, match="bytes came in place of 10000000; does the server answer requests of a Range"):
+        read_member(member._replace(size=10_000_000))
 
 
 def test_a_lost_shard_moves_no_clip_of_the_others_to_another_split(packed):
@@ -334,6 +356,7 @@ def test_a_server_that_is_down_is_told(tmp_path, capsys):
 
 def test_numbers_in_braces_are_written_out():
     assert written_out("a-{08..11}-{1..2}.tar") == [f"a-{i}-{j}.tar" for i in ("08", "09", "10", "11") for j in (1, 2)]
+    assert written_out("a-{3..3}.tar") == ["a-3.tar"]
     assert written_out("{a..b}/{1,2}.tar") == ["{a..b}/{1,2}.tar"]
     with pytest.raises(ValueError, match=re.escape("data.root=a-{11..08}.tar: {11..08} holds no number")):
         ShardClips("a-{11..08}.tar", **SHAPE)
@@ -384,6 +407,7 @@ def words_of(tmp_path, files: dict[str, bytes] | list[tuple[str, bytes]]) -> tup
     [
         ({"b.txt": b"\xef\xbb\xbftwo\r\n"}, "two", ""),
         ({"b.json": b'\xef\xbb\xbf{"caption": " two"}'}, "two", ""),
+        ({"b.txt": b"two", "b.json": b'{"caption": "three"}'}, "two", ""),
         (
             {"b.txt": b"\xff\xfetwo"},
             "",
@@ -406,6 +430,10 @@ def test_words_that_are_wrong_are_told_and_not_taken(tmp_path, words, caption, t
     found, warned = words_of(tmp_path, {"a.mp4": b"", "a.txt": b"one", "b.mp4": b"", **words})
     assert found == {"a.mp4": "one", "b.mp4": caption}
     assert len([text for text in warned if told in text]) == bool(told) and (told or not warned), warned
+
+
+def test_pictures_beside_videos_are_no_clips_of_several_frames(tmp_path):
+    assert set(words_of(tmp_path, {"a.mp4": b"", "a.txt": b"one", "b.jpg": b""})[0]) == {"a.mp4"}
 
 
 def test_the_videos_of_a_sample_share_its_words(tmp_path):
