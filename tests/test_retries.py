@@ -159,6 +159,14 @@ def test_worker_that_dies_before_its_tensors_are_fetched_is_a_dead_one():
         queue.get(timeout=5)
 
 
+def test_a_worker_that_dies_is_noticed_behind_the_error_that_others_make_of_it():
+    with pytest.raises(DeadWorker, match="a process of the loader died: 'no batch'"), noticing_dead_workers():
+        try:
+            raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")
+        except RuntimeError:
+            raise KeyError("no batch")  # noqa: B904, as a library may
+
+
 @pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu", init_scale=65536.0)], ids=["plain", "float16"])
 def test_exploding_loss_is_as_bad_as_none(scaler, tmp_path, monkeypatch):
     """The guard has seen a hundred losses of 0.5; a normal loss updates their mean, an exploding one raises."""
