@@ -12,6 +12,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import matplotlib
@@ -20,6 +21,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from torch import nn
 
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer, model_hash, read_checkpoint
 from kit.cli import main
@@ -98,6 +100,19 @@ def test_hash_changes_with_any_weight(pair):
     assert model_hash(load_tokenizer(pair.tokenizer).model) == loaded.hash
     loaded.model.decoder.head.bias.data[0] += 1e-3
     assert model_hash(loaded.model) != loaded.hash
+
+
+def test_hash_changes_with_the_architecture_and_the_names_of_weights():
+    """Two generators with another number of heads have the same weights."""
+
+    def hashed(heads: int, name: str) -> str:
+        model = nn.Module()
+        model.config = SimpleNamespace(as_dict=lambda: {"heads": heads})
+        model.register_buffer(name, torch.ones(2))
+        return model_hash(model)
+
+    assert hashed(1, "a") == hashed(1, "a")
+    assert len({hashed(1, "a"), hashed(2, "a"), hashed(1, "b")}) == 3
 
 
 def test_checkpoint_gives_the_averaged_weights(pair):
