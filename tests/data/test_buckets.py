@@ -170,10 +170,13 @@ def test_how_many_clips_of_a_bucket_are_read(clips):
             for n, _ in next(stream):
                 number, i = divmod(n, len(clips.parts))
                 seen[i].add(number)
-        reads = []
+        reads, shares = [], []
         clips.parts, kept = list(clips.parts), clips.parts
-        clips.encode(lambda part, bucket, of_all, read: reads.append(read) or part, count - images, images)
+        clips.encode(
+            lambda part, _, of_all, read: (reads.append(read), shares.append(of_all), part)[-1], count - images, images
+        )
         clips.parts = kept
+        assert sum(shares) == pytest.approx(1)
         assert reads == [len(numbers) for numbers in seen]
 
 

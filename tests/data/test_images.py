@@ -76,6 +76,7 @@ def test_pictures_are_sorted_into_the_sizes_of_the_buckets(pictures, tmp_path):
     """Each size is used once, with its largest batch."""
     wide, long, tall = Bucket(5, 16, 32, 3), Bucket(9, 16, 32, 2), Bucket(5, 32, 16, 3)
     assert image_buckets([wide, long, tall]) == [Bucket(1, 16, 32, 6), Bucket(1, 32, 16, 6)]
+    assert image_buckets([long, wide._replace(batch_size=1)]) == [Bucket(1, 16, 32, 6)]
     folder = write(tmp_path, FILES)
     source, buckets = partial(FolderClips, folder, patience=None), [b._asdict() for b in (wide, tall)]
     data = module(pictures, source, buckets=buckets)
@@ -102,8 +103,11 @@ def test_a_generator_learns_from_clips_and_pictures(pair, pictures, tmp_path, mo
     folder = f"data.images.root={pictures}"
     ahead = fit("ahead", folder)
     assert "50% of them of 8 pictures instead" in caplog.text
-    counts = {path.parent.name: read_json(path)["clips"] for path in (tmp_path / "ahead").glob("*/manifest.json")}
+    found = {path.parent.name: read_json(path) for path in (tmp_path / "ahead").glob("*/manifest.json")}
+    counts = {name: manifest["clips"] for name, manifest in found.items()}
     assert counts == {"encoded_clips": {"train": 12}, "encoded_clips_images": {"train": 24}}
+    sources = {name: manifest["about"]["source"]["_target_"].rpartition(".")[2] for name, manifest in found.items()}
+    assert sources == {"encoded_clips": "Shapes", "encoded_clips_images": "FolderClips"}
     torch.testing.assert_close(
         torch.tensor(ahead), torch.tensor(fit("fresh", folder, "recipe.generator.encoded_clips=0")), atol=2e-3, rtol=2e-3
     )
