@@ -15,6 +15,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -23,11 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from kit.build import build_data, build_trainer
 from kit.cli import VERBS, explained, main
-from kit.confs import CONF, confs
+from kit.confs import CONF, compose, confs, located, register_resolvers
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.planning.doctor import training_config
 from kit.tokenizer import Tokenizer, TokenizerConfig
-from kit.words import FREE_TEXT, PATHS, options_and_overrides, quoted
+from kit.words import FREE_TEXT, PATHS, options_and_overrides, quoted, typed_keys, wrong_words
 from tests.fixtures import composed, fit_generator, fit_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -543,6 +544,25 @@ def test_files_may_have_any_names(key):
     assert parse(quoted(f"{key}=~/a")).value() == str(Path("~/a").expanduser())
     for word in ("data.buckets=[17x96x160,17x160x96", "seed=1,2", "name=s${seed}"):
         assert quoted(word) == word, "what is no text stays as it is"
+
+
+def test_commas_between_the_paths_of_a_sweep_part_its_runs():
+    assert quoted("ckpt=a.ckpt,b.ckpt", sweep=True) == "ckpt=a.ckpt,b.ckpt"
+    assert quoted("ckpt=a.ckpt,b.ckpt") == "ckpt='a.ckpt,b.ckpt'", "one file, outside a sweep"
+
+
+def test_typed_keys_are_those_of_the_command_line(monkeypatch):
+    words = ["seed=3", "guidance={first: 3, last: 4}", "~negative", "+new.key=1"]
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(overrides=SimpleNamespace(task=words)))
+    assert typed_keys() == ["seed", "guidance.first", "guidance.last", "new.key"]
+
+
+def test_a_trainer_takes_words_where_it_has_numbers():
+    register_resolvers()
+    conf = located("stage1_tokenizer")
+    for word, fits in (("trainer.devices=auto", True), ("data.fps=fast", False)):
+        assert (not wrong_words(compose(conf, [word]), conf, [word])) == fits
 
 
 @pytest.mark.parametrize("text", ["a ${seed}", "${nope:x}'s", "a\\${seed}", "\\\\${seed}\\", "${seed", "$ {seed}"])
