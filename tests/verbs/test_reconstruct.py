@@ -68,6 +68,27 @@ def test_scores_are_those_of_the_whole_clip(tokenizer, tmp_path, monkeypatch):
             assert a == pytest.approx(b, abs=0.02)  # bfloat16
 
 
+def test_the_video_shows_the_reconstruction_from_all_scales(tokenizer, tmp_path, monkeypatch):
+    """Those from one, two and three scales are black, grey and white."""
+
+    def scales(_, chunks, __):
+        for real in chunks:
+            yield real, torch.stack([torch.full_like(real, shade) for shade in (-1.0, 0.0, 1.0)])
+
+    monkeypatch.setattr("kit.verbs.reconstruct.stream_scales", scales)
+    reconstruct_file(tokenizer, write_video(moving(5, 16, 24), tmp_path / "a.mp4", 8), None, tmp_path)
+    shown = decoded(tmp_path / "reconstruction_0.mp4")
+    assert shown[:, :, 26:].min() > 240 > shown[:, :, :22].mean()
+
+
+def test_scores_of_several_clips_are_their_means(tokenizer):
+    clips = torch.stack([moving(5, 16, 16), torch.zeros(3, 5, 16, 16)])
+    each = [per_scale(tokenizer, clip[None], 1)[1] for clip in clips]
+    for row, one, other in zip(per_scale(tokenizer, clips, 2)[1], *each, strict=True):
+        for name in ("psnr_db", "ssim"):
+            assert row[name] == pytest.approx((one[name] + other[name]) / 2, rel=0.02) and one[name] != other[name]
+
+
 def test_scores_add_up():
     real, output = (torch.rand(3, 13, 16, 20, generator=torch.Generator().manual_seed(n)) * 2 - 1 for n in (0, 1))
     scores = Scores()
