@@ -28,7 +28,7 @@ from kit.confs import CONF, compose, confs, located, register_resolvers
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.planning.doctor import training_config
 from kit.tokenizer import Tokenizer, TokenizerConfig
-from kit.words import FREE_TEXT, PATHS, options_and_overrides, quoted, typed_keys, wrong_words
+from kit.words import FREE_TEXT, PATHS, at_commas, options_and_overrides, quoted, typed_keys, wrong_words
 from tests.fixtures import composed, fit_generator, fit_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,6 +275,7 @@ def test_commas_within_brackets_and_quotes_divide_nothing():
     words = "data=clips, data.root=/a b,'prompt=a, b',data.buckets=[17x96x160,17x160x96],name=it's"
     expected = ["data=clips", "data.root=/a b", "prompt=a, b", "data.buckets=[17x96x160,17x160x96]", "name=it's"]
     assert parse(quoted(f"words=[{words}]")).value() == expected
+    assert at_commas("seed=choice(1,2),name=a") == ["seed=choice(1,2)", "name=a"]
     assert parse(quoted("words=[]")).value() == []
     assert parse(quoted("tokenizer_overrides=['debug=smoke']")).value() == ["debug=smoke"]
 
