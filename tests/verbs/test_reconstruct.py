@@ -232,6 +232,12 @@ def test_command_on_a_picture(pair, tmp_path, capsys):
     assert decoded(tmp_path / "out" / "reconstruction_0.mp4").shape == (1, 46, 64, 3)
 
 
+@pytest.mark.parametrize("rate", [30000 / 1001, 12.5, 0.001])
+def test_a_video_has_the_rate_it_is_given(tmp_path, rate):
+    with av.open(str(write_video(moving(5, 16, 16), tmp_path / "a.mp4", rate))) as container:
+        assert float(container.streams.video[0].average_rate) == pytest.approx(rate, rel=1e-6)
+
+
 def test_odd_sizes_lose_nothing(tmp_path):
     """An mp4 has even sizes: it is that of a video whose last row and column are repeated."""
     video = moving(5, 17, 31)
