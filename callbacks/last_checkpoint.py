@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from kit.loop import between_steps, validates_next, write_logs
-from kit.training_checkpoint import TrainingCheckpointIO
+from kit.training_checkpoint import TrainingCheckpointIO, save_failed
 from kit.values import check_whole_number
 
 
@@ -130,7 +130,7 @@ class LastCheckpoint(Checkpoint):
         io = trainer.strategy.checkpoint_io
         if not isinstance(io, TrainingCheckpointIO):  # any other raises when a save fails
             return True
-        (worst, failure), failed = trainer.strategy.broadcast((io.look(), io.failed))  # with shards all fail alike
+        worst, failure = trainer.strategy.broadcast(io.look())  # with shards all fail alike
         if worst > may_fail:
             raise OSError(f"{failure}. Make room and resume with ckpt=last")
-        return not failed
+        return not save_failed(trainer)

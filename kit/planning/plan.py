@@ -223,7 +223,8 @@ def figure(number: float, digits: int) -> str:
 
 
 def duration(hours: float) -> str:
-    for unit, long in {"days": 24, "h": 1, "min": 1 / 60}.items():
-        if hours >= (2 if unit == "days" else 1) * long:
+    """Writes hours in the largest unit that is not too large: days from 48 h on, h, min or s."""
+    for unit, least, long in (("days", 48, 24), ("h", 1, 1), ("min", 1 / 60, 1 / 60)):
+        if hours >= least:
             return f"{figure(hours / long, 3)} {unit}"
     return f"{figure(3600 * hours, 3)} s"
