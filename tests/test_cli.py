@@ -149,24 +149,28 @@ def test_a_users_stages_are_no_misspelt_keys(own_conf, capfd):
     assert "note" not in capfd.readouterr().err
 
 
-def test_a_users_callbacks_are_no_misspelt_keys(own_conf, capfd):
-    own_conf.write_text(
-        "defaults: [stage1_tokenizer, _self_]\n"
-        "callbacks: {emma: {_target_: lightning.pytorch.callbacks.Timer, duration: null}, vidoe_logger: {clips: 0}}\n"
-    )
+@pytest.mark.parametrize(
+    "text, meant, own",
+    [
+        (
+            "defaults: [stage1_tokenizer, _self_]\n"
+            "callbacks: {emma: {_target_: lightning.pytorch.callbacks.Timer, duration: null}, vidoe_logger: {clips: 0}}\n",
+            "callbacks.video_logger",
+            "emma",
+        ),
+        (
+            "defaults: [stage1_tokenizer, {override data: mixture}, _self_]\n"
+            "data: {source: {weights: {wind: 1, drawn: 2}}, val_clps: 3}\n",
+            "data.val_clips",
+            "weights",
+        ),
+    ],
+)
+def test_a_users_callbacks_and_weights_of_sources_are_no_misspelt_keys(own_conf, capfd, text, meant, own):
+    own_conf.write_text(text)
     assert main(["fit", f"conf={own_conf}", "--cfg", "job"]) == 0
     told = capfd.readouterr().err
-    assert "did you mean callbacks.video_logger?" in told and "emma" not in told
-
-
-def test_a_users_weights_of_sources_are_no_misspelt_keys(own_conf, capfd):
-    own_conf.write_text(
-        "defaults: [stage1_tokenizer, {override data: mixture}, _self_]\n"
-        "data: {source: {weights: {wind: 1, drawn: 2}}, val_clps: 3}\n"
-    )
-    assert main(["fit", f"conf={own_conf}", "--cfg", "job"]) == 0
-    told = capfd.readouterr().err
-    assert "did you mean data.val_clips?" in told and "weights" not in told
+    assert f"did you mean {meant}?" in told and own not in told
 
 
 def test_conf_takes_a_file_built_on_one_of_kits(own_conf, capfd):
