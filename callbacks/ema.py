@@ -38,8 +38,8 @@ class EMA(L.Callback):
             return
         self.steps = trainer.global_step
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        live = [p.detach() for _, p in self._averaged(module)]
-        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
+        live = [local(p.detach()) for _, p in self._averaged(module)]
+        torch._foreach_lerp_([local(average) for average in self.average.values()], live, 1 - decay)
 
     def on_validation_start(self, trainer, module):
         self._swap(module)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kit.fsdp import share_of, whole
+from kit.fsdp import local, share_of, whole
 from kit.values import check_choice, check_number, check_positive, check_whole_number
 
 BYTES_TRAINED, BYTES_AVERAGED = 16, 4  # of a float32 parameter with its gradient and AdamW's moments; of its moving average
@@ -56,7 +56,9 @@ class Muon(torch.optim.Optimizer):
 
     A matrix moves along its orthogonalised momentum (Jordan et al. 2024), scaled so that the root mean square of an
     update is that of AdamW (0.2, Moonlight, arXiv 2502.16982). Convolution kernels count as (outputs, rest) matrices,
-    which `torch.optim.Muon` does not take; on matrices the two agree.
+    which `torch.optim.Muon` does not take; on matrices the two agree. Of sharded parameters only Muon's updates are gathered:
+    what goes element by element is done on each process's share, without what torch spends on every operation of a sharded
+    tensor.
 
     Args:
         matrices: parameters of two or more dimensions. others: any parameters; they are not decayed.
@@ -88,22 +90,23 @@ class Muon(torch.optim.Optimizer):
         updates = []
         for p in parameters:
             momentum = self._kept(p, "momentum")
-            momentum.lerp_(p.grad, 1 - group["momentum"])
+            local(momentum).lerp_(local(p.grad), 1 - group["momentum"])
             updates.append(whole(p.grad.lerp(momentum, group["momentum"])).flatten(1))
         for p, update in zip(parameters, orthogonalise_all(updates)):
             scale = 0.2 * max(update.shape) ** 0.5
-            update = share_of(update.reshape(p.shape), p)
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+            update = local(share_of(update.reshape(p.shape), p))
+            local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 
     def _adam(self, parameters: list[Tensor], group: dict):
         """Updates parameters by Adam without weight decay (Kingma and Ba 2015, algorithm 1)."""
         for p in parameters:
             state = self.state[p]
             step = state["step"] = state.get("step", 0) + 1
-            for i, (value, beta) in enumerate(zip((p.grad, p.grad.square()), group["betas"]), start=1):
-                self._kept(p, f"moment{i}").lerp_(value, 1 - beta)
-            first, second = (state[f"moment{i}"] / (1 - beta**step) for i, beta in enumerate(group["betas"], start=1))
-            p.addcdiv_(first, second.sqrt() + group["eps"], value=-group["lr"])
+            moments, grad = [local(self._kept(p, f"moment{i}")) for i in (1, 2)], local(p.grad)
+            for moment, value, beta in zip(moments, (grad, grad.square()), group["betas"]):
+                moment.lerp_(value, 1 - beta)
+            first, second = (moment / (1 - beta**step) for moment, beta in zip(moments, group["betas"]))
+            local(p).addcdiv_(first, second.sqrt() + group["eps"], value=-group["lr"])
 
 
 def check_optimizer(values: Mapping, keys: Sequence[str]):
