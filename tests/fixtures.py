@@ -101,8 +101,8 @@ def frames_of(path: Path) -> int:
 
 
 def fit_tokenizer(root: Path, *overrides: str, name: str = "tokenizer") -> int:
-    """Trains a tokenizer for 150 steps, unless overrides say otherwise; stages have steps of their own."""
-    steps = [] if any(word.startswith("stages=") for word in overrides) else ["recipe.tokenizer.steps=150"]
+    """Trains a tokenizer for 100 steps, unless overrides say otherwise; stages have steps of their own."""
+    steps = [] if any(word.startswith("stages=") for word in overrides) else ["recipe.tokenizer.steps=100"]
     words = [f"root={root}", f"name={name}", *CLIP, *TOKENIZER, *QUICK, *steps, *overrides]
     return main(["fit", "conf=stage1_tokenizer", *words])
 

@@ -84,8 +84,9 @@ def same(a: dict, b: dict) -> bool:
     return contents_hash({key: a[key] for key in parts}) == contents_hash({key: b[key] for key in parts})
 
 
-def wait_for(happened, process: Command | subprocess.Popen, seconds: float = 300.0):
-    end = time.monotonic() + seconds
+def wait_for(happened, process: Command | subprocess.Popen, every: float = 0.002):
+    """Waits until `happened()`, asked every so many seconds; fails if the process ends before, or after five minutes."""
+    end = time.monotonic() + 300
     while not happened():
         assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.002)
+        time.sleep(every)

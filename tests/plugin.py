@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from unittest import mock
@@ -18,6 +19,24 @@ from kit.tokenizer.causal import CausalConv3d
 from tests.composing import composing_quickly
 from tests.fixtures import pair  # noqa: F401  a fixture
 from tests.interrupted import whole  # noqa: F401  likewise
+
+LONG = (  # files that take the longest, from a minute down: first, so that at the end no process waits long for another
+    "test_fsdp.py", "test_survival.py", "test_cli.py", "test_vizdoom.py", "test_evaluate.py", "test_survival_together.py",
+    "test_detectors.py", "test_stages.py", "test_readme.py", "test_cache.py", "test_verbs.py", "test_training.py",
+    "test_shapes_score.py", "test_retries.py", "test_doctor.py", "test_folder_training.py", "test_multirun.py",
+    "test_notebook.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
+def pytest_collection_finish():
+    """Has the garbage collector leave out what is imported: to look through it all again and again takes a while."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -46,7 +46,7 @@ def reduced(words: list[str], videos: Path) -> list[str]:
     if words[0] == "demo":
         words += ["clips=2", "overrides=[" + ",".join(f"'{word}'" for word in small) + "]"]
     if "check=paper_plan" in words:
-        words += ["words=[generator.layers=2]"]
+        words += ["words=[generator.layers=1,stages.II.data.frames=5,stages.III.data.frames=9]"]
     if words[0] in ("validate", "inspect", "reconstruct"):
         words += ["clips=2"]
     if words[0] == "evaluate":

@@ -17,7 +17,7 @@ from kit.scales import ScaleSchedule
 from kit.self_check import check_conditioning, check_scales, self_check
 from kit.tokenizer.causal import CausalConv3d
 
-HARDLY_LEARNED = {"tokenizer", "conditioning"}  # by the tiny pair, in 150 and 50 steps
+HARDLY_LEARNED = {"tokenizer", "conditioning"}  # by the tiny pair, in 100 and 50 steps
 
 
 @pytest.fixture

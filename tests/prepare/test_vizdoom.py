@@ -121,8 +121,13 @@ def test_pictures_are_in_colour_and_not_empty(folder):
         assert "arena" not in name or red > blue, name
 
 
+def names_of(folder: Path) -> list[str]:
+    """Returns the names of the clips that are whole: those that are being written are hidden."""
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*.mp4") if not path.name.startswith(".")]
+
+
 def clips_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.mp4")}
+    return {name: (folder / name).read_bytes() for name in names_of(folder)}
 
 
 def first_of(folder: Path, n: int) -> dict[str, bytes]:
@@ -165,7 +170,7 @@ def preparing(monkeypatch, tmp_path, clips: int, patience: float = vizdoom.PATIE
     monkeypatch.setattr(vizdoom, "PATIENCE", patience)
     running = Command(["prepare", "vizdoom", f"n={COUNT}", *WORDS, "workers=2"], tmp_path / "said")
     try:
-        wait_for(lambda: len(clips_of(SMALL.folder())) >= clips and len(workers_of(running)) == 2, running)
+        wait_for(lambda: len(names_of(SMALL.folder())) >= clips and len(workers_of(running)) == 2, running, every=0.05)
         yield running
     finally:
         for process in session(running.pid):
@@ -232,7 +237,7 @@ def test_a_process_that_dies_ends_the_others(monkeypatch, tmp_path, victim):
                     with suppress(psutil.Error):  # it, or its engine, has just ended
                         for engine in worker.children():
                             engine.kill()
-                time.sleep(0.001)
+                time.sleep(0.02)
         assert running.wait(120) == 1 and is_over(running.pid)
     said = (tmp_path / "said").read_text()
     assert "a process that renders has died" in said and "run it again" in said and "Traceback" not in said
@@ -242,7 +247,7 @@ def test_a_process_that_dies_ends_the_others(monkeypatch, tmp_path, victim):
 def test_an_engine_that_does_not_answer_is_taken_for_dead(monkeypatch, tmp_path):
     with preparing(monkeypatch, tmp_path, clips=2, patience=12) as running:
         while not (engines := [engine for worker in workers_of(running) for engine in worker.children()]):
-            time.sleep(0.001)
+            time.sleep(0.02)
         engines[0].suspend()
         assert running.wait(120) == 1 and is_over(running.pid)
     said = (tmp_path / "said").read_text()
