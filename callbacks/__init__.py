@@ -6,12 +6,13 @@ from callbacks.compile import CompileLayers
 from callbacks.ema import EMA
 from callbacks.guard import LossGuard
 from callbacks.last_checkpoint import LastCheckpoint
+from callbacks.progress import ProgressBar
 from callbacks.stage_switch import StageSwitch
 from callbacks.summary import RunSummary
 from callbacks.timer import StepTimer
 from callbacks.video_logger import VideoLogger
 
 __all__ = [
-    "BestCheckpoint", "CodeUse", "CompileLayers", "EMA", "LastCheckpoint", "LossGuard", "RunSummary", "StageSwitch",
-    "StepTimer", "VideoLogger",
+    "BestCheckpoint", "CodeUse", "CompileLayers", "EMA", "LastCheckpoint", "LossGuard", "ProgressBar", "RunSummary",
+    "StageSwitch", "StepTimer", "VideoLogger",
 ]  # fmt: skip

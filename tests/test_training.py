@@ -164,6 +164,13 @@ def test_items_of_a_users_source_are_checked(change, told):
         next(iter(data.val_dataloader()))
 
 
+def test_the_progress_bar_fits_into_80_columns(tmp_path, capsys):
+    """With bars of 10 columns, which is tqdm's least."""
+    assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=1000", "trainer.max_steps=4", "trainer.val_check_interval=2") == 0
+    (last,) = re.findall(r"100%[^\r\n]*\[[^\r\n]*train/loss=[^\r\n]*val/psnr=[^\r\n]*\]", capsys.readouterr().out)[-1:]
+    assert len(last) <= 80 and "Epoch" not in last and "v_num" not in last
+
+
 def test_a_training_ends_after_its_time_and_goes_on(tmp_path, caplog):
     short = ["trainer.max_time=00:00:00:01", "recipe.tokenizer.steps=100000"]
     assert fit_tokenizer(tmp_path, "trainer.val_check_interval=3", *short) == 0
@@ -239,7 +246,7 @@ def test_finished_run_continued_is_left_as_it_is(pair):
     log = pair.tokenizer.parents[1] / "logs" / "version_0" / "metrics.csv"
     before = log.read_bytes(), pair.tokenizer.read_bytes()
     assert fit_tokenizer(pair.root, "ckpt=last") == 0
-    assert read_checkpoint(pair.tokenizer, "tokenizer")["global_step"] == 150
+    assert read_checkpoint(pair.tokenizer, "tokenizer")["global_step"] == 100
     assert (log.read_bytes(), pair.tokenizer.read_bytes()) == before
 
 

@@ -70,6 +70,12 @@ class Decoder(ABC):
     transparent: bool = False
     moves: bool = False
 
+    def notes(self) -> list[str]:
+        """Says in words what of the file is not read as it is."""
+        first = f"{self.path} moves; its first frame is taken, as of every picture: a gif or mp4 is read whole"
+        white = f"transparent areas of {self.path} become white"
+        return [first] * self.moves + [white] * self.transparent
+
     @abstractmethod
     def __len__(self) -> int: ...
 

@@ -167,11 +167,17 @@ def side_by_side(results: list[dict]) -> str:
     names = [name for name in TITLES if any(name in r["metrics"] for r in results)]
     heads = ["", *(title_of(n, next(r["metrics"][n] for r in results if n in r["metrics"])) for n in names)]
     lines = [heads, ["---"] * len(heads)]
-    for r in results:
-        cells = [number(n, r["metrics"][n]) if n in r["metrics"] else "" for n in names]
-        lines.append([Path(r["path"]).parent.name, *cells])
+    for name, r in zip(told_apart([Path(r["path"]).parent for r in results]), results, strict=True):
+        lines.append([name, *(number(n, r["metrics"][n]) if n in r["metrics"] else "" for n in names)])
     rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{Protocol.from_dict(first['protocol'])}\n\n{rows}"
+
+
+def told_apart(folders: list[Path]) -> list[str]:
+    """Returns the names of folders, after as many of the folders they are in as tell them apart."""
+    most = max(len(folder.parts) for folder in folders)
+    names = ([Path(*folder.parts[-n:]).as_posix() for folder in folders] for n in range(1, most + 1))
+    return next((found for found in names if len(set(found)) == len(set(folders))), list(map(str, folders)))
 
 
 def table(cfg: DictConfig) -> str:

@@ -66,7 +66,8 @@ def make_suite(cfg: DictConfig) -> dict:
     contact_sheet(clips, list(shown), folder / "contact_sheet.png")
     played = [{"heading": t, "videos": [{"row": "sample", "file": f"videos/{name}"}]} for t, name in shown.items()]
     write_page(folder, suite.name, [words_of(settings)], [], played, [])
-    print(f"in {folder}: videos, videos.json, contact_sheet.png, report.html")
+    of_some = f"; the last two show the first {SHOWN} of {len(prompts)} prompts" if len(prompts) > SHOWN else ""
+    print(f"in {folder}: videos, videos.json, contact_sheet.png, report.html{of_some}")
     if suite.name == "vbench":
         print(next_steps(videos, cfg.root, cfg.name))
     return read_json(folder / "suite.json")

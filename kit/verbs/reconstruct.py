@@ -145,7 +145,7 @@ def reconstruct_file(tokenizer: Loaded, path: str | Path, frames: int | None, fo
     clip = open_clip_file(path, frames, tokenizer.clip["fps"] if model.config.temporal else 0)  # images have no rate
     own = clip.size
     size = scaled_size(*own, model.config.shorter_side)
-    print(f"{path}: {fitting_note(model, own, clip)}")
+    print(f"{path}: {fitting_note(model, own, clip)}", *(f"note: {note}" for note in clip.video.notes()), sep="\n")
     scores = {k: Scores() for k in range(1, len(model.config.scales) + 1)}
     chunks = (chunk.to(device()) for chunk in clip.chunks(*size))
     shown, done = [], 0

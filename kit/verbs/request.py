@@ -117,10 +117,8 @@ def history_of(values: dict, clip: dict) -> tuple[Tensor | None, dict]:
     if frames > 1 and file.video.fps < 0.99 * clip["fps"]:
         rates = f"{file.video.fps:g} frames per second, the generator's clips {clip['fps']:g}"
         print(f"note: {path} has {rates}: frames are taken twice")
-    if file.video.moves:
-        print(f"note: {path} moves; its first frame is taken, as of every picture: a gif or mp4 is continued from its end")
-    if file.video.transparent:
-        print(f"note: transparent areas of {path} become white")
+    for note in file.video.notes():
+        print(f"note: {note}")
     return file.read(clip["height"], clip["width"]), {"given_sha256": file_sha256(path)}
 
 

@@ -15,7 +15,7 @@ from kit.data.shapes import Shapes
 from kit.evaluation import run
 from kit.evaluation.candidates import Reconstructions, Samples
 from kit.evaluation.clips import FileClips, Together, choose, given_clips
-from kit.evaluation.report import curves, details, read_result, side_by_side, write_page
+from kit.evaluation.report import curves, details, read_result, side_by_side, told_apart, write_page
 from kit.machine import cache_folder
 from kit.media import write_video
 from tests.fixtures import fit_generator
@@ -518,7 +518,22 @@ def test_a_pair_has_the_error_of_either():
     assert Together([good], [{"video": 2}])[0] == {"video": 1, "real": 2}
 
 
-def test_a_suite_and_its_results(pair, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "folders, names",
+    [
+        (["runs/a", "runs/b"], ["a", "b"]),
+        (["x/out/a", "y/out/a", "y/out/b"], ["x/out/a", "y/out/a", "y/out/b"]),
+        (["runs/x/a", "runs/y/a"], ["x/a", "y/a"]),
+        (["a", "x/a"], ["a", "x/a"]),
+        (["runs/a", "runs/a"], ["a", "a"]),
+    ],
+)
+def test_results_of_folders_of_one_name_are_told_apart(folders, names):
+    assert told_apart(list(map(Path, folders))) == names
+
+
+def test_a_suite_and_its_results(pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kit.evaluation.run_suite.SHOWN", 1)
     (tmp_path / "prompts.txt").write_text("a red ball moving right over a green field\na blue ring\n")
     words = ["evaluate", "protocol=vbench", f"root={tmp_path}", "name=suite"]
     assert main([*words, f"ckpt={pair.generator}", f"prompts={tmp_path / 'prompts.txt'}", "protocol.samples=2"]) == 0
@@ -527,8 +542,10 @@ def test_a_suite_and_its_results(pair, tmp_path, capsys):
         "a blue ring-0.mp4", "a blue ring-1.mp4",
         "a red ball moving right over a green field-0.mp4", "a red ball moving right over a green field-1.mp4",
     ]  # fmt: skip
-    assert (folder / "contact_sheet.png").is_file() and (folder / "report.html").read_text().count("<video") == 2
-    assert f"vbench evaluate --videos_path {folder / 'videos'}" in capsys.readouterr().out
+    assert (folder / "contact_sheet.png").is_file() and (folder / "report.html").read_text().count("<video") == 1
+    printed = capsys.readouterr().out
+    assert f"vbench evaluate --videos_path {folder / 'videos'}" in printed
+    assert "contact_sheet.png, report.html; the last two show the first 1 of 2 prompts" in printed
 
     (tmp_path / "x_eval_results.json").write_text(json.dumps({"color": [0.9, []], "scene": [0.5, []]}))
     assert main([*words, f"results={tmp_path / 'x_eval_results.json'}"]) == 0

@@ -223,12 +223,13 @@ def test_its_own_input_and_what_an_error_meets_stay(pair, tmp_path, capsys):
 
 
 def test_command_on_a_picture(pair, tmp_path, capsys):
-    Image.new("RGB", (50, 70), "red").save(tmp_path / "a.png")
+    """It is seen through in places, and moves."""
+    pictures = [Image.new("RGBA", (50, 70), colour) for colour in ("#ff000080", "blue")]
+    pictures[0].save(tmp_path / "a.png", save_all=True, append_images=pictures[1:])
     assert run(pair, tmp_path, f"video={tmp_path / 'a.png'}") == 0
-    assert (
-        "a.png: 50 x 70 -> 32 x 45 (resized), padded to 32 x 48, its last row twice in the mp4; 1 frame\n"
-        in capsys.readouterr().out
-    )
+    told = capsys.readouterr().out
+    assert "a.png: 50 x 70 -> 32 x 45 (resized), padded to 32 x 48, its last row twice in the mp4; 1 frame\n" in told
+    assert "a.png moves; its first frame is taken" in told and "transparent areas of" in told
     assert decoded(tmp_path / "out" / "reconstruction_0.mp4").shape == (1, 46, 64, 3)
 
 
