@@ -228,7 +228,7 @@ def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
 def test_an_error_ends_the_process_although_workers_are_left(tmp_path):
     """Workers ignore SIGTERM, with which Python would end them."""
     code = (
-        "from kit.data.datamodule import leave_signals_to_the_trainer as init; from torch.utils.data import DataLoader\n"
+        "from kit.data.workers import leave_signals_to_the_trainer as init; from torch.utils.data import DataLoader\n"
         "left = iter(DataLoader(range(9), num_workers=1, worker_init_fn=init)); next(left)\n"
         "raise ValueError('as told')"
     )

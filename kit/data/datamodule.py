@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,29 +17,9 @@ from kit.data.buckets import Bucket, image_buckets
 from kit.data.listing import held_out_hash
 from kit.data.numbered import Numbered
 from kit.data.source import ClipSource, check_source
+from kit.data.workers import leave_signals_to_the_trainer
 from kit.loop import batches_done, batches_of_a_step
 from kit.values import check_share, check_whole_number, differences, hash_of
-
-
-def leave_signals_to_the_trainer(worker: int):
-    """Makes a loader's worker ignore SIGTERM, which schedulers send to all processes of a job, and Ctrl-C.
-
-    A worker that ended would stop the training with an error before the trainer has saved.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def end_workers():
-    """Kills loader workers that an error has left behind, at exit.
-
-    They ignore signals, so this process would wait for them without end.
-    """
-    if workers := [process for process in multiprocessing.active_children() if process.daemon]:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report each of them
-        for process in workers:
-            process.kill()
 
 
 class ClipsOnDevice(L.LightningDataModule):
