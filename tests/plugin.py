@@ -21,7 +21,7 @@ from tests.fixtures import pair  # noqa: F401  a fixture
 from tests.interrupted import whole  # noqa: F401  likewise
 
 LONG = (  # files that take the longest, from a minute down: first, so that at the end no process waits long for another
-    "test_fsdp.py", "test_survival.py", "test_cli.py", "test_vizdoom.py", "test_evaluate.py", "test_survival_together.py",
+    "test_fsdp.py", "test_survival.py", "test_confs.py", "test_vizdoom.py", "test_evaluate.py", "test_survival_together.py",
     "test_detectors.py", "test_stages.py", "test_readme.py", "test_cache.py", "test_verbs.py", "test_training.py",
     "test_shapes_score.py", "test_retries.py", "test_doctor.py", "test_folder_training.py", "test_multirun.py",
     "test_notebook.py",
