@@ -99,14 +99,19 @@ class Muon(torch.optim.Optimizer):
 
     def _adam(self, parameters: list[Tensor], group: dict):
         """Updates parameters by Adam without weight decay (Kingma and Ba 2015, algorithm 1)."""
+        if not parameters:
+            return
         for p in parameters:
-            state = self.state[p]
-            step = state["step"] = state.get("step", 0) + 1
-            moments, grad = [local(self._kept(p, f"moment{i}")) for i in (1, 2)], local(p.grad)
-            for moment, value, beta in zip(moments, (grad, grad.square()), group["betas"]):
-                moment.lerp_(value, 1 - beta)
-            first, second = (moment / (1 - beta**step) for moment, beta in zip(moments, group["betas"]))
-            local(p).addcdiv_(first, second.sqrt() + group["eps"], value=-group["lr"])
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+        grads, unbiased = [local(p.grad) for p in parameters], []
+        for i, (values, beta) in enumerate(zip((grads, torch._foreach_mul(grads, grads)), group["betas"]), start=1):
+            moments = [local(self._kept(p, f"moment{i}")) for p in parameters]
+            torch._foreach_lerp_(moments, values, 1 - beta)
+            unbiased.append(torch._foreach_div(moments, [1 - beta ** self.state[p]["step"] for p in parameters]))
+        first, second = unbiased
+        torch._foreach_sqrt_(second)
+        torch._foreach_add_(second, group["eps"])
+        torch._foreach_addcdiv_([local(p) for p in parameters], first, second, value=-group["lr"])
 
 
 def check_optimizer(values: Mapping, keys: Sequence[str]):
