@@ -289,7 +289,8 @@ def condition_kind(kind: str, parts: Sequence[ClipDataModule]) -> str:
         whose = "the clips" if len(wordless) == len(parts) else f"of the stages' data {'; '.join(wordless)}: the clips"
         rank_zero_warn(
             f"{whose} have neither captions nor classes: the generator learns without words. Captions go into captions.csv "
-            f"(file,caption) in the folder or a .txt beside each file; classes are folders, or names such as jump_001.mp4"
+            f"(file,caption) in the folder, a table of another name (data.source.captions=PATH) or a .txt beside each file; "
+            f"classes are folders, or names such as jump_001.mp4"
         )
     if kind == "auto":
         kind = "class" if any(classes) and not captioned else "text"
