@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
-from callbacks import RunSummary, VideoLogger
+from callbacks import ProgressBar, RunSummary, VideoLogger
 from callbacks.pictures import log_picture, may_fail
 from kit.data.datamodule import ClipDataModule
 from kit.data.read import open_clip_file
@@ -104,6 +105,17 @@ def test_a_run_tells_at_its_start_what_it_will_train():
     trainer.val_check_interval = 7
     told = RunSummary.lines(trainer, module)["validation"]
     assert "validation" not in lines and "trainer.val_check_interval=7 is after the end" in told
+
+
+def test_the_progress_bar_shows_scores_and_numbers_neither_epoch_nor_log():
+    bar, loss = ProgressBar(), {"train/loss": 0.5}
+    bar._trainer = trainer = SimpleNamespace(
+        loggers=[SimpleNamespace(version=3)], progress_bar_metrics=loss, current_epoch=0, max_epochs=1, num_training_batches=9
+    )
+    bar.train_progress_bar = tqdm(disable=True)
+    bar.on_train_epoch_start(trainer)
+    assert (bar.train_progress_bar.desc, bar.train_progress_bar.total) == ("", 9)
+    assert bar.get_metrics(trainer, None) == loss
 
 
 def test_each_kind_of_logger_is_handed_pictures_as_it_takes_them(tmp_path):
