@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
+from kit.generator.corruption import teacher_forced
 from kit.generator.mask import SHORT
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.planning.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
@@ -48,6 +50,11 @@ def test_history_blocks_cost_too():
     full = GeneratorConfig(**{**vars(GENERATOR), "history": "full"})
     costs = [generator_cost(config, TOKENIZER, 9, 32, 32, encoded=True) for config in (GENERATOR, full)]
     assert costs[0].tokens == costs[1].tokens and costs[0].flops < costs[1].flops
+    model, schedule = Generator(full), TOKENIZER.schedule(9, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        condition = torch.zeros(1, model.condition.length, full.width)
+        teacher_forced(model, torch.zeros(1, 16, 3, *schedule.grid), schedule, condition)[0].sum().backward()
+    assert costs[1].flops == counter.get_total_flops()
 
 
 FULL = (  # of a step with everything; the weights of the perceptual network are not there
@@ -125,6 +132,38 @@ def test_images_replace_clips_frame_for_frame():
     assert gpu_hours(3.6e18, tflops=100, utilisation=0.5) == 20
 
 
+@pytest.fixture
+def table(monkeypatch):
+    """Returns the table of a progressive training's costs, of models in which each frame costs 1 TFLOP, given words."""
+    gpu = lambda cfg, data, device, bfloat16, *_: (8e9, 10e9) if (device, bfloat16) == ("cuda", True) else None  # noqa: E731
+    monkeypatch.setattr("kit.planning.plan.memory_of", gpu)
+    cost = lambda *given, recompute, **_: ClipCost(10 * given[2], (2 if recompute else 1) * 1e12 * given[2])  # noqa: E731
+    monkeypatch.setattr("kit.planning.plan.generator_cost", cost)
+
+    def of(*words: str) -> list[str]:
+        cfg = composed("progressive", "size=tiny", *words)
+        OmegaConf.resolve(cfg)
+        return costs(cfg, composed("doctor", "tflops=100", "utilisation=0.5", "gpus=[1,2]"))[1:]
+
+    return of
+
+
+def test_a_stage_costs_what_all_its_steps_devices_and_batches_do(table):
+    """Images take the place of a share of the clips of five latent frames, five of one frame for each."""
+    steps = ["stages.low.steps=1000", "stages.high.steps=500", "stages.long=null", "data.batch_size=8"]
+    rows = table(*steps, "trainer.devices=2", "trainer.num_nodes=3", "trainer.accumulate_grad_batches=2")
+    low, high, in_all, _ = (row.split() for row in rows)
+    assert low == ["low", "17x32x32", "170", "1000", "192", "20%", "17,000.0", "2.803", "15.57", "8.0", "10.0"]
+    assert high == ["high", "17x64x64", "170", "500", "96", "50%", "17,000.0", "0.5280", "2.933", "8.0", "10.0"]
+    assert " ".join(in_all) == "in all 18.51 GPU-hours at 50% of 100 TFLOP/s: 18.5 h on 1, 9.25 h on 2"
+
+
+def test_the_bucket_with_the_most_tokens_in_a_step_counts(table):
+    """It need not be the one with the longest or the largest clips."""
+    words = ["+stages.low.data.batch_tokens=850", "+stages.low.data.buckets=[33x32x32,5x64x64,17x48x64]"]
+    assert table(*words)[0].split()[1] == "5x64x64"
+
+
 def test_what_is_held_is_shared_out_under_fsdp(monkeypatch):
     monkeypatch.setattr("kit.planning.plan.memory_of", lambda *_: (8e9, 10e9))
     doctor, sharded = composed("doctor"), ("trainer=fsdp", "trainer.devices=4")
@@ -132,10 +171,11 @@ def test_what_is_held_is_shared_out_under_fsdp(monkeypatch):
     def memory(*words: str) -> list[str]:
         cfg = composed("stage2_generator", "size=tiny", *CLIP, *words)
         OmegaConf.resolve(cfg)
-        return costs(cfg, doctor)[1].split()[-2:]
+        _, row, *_, note = costs(cfg, doctor)
+        return [*row.split()[-2:], *re.findall("what is held is shared out to ([0-9])", note)]
 
-    assert [memory(), memory(*sharded)] == [["8.0", "10.0"], ["2.0", "4.0"]]
-    assert memory(*sharded, "trainer.strategy.replicas=2") == ["4.0", "6.0"]
+    assert [memory(), memory(*sharded)] == [["8.0", "10.0"], ["2.0", "4.0", "4"]]
+    assert memory(*sharded, "trainer.strategy.replicas=2") == ["4.0", "6.0", "2"]
 
 
 def test_computing_layers_once_more_costs_a_third_of_them():
@@ -152,6 +192,10 @@ def test_the_doctor_counts_blocks_that_are_computed_once_more(monkeypatch):
         return float(costs(cfg, composed("doctor"))[1].split()[6].replace(",", ""))
 
     assert 1.15 < gflop("true") / gflop("false") < 1 + 1 / 3, "not all is in the blocks"
+
+
+def test_the_doctor_counts_a_generators_layers_that_are_computed_once_more(table):
+    assert table("recompute=true")[0].split()[6] == "34,000.0"
 
 
 def test_costs_are_not_told_as_powers_of_ten():
