@@ -157,6 +157,14 @@ def test_what_is_held_is_weights_moments_average_and_buckets(monkeypatch):
     assert [memory_of(each, data, "cuda", True) for each in (cfg, several, sharded)] == [False, True, False]
 
 
+def test_clips_that_are_encoded_ahead_are_held_as_features(monkeypatch):
+    monkeypatch.setattr("kit.planning.plan.training_memory", lambda build, batch, *_: batch(torch.device("cpu")))
+    for ahead, held, shape in ((0, "video", (2, 3, 5, 32, 64)), (9, "feature", (2, 16, 2, 4, 8))):
+        cfg = resolved("stage2_generator", "size=tiny", *CLIPS, "data.width=64", f"encoded_clips={ahead}")
+        batch = memory_of(cfg, stages_of(cfg)[0][2], "cuda", True)
+        assert batch.keys() & {"video", "feature"} == {held} and batch[held].shape == shape
+
+
 @pytest.mark.parametrize("conf, clips", [("stage0_image_tokenizer", 32), ("stage1_tokenizer", 8)])
 def test_recomputed_blocks_take_less(conf, clips):
     of = [
