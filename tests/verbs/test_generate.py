@@ -22,7 +22,7 @@ from kit.generator.sampler import Sampling
 from kit.media import write_video
 from kit.sampling import check_video_length, sample_clips, sample_videos, stream_samples
 from kit.tokenizer import Tokenizer
-from kit.verbs.request import check_numbers, file_stem, history_of, prompts_of
+from kit.verbs.request import check_numbers, check_texts, file_stem, history_of, prompts_of, usual_length
 from kit.verbs.sidecar import SETTINGS, merged, read_sidecar
 from tests.fixtures import frames_of
 
@@ -93,7 +93,18 @@ def test_a_video_slower_than_the_generators_clips_is_told(tmp_path, capsys, rate
     path = write_video(torch.zeros(3, 20, 32, 32), tmp_path / "slow.mp4", rate)
     values = {"image": None, "video": str(path), "history_frames": taken}
     history_of(values, {"frames": 9, "height": 32, "width": 32, "fps": 8.0})
-    assert ("slow.mp4 has 4 frames per second, the generator's clips 8: frames are taken" in capsys.readouterr().out) == told
+    note = f"slow.mp4 has {rate} frames per second, the generator's clips 8: frames are taken twice"
+    assert (note in (said := capsys.readouterr().out)) == ("taken twice" in said) == told
+
+
+@pytest.mark.parametrize("size, told", [((16, 32), False), ((32, 16), True)])
+def test_a_video_is_given_in_the_clips_size_and_it_is_told_if_it_is_cut(tmp_path, capsys, size, told):
+    path = write_video(torch.zeros(3, 5, *size), tmp_path / "given.mp4", 8)
+    values = {"image": None, "video": str(path), "history_frames": 1}
+    history, _ = history_of(values, {"frames": 9, "height": 32, "width": 64, "fps": 8.0})
+    assert history.shape == (3, 1, 32, 64)
+    note = "given.mp4 is 16 x 32: scaled, and cut in the centre to 64 x 32"
+    assert (note in (said := capsys.readouterr().out)) == ("cut" in said) == told
 
 
 @pytest.mark.parametrize("trained, taken", [(1, 1), (5, 1), (9, 5), (33, 9)])
@@ -231,6 +242,13 @@ def test_a_label_may_be_the_number_0():
     assert prompts_of(values, "class") == ("label", ["0"])
 
 
+def test_a_model_of_classes_needs_a_label():
+    values = {"prompt": None, "label": None, "prompts": None}
+    assert prompts_of(values, "text") == ("prompt", [""])
+    with pytest.raises(ValueError, match="trained on classes: give label="):
+        prompts_of(values, "class")
+
+
 def test_settings_of_other_models_are_refused(pair, tmp_path, capsys):
     assert run(pair, tmp_path, f"prompt={PROMPT}") == 0
     path = next((tmp_path / "out").glob("*.json"))
@@ -295,7 +313,7 @@ def test_another_picture_is_another_video(pair, tmp_path, capsys):
 )
 def test_file_names_tell_prompts_apart(prompt, stem):
     assert file_stem(prompt).startswith(stem) and len(file_stem(prompt)) <= 81
-    for other in (f"{prompt}é", f"{prompt}.", f"{prompt} ", f"{prompt}A"):
+    for other in {f"{prompt}é", f"{prompt}.", f"{prompt} ", f"{prompt}A", prompt.swapcase()} - {prompt}:
         assert file_stem(prompt).lower() != file_stem(other).lower()
 
 
@@ -374,6 +392,13 @@ def test_more_than_a_clip_is_gone_on_with_at_positions(pair, tmp_path, capsys):
     assert frames_of(next((tmp_path / "out").glob("*.mp4"))) == 13
     assert run(pair, tmp_path, *given, "extend=positions", "frames=9", name="less") == 1
     assert "frames=9, of which 9 are given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("taken, at_positions, otherwise", [(0, 9, 9), (5, 9, 9), (9, 17, 9), (13, 21, 9)])
+def test_how_long_a_video_is_unless_it_is_said(taken, at_positions, otherwise):
+    history = torch.zeros(3, taken, 8, 8) if taken else None
+    assert usual_length(history, Sampling(extend="positions"), 9) == at_positions
+    assert usual_length(history, Sampling(), 9) == otherwise
 
 
 def test_a_tokenizer_of_images_makes_no_videos(loaded):
@@ -479,8 +504,37 @@ def test_numbers_are_whole_and_seeds_have_32_bits():
     check_numbers({**values, "seed": 2**32 - 2, "n": 2})
     with pytest.raises(ValueError, match="expected a number below 2"):
         check_numbers({**values, "seed": 2**32 - 2, "n": 3})
-    with pytest.raises(ValueError, match="n=True; expected a whole number of 1 or more"):
-        check_numbers({**values, "seed": 0, "n": True})
+    for key, wrong in (("n", True), ("frames", 0), ("history_frames", 0)):
+        with pytest.raises(ValueError, match=f"{key}={wrong}; expected a whole number of 1 or more"):
+            check_numbers({**values, "seed": 0, "n": 1, key: wrong})
+
+
+def test_the_slowest_and_the_fastest_rate_are_taken_and_text_is_not():
+    values = {"n": 1, "seed": 0, "batch_size": 1, "frames": None, "history_frames": None, "overlap": None}
+    for rate in (0.001, 1000):
+        check_numbers({**values, "fps": rate})
+    with pytest.raises(ValueError, match="fps=fast: expected frames per second"):
+        check_numbers({**values, "fps": "fast"})
+
+
+def test_a_relative_path_is_kept_with_its_folder(monkeypatch):
+    """So the folder's name too must be UTF-8."""
+    values = dict.fromkeys(("prompt", "label", "negative", "image", "video", "ckpt", "tokenizer"))
+    monkeypatch.setattr("os.getcwd", lambda: "/caf\udce9")
+    for key in ("image", "video"):
+        with pytest.raises(ValueError, match=f"{key}='a.mp4' is not UTF-8"):
+            check_texts({**values, key: "a.mp4"})
+
+
+def test_a_picture_and_a_video_do_not_go_together():
+    values = {"image": "a.png", "video": "b.mp4", "history_frames": None}
+    with pytest.raises(ValueError, match="give image= or video=, not both"):
+        history_of(values, {"frames": 9})
+
+
+def test_what_is_gone_on_with_has_frames_that_a_tokenizer_takes():
+    with pytest.raises(ValueError, match=r"1 \+ 4n"):
+        history_of({"image": None, "video": "a.mp4", "history_frames": 6}, {"frames": 9})
 
 
 def test_explains_bad_files(pair, tmp_path, capsys):
