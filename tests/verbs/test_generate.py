@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from kit.checkpoint import load_generator
 from kit.cli import main
+from kit.data.read import open_clip_file
 from kit.data.shapes import Shapes
 from kit.files import sole_user
 from kit.generator.guidance import Guidance
@@ -22,8 +25,9 @@ from kit.generator.sampler import Sampling
 from kit.media import write_video
 from kit.sampling import check_video_length, sample_clips, sample_videos, stream_samples
 from kit.tokenizer import Tokenizer
+from kit.verbs.generate import check_paths, make_videos
 from kit.verbs.request import check_numbers, check_texts, file_stem, history_of, prompts_of, usual_length
-from kit.verbs.sidecar import SETTINGS, merged, read_sidecar
+from kit.verbs.sidecar import SETTINGS, Job, merged, read_sidecar
 from tests.fixtures import frames_of
 
 PROMPT = "a red ball moving right over a green field"
@@ -198,6 +202,7 @@ def test_a_video_is_made_again_from_its_settings(pair, tmp_path, precision):
     made = contents(tmp_path / "out")
     sidecar = json.loads((tmp_path / "out" / "a_red_ball_moving_right_over_a_green_field_seed6.json").read_text())
     assert sidecar["settings"]["seed"] == 6 and len(sidecar["given_sha256"]) == 64
+    assert sidecar["settings"]["fps"] == 10 == open_clip_file(next((tmp_path / "out").glob("*.mp4")), None, 0).video.fps
     for name in made:
         again = [f"settings={tmp_path / 'out' / name.replace('mp4', 'json')}", f"root={tmp_path}", f"name=again_{name[-5]}"]
         assert main(["generate", *again]) == 0
@@ -249,10 +254,12 @@ def test_a_model_of_classes_needs_a_label():
         prompts_of(values, "class")
 
 
-def test_settings_of_other_models_are_refused(pair, tmp_path, capsys):
+def test_settings_of_other_models_are_refused(pair, loaded, tmp_path, capsys):
     assert run(pair, tmp_path, f"prompt={PROMPT}") == 0
     path = next((tmp_path / "out").glob("*.json"))
     sidecar = json.loads(path.read_text())
+    for name, model in zip(("generator", "tokenizer"), loaded):
+        assert sidecar[f"{name}_hash"] == model.hash
     path.write_text(json.dumps(sidecar | {"generator_hash": "0123"}))
     assert main(["generate", f"settings={path}", f"root={tmp_path}", "name=again"]) == 1
     assert "generator_hash 0123" in (error := capsys.readouterr().err) and "ckpt=" in error
@@ -287,10 +294,13 @@ def test_a_video_in_place_of_its_settings_is_told(tmp_path):
         read_sidecar(path)
 
 
-def test_another_picture_is_another_video(pair, tmp_path, capsys):
+def test_another_picture_is_another_video(pair, tmp_path, capsys, monkeypatch):
     Image.new("RGB", (32, 32), "orange").save(tmp_path / "first.png")
-    assert run(pair, tmp_path, f"prompt={PROMPT}", f"image={tmp_path / 'first.png'}") == 0
+    with monkeypatch.context() as there:
+        there.chdir(tmp_path)
+        assert run(pair, tmp_path, f"prompt={PROMPT}", "image=first.png") == 0
     path = next((tmp_path / "out").glob("*.json"))
+    assert json.loads(path.read_text())["settings"]["image"] == str(tmp_path / "first.png"), "found from other folders too"
     Image.new("RGB", (32, 32), "blue").save(tmp_path / "first.png")
     assert main(["generate", f"settings={path}", f"root={tmp_path}", "name=again"]) == 1
     assert "the picture or video has changed" in capsys.readouterr().err
@@ -334,6 +344,14 @@ def test_what_is_gone_on_from_is_not_overwritten(pair, tmp_path, capsys):
         assert f"{key}={path} would be overwritten by what is made of it; give another name=" in capsys.readouterr().err
     assert (video.read_bytes(), sheet.read_bytes()) == before
     assert run(pair, tmp_path, f"prompt={PROMPT}", f"video={video}", name="more") == 0
+
+
+def test_what_is_gone_on_from_is_known_under_a_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("out") / "x_seed0.mp4"
+    job = Job("x", 0, {"image": None, "video": str(path.resolve())}, {}, path)
+    with pytest.raises(ValueError, match=f"video={path} would be overwritten"):
+        check_paths([job], None)
 
 
 def test_two_processes_do_not_write_to_a_folder(pair, tmp_path, capsys):
@@ -440,6 +458,27 @@ def test_what_is_there_already_is_kept(pair, tmp_path, capsys):
     assert (out / "contact_sheet.png").read_bytes() == sheet
     assert run(pair, tmp_path, *words, "temperature=1.0") == 0
     assert "there already" not in capsys.readouterr().out and contents(out) != whole
+
+
+@pytest.mark.parametrize("there, batches", [("036", [[1, 2], [4, 5]]), ("13", [[0, 2], [4, 5], [6]]), ("0123456", [])])
+def test_videos_that_lack_are_made_in_batches_and_all_are_shown(monkeypatch, there, batches):
+    jobs = [SimpleNamespace(prompt=f"{n}", seed=n, path=Path(f"{n}.mp4"), done=f"{n}" in there) for n in range(7)]
+    jobs[0].settings, made, given = {"frames": 5}, [], []
+
+    def bar(count, *_):
+        given.append(count)
+        return nullcontext(SimpleNamespace(update=len))
+
+    monkeypatch.setattr("kit.verbs.generate.progress", bar)
+    monkeypatch.setattr("kit.verbs.generate.stream_samples", lambda *given: given)
+    monkeypatch.setattr("kit.verbs.generate.write_videos", lambda batch, pieces: made.append((batch, *pieces)))
+    monkeypatch.setattr("kit.verbs.generate.show", lambda *shown: given.append(shown))
+    values, generator = {"batch_size": 2, "precision": "float32"}, SimpleNamespace(clip={"height": 8, "width": 12})
+    paths = make_videos(jobs, generator, None, values, None, Sampling())
+    assert paths == [job.path for job in jobs] and given == [7 - len(there), (jobs, Path("contact_sheet.png"))]
+    for numbers, (batch, _, _, prompts, seeds, size, *_, update) in zip(batches, made, strict=True):
+        assert batch == [jobs[n] for n in numbers] and seeds == numbers and prompts == [f"{n}" for n in numbers]
+        assert size == (5, 8, 12) and update is len
 
 
 def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
