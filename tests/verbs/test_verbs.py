@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
+from torch.utils.data import default_collate
 
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer, model_hash, read_checkpoint
 from kit.cli import main
@@ -30,11 +32,14 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.files import load_checked, save_checked, sole_user
+from kit.generator.corruption import training_sequence
+from kit.generator.sampler import Sampling
 from kit.media import contact_sheet, moving_sheet, write_video
 from kit.verbs.demo import summary
 from kit.verbs.held_out import held_out
 from kit.verbs.inspect import draw_samples
 from kit.verbs.reconstruct import per_scale
+from kit.verbs.validate import reconstruct_batches, seconds_for_one, teacher_forced_metrics
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_tokenizer
 from tests.processes import Command, children, demo_part
 
@@ -165,6 +170,46 @@ def test_inspect_and_validate(pair, tmp_path, capsys):
     metrics = json.loads((tmp_path / "tok" / "metrics.json").read_text())
     assert metrics["reconstruction_psnr_db"] > 10
     assert set(metrics["reconstruction_caption_accuracy"]) == {"colour", "shape", "motion", "background", "all"}
+
+
+@pytest.fixture
+def untrained(make_generator, make_tokenizer, tmp_path) -> tuple[Loaded, Loaded, dict]:
+    """A generator and a tokenizer of random weights, and three clips of theirs."""
+    models = (Loaded(model, {}, tmp_path, 0, "") for model in (make_generator(scales=2), make_tokenizer()))
+    return *models, default_collate([Shapes("val", frames=5, height=8, width=8)[n] for n in range(3)])
+
+
+def test_all_clips_are_scored_in_batches_of_any_size(untrained, monkeypatch):
+    monkeypatch.setattr("kit.verbs.validate.inference_precision", nullcontext)
+    generator, tokenizer, clips = untrained
+    whole = teacher_forced_metrics(generator, tokenizer, clips, 3)
+    output = reconstruct_batches(tokenizer, clips["video"], 3)
+    assert teacher_forced_metrics(generator, tokenizer, clips, 2) == whole
+    torch.testing.assert_close(reconstruct_batches(tokenizer, clips["video"], 2), output)
+
+
+def test_bits_that_are_right_are_counted_by_frame_and_by_scale(untrained, monkeypatch):
+    """Of the first of two frames all are right, of the second none."""
+    generator, tokenizer, clips = untrained
+
+    def predict(model, feature, schedule, condition):
+        sequence = training_sequence(feature, schedule, None, None)
+        right = torch.arange(schedule.length)[:, None] < schedule.frame(1).start
+        return torch.where(sequence.targets.bool() == right, 1.0, -1.0), sequence
+
+    monkeypatch.setattr("kit.verbs.validate.teacher_forced", predict)
+    metrics = teacher_forced_metrics(generator, tokenizer, clips, 3)
+    assert metrics == {"bit_accuracy": [0.5, 0.5], "bit_accuracy_by_frame": [[1.0, 1.0], [0.0, 0.0]]}
+
+
+def test_the_time_for_a_clip_is_the_median_of_three_after_one_to_warm_up(untrained, monkeypatch):
+    generator, tokenizer, _ = untrained
+    ticks, asked = iter([0, 9, 10, 11, 20, 23, 30, 32]), []
+    monkeypatch.setattr("kit.verbs.validate.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr("kit.verbs.validate.sample_clips", lambda *given: asked.append(given) or torch.zeros(1))
+    assert seconds_for_one(generator, tokenizer, PROMPT, (5, 8, 12), Sampling(), "float32") == 2
+    *_, schedule, prompts, seeds, _ = asked[0]
+    assert len(asked) == 4 and (schedule.grid, schedule.latent_frames, prompts, len(seeds)) == ((2, 3), 2, [PROMPT], 1)
 
 
 @pytest.mark.parametrize("verb", ["validate", "inspect"])
