@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from kit.build import accumulate_of, check_batch_parts
 from kit.cli import main
-from kit.confs import CONF
+from kit.confs import CONF, register_resolvers
+from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator
-from kit.planning.doctor import parameters, problems, training_config
-from kit.planning.plan import batches_of_all, costs, generator_config
+from kit.planning.doctor import hardware, metric_networks, parameters, presets, problems, training_config, versions
+from kit.planning.plan import batches_of_all, costs, generator_config, planned_tokenizer
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.values import batches_of, equal_parts, part_of, plain
 from kit.words import at_commas
@@ -29,6 +31,7 @@ SIZES = sorted(path.stem for path in (CONF / "size").glob("*.yaml"))
 def elsewhere(tmp_path, monkeypatch):
     """Changes to an empty folder, which has no runs."""
     monkeypatch.chdir(tmp_path)
+    register_resolvers()
 
 
 def test_doctor_reports_and_finds_a_configs_problem(capsys, monkeypatch):
@@ -39,6 +42,38 @@ def test_doctor_reports_and_finds_a_configs_problem(capsys, monkeypatch):
     assert "no checkpoint at runs/stage1_tokenizer/checkpoints/last.ckpt" in text
     assert main(["doctor", "check=generate"]) == 1
     assert "check=generate: not a training conf; choose from ablation, paper_plan" in capsys.readouterr().err
+
+
+def test_what_the_machine_has_is_told_in_its_units(monkeypatch):
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2_000_000}.get)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=9e9, used=6e9, free=3e9))
+    for name, found in {"can_compile": True, "fast_bfloat16": False, "precision": "32-true", "machine_size": "tiny"}.items():
+        monkeypatch.setattr(f"kit.machine.{name}", lambda found=found: found)
+    facts = hardware()
+    assert [facts[name] for name in ("memory", "free disk", "GPU")] == ["8.2 GB", "3.0 GB", "none that torch sees"]
+    assert facts["precision"] == "32-true (bfloat16 is not fast here)" and facts["torch.compile"] == "works"
+
+
+def test_what_is_not_installed_is_told_with_what_needs_it(monkeypatch):
+    monkeypatch.setattr("kit.machine.installed_version", {"torch": "2.13.0"}.get)
+    found = [versions()[name] for name in ("torch", "wandb", "xformers")]
+    assert found == ["2.13.0", "not installed (needed for logger=wandb)", "not installed (optional)"]
+
+
+def test_networks_are_told_where_they_are_or_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("kit.machine.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("kit.planning.doctor.vgg16_path", lambda: tmp_path / "vgg16.pth")
+    assert all(told.startswith("no weights yet: ") for told in metric_networks().values())
+    for path in (files := [tmp_path / I3D_FILE, tmp_path / "vgg16.pth"]):
+        path.touch()
+    assert list(metric_networks().values()) == list(map(str, files))
+
+
+def test_presets_are_listed_with_their_memory(monkeypatch):
+    """A weight is trained in 20 bytes and used in 4; a generator's training holds the tokenizer too."""
+    monkeypatch.setattr("kit.planning.doctor.parameters", lambda size: (10**9, 10**9 * (5 if size == "tiny" else 3)))
+    *_, last, _ = presets()
+    assert last.split() == "tiny 1000.0 M 5000.0 M 20.00 GB 104.00 GB 24.00 GB".split()
 
 
 def test_parameters_are_those_of_the_models():
@@ -182,6 +217,17 @@ def test_a_tokenizer_that_does_not_take_the_clips_is_told(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "  - tokenizer_ckpt: " in told and "this tokenizer's scales end at 4" in told
     assert "cost, on paper, of conf=stage2_generator" in told and "GPU-hours" in told
+
+
+def test_a_tokenizer_that_does_not_take_the_clips_of_a_bucket_is_told(tmp_path, monkeypatch):
+    small = TokenizerConfig(bits=8, scales=(1, 2, 4), patch=4, widths=(8, 8))
+    (tmp_path / "last.ckpt").touch()
+    monkeypatch.setattr("kit.planning.plan.tokenizer_config", lambda _: small)
+    clip = [f"tokenizer_ckpt={tmp_path / 'last.ckpt'}", "size=tiny", "data.height=32", "data.width=32"]
+    for buckets, told in (("[5x32x32]", False), ("[5x32x32,5x64x64]", True)):
+        made, lacking = planned_tokenizer(composed("stage2_generator", *clip, f"data.buckets={buckets}"))
+        assert (made == small) == (lacking is None) == (not told)
+        assert not told or "this tokenizer's scales end at 4" in lacking
 
 
 def test_devices_are_counted(row):
