@@ -178,7 +178,7 @@ def problems(cfg: DictConfig) -> list[str]:
     met("loss.perceptual", check_perceptual, cfg)
     values, lacking = met("tokenizer", planned_tokenizer, cfg) or (None, None)
     if values is not None and plan is not None:
-        for name, clips in clips_by_name(cfg).items():
+        for name, clips in (met("clips", clips_by_name, cfg) or {}).items():
             if summary := met(f"tokenizer and clips of {name}", about_clips, clips, values, batches_of_all(cfg)):
                 print(f"clips of {name}: {summary}")
     if lacking is not None:

@@ -137,6 +137,13 @@ def test_problems_are_listed_and_words_given_in_brackets(capsys):
     assert "\n  - init.ckpt: no checkpoint at nowhere" in told and "no problem found" not in told
 
 
+def test_a_bucket_that_is_none_is_one_problem_among_others():
+    words = ["data.buckets=[5x32]", "init=weights", "init.ckpt=nowhere.ckpt"]
+    first, *others = problems(training_config("stage1_tokenizer", words))
+    assert first == "data: data.buckets has 5x32; expected FRAMESxHEIGHTxWIDTH, such as 17x96x160"
+    assert "init.ckpt: no checkpoint at nowhere.ckpt" in others
+
+
 def test_files_that_cannot_be_read_are_counted(tmp_path, capsys):
     write(tmp_path / "clips" / "a.mp4")
     write_bad(tmp_path / "clips" / "b.mp4"), write_bad(tmp_path / "clips" / "c.mp4")
