@@ -25,7 +25,7 @@ from kit.generator.sampler import Sampling
 from kit.media import write_video
 from kit.sampling import check_video_length, sample_clips, sample_videos, stream_samples
 from kit.tokenizer import Tokenizer
-from kit.verbs.generate import check_paths, make_videos
+from kit.verbs.generate import check_paths, make_videos, show, write_videos
 from kit.verbs.request import check_numbers, check_texts, file_stem, history_of, prompts_of, usual_length
 from kit.verbs.sidecar import SETTINGS, Job, merged, read_sidecar
 from tests.fixtures import frames_of
@@ -59,7 +59,8 @@ def test_that_a_contact_sheet_has_not_all_videos_is_told(pair, tmp_path, capsys,
     monkeypatch.setattr("kit.verbs.generate.SHOWN", 2)
     for n, told in ((2, False), (3, True)):
         assert run(pair, tmp_path, f"prompt={PROMPT}", f"n={n}") == 0
-        assert ("the contact sheet shows the first 2 of 3 videos" in capsys.readouterr().out) == told
+        note = "the contact sheet shows the first 2 of 3 videos"
+        assert (note in (said := capsys.readouterr().out)) == ("the contact sheet" in said) == told
 
 
 def test_a_training_keeps_its_config(pair, tmp_path):
@@ -479,6 +480,19 @@ def test_videos_that_lack_are_made_in_batches_and_all_are_shown(monkeypatch, the
     for numbers, (batch, _, _, prompts, seeds, size, *_, update) in zip(batches, made, strict=True):
         assert batch == [jobs[n] for n in numbers] and seeds == numbers and prompts == [f"{n}" for n in numbers]
         assert size == (5, 8, 12) and update is len
+
+
+def test_each_video_of_a_batch_is_written_to_its_own_file_and_shown_with_its_seed(tmp_path, monkeypatch):
+    jobs = [Job("x", seed, {"fps": 8 + seed}, {}, tmp_path / f"{seed}.mp4") for seed in (0, 4)]
+    shades = torch.tensor([-0.5, 0.5]).view(2, 1, 1, 1, 1)
+    write_videos(jobs, iter([shades.expand(2, 3, frames, 16, 32) for frames in (1, 4)]))
+    files = [open_clip_file(job.path, None, 0) for job in jobs]
+    assert [(len(file), file.size, file.video.fps) for file in files] == [(5, (16, 32), 8), (5, (16, 32), 12)]
+    assert all(job.done for job in jobs)
+    monkeypatch.setattr("kit.verbs.generate.contact_sheet", lambda *given: given)
+    (first, second), titles, _ = show(jobs, tmp_path / "sheet.png")
+    assert [group["sample"].mean().item() for group in (first, second)] == pytest.approx([-0.5, 0.5], abs=0.02)
+    assert titles == ["x (seed 0)", "x (seed 4)"]
 
 
 def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
