@@ -20,6 +20,7 @@ import torch
 from callbacks import LossGuard
 from kit.checkpoint import read_checkpoint
 from kit.data.shapes import Shapes
+from kit.data.workers import end_workers, leave_signals_to_the_trainer
 from kit.retries import DeadWorker, LostLoss, noticing_dead_workers, with_retries
 from tests.fixtures import CLIP, QUICK, TOKENIZER, fit_tokenizer
 from tests.interrupted import ROOT, STEPS, last, said, same, stopped_midway
@@ -234,3 +235,21 @@ def test_an_error_ends_the_process_although_workers_are_left(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.endswith("ValueError: as told\n")
+
+
+def test_at_exit_workers_alone_are_killed(monkeypatch):
+    """Other children of the process are left to whoever started them, and their ends are reported as before."""
+    handled = {}
+    monkeypatch.setattr("signal.signal", handled.__setitem__)
+    worker, other = MagicMock(daemon=True), MagicMock(daemon=False)
+    for alive, reported in (([other], True), ([worker, other], False)):
+        monkeypatch.setattr("multiprocessing.active_children", lambda alive=alive: alive)
+        end_workers()
+        assert (worker.kill.called, other.kill.called, signal.SIGCHLD not in handled) == (not reported, False, reported)
+
+
+def test_workers_leave_both_signals_to_the_trainer(monkeypatch):
+    handled = {}
+    monkeypatch.setattr("signal.signal", handled.__setitem__)
+    leave_signals_to_the_trainer(0)
+    assert handled == {signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: signal.SIG_IGN}
