@@ -20,6 +20,7 @@ from kit.build import build_data, build_trainer, condition_kind, of_stage, plan_
 from kit.confs import CONF, compose, confs, located, trains
 from kit.data.datamodule import ClipDataModule
 from kit.evaluation.detectors import I3D_FILE
+from kit.generator.condition import ConditionConfig, build_condition
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.optim import BYTES_AVERAGED, BYTES_TRAINED
 from kit.perceptual import GET_VGG16, load_perceptual, vgg16_path
@@ -139,6 +140,18 @@ def check_perceptual(cfg: DictConfig):
         load_perceptual(cfg.loss.perceptual.kind, cfg.loss.perceptual.weights)
 
 
+def check_condition(cfg: DictConfig, parts: list[ClipDataModule]):
+    """Checks what a generator is conditioned on, given the data of each stage; a pretrained text encoder is not looked up.
+
+    Raises:
+        as `condition_kind` and `build_condition`.
+    """
+    kind = condition_kind(cfg.condition.kind, parts)
+    own = {"kind": kind, "classes": parts[0].classes if kind == "class" else (), "encoder": None, "revision": None}
+    with torch.device("meta"):
+        build_condition(ConditionConfig(**{**plain(cfg.condition), **own}), width=8)
+
+
 def problems(cfg: DictConfig) -> list[str]:
     """Lists what is wrong with a training's config on this machine, as far as can be seen without running it.
 
@@ -171,8 +184,8 @@ def problems(cfg: DictConfig) -> list[str]:
     parts = [check_data(f"data of stage {stage.name}", lambda stage=stage: of_stage(cfg, stage)) for stage in stages]
     if not cfg.stages:
         parts = [check_data("data", lambda: cfg)]
-    if cfg.module == "generator" and None not in parts:
-        met("condition", condition_kind, cfg.condition.kind, parts)
+    if cfg.module == "generator" and parts and None not in parts:
+        met("condition", check_condition, cfg, parts)
     met("trainer", build_trainer, cfg)
     met("init.ckpt", check_start, cfg)
     met("loss.perceptual", check_perceptual, cfg)

@@ -111,9 +111,12 @@ def test_the_doctor_costs_presets(capsys):
 @pytest.mark.parametrize(
     "check, words, problem",
     [
-        ("stage1_tokenizer", "data=clips,data.root=nowhere", "data: .*nowhere"),
+        ("stage1_tokenizer", "data=clips,data.root=nowhere", "data: no folder nowhere"),
         ("stage1_tokenizer", "loss.perceptual.weight=1,loss.perceptual.weights=nowhere", "loss.perceptual: no file nowhere"),
         ("stage1_tokenizer", "init=inflate,init.ckpt=nowhere.ckpt", "init.ckpt: no checkpoint at nowhere.ckpt"),
+        ("stage1_tokenizer", "init=weights,init.ckpt=.", "init.ckpt: no checkpoint at [.]"),
+        ("stage2_generator", "condition.kind=words", "condition: condition.kind must be 'text' or 'class', got 'words'"),
+        ("stage2_generator", "condition.length=0", "condition: condition.length=0; expected a whole number of 1 or more"),
         ("progressive", "callbacks.stage_switch=null", "stages need the callback that moves on"),
         ("stage2_generator", "tokenizer_ckpt=null", "tokenizer_ckpt=null: a generator is trained on a tokenizer's bits"),
         ("stage1_tokenizer", "+tokenizer.depth=3", "tokenizer has no depth; its keys are amplitude, "),
@@ -142,6 +145,16 @@ def test_a_bucket_that_is_none_is_one_problem_among_others():
     first, *others = problems(training_config("stage1_tokenizer", words))
     assert first == "data: data.buckets has 5x32; expected FRAMESxHEIGHTxWIDTH, such as 17x96x160"
     assert "init.ckpt: no checkpoint at nowhere.ckpt" in others
+
+
+def test_classes_that_a_folder_lacks_are_told(tmp_path):
+    write(tmp_path / "a.mp4"), write(tmp_path / "b.mp4")
+    words = ["data=clips", f"data.root={tmp_path}", "data.source.label_from=none", "condition.kind=class"]
+    with pytest.warns(UserWarning, match="neither captions nor classes"):
+        told = problems(training_config("stage2_generator", words))
+    assert any(
+        problem.startswith("condition: condition kind 'class' needs classes, but the data has none") for problem in told
+    )
 
 
 def test_files_that_cannot_be_read_are_counted(tmp_path, capsys):
