@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ from callbacks import RunSummary, StageSwitch
 from kit.build import plan_of
 from kit.checkpoint import STAGED, data_settings, load_generator, read_checkpoint
 from kit.cli import main
+from kit.data.datamodule import ClipDataModule
+from kit.data.shapes import Shapes
 from kit.data.staged import StagedClips
 from kit.stages import Stage, StagePlan, locate, starts
 from kit.tokenizer import TokenizerConfig
@@ -321,6 +324,68 @@ def test_a_run_that_goes_on_with_less_patience_has_lost_it():
     for data.handed_out in (5, 6):
         switch.on_validation_end(trainer, module)
         assert data.ended == {0: 5}
+
+
+def test_a_stage_that_ends_early_ends_with_a_whole_step_and_not_beyond_its_own():
+    for handed_out, length in ((7, 4), (8, 4), (13, 9)):
+        data = StagedClips(StagePlan((Stage("a", 2), Stage("b", 5), Stage("c", 2))), [], [4, 9, 4])
+        data.enter(1)
+        assert data.ended == {0: 4}, "the one before is over"
+        data.handed_out = handed_out
+        data.end_stage(2)
+        assert data.batches == [4, length, 4]
+
+
+def test_batches_are_of_one_stage_after_another_from_where_a_training_is():
+    """The last stage is ended within its first step of two batches; the one to validate on is the one that is trained."""
+    parts = [SimpleNamespace(val_dataloader=lambda stage=stage: [stage]) for stage in range(3)]
+    for part in parts:
+        part.train_dataloader = lambda part=part: ({"n": n} for n in count(part.batches_done))
+    data = StagedClips(StagePlan((Stage("a", 3), Stage("b", 2), Stage("c", 4))), parts, [3, 2, 4])
+    data.batches_done = 1
+    batches = iter(data.train_dataloader())
+    seen = [next(batches) for _ in range(5)]
+    data.enter(2)
+    data.end_stage(2)
+    seen.extend(batches)
+    assert [(batch["stage"], batch["n"]) for batch in seen] == [(0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert list(data.val_dataloader()) == [2]
+
+
+def test_a_batch_is_left_out_of_its_own_stage_under_its_number_there():
+    left = [[], []]
+    parts = [SimpleNamespace(position_of=lambda n: (0, 10 * n), leave_out=numbers.extend) for numbers in left]
+    data = StagedClips(StagePlan((Stage("a", 3), Stage("b", 2))), parts, [3, 2])
+    places = [data.position_of(batch) for batch in range(5)]
+    assert places == [(0, 0), (0, 10), (0, 20), (1, 0), (1, 10)]
+    data.leave_out(places[2:4])
+    assert left == [[(0, 20)], [(0, 0)]]
+
+
+def test_each_stage_leaves_out_again_what_it_left_out_and_tells_what_has_changed():
+    told = [[], []]
+    parts = [SimpleNamespace(left_out=frozenset({9}), tell_changes=changes.append) for changes in told]
+    data = StagedClips(StagePlan((Stage("a", 4), Stage("b", 4))), parts, [4, 4])
+    state = {"batches_done": 5, "stage": 1, "ended": {0: 3}, "left_out": [[], [2]], "settings": [{"fps": 8}, {"fps": 12}]}
+    data.load_state_dict(state)
+    assert [part.left_out for part in parts] == [{9}, {2, 9}] and told == [[{"fps": 8}], [{"fps": 12}]]
+    assert (data.stage, data.batches_done, data.batches) == (1, 5, [3, 4])
+
+
+def test_each_stage_needs_a_clip_to_validate_on_for_each_device():
+    parts = [ClipDataModule(Shapes, 5, 32, 32, 8.0, batch_size=1, val_clips=clips, workers=0) for clips in (2, 1)]
+    data = StagedClips(StagePlan((Stage("a", 1), Stage("b", 1))), parts, [1, 1])
+    data.trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(ValueError, match="data.val_clips=1 leaves some of the 2 devices without a clip"):
+        data.setup("fit")
+
+
+def test_of_all_stages_each_thing_is_told_once():
+    a = SimpleNamespace(unreadable=["x.mp4", "y.mp4"], about="shapes", captions={"a ball"})
+    b = SimpleNamespace(unreadable=["y.mp4", "z.mp4"], about="films", captions={"a cat"})
+    data = StagedClips(StagePlan((Stage("a", 1), Stage("b", 1), Stage("c", 1))), [a, b, a], [1, 1, 1])
+    assert data.unreadable == ["x.mp4", "y.mp4", "z.mp4"]
+    assert data.about == "shapes; then films" and data.captions == {"a ball", "a cat"}
 
 
 @pytest.mark.parametrize("mode, worse", [("min", 0.7), ("max", 0.3)])
