@@ -32,14 +32,16 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.files import load_checked, save_checked, sole_user
+from kit.generator.condition import ConditionConfig
 from kit.generator.corruption import training_sequence
 from kit.generator.sampler import Sampling
+from kit.machine import device
 from kit.media import contact_sheet, moving_sheet, write_video
 from kit.verbs.demo import summary
 from kit.verbs.held_out import held_out
 from kit.verbs.inspect import draw_samples
 from kit.verbs.reconstruct import per_scale
-from kit.verbs.validate import reconstruct_batches, seconds_for_one, teacher_forced_metrics
+from kit.verbs.validate import reconstruct_batches, seconds_for_one, teacher_forced_metrics, validate_generator
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_tokenizer
 from tests.processes import Command, children, demo_part
 
@@ -162,9 +164,11 @@ def test_inspect_and_validate(pair, tmp_path, capsys):
 
     (tmp_path / "scores" / "videos").mkdir()
     (tmp_path / "scores" / "videos" / "a_suite-0.mp4").touch()
+    (tmp_path / "scores" / "samples" / "mine.mp4").touch()
     assert run("validate", pair, tmp_path, "clips=4", "shown=1", "seed=5", "name=scores") == 0
     assert (tmp_path / "scores" / "videos" / "a_suite-0.mp4").is_file(), "what other verbs have made stays"
-    assert [path.stem[-5:] for path in (tmp_path / "scores" / "samples").glob("*.mp4")] == ["seed5"], "of this call alone"
+    samples = sorted(path.stem[-5:] for path in (tmp_path / "scores" / "samples").glob("*.mp4"))
+    assert samples == ["mine", "seed5"], "of this call alone, and what is not of this verb"
 
     assert run("validate", pair, tmp_path, "clips=4", "name=tok", model="tokenizer") == 0
     metrics = json.loads((tmp_path / "tok" / "metrics.json").read_text())
@@ -205,11 +209,65 @@ def test_bits_that_are_right_are_counted_by_frame_and_by_scale(untrained, monkey
 def test_the_time_for_a_clip_is_the_median_of_three_after_one_to_warm_up(untrained, monkeypatch):
     generator, tokenizer, _ = untrained
     ticks, asked = iter([0, 9, 10, 11, 20, 23, 30, 32]), []
+
+    def sample(*given):
+        assert torch.is_autocast_enabled(device().type)
+        asked.append(given)
+        return torch.zeros(1)
+
     monkeypatch.setattr("kit.verbs.validate.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    monkeypatch.setattr("kit.verbs.validate.sample_clips", lambda *given: asked.append(given) or torch.zeros(1))
-    assert seconds_for_one(generator, tokenizer, PROMPT, (5, 8, 12), Sampling(), "float32") == 2
+    monkeypatch.setattr("kit.verbs.validate.sample_clips", sample)
+    assert seconds_for_one(generator, tokenizer, PROMPT, (5, 8, 12), Sampling(), "bfloat16") == 2
     *_, schedule, prompts, seeds, _ = asked[0]
     assert len(asked) == 4 and (schedule.grid, schedule.latent_frames, prompts, len(seeds)) == ((2, 3), 2, [PROMPT], 1)
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_reconstructions_and_samples_are_scored_and_shown_each_as_what_it_is(drawn, tmp_path, monkeypatch):
+    """Real clips are of zeros, reconstructions of 0.25 and samples of 0.5. Captions are read from drawn clips alone."""
+    video, written, sheets, asked = torch.zeros(3, 3, 5, 8, 8), [], [], []
+    condition = SimpleNamespace(kind="text", prompts=lambda batch: batch["caption"])
+    model = SimpleNamespace(condition=condition, config=SimpleNamespace(condition=condition))
+    val = Shapes("val", frames=5, height=8, width=8) if drawn else None
+    data = SimpleNamespace(val=val, classes=(), fps=12)
+
+    def in_place_of(name: str, function):
+        monkeypatch.setattr(f"kit.verbs.validate.{name}", function)
+
+    in_place_of("load_generator", lambda *given: (SimpleNamespace(model=model, clip={"fps": 8}), given))
+    in_place_of("data_for", lambda *_: data)
+    in_place_of("held_out", lambda _: {"video": video, "caption": ["a", "b", "c"]})
+    in_place_of("check_classes", lambda *_: None)
+    in_place_of("reconstruct_batches", lambda *_: video + 0.25)
+    in_place_of("sample_videos", lambda *given: asked.append(given) or video + 0.5)
+    in_place_of("teacher_forced_metrics", lambda *_: {})
+    in_place_of("seconds_for_one", lambda *given: asked.append(given) or 1.5)
+    in_place_of("caption_accuracy", lambda clips, captions, fps: (len(clips), clips[0].mean().item(), captions, fps))
+    in_place_of("write_video", lambda clip, path, fps: written.append((clip.mean().item(), path.name, fps)))
+    in_place_of("contact_sheet", lambda *given: sheets.append(given))
+    in_place_of("moving_sheet", lambda *given: sheets.append(given))
+    words = ["ckpt=x", "tokenizer=y", f"root={tmp_path}", "shown=2", "seed=7", "batch_size=2", "precision=float32"]
+    metrics = validate_generator(composed("validate", *words))
+    assert metrics.pop("reconstruction_psnr_db") == pytest.approx(18.06, abs=0.01)
+    scores = {"reconstruction_caption_accuracy": 0.25, "caption_accuracy": 0.5}
+    scores = {name: (3, level, ["a", "b", "c"], 12) for name, level in scores.items() if drawn}
+    assert metrics == {"clips": 3, "sample_seconds": 1.5, **scores}
+    assert written == [(0.5, "a_seed7.mp4", 8), (0.5, "b_seed8.mp4", 8)]
+    assert asked[0][1:5] == (("x", "y"), ["a", "b", "c"], [7, 8, 9], (5, 8, 8)) and asked[0][6:] == ("float32", 2)
+    assert asked[1][2:4] == ("a", (5, 8, 8)) and asked[1][5:] == ("float32",)
+    (groups, *still), (same, *moving) = sheets
+    assert groups is same and [titles for titles, *_ in (still, moving)] == [["a", "b"]] * 2 and moving[-1] == 8
+    levels = [{row: clip.mean().item() for row, clip in group.items()} for group in groups]
+    assert levels == [{"real": 0, "reconstruction": 0.25, "sample": 0.5}] * 2
+
+
+def test_a_generator_is_not_scored_on_other_classes(monkeypatch):
+    model = SimpleNamespace(config=SimpleNamespace(condition=ConditionConfig("class", ("run", "jump"))))
+    monkeypatch.setattr("kit.verbs.validate.load_generator", lambda *_: (SimpleNamespace(model=model), None))
+    monkeypatch.setattr("kit.verbs.validate.data_for", lambda *_: SimpleNamespace(classes=("jump", "run")))
+    monkeypatch.setattr("kit.verbs.validate.held_out", lambda _: {})
+    with pytest.raises(ValueError, match="the data has.*give the data it was trained on"):
+        validate_generator(composed("validate", "ckpt=x"))
 
 
 @pytest.mark.parametrize("verb", ["validate", "inspect"])
