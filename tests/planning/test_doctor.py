@@ -16,7 +16,7 @@ from kit.cli import main
 from kit.confs import CONF, register_resolvers
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator
-from kit.planning.doctor import hardware, metric_networks, parameters, presets, problems, training_config, versions
+from kit.planning.doctor import doctor, hardware, metric_networks, parameters, presets, problems, training_config, versions
 from kit.planning.plan import batches_of_all, costs, generator_config, planned_tokenizer
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.values import batches_of, equal_parts, part_of, plain
@@ -131,6 +131,32 @@ def test_the_doctor_costs_presets(capsys):
 def test_what_a_training_would_stop_at(check, words, problem):
     found = problems(training_config(check, at_commas(words)))
     assert any(re.match(f".*{problem}", told) for told in found)
+
+
+@pytest.fixture
+def told(monkeypatch, capsys):
+    """Returns what the doctor tells of a training, given problems that are found before its costs meet an error."""
+    for name in ("hardware", "versions", "metric_networks", "presets"):
+        monkeypatch.setattr(f"kit.planning.doctor.{name}", dict)
+    monkeypatch.setattr("kit.planning.doctor.costs", lambda *_: [][0])
+
+    def of(found: list[str], *words: str) -> str:
+        monkeypatch.setattr("kit.planning.doctor.problems", lambda _: found)
+        doctor(composed("doctor", *words))
+        return capsys.readouterr().out.split("memory")[1].strip()
+
+    return of
+
+
+def test_what_the_costs_meet_is_a_problem_if_there_is_no_other(told):
+    name = "conf=stage1_tokenizer size=tiny"
+    words = ("check=stage1_tokenizer", "sizes=tiny")
+    assert told([], *words) == f"{name}: \n  - cost: list index out of range"
+    assert told(["data: none"], *words) == f"{name}: \n  - data: none"
+
+
+def test_without_a_training_to_check_none_is_told_of(told):
+    assert told([]) == ""
 
 
 def test_problems_are_listed_and_words_given_in_brackets(capsys):
