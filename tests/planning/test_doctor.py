@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +17,18 @@ from kit.cli import main
 from kit.confs import CONF, register_resolvers
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator
-from kit.planning.doctor import doctor, hardware, metric_networks, parameters, presets, problems, training_config, versions
+from kit.planning.doctor import (
+    check_gpus,
+    check_perceptual,
+    doctor,
+    hardware,
+    metric_networks,
+    parameters,
+    presets,
+    problems,
+    training_config,
+    versions,
+)
 from kit.planning.plan import batches_of_all, costs, generator_config, planned_tokenizer
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.values import batches_of, equal_parts, part_of, plain
@@ -133,12 +145,27 @@ def test_what_a_training_would_stop_at(check, words, problem):
     assert any(re.match(f".*{problem}", told) for told in found)
 
 
+@pytest.mark.parametrize(
+    "check, words",
+    [("stage2_generator", ["data=clips", "data.root=nowhere"]), ("progressive", ["stages.low.steps=0"])],
+)
+def test_what_is_wrong_with_data_or_stages_is_no_problem_of_the_condition(check, words):
+    assert not [problem for problem in problems(training_config(check, words)) if problem.startswith("condition")]
+
+
+def test_weights_of_a_perceptual_loss_are_needed_if_it_has_a_weight(monkeypatch):
+    monkeypatch.setattr("kit.planning.doctor.load_perceptual", Mock(side_effect=FileNotFoundError))
+    check_perceptual(composed("stage1_tokenizer", "loss.perceptual.weight=0"))
+    with pytest.raises(FileNotFoundError):
+        check_perceptual(composed("stage1_tokenizer", "loss.perceptual.weight=1"))
+
+
 @pytest.fixture
 def told(monkeypatch, capsys):
     """Returns what the doctor tells of a training, given problems that are found before its costs meet an error."""
     for name in ("hardware", "versions", "metric_networks", "presets"):
         monkeypatch.setattr(f"kit.planning.doctor.{name}", dict)
-    monkeypatch.setattr("kit.planning.doctor.costs", lambda *_: [][0])
+    monkeypatch.setattr("kit.planning.doctor.costs", Mock(side_effect=ValueError("too wide")))
 
     def of(found: list[str], *words: str) -> str:
         monkeypatch.setattr("kit.planning.doctor.problems", lambda _: found)
@@ -151,8 +178,15 @@ def told(monkeypatch, capsys):
 def test_what_the_costs_meet_is_a_problem_if_there_is_no_other(told):
     name = "conf=stage1_tokenizer size=tiny"
     words = ("check=stage1_tokenizer", "sizes=tiny")
-    assert told([], *words) == f"{name}: \n  - cost: list index out of range"
+    assert told([], *words) == f"{name}: \n  - cost: too wide"
     assert told(["data: none"], *words) == f"{name}: \n  - data: none"
+
+
+def test_a_training_is_looked_at_in_each_size_with_the_words_and_the_fit_that_are_given(told, monkeypatch):
+    asked = []
+    monkeypatch.setattr("kit.planning.doctor.training_config", lambda *given: asked.append(given))
+    told([], "check=x", "words=[debug]", "sizes=[base,L]", "gb=24")
+    assert asked == [("x", ["debug", f"size={size}", "fits=24GB"]) for size in ("base", "L")]
 
 
 def test_without_a_training_to_check_none_is_told_of(told):
@@ -217,6 +251,10 @@ def test_words_that_do_not_fit_are_an_error(words, said, capsys):
 def test_numbers_of_gpus_that_make_no_sense_are_refused(word, said, capsys):
     assert main(["doctor", "check=stage1_tokenizer", word]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_gpus_may_be_used_to_the_full():
+    check_gpus(composed("doctor", "utilisation=1"))
 
 
 def test_a_folder_that_is_not_given_is_told_by_its_key(capsys):
