@@ -18,6 +18,7 @@ from tests.fixtures import CLIP, QUICK, TOKENIZER
 from tests.processes import Command
 
 ROOT = Path(__file__).resolve().parents[1]
+LENGTH = 20  # steps of a training
 STEPS = ["trainer.precision=32-true", "callbacks.ema.decay=0.9"]
 
 
@@ -26,7 +27,7 @@ def last(root: Path) -> Path:
 
 
 def started(root: Path, *overrides: str, interpreter: bool = False) -> Command | subprocess.Popen:
-    """Starts or resumes a training of 40 steps of 4 clips in another process.
+    """Starts or resumes a training of LENGTH steps of 4 clips in another process.
 
     Args:
         interpreter: whether in an interpreter of its own, as for users.
@@ -38,7 +39,7 @@ def started(root: Path, *overrides: str, interpreter: bool = False) -> Command |
         *TOKENIZER,
         *QUICK,
         *STEPS,
-        "recipe.tokenizer.steps=40",
+        f"recipe.tokenizer.steps={LENGTH}",
         "ckpt=last",
         *overrides,
     ]
@@ -55,7 +56,7 @@ def stopped_midway(root: Path, *overrides: str, interpreter: bool = False) -> It
     """Starts a training that waits at its middle while the block runs: the steps before are done, or about to be. After the
     block it continues."""
     gate = root / "gate"
-    process = started(root, *gated.words(gate, at=80), *overrides, interpreter=interpreter)
+    process = started(root, *gated.words(gate, at=4 * LENGTH // 2), *overrides, interpreter=interpreter)
     try:
         wait_for(gated.reached(gate).exists, process)
         yield process

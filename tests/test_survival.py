@@ -26,7 +26,7 @@ from kit.files import contents_hash, load_checked, not_saved, save_checked, writ
 from kit.tokenizer.module import TokenizerModule
 from kit.training_checkpoint import TrainingCheckpointIO, save_training
 from tests.fixtures import fit_generator, fit_tokenizer
-from tests.interrupted import ROOT, STEPS, last, said, same, started, stopped_midway, wait_for
+from tests.interrupted import LENGTH, ROOT, STEPS, last, said, same, started, stopped_midway, wait_for
 from tests.test_training import losses
 
 
@@ -59,7 +59,7 @@ def test_told_to_end_it_saves_between_two_steps(whole, tmp_path, told, code, acc
     assert process.wait(timeout=60) == code
     assert "ckpt=last resumes from there" in said(tmp_path)
     saved = read_checkpoint(last(tmp_path), "tokenizer")
-    assert 0 < saved["global_step"] < 40 and saved["ClipDataModule"]["batches_done"] == accumulate * saved["global_step"]
+    assert 0 < saved["global_step"] < LENGTH and saved["ClipDataModule"]["batches_done"] == accumulate * saved["global_step"]
     assert len(losses(tmp_path / "run")) == accumulate * saved["global_step"], "the last step's loss is logged too"
     if accumulate == 1:
         assert started(tmp_path).wait() == 0
@@ -254,7 +254,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, small_disk, may_fai
     assert process.wait() == 1
     told = said(small_disk)
     assert told.count("could not be saved: No space left on device") >= 1 + may_fail and "ckpt=last" in told
-    assert read_checkpoint(last(small_disk), "tokenizer")["global_step"] < 40
+    assert read_checkpoint(last(small_disk), "tokenizer")["global_step"] < LENGTH
     (small_disk / "filler").unlink()
     assert started(small_disk).wait() == 0
     assert same(read_checkpoint(last(small_disk), "tokenizer"), whole)
