@@ -157,6 +157,23 @@ def test_what_is_held_is_weights_moments_average_and_buckets(monkeypatch):
     assert [memory_of(each, data, "cuda", True) for each in (cfg, several, sharded)] == [False, True, False]
 
 
+def test_gradients_weights_and_copies_of_a_generators_step():
+    """From a step's second batch on all gradients are there while it is computed; on a GPU all weights are stepped at once,
+    with a copy of each."""
+
+    def most(device: str, *words: str) -> int:
+        cfg = resolved("stage2_generator", "size=tiny", "encoded_clips=0", "optimizer.name=adamw", *CLIPS, *words)
+        return memory_of(cfg, stages_of(cfg)[0][2], device, False)[1]
+
+    cfg = resolved("stage2_generator", "size=tiny", *CLIPS)
+    model = Generator(generator_config(cfg, TokenizerConfig(**cfg.tokenizer)))
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    one, *several = most("cpu"), *(most("cpu", f"trainer.accumulate_grad_batches={n}") for n in (2, 3))
+    assert several[0] == several[1] > one + 0.8 * gradients
+    few = ["data.batch_size=1", "data.frames=1"]  # less than what the step itself takes
+    assert most("cuda", *few) > most("cpu", *few) + 0.5 * gradients
+
+
 def test_clips_that_are_encoded_ahead_are_held_as_features(monkeypatch):
     monkeypatch.setattr("kit.planning.plan.training_memory", lambda build, batch, *_: batch(torch.device("cpu")))
     for ahead, held, shape in ((0, "video", (2, 3, 5, 32, 64)), (9, "feature", (2, 16, 2, 4, 8))):
