@@ -66,7 +66,8 @@ def defaults_list(repo, config_name, overrides_list, **how) -> DefaultsList:
     if repo.cache is not Repository.kept:
         return find()
     words = vars(Overrides(repo, overrides_list)).copy()
-    others, key = words.pop("config_overrides"), str((config_name, how, words, machine_size()))  # of which one is chosen
+    others = words.pop("config_overrides")
+    key = str((config_name, how, words, machine_size()))  # with what conf/fit.yaml chooses a size by
     if key not in chosen:
         chosen[key] = find()
     return dataclasses.replace(chosen[key], config_overrides=others)

@@ -119,6 +119,17 @@ def test_other_parameters_move_as_by_adamw():
     assert not torch.equal(matrices[0], matrix(4, 6))
 
 
+def test_a_gradient_of_zero_moves_nothing():
+    """As of a word that no batch has had yet; of vanishing gradients the step vanishes too."""
+    bias = nn.Parameter(matrix(1, 8)[0])
+    before = bias.detach().clone()
+    optimizer = Muon([], [bias], lr=1.0)
+    for gradient, most in ((0.0, 0.0), (1e-12, 0.01)):
+        bias.grad = torch.full_like(bias, gradient)
+        optimizer.step()
+        assert (bias - before).abs().max() <= most
+
+
 def test_parameters_without_gradient_stay():
     used, unused = nn.Parameter(matrix(4, 6)), nn.Parameter(matrix(4, 6))
     optimizer = Muon([used, unused], [nn.Parameter(torch.ones(3))], lr=0.1, weight_decay=0.1)
