@@ -15,11 +15,11 @@ from torch import Tensor
 from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer
 from kit.data.datamodule import ClipDataModule
 from kit.data.shapes import Shapes
-from kit.evaluation.shapes_score import caption_accuracy
+from kit.evaluation.shapes_score import MIN_SIDE, caption_accuracy
 from kit.files import replacing, sole_user, write_json
 from kit.generator.condition import check_classes
 from kit.generator.corruption import teacher_forced
-from kit.generator.module import accuracy_by_block
+from kit.generator.losses import accuracy_by_block
 from kit.generator.sampler import Sampling
 from kit.machine import autocast, device, inference_precision
 from kit.media import clip_by_clip, contact_sheet, moving_sheet, write_video
@@ -83,7 +83,7 @@ def validate_generator(cfg: DictConfig) -> dict:
         **teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size),
         "sample_seconds": seconds_for_one(generator, tokenizer, prompts[0], size, sampling, cfg.precision),
     }
-    if isinstance(data.val, Shapes) and generator.model.config.condition.kind == "text":
+    if can_be_read(data) and generator.model.config.condition.kind == "text":
         metrics["caption_accuracy"] = caption_accuracy(list(samples), batch["caption"], data.fps)
     return metrics
 
@@ -105,12 +105,17 @@ def reconstruction_metrics(output: Tensor, batch: dict, data: ClipDataModule) ->
     Args:
         output: (n, 3, T, H, W), the reconstructed clips. batch: the real ones.
     Returns:
-        the PSNR in dB, and for `Shapes` how often captions can still be read from the pixels.
+        the PSNR in dB, and how often captions can still be read from the pixels, if they can be read at all.
     """
     metrics = {"reconstruction_psnr_db": psnr(output, batch["video"]).item()}
-    if isinstance(data.val, Shapes):  # the only data whose captions can be read from pixels
+    if can_be_read(data):
         metrics["reconstruction_caption_accuracy"] = caption_accuracy(list(output), batch["caption"], data.fps)
     return metrics
+
+
+def can_be_read(data: ClipDataModule) -> bool:
+    """Returns whether captions can be read from the pixels of the data's clips: if they are of `Shapes`, and large enough."""
+    return isinstance(data.val, Shapes) and min(data.height, data.width) >= MIN_SIDE
 
 
 def reconstruct_batches(tokenizer: Loaded, video: Tensor, batch_size: int) -> Tensor:
