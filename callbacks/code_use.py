@@ -8,7 +8,8 @@ import lightning as L
 import torch
 
 from callbacks.pictures import log_picture, may_fail
-from kit.inspection import bit_use, bit_use_picture, entropy_of
+from kit.inspection import bit_use, bit_use_picture
+from kit.tokenizer.losses import entropy_of
 
 DEAD = 0.01  # bits of entropy, below which a bit is dead: alike in all but one of 1,200 tokens
 

@@ -19,7 +19,7 @@ class EMA(L.Callback):
         decay: share of the old average kept at each optimizer step, in [0, 1).
     """
 
-    def __init__(self, decay: float = 0.999):
+    def __init__(self, decay: float):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.decay, self.steps, self.average = decay, 0, None

@@ -107,12 +107,12 @@ class Loaded:
     held_out: str | None = None
 
 
-def load_tokenizer(path: str | os.PathLike, averaged: bool = True) -> Loaded:
+def load_tokenizer(path: str | os.PathLike) -> Loaded:
     """Loads a trained `Tokenizer`. Raises as `read_checkpoint`."""
     checkpoint = read_checkpoint(path, "tokenizer")
     values = checkpoint["hyper_parameters"]
     model = Tokenizer(TokenizerConfig.from_dict(values["tokenizer"]))
-    return _loaded(model, checkpoint, path, averaged)
+    return _loaded(model, checkpoint, path)
 
 
 def load_generator(path: str | os.PathLike, tokenizer: str | os.PathLike | None = None) -> tuple[Loaded, Loaded]:
@@ -147,12 +147,12 @@ def load_generator_alone(path: str | os.PathLike) -> tuple[Loaded, str]:
 
 def _generator(checkpoint: dict, path: str | os.PathLike) -> Loaded:
     config = GeneratorConfig.from_dict(checkpoint["hyper_parameters"]["generator"])
-    return _loaded(Generator(config), checkpoint, path, True)
+    return _loaded(Generator(config), checkpoint, path)
 
 
-def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike, averaged: bool) -> Loaded:
+def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike) -> Loaded:
     try:
-        model.load_state_dict(weights_of(checkpoint, averaged))
+        model.load_state_dict(weights_of(checkpoint))
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise ValueError(f"{path} is of another version of kit, with other weights ({reason}); train it again") from error

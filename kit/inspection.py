@@ -47,7 +47,7 @@ def bit_use(bits: Tensor, schedule: ScaleSchedule) -> dict[str, Tensor]:
         `ones` (K, d) in [0, 1], and `entropy` (K, d) in bits: 1 is balanced, 0 is a dead bit; NaN where a scale does not
         have the bit.
     """
-    scale = schedule.coordinates[:, 1]
+    scale = schedule.scale_of_tokens
     ones = torch.stack([bits[:, scale == k].float().mean((0, 1)) for k in range(schedule.scales)])
     for k in range(schedule.scales):
         ones[k, schedule.bits_of(k, bits.shape[-1]) :] = torch.nan

@@ -13,7 +13,8 @@ from kit.values import check_choice, check_number, check_positive, check_whole_n
 
 BYTES_TRAINED, BYTES_AVERAGED = 16, 4  # of a float32 parameter with its gradient and AdamW's moments; of its moving average
 NAMES = ("adamw", "muon")
-KEYS = ("name", "lr", "betas", "weight_decay", "warmup")  # of the config's `optimizer`
+BUILT_OF = ("name", "lr", "betas", "weight_decay")  # keys of the config's `optimizer` that `build_optimizer` takes
+KEYS = (*BUILT_OF, "warmup")
 PHASES = (2, 3)  # Newton-Schulz iterations per phase; more than three in one would let rounding errors grow
 
 
@@ -55,10 +56,10 @@ class Muon(torch.optim.Optimizer):
     """Muon for matrices, Adam for the rest, in one optimizer.
 
     A matrix moves along its orthogonalised momentum (Jordan et al. 2024), scaled so that the root mean square of an
-    update is that of AdamW (0.2, Moonlight, arXiv 2502.16982). Convolution kernels count as (outputs, rest) matrices,
-    which `torch.optim.Muon` does not take; on matrices the two agree. Of sharded parameters only Muon's updates are gathered:
-    what goes element by element is done on each process's share, without what torch spends on every operation of a sharded
-    tensor.
+    update is that of AdamW (0.2, Moonlight, arXiv 2502.16982). Convolution kernels, which `torch.optim.Muon` does not take,
+    count as (outputs, rest) matrices, those of transposed convolutions as (inputs, rest); on matrices the two agree. Of
+    sharded parameters only Muon's updates are gathered: what goes element by element is done on each process's share, without
+    what torch spends on every operation of a sharded tensor.
 
     Args:
         matrices: parameters of two or more dimensions. others: any parameters; they are not decayed.
@@ -196,3 +197,17 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
         super().load_state_dict({key: value for key, value in state.items() if key not in COURSE})
         for group, base, rate in zip(self.optimizer.param_groups, self.base_lrs, self.get_lr()):
             group["initial_lr"], group["lr"] = base, rate
+
+
+def scheduled_optimizer(module: nn.Module, values: Mapping, steps: int) -> tuple[torch.optim.Optimizer, WarmupCosine]:
+    """Builds a module's optimizer from the config's `optimizer`, with a schedule that ends at `steps`.
+
+    Raises: as `build_optimizer`.
+    """
+    optimizer = build_optimizer(module, **{key: values[key] for key in BUILT_OF})
+    return optimizer, WarmupCosine(optimizer, values["warmup"], steps)
+
+
+def each_step(schedules: Sequence[WarmupCosine]) -> list[dict]:
+    """Returns schedules as Lightning takes them from `configure_optimizers`, to be logged by steps, not epochs."""
+    return [{"scheduler": schedule, "interval": "step"} for schedule in schedules]

@@ -155,6 +155,10 @@ class ScaleSchedule:
         """Returns a schedule of the same scales with another number of latent frames."""
         return replace(self, latent_frames=latent_frames)
 
+    def layout(self, history: str) -> ScaleSchedule:
+        """Returns the blocks of a generator's sequence: these, and with `history: full` those of `with_history`."""
+        return self.with_history() if history == "full" else self
+
     @functools.lru_cache(64)  # noqa: B019 (small and frozen)
     def with_history(self) -> ScaleSchedule:
         """Returns the layout of a generator with `history: full`: each frame ends with one more block, at full grid.
@@ -164,13 +168,18 @@ class ScaleSchedule:
         """
         return ScaleSchedule(self.latent_frames, (*self.grids, self.grid))
 
+    def sequence_length(self, history: str) -> int:
+        """Returns how many tokens a generator's sequence has: L, and with `history: full` those of the history blocks."""
+        h, w = self.grid
+        return self.length + (h * w * (self.latent_frames - 1) if history == "full" else 0)
+
     def bits_of(self, k: int, d: int) -> int:
         """Returns d_k, how many of a token's d bits scale k has."""
         return self.bits[k] if self.bits else d
 
     def used_bits(self, d: int) -> torch.Tensor:
         """Returns which bits of each token its scale has, (L, d) bool."""
-        scale = self.coordinates[:, 1]
+        scale = self.scale_of_tokens
         used = torch.tensor([self.bits_of(k, d) for k in range(self.scales)], device=scale.device)[scale]
         return torch.arange(d, device=scale.device) < used[:, None]
 
@@ -184,6 +193,16 @@ class ScaleSchedule:
             head = torch.tensor([b.f, b.k]).expand(b.h * b.w, 2)
             parts.append(torch.cat([head, torch.stack([y.flatten(), x.flatten()], 1)], 1))
         return torch.cat(parts)
+
+    @property
+    def frame_of_tokens(self) -> torch.Tensor:
+        """(L,) int64: f of every token."""
+        return self.coordinates[:, 0]
+
+    @property
+    def scale_of_tokens(self) -> torch.Tensor:
+        """(L,) int64: k of every token."""
+        return self.coordinates[:, 1]
 
     def __str__(self) -> str:
         scales = " ".join(f"{h}x{w}" if h != w else f"{h}" for h, w in self.grids)

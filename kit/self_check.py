@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kit.generator.corruption import teacher_forced
 from kit.generator.kv_cache import CachedGenerator
+from kit.generator.losses import accuracy_by_block
 from kit.generator.rope import positions, rotary_table
 from kit.generator.transformer import Generator
 from kit.machine import exact_float32, without_autocast
@@ -93,13 +94,11 @@ def check_bits(logits: Tensor, bits: Tensor, schedule: ScaleSchedule) -> Check:
     used = schedule.used_bits(bits.shape[-1]).to(bits.device)
     right = (((logits > 0) == bits) & used).float()
     ones = bits.float()
-    others = (ones.sum(0) - ones) / max(1, len(bits) - 1) if len(bits) > 1 else torch.full_like(ones, 0.5)
+    others = (ones.sum(0) - ones) / max(1, len(bits) - 1)
     common = (((others > 0.5) == bits) & used).float()
-    scale = schedule.coordinates[:, 1].to(bits.device)
 
     def by_scale(hits: Tensor) -> str:
-        shares = [hits[:, scale == k].sum() / (used[scale == k].sum() * len(hits)) for k in range(schedule.scales)]
-        return " ".join(f"{share.item():.3f}" for share in shares)
+        return " ".join(f"{share:.3f}" for share in accuracy_by_block(hits, schedule).mean(0).tolist())
 
     found = f"right by scale {by_scale(right)}; by the commoner value in the other clips {by_scale(common)}"
     return Check("bits", (right.sum() > common.sum()).item(), found, "the generator has learned nothing yet")

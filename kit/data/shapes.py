@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -95,14 +95,14 @@ def _held_out() -> frozenset[tuple[str, str, str]]:
 
 HELD_OUT = _held_out()
 TRAIN = tuple(c for c in itertools.product(COLOURS, SHAPES, MOTIONS) if c not in HELD_OUT)
+COMBINATIONS = {"train": TRAIN, "val": sorted(HELD_OUT)}  # of each split
 
 
 def attributes_of(rng: np.random.Generator, split: str) -> Attributes:
     """Draws what to show: `train` from the combinations of training, `val` from the held-out ones."""
-    combinations = {"train": TRAIN, "val": sorted(HELD_OUT)}
-    if split not in combinations:
+    if split not in COMBINATIONS:
         raise ValueError(f"shapes has the splits 'train' and 'val', not {split!r}")
-    choice = combinations[split][rng.integers(len(combinations[split]))]
+    choice = COMBINATIONS[split][rng.integers(len(COMBINATIONS[split]))]
     return Attributes(*choice, list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))])
 
 
@@ -313,8 +313,3 @@ class Shapes(ClipSource):
     def _rng(self, n: int, *use: int) -> np.random.Generator:
         """Random numbers of clip n: for what it shows or, by `use`, for its words (1) or for when it begins (2)."""
         return np.random.default_rng((self.seed, 0 if self.split == "train" else 1, n, *use))
-
-
-def as_targets(attributes: Attributes) -> dict[str, str]:
-    """Attribute name -> value, in the order scores are reported."""
-    return dict(zip(("colour", "shape", "motion", "background"), astuple(attributes), strict=True))

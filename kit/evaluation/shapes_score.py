@@ -9,7 +9,7 @@ input of `read_clip`: `caption_accuracy` only compares it with the reading after
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -21,7 +21,6 @@ from kit.data.shapes import (
     COLOURS,
     MOTIONS,
     SHAPES,
-    as_targets,
     parse_caption,
     signed_distance,
     trajectory,
@@ -127,7 +126,7 @@ def caption_hits(video: torch.Tensor | np.ndarray, caption: str, fps: float = 8.
     Attributes that the caption does not name are left out; `all` is whether all others are right. Arguments as for
     `caption_accuracy`.
     """
-    targets = as_targets(parse_caption(caption))
+    targets = asdict(parse_caption(caption))
     if targets["motion"] not in caption_words(caption):  # caption of an image: `parse_caption` fills in a motion
         del targets["motion"]
     reading = read_clip(video, fps)

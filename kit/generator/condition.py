@@ -15,7 +15,7 @@ from kit.generator.linear import Linear
 from kit.generator.pretrained import PretrainedEncoder
 from kit.machine import onto
 from kit.ranks import from_all_ranks
-from kit.values import check_whole_number
+from kit.values import check_choice, check_whole_number
 
 SIZE = 0.5  # root mean square of new condition tokens; embedded bits have 1, and far smaller words would be learned late
 
@@ -32,7 +32,7 @@ class ConditionConfig:
         encoder, revision: pretrained text encoder to use instead, see `pretrained.find_encoder`; `channels` is its hidden
             size.
     Raises:
-        ValueError: for a number that is none or below 1.
+        ValueError: for another kind, or a number that is none or below 1.
     """
 
     kind: str = "text"
@@ -45,6 +45,7 @@ class ConditionConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(self.classes))
+        check_choice("condition.kind", self.kind, ("text", "class"))
         for key in ("length", "buckets", "channels"):
             check_whole_number(f"condition.{key}", getattr(self, key), 1)
 
@@ -183,7 +184,9 @@ class TextCondition(nn.Module):
         states, mask = self.encoder(texts)
         states = states.to(self.project.weight.dtype)  # a pretrained encoder's are float32, sharded weights bfloat16
         x = torch.where(mask[..., None], self.project(states), self.empty)
-        without = ~mask.any(dim=1) if dropped is None else ~mask.any(dim=1) | onto(dropped, x.device)
+        without = ~mask.any(dim=1)
+        if dropped is not None:
+            without = without | onto(dropped, x.device)
         return torch.where(without[:, None, None], self.null, x)
 
 
@@ -239,7 +242,7 @@ def build_condition(config: ConditionConfig, width: int) -> TextCondition | Clas
     """Builds the condition that a config describes, with tokens of size `width`.
 
     Raises:
-        ValueError: for a kind other than `text` and `class`, or kind `class` without classes.
+        ValueError: for kind `class` without classes.
     """
     if config.kind == "text":
         if config.encoder is None:
@@ -247,6 +250,4 @@ def build_condition(config: ConditionConfig, width: int) -> TextCondition | Clas
         else:
             encoder = PretrainedEncoder(config.encoder, config.revision or "", config.channels, config.length)
         return TextCondition(encoder, width)
-    if config.kind == "class":
-        return ClassCondition(config.classes, width)
-    raise ValueError(f"condition.kind must be 'text' or 'class', got {config.kind!r}")
+    return ClassCondition(config.classes, width)

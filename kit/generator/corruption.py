@@ -91,13 +91,10 @@ def training_sequence(
     steps = list(pyramid(frames_of(feature), schedule, None if rates is None else flip))
     finished = steps[-1].total.unflatten(0, (B, F))
     before = torch.cat([torch.zeros_like(finished[:, :1]), finished[:, :-1]], dim=1).flatten(0, 1)
-    totals, grids = [before, *(step.total for step in steps)], schedule.grids  # the last: of the history block
-    if history == "full":
-        grids = schedule.with_history().grids
+    totals = [before, *(step.total for step in steps)]  # the last: of the history block, if there is one
+    grids = schedule.layout(history).grids
     inputs = [block_input(k, total, before, grid, inherit) for k, (total, grid) in enumerate(zip(totals, grids))]
-    sequence = sequence_of(inputs, B)
-    if history == "full":  # no frame reads the last frame's history block
-        sequence = sequence[:, : -inputs[-1].shape[1]]
+    sequence = sequence_of(inputs, B)[:, : schedule.sequence_length(history)]
     margins = [margin(step.residual, d) for step in steps]
     return TrainingSequence(sequence, sequence_of([step.label for step in steps], B), sequence_of(margins, B))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import lightning as L
 import torch
 from torch import Tensor
@@ -12,38 +10,15 @@ from torch.nn import functional as F
 from kit.draws import Draws
 from kit.fsdp import ShardedStrategy
 from kit.generator.corruption import FlipLaw, TrainingSequence, teacher_forced, training_sequence
+from kit.generator.losses import BIT_WEIGHTS, POWERS, accuracy_by_block, scale_weights
 from kit.generator.mask import draw_kept_frames
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.loop import logs_now
-from kit.machine import made_to_last, onto
-from kit.optim import KEYS, WarmupCosine, build_optimizer, check_optimizer
+from kit.machine import onto
+from kit.optim import KEYS, check_optimizer, each_step, scheduled_optimizer
 from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
 from kit.values import check_choice, check_share, from_values
-
-POWERS = {"uniform": 0.0, "early": 0.5}  # a token's weight: the number of finest-scale tokens it covers, to this power
-BIT_WEIGHTS = ("uniform", "margin")
-
-
-@functools.lru_cache(64)
-@made_to_last
-def scale_weights(schedule: ScaleSchedule, d: int, kind: str) -> Tensor:
-    """Returns the weight of each bit's loss by its scale, (L, d) with mean 1; 0 for bits that a scale does not have.
-
-    `uniform` is the paper's plain average over bits; `early` weighs a token by the square root of the number of finest-scale
-    tokens it covers (as Infinity does).
-    """
-    h, w = schedule.grid
-    weights = torch.tensor([(h * w / (b.h * b.w)) ** POWERS[kind] for b in schedule.blocks for _ in range(b.h * b.w)])
-    weights = weights[:, None] * schedule.used_bits(d)
-    return weights / weights.mean()
-
-
-def accuracy_by_block(right: Tensor, schedule: ScaleSchedule) -> Tensor:
-    """Returns the share of right bits in each frame and scale, (F, K). right: (B, L, d) bool."""
-    d = right.shape[-1]
-    shares = torch.stack([right[:, b.slice, : schedule.bits_of(b.k, d)].float().mean() for b in schedule.blocks])
-    return shares.view(schedule.latent_frames, schedule.scales)
 
 
 class GeneratorModule(L.LightningModule):
@@ -54,7 +29,7 @@ class GeneratorModule(L.LightningModule):
         correction: values of `FlipLaw` (Cross-Frame Error Correction); p_max = 0 and delta = 0 turn it off.
         frame_mask: p_mask of the Random Frame Mask, in [0, 1].
         drop_condition: probability of training without the condition, for guidance.
-        loss: `scale_weights`, see the function of that name; `bit_weights`: `uniform` (the paper), or `margin`, which weighs
+        loss: `scale_weights`, see `losses.scale_weights`; `bit_weights`: `uniform` (the paper), or `margin`, which weighs
             each bit by the cost of a wrong value, see `corruption.margin`.
         optimizer, clip, steps: as for `TokenizerModule`.
         seed: for flips, masks and dropped conditions, which depend on it and on the clips' numbers only.
@@ -71,7 +46,7 @@ class GeneratorModule(L.LightningModule):
 
     def __init__(
         self, generator: dict, correction: dict, frame_mask: float, drop_condition: float, loss: dict, optimizer: dict,
-        clip: dict, steps: int, seed: int, tokenizer_hash: str, tokenizer_path: str, tokenizer: Tokenizer | None = None,
+        clip: dict, steps: int, seed: int, tokenizer_hash: str, tokenizer_path: str, tokenizer: Tokenizer,
         recompute: bool = False,
     ):  # fmt: skip
         super().__init__()
@@ -87,9 +62,8 @@ class GeneratorModule(L.LightningModule):
         self.frame_mask, self.drop_condition, self.seed = frame_mask, drop_condition, seed
         self.loss, self.optimizer, self.steps = loss, optimizer, steps
         self.__dict__["tokenizer"] = tokenizer  # bypasses nn.Module, which would register it as a submodule
-        if tokenizer is not None:
-            tokenizer.eval().requires_grad_(False)
-            self.enter(clip)
+        tokenizer.eval().requires_grad_(False)
+        self.enter(clip)
 
     def enter(self, clip: dict):
         """Sets the clip shape for validation and for checkpoints. Each training batch has a shape of its own."""
@@ -108,7 +82,7 @@ class GeneratorModule(L.LightningModule):
         if self.loss["bit_weights"] == "margin":
             weights = weights * sequence.margins
         if given is not None:
-            asked = schedule.coordinates[:, 0] >= given[:, None]  # (B, L)
+            asked = schedule.frame_of_tokens >= given[:, None]  # (B, L)
             weights = weights * onto(asked[..., None], logits.device)
         return F.binary_cross_entropy_with_logits(logits, sequence.targets.float(), weight=weights)
 
@@ -152,10 +126,8 @@ class GeneratorModule(L.LightningModule):
         self.log_dict(metrics, batch_size=len(logits), sync_dist=True)
 
     def configure_optimizers(self):
-        warmup = self.optimizer["warmup"]
-        optimizer = build_optimizer(self.model, **{k: v for k, v in self.optimizer.items() if k != "warmup"})
-        schedule = {"scheduler": WarmupCosine(optimizer, warmup, self.steps), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        optimizer, schedule = scheduled_optimizer(self.model, self.optimizer, self.steps)
+        return [optimizer], each_step([schedule])
 
     @torch.no_grad()
     def feature(self, batch: dict) -> Tensor:

@@ -14,6 +14,7 @@ from kit.scales import ScaleSchedule
 from kit.values import check_choice
 
 ALIGN = ("grid", "center", "sequence")
+BASE = 10_000.0  # of the frequencies, as in RoPE
 
 
 def positions(schedule: ScaleSchedule, condition_length: int, align: str = "grid") -> Tensor:
@@ -37,9 +38,6 @@ def positions(schedule: ScaleSchedule, condition_length: int, align: str = "grid
         tokens[:, 1:] = (tokens[:, 1:] + 0.5) * cell - 0.5
     condition = torch.arange(condition_length, dtype=torch.float32, device=tokens.device)[:, None].expand(-1, 3)
     return torch.cat([condition, tokens + condition_length])
-
-
-BASE = 10_000.0
 
 
 def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -209,12 +209,12 @@ class Generator(nn.Module):
 
     def layout(self, schedule: ScaleSchedule) -> ScaleSchedule:
         """Returns the blocks of this generator's sequence: the schedule's, and with `history: full` history blocks."""
-        return schedule.with_history() if self.config.history == "full" else schedule
+        return schedule.layout(self.config.history)
 
     def scales_of(self, layout: ScaleSchedule) -> Tensor:
         """Returns the index of each token's scale embedding in a layout, (L,): k, but for history blocks the last index,
         however many scales the clip has."""
-        k = layout.coordinates[:, 1]
+        k = layout.scale_of_tokens
         return k if self.config.history == "scales" else torch.where(k == layout.scales - 1, self.config.scales, k)
 
     def rotary(self, layout: ScaleSchedule) -> tuple[Tensor, Tensor]:

@@ -82,9 +82,8 @@ def generator_cost(
         as `Tokenizer.schedule`.
     """
     schedule = tokenizer.schedule(frames, height, width)
-    history = schedule.grid[0] * schedule.grid[1] * (schedule.latent_frames - 1) if generator.history == "full" else 0
     with torch.device("meta"), Repeated():
-        inputs = torch.zeros(1, schedule.length + history, generator.inputs)
+        inputs = torch.zeros(1, schedule.sequence_length(generator.history), generator.inputs)
 
         def flops_with(layers: int) -> int:
             model = Generator(replace(generator, layers=layers))
@@ -110,9 +109,10 @@ def stage_cost(clip: ClipCost, image: ClipCost | None, clips: int, image_share: 
         clips: number of clips in all steps on all devices, if all were of clips.
         image_share: share of the steps that have images instead, `latents` images in place of each clip.
     """
-    images = 0 if image is None else clips * image_share * latents
-    clips = clips if image is None else clips * (1 - image_share)
-    of = [(clip, clips)] + ([(image, images)] if image is not None else [])
+    if image is None:
+        of = [(clip, clips)]
+    else:
+        of = [(clip, clips * (1 - image_share)), (image, clips * image_share * latents)]
     return ClipCost(round(sum(cost.tokens * n for cost, n in of)), sum(cost.flops * n for cost, n in of))
 
 

@@ -144,7 +144,7 @@ def check_condition(cfg: DictConfig, parts: list[ClipDataModule]):
     """Checks what a generator is conditioned on, given the data of each stage; a pretrained text encoder is not looked up.
 
     Raises:
-        as `condition_kind` and `build_condition`.
+        as `condition_kind`, `ConditionConfig` and `build_condition`.
     """
     kind = condition_kind(cfg.condition.kind, parts)
     own = {"kind": kind, "classes": parts[0].classes if kind == "class" else (), "encoder": None, "revision": None}

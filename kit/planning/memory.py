@@ -242,8 +242,7 @@ def stepper(module: L.LightningModule, pretence: Pretence, bfloat16: bool) -> Ca
 
     Its arguments are a function that makes a batch on a device, and the number of batches per step.
     """
-    found = module.configure_optimizers()
-    optimizers = found[0] if isinstance(found, tuple) else [found["optimizer"]]
+    optimizers, _ = module.configure_optimizers()
     for optimizer in optimizers:
         for group in optimizer.param_groups:  # torch's default on a GPU
             if "foreach" in group:

@@ -128,7 +128,7 @@ class Encoder(nn.Module):
     Args:
         bits: d, channels of the feature.
         patch: side of the pixel patch that the stem folds into channels.
-        widths: channels of each level, from fine to coarse; each level halves height and width.
+        widths: channels of each level, from fine to coarse; each further level halves height and width.
         blocks: residual blocks per level.
         temporal: whether it folds and mixes time; if not, each pixel frame is coded alone, as one latent frame.
     """

@@ -14,7 +14,7 @@ from kit.draws import Draws
 from kit.fsdp import ShardedStrategy
 from kit.loop import logs_now
 from kit.machine import onto, without_autocast
-from kit.optim import KEYS, WarmupCosine, build_optimizer, check_optimizer
+from kit.optim import KEYS, WarmupCosine, build_optimizer, check_optimizer, each_step, scheduled_optimizer
 from kit.perceptual import Perceptual, load_perceptual
 from kit.pixels import psnr
 from kit.ranks import mean_over_ranks
@@ -240,14 +240,13 @@ class TokenizerModule(L.LightningModule):
         return {"bits": bits}  # for callbacks
 
     def configure_optimizers(self):
-        keys = ("name", "lr", "betas", "weight_decay")
-        optimizers = [build_optimizer(self.model, **{key: self.optimizer[key] for key in keys})]
-        schedules = [WarmupCosine(optimizers[0], self.optimizer["warmup"], self.steps)]
+        optimizer, schedule = scheduled_optimizer(self.model, self.optimizer, self.steps)
+        optimizers, schedules = [optimizer], [schedule]
         if self.discriminator is not None:
             against = self.loss["adversarial"]
             optimizers.append(build_optimizer(self.discriminator, "adamw", against["lr"], against["betas"], 0.0))
             schedules.append(WarmupCosine(optimizers[1], 0, self.steps - self.start))
-        return optimizers, [{"scheduler": schedule, "interval": "step"} for schedule in schedules]  # the interval of logging
+        return optimizers, each_step(schedules)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ d bits; its code is +-1/sqrt(d) (binary spherical quantization). The code is res
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -87,7 +87,7 @@ class Step(NamedTuple):
 def pyramid(
     feature: Tensor, schedule: ScaleSchedule, disturb: Callable[[int, Tensor], Tensor] | None = None,
     kept: Tensor | None = None,
-):  # fmt: skip
+) -> Iterator[Step]:  # fmt: skip
     """Quantises frames scale by scale, from coarse to fine (VideoAR eq. 2-3).
 
     Args:

@@ -18,8 +18,6 @@ from kit.values import check_choice, check_positive, from_values
 
 ARCHITECTURES = {"fast": autoencoder, "infinity": infinity}  # each with an Encoder and a Decoder
 
-__all__ = ["Tokenizer", "TokenizerConfig"]
-
 
 @dataclass(frozen=True)
 class TokenizerConfig:

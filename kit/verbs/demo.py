@@ -12,11 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 
 from kit.files import last_checkpoint, write_json
 from kit.machine import fast_bfloat16
+from kit.sharded_checkpoint import described
 from kit.signals import interrupted_by_sigterm
 
 PATIENCE = 10.0  # seconds that a part has to end after Ctrl-C, which a terminal sends to it too, before it gets SIGTERM
@@ -50,9 +50,8 @@ def run(words: list[str]):
 
 
 def train_seconds(checkpoint: Path) -> float:
-    """Reads from a checkpoint the seconds spent in training, summed over all restarts; Lightning's Timer records them."""
-    callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
-    return next(state["time_elapsed"]["train"] for name, state in callbacks.items() if name.startswith("Timer"))
+    """Reads from a checkpoint the seconds spent in training, summed over all restarts, as `StepTimer` records them."""
+    return described(checkpoint)["callbacks"]["Timer"]["time_elapsed"]["train"]
 
 
 def demo(cfg: DictConfig) -> dict:

@@ -43,10 +43,9 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
     last = last_checkpoint(Path(cfg.folder))
     if cfg.ckpt == "last":
         return last if last.exists() else None
-    if cfg.ckpt is not None:
-        if not Path(cfg.ckpt).is_file():
-            raise FileNotFoundError(f"ckpt={cfg.ckpt}: no such checkpoint; ckpt=last continues the run in {cfg.folder}")
     resume = None if cfg.ckpt is None else Path(cfg.ckpt)
+    if resume is not None and not resume.is_file():
+        raise FileNotFoundError(f"ckpt={cfg.ckpt}: no such checkpoint; ckpt=last continues the run in {cfg.folder}")
     if any(last.parent.glob("*.ckpt")) and not goes_on(cfg, resume) and not cfg.overwrite:
         raise FileExistsError(
             f"{cfg.folder} already holds a trained run; continue it with ckpt=last, keep it with another name=..., or "

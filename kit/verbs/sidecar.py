@@ -8,10 +8,13 @@ from pathlib import Path
 from kit.files import file_sha256, no_file, read_json
 from kit.words import typed_keys
 
-SETTINGS = (  # keys of conf/generate.yaml that decide how a video looks, apart from prompt, label and seed
-    "ckpt", "tokenizer", "image", "video", "history_frames", "frames", "fps", "precision",
-    "guidance", "negative", "temperature", "top_p", "extend", "overlap",
+# keys of conf/generate.yaml that decide how a video looks, apart from prompt, label and seed
+LOOKS = (
+    "image", "video", "history_frames", "frames", "fps", "precision", "guidance", "negative", "temperature", "top_p",
+    "extend", "overlap",
 )  # fmt: skip
+CHECKPOINTS = ("ckpt", "tokenizer")  # these too; they may move
+SETTINGS = (*CHECKPOINTS, *LOOKS)
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,7 @@ class Job:
 
     def differs(self, settings: dict) -> bool:
         """Returns whether the settings of a sidecar make another video; checkpoints may have moved."""
-        return any(
-            settings.get(name) != value for name, value in self.own_settings.items() if name not in ("ckpt", "tokenizer")
-        )
+        return any(settings.get(name) != value for name, value in self.own_settings.items() if name not in CHECKPOINTS)
 
 
 def read_sidecar(path: Path) -> dict:
@@ -89,7 +90,7 @@ def merged(values: dict, found: dict, typed: list[str]) -> dict:
     begins = {"image": "video", "video": "image"}  # key -> the key that it replaces
     left = {name for key, name in begins.items() if key in typed and values[key] is not None}
     found = {**found, **{name: None for name in left - {*typed}}}
-    moved = {name: values[name] for name in ("ckpt", "tokenizer") if values[name] is not None}
+    moved = {name: values[name] for name in CHECKPOINTS if values[name] is not None}
     result = {**values, "prompt": None, "label": None, "prompts": None, "n": 1, **found, **moved}
     for name, _, part in (key.partition(".") for key in typed):
         result[name] = {**result[name], part: values[name][part]} if part else values[name]
@@ -119,7 +120,7 @@ def with_settings(values: dict) -> tuple[dict, dict]:
         sidecar = {key: value for key, value in sidecar.items() if key != "given_sha256"}
     elif given and not Path(given).is_file():
         raise FileNotFoundError(f"settings={path} is of a video that begins with {given}, which is not there")
-    changed = [key for key in typed if key.split(".")[0] in ("prompt", "label", "prompts", "seed", "n", *SETTINGS[2:])]
+    changed = [key for key in typed if key.split(".")[0] in ("prompt", "label", "prompts", "seed", "n", *LOOKS)]
     print(f"note: all but {', '.join(['where the checkpoints are', *changed])} is taken from {path}")
     return result, sidecar
 

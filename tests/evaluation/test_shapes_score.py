@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kit.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Attributes, Shapes, as_targets
+from kit.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Attributes, Shapes
 from kit.evaluation.shapes_score import Reading, caption_accuracy, fit_background, read_clip
 
 CHANCE = {"colour": 1 / 8, "shape": 1 / 5, "motion": 1 / 9, "background": 1 / 4}
@@ -111,7 +112,7 @@ def test_images_have_no_motion():
 
 def test_motion_counts_only_the_captions_that_name_one():
     still, moving = Shapes(split="val", frames=1), Shapes(split="val")
-    wrong = as_targets(moving.attributes(1)) | {"motion": "standing still"}
+    wrong = asdict(moving.attributes(1)) | {"motion": "standing still"}
     assert moving.attributes(1).motion != "standing still"
     videos = [still[0]["video"], moving[0]["video"], moving[1]["video"]]
     found = caption_accuracy(videos, [still.caption(0), moving.caption(0), Attributes(**wrong).caption()])

@@ -13,8 +13,8 @@ from kit.data.shapes import Shapes
 from kit.draws import Draws
 from kit.generator import module as module_file
 from kit.generator.corruption import training_sequence
+from kit.generator.losses import POWERS, accuracy_by_block, scale_weights
 from kit.generator.mask import draw_kept_frames
-from kit.generator.module import POWERS, accuracy_by_block, scale_weights
 from kit.scales import ScaleSchedule
 from tests.fixtures import CLIP, GENERATOR, TOKENIZER, composed
 
@@ -160,21 +160,21 @@ def test_a_validation_disturbs_nothing(pair, monkeypatch):
 
 def test_the_optimizer_is_that_of_the_config(pair):
     words = ["name=adamw", "betas=[0.5,0.6]", "weight_decay=0.3"]
-    groups = module_of(pair, *(f"optimizer.{word}" for word in words)).configure_optimizers()["optimizer"].param_groups
-    assert all(group["betas"] == (0.5, 0.6) for group in groups)
-    assert {group["weight_decay"] for group in groups} == {0.3, 0.0}
+    (optimizer,), _ = module_of(pair, *(f"optimizer.{word}" for word in words)).configure_optimizers()
+    assert all(group["betas"] == (0.5, 0.6) for group in optimizer.param_groups)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.3, 0.0}
 
 
 def test_the_learning_rate_and_the_clip_of_the_config(pair):
     module = module_of(pair, "data.width=16", "optimizer.lr=0.01", "optimizer.warmup=4", "trainer.max_steps=20")
     assert module.schedule == module.tokenizer.schedule(5, 32, 16)
-    found = module.configure_optimizers()
-    assert found["lr_scheduler"]["interval"] == "step"
-    schedule, rates = found["lr_scheduler"]["scheduler"], []
+    (optimizer,), (course,) = module.configure_optimizers()
+    assert course["interval"] == "step"
+    rates = []
     for _ in range(21):
-        rates.append(found["optimizer"].param_groups[0]["lr"])
-        found["optimizer"].step()
-        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        course["scheduler"].step()
     assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01]) and rates[20] == pytest.approx(1e-4)
 
 

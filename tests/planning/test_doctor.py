@@ -127,7 +127,7 @@ def test_the_doctor_costs_presets(capsys):
         ("stage1_tokenizer", "loss.perceptual.weight=1,loss.perceptual.weights=nowhere", "loss.perceptual: no file nowhere"),
         ("stage1_tokenizer", "init=inflate,init.ckpt=nowhere.ckpt", "init.ckpt: no checkpoint at nowhere.ckpt"),
         ("stage1_tokenizer", "init=weights,init.ckpt=.", "init.ckpt: no checkpoint at [.]"),
-        ("stage2_generator", "condition.kind=words", "condition: condition.kind must be 'text' or 'class', got 'words'"),
+        ("stage2_generator", "condition.kind=words", "condition: condition.kind=words; expected one of: text, class"),
         ("stage2_generator", "condition.length=0", "condition: condition.length=0; expected a whole number of 1 or more"),
         ("progressive", "callbacks.stage_switch=null", "stages need the callback that moves on"),
         ("stage2_generator", "tokenizer_ckpt=null", "tokenizer_ckpt=null: a generator is trained on a tokenizer's bits"),

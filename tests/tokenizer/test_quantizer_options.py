@@ -15,7 +15,7 @@ from callbacks import CodeUse
 from kit.cli import main
 from kit.draws import Draws
 from kit.generator.corruption import FlipLaw, training_sequence
-from kit.generator.module import accuracy_by_block, scale_weights
+from kit.generator.losses import accuracy_by_block, scale_weights
 from kit.generator.sampler import Sampling, sample_frames
 from kit.inspection import bit_use
 from kit.scales import ScaleSchedule
