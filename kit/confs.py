@@ -180,8 +180,8 @@ def describe(conf: Path) -> str:
 
 
 def choices(conf: Path, group: str) -> list[str]:
-    """Lists the choices of a group: kit's, and those beside a user's conf."""
-    return sorted({path.stem for folder in (CONF, conf.parent) for path in (folder / group).glob("*.yaml")})
+    """Lists the choices of a group: kit's, and those beside a user's conf. Names that begin with _ are what others build on."""
+    return sorted({path.stem for folder in (CONF, conf.parent) for path in (folder / group).glob("[!_]*.yaml")})
 
 
 def misspelt_in(conf: Path) -> list[str]:

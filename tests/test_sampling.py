@@ -7,7 +7,8 @@ import torch
 
 from kit.generator.guidance import Guidance
 from kit.generator.sampler import Sampling, sample_frames
-from kit.sampling import sample_clips, seed_of, stream_clips, stream_video, tell_notes, windows
+from kit.sampling import sample_clips, seed_of, stream_clips, stream_video, windows
+from kit.sampling_checks import tell_notes
 from tests.fixtures import CLOSE, PROMPTS, RISING
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -102,7 +103,7 @@ def test_a_long_video_in_one_sequence(tiny_pair):
 
 @pytest.mark.parametrize("kind, idle", [("constant", ["last", "fine"]), ("falling", ["fine"]), ("rising", [])])
 def test_guidance_that_its_kind_does_not_read_is_told(kind, idle, monkeypatch, capsys):
-    monkeypatch.setattr("kit.sampling.typed_keys", lambda: ["guidance.first", "guidance.last", "guidance.fine", "seed"])
+    monkeypatch.setattr("kit.sampling_checks.typed_keys", lambda: ["guidance.first", "guidance.last", "guidance.fine", "seed"])
     tell_notes([], Sampling(Guidance(kind, 2.0)), lambda text: [])
     told = [f"note: guidance.{name} has no effect: guidance.kind={kind}" for name in idle]
     assert capsys.readouterr().out.splitlines() == told

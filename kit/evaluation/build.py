@@ -19,7 +19,7 @@ from kit.generator.condition import ConditionConfig, check_classes
 from kit.generator.sampler import Sampling
 from kit.machine import check_precision
 from kit.perceptual import Perceptual, load_perceptual
-from kit.sampling import check_none_samples, check_video_length, tell_notes
+from kit.sampling_checks import check_none_samples, check_video_length, tell_notes
 from kit.scales import whole_groups
 from kit.values import plain
 

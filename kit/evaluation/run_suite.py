@@ -18,7 +18,7 @@ from kit.files import read_json, sole_user, write_json, written_aside
 from kit.generator.sampler import Sampling
 from kit.machine import check_precision, exact_float32
 from kit.media import contact_sheet
-from kit.sampling import check_video_length, tell_notes
+from kit.sampling_checks import check_video_length, tell_notes
 from kit.values import check_whole_number, plain
 
 SHOWN = 8  # videos on the page and the contact sheet

@@ -18,7 +18,8 @@ from kit.files import read_json, sole_user, write_json
 from kit.generator.sampler import Sampling
 from kit.machine import device
 from kit.media import contact_sheet, spread, video_writer
-from kit.sampling import check_video_length, progress, stream_samples, tell_notes
+from kit.sampling import progress, stream_samples
+from kit.sampling_checks import check_video_length, tell_notes
 from kit.values import plain
 from kit.verbs.request import (
     check_numbers,

@@ -15,7 +15,7 @@ from kit.generator.sampler import Sampling
 from kit.inspection import bit_use, bit_use_picture, forced_and_free
 from kit.machine import autocast, device
 from kit.media import clip_by_clip, contact_sheet
-from kit.sampling import check_none_samples
+from kit.sampling_checks import check_none_samples
 from kit.self_check import Check, check_tokenizer, self_check
 from kit.values import plain
 from kit.verbs.held_out import TRAINED_ON, data_for, held_out

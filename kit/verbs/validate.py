@@ -24,7 +24,8 @@ from kit.generator.sampler import Sampling
 from kit.machine import autocast, device, inference_precision
 from kit.media import clip_by_clip, contact_sheet, moving_sheet, write_video
 from kit.pixels import psnr
-from kit.sampling import check_none_samples, sample_clips, sample_videos
+from kit.sampling import sample_clips, sample_videos
+from kit.sampling_checks import check_none_samples
 from kit.values import plain
 from kit.verbs.held_out import TRAINED_ON, data_for, held_out
 from kit.verbs.request import file_stem

@@ -23,7 +23,8 @@ from kit.files import sole_user
 from kit.generator.guidance import Guidance
 from kit.generator.sampler import Sampling
 from kit.media import write_video
-from kit.sampling import check_video_length, sample_clips, sample_videos, stream_samples
+from kit.sampling import sample_clips, sample_videos, stream_samples
+from kit.sampling_checks import check_video_length
 from kit.tokenizer import Tokenizer
 from kit.verbs.generate import check_paths, make_videos, show, write_videos
 from kit.verbs.request import check_numbers, check_texts, file_stem, history_of, prompts_of, usual_length
