@@ -38,7 +38,7 @@ class EMA(L.Callback):
             return
         self.steps = trainer.global_step
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        live = [local(p.detach()) for _, p in self._averaged(module)]
+        live = [local(p) for _, p in self._averaged(module)]
         torch._foreach_lerp_([local(average) for average in self.average.values()], live, 1 - decay)
 
     def on_validation_start(self, trainer, module):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
@@ -16,11 +17,11 @@ from kit.media import Oversized
 
 @contextmanager
 def may_fail(what: str, step: int) -> Iterator[None]:
-    """Warns of an error of the disk in the block, or of more clips than a format has room for: neither must end a training
-    over a picture."""
+    """Warns in place of ending a training over a picture: of an error of the disk in the block, of more clips than a format
+    has room for, or than a GPU has."""
     try:
         yield
-    except (OSError, Oversized) as error:
+    except (OSError, Oversized, torch.OutOfMemoryError) as error:
         rank_zero_warn(f"no {what} of step {step}: {error}")
 
 

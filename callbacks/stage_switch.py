@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from kit.data.staged import StagedClips
@@ -74,7 +75,7 @@ class StageSwitch(L.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         data = trainer.datamodule
-        module.log("stage", float(data.stage))
+        module.log("stage", torch.tensor(float(data.stage)))  # a number would wait for a GPU
         if batches_done(trainer) == data.began + data.batches[data.stage]:
             trainer.save_checkpoint(self.folder / f"{data.plan.stages[data.stage].name}.ckpt", weights_only=False)
             if data.stage == len(data.plan.stages) - 1:

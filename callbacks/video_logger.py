@@ -38,7 +38,7 @@ class VideoLogger(L.Callback):
         model = whole_model(module.model, lambda: type(module.model)(module.model.config))
         if trainer.is_global_zero:
             with may_fail("pictures", trainer.global_step):
-                self._show(trainer, module, model)
+                self._show(trainer, module, model.to(module.device))
 
     @torch.no_grad()
     def _show(self, trainer, module, model):

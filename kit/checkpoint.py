@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kit.blank import blank
 from kit.files import save_checked
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.sharded_checkpoint import described, load_whole
@@ -147,7 +148,7 @@ def load_generator_alone(path: str | os.PathLike) -> tuple[Loaded, str]:
 
 def _generator(checkpoint: dict, path: str | os.PathLike) -> Loaded:
     config = GeneratorConfig.from_dict(checkpoint["hyper_parameters"]["generator"])
-    return _loaded(Generator(config), checkpoint, path)
+    return _loaded(blank(lambda: Generator(config)), checkpoint, path)
 
 
 def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike) -> Loaded:

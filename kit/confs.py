@@ -180,7 +180,7 @@ def describe(conf: Path) -> str:
 
 
 def choices(conf: Path, group: str) -> list[str]:
-    """Lists the choices of a group: kit's, and those beside a user's conf. Names that begin with _ are what others build on."""
+    """Lists the choices of a group: kit's, and those beside a user's conf; not those that others are built on, as `_base`."""
     return sorted({path.stem for folder in (CONF, conf.parent) for path in (folder / group).glob("[!_]*.yaml")})
 
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
+from kit.blank import blank
 from kit.sharded_checkpoint import Keys, load_shares, mapped
 from kit.values import check_choice, check_whole_number
 
@@ -170,13 +171,13 @@ def let_go(model: nn.Module):
 def whole_model(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
     """Returns a model that can be used outside of training: itself, or if it is sharded, a whole copy made by `build`.
 
-    If it is sharded, all processes must call this; the first one gets the copy, the others None.
+    If it is sharded, all processes must call this; the first one gets the copy, on the CPU, the others None.
     """
     if not isinstance(model, FSDPModule):
         return model
     weights = get_model_state_dict(model, options=GATHERED)
     if not weights:
         return None
-    copy = build()
+    copy = blank(build)
     copy.load_state_dict(weights)
-    return copy.to(next(model.parameters()).device).eval()
+    return copy.eval()

@@ -80,6 +80,20 @@ def autocast(precision: str):
     return torch.autocast(device().type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+@contextmanager
+def keeping_cast_weights(*models: torch.nn.Module):
+    """Lets `autocast`, entered within the block, cast each weight of frozen models once, not at every use: only what requires
+    gradients does it keep. For computing without gradients."""
+    frozen = [p for model in models for p in model.parameters() if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
 def without_autocast(device: torch.device):
     """Returns a context in which models on a device compute in the types of their weights and inputs."""
     there = torch.amp.is_autocast_available(device.type)  # not on the meta device

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kit.fsdp import local, share_of, whole
 from kit.values import check_choice, check_number, check_positive, check_whole_number
@@ -156,7 +157,15 @@ def build_optimizer(
     others = [p for p in parameters if id(p) not in weights]
     if name == "adamw":
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas))
+        foreach = any(isinstance(p, DTensor) for p in parameters) or None  # by default torch takes sharded ones one by one
+
+        def keep_foreach(optimizer: torch.optim.Optimizer):
+            for group in optimizer.param_groups:  # a checkpoint's may be of a run that was not sharded, or was
+                group["foreach"] = foreach
+
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), foreach=foreach)
+        optimizer.register_load_state_dict_post_hook(keep_foreach)
+        return optimizer
     return Muon(matrices, others, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from kit.checkpoint import Loaded
 from kit.generator.sampler import Sampling, sample_frames
 from kit.generator.transformer import Generator
-from kit.machine import autocast, device, exact_float32
+from kit.machine import autocast, device, exact_float32, keeping_cast_weights
 from kit.scales import ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer import Tokenizer
 from kit.tokenizer.causal import Stream
@@ -128,7 +128,7 @@ def stream_samples(
     given = None if history is None else history.to(device()).expand(len(prompts), -1, -1, -1, -1)
     pieces = stream_video(model, codec, schedule, prompts, seeds, frames, sampling, given, on_block)
     while True:
-        with autocast(precision), exact_float32():  # must not stay in force while the caller works
+        with keeping_cast_weights(model, codec), autocast(precision), exact_float32():  # not while the caller works
             piece = next(pieces, None)
         if piece is None:
             return

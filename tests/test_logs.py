@@ -178,6 +178,12 @@ def test_more_clips_than_a_video_has_room_for_end_no_training(tmp_path):
             write_video(torch.zeros(3, 1, 257 * 64, 64), tmp_path / "step000007.mp4", 8.0)
 
 
+def test_no_room_for_pictures_in_a_gpus_memory_ends_no_training():
+    with pytest.warns(UserWarning, match="no pictures of step 7: CUDA out of memory"):
+        with may_fail("pictures", 7):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_a_video_of_a_validation_has_a_row_for_each_clip(tmp_path, monkeypatch):
     """Of a real clip and what a model makes of it, side by side."""
     colours = {"real": torch.tensor([-1.0, -0.5]), "sample": torch.tensor([0.5, 1.0])}

@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from kit.optim import Muon, WarmupCosine, build_optimizer, check_optimizer, orthogonalise, orthogonalise_all
 
@@ -180,6 +181,46 @@ def test_a_resumed_run_is_the_uninterrupted_one(name):
     for a, b in zip(whole[0].parameters(), resumed[0].parameters()):
         assert torch.equal(a, b)
     assert whole[2].get_last_lr() == resumed[2].get_last_lr()
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process alone; gives its mesh."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_adamw_steps_sharded_weights_all_at_once(alone):
+    """As it does others by default on a GPU; also after the state of a run is loaded whose weights were not sharded."""
+
+    def build(sharded: bool):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6))
+        for module in model:
+            for name, p in list(module.named_parameters()):
+                setattr(module, name, nn.Parameter(distribute_tensor(p.data, alone, [Shard(0)]) if sharded else p))
+        return list(model.parameters()), build_optimizer(model, "adamw", lr=0.01)
+
+    def go(parameters: list, optimizer, steps: range):
+        for step in steps:
+            for number, p in enumerate(parameters):
+                grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + number))
+                p.grad = distribute_tensor(grad, alone, [Shard(0)]) if isinstance(p, DTensor) else grad
+            optimizer.step()
+
+    (whole, plain), (shares, optimizer) = build(False), build(True)
+    go(whole, plain, range(2))
+    go(shares, optimizer, range(2))
+    state = plain.state_dict()
+    for kept in state["state"].values():
+        kept.update({name: distribute_tensor(kept[name], alone, [Shard(0)]) for name in ("exp_avg", "exp_avg_sq")})
+    optimizer.load_state_dict(state)
+    go(whole, plain, range(2, 4))
+    go(shares, optimizer, range(2, 4))
+    assert [group["foreach"] for built in (optimizer, plain) for group in built.param_groups] == [True, True, None, None]
+    for p, share in zip(whole, shares, strict=True):
+        assert torch.equal(p, share.full_tensor())
 
 
 def test_a_resumed_run_follows_the_rate_it_is_given():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kit.checkpoint import Loaded
 from kit.generator.guidance import Guidance
 from kit.generator.sampler import Sampling, sample_frames
-from kit.sampling import sample_clips, seed_of, stream_clips, stream_video, windows
+from kit.sampling import sample_clips, seed_of, stream_clips, stream_samples, stream_video, windows
 from kit.sampling_checks import tell_notes
 from tests.fixtures import CLOSE, PROMPTS, RISING
 
@@ -46,6 +51,35 @@ def test_given_pixels_come_back_as_the_tokenizer_sees_them(tiny_pair, frames):
     torch.testing.assert_close(video[:, :, :frames], tokenizer.reconstruct(start), **CLOSE)
     bits = sampled_bits(model, schedule, Sampling(temperature=0.0), tokenizer.bits(start))
     torch.testing.assert_close(video, tokenizer.decode_bits(bits, schedule), **CLOSE)
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each tensor of float32 is cast to bfloat16, by its address."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and (args[0].dtype, made.dtype) == (torch.float32, torch.bfloat16):
+            self.counts[args[0].data_ptr()] += 1
+        return made
+
+
+def test_bfloat16_casts_each_weight_once_a_frame(tiny_pair):
+    """And samples what it samples when weights are cast at every use; afterwards the models are as frozen as before."""
+    (model, tokenizer, schedule), clip = tiny_pair, {"frames": 17}
+    generator, codec = (Loaded(m.requires_grad_(False), clip, Path(), 0, "") for m in (model, tokenizer))
+    weights = {w.data_ptr() for m in (model, tokenizer) for w in m.parameters()}
+    with Casts() as casts:
+        pieces = list(stream_samples(generator, codec, PROMPTS, [0, 1], (17, 8, 12), Sampling(RISING), "bfloat16"))
+    of_weights = {place: n for place, n in casts.counts.items() if place in weights}
+    assert of_weights and max(of_weights.values()) <= len(pieces) == 5
+    assert not any(w.requires_grad for m in (model, tokenizer) for w in m.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], Sampling(RISING))
+    assert torch.equal(torch.cat(pieces, dim=2), expected)
 
 
 # --- videos of any length --------------------------------------------------------------------------------------------
@@ -103,7 +137,8 @@ def test_a_long_video_in_one_sequence(tiny_pair):
 
 @pytest.mark.parametrize("kind, idle", [("constant", ["last", "fine"]), ("falling", ["fine"]), ("rising", [])])
 def test_guidance_that_its_kind_does_not_read_is_told(kind, idle, monkeypatch, capsys):
-    monkeypatch.setattr("kit.sampling_checks.typed_keys", lambda: ["guidance.first", "guidance.last", "guidance.fine", "seed"])
+    typed = ["guidance.first", "guidance.last", "guidance.fine", "seed"]
+    monkeypatch.setattr("kit.sampling_checks.typed_keys", lambda: typed)
     tell_notes([], Sampling(Guidance(kind, 2.0)), lambda text: [])
     told = [f"note: guidance.{name} has no effect: guidance.kind={kind}" for name in idle]
     assert capsys.readouterr().out.splitlines() == told

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import lightning as L
 import torch
 from torch import Tensor
@@ -61,6 +63,7 @@ class GeneratorModule(L.LightningModule):
         self.law = from_values(FlipLaw, correction, "correction")
         self.frame_mask, self.drop_condition, self.seed = frame_mask, drop_condition, seed
         self.loss, self.optimizer, self.steps = loss, optimizer, steps
+        self.halved = False  # whether the tokenizer, which is not sharded, computes in bfloat16 as the sharded model does
         self.__dict__["tokenizer"] = tokenizer  # bypasses nn.Module, which would register it as a submodule
         tokenizer.eval().requires_grad_(False)
         self.enter(clip)
@@ -87,8 +90,10 @@ class GeneratorModule(L.LightningModule):
         return F.binary_cross_entropy_with_logits(logits, sequence.targets.float(), weight=weights)
 
     def configure_model(self):
-        if isinstance(self.trainer.strategy, ShardedStrategy):
-            self.trainer.strategy.shard(self.model, [self.model.condition, *self.model.layers])
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            strategy.shard(self.model, [self.model.condition, *self.model.layers])
+            self.halved = strategy.param_dtype == torch.bfloat16
 
     def on_fit_start(self):
         self.tokenizer.to(self.device)
@@ -132,4 +137,7 @@ class GeneratorModule(L.LightningModule):
     @torch.no_grad()
     def feature(self, batch: dict) -> Tensor:
         """Returns the feature of a batch, (B, d, F, h, w) float32; encodes the clips unless that was done ahead."""
-        return batch["feature"].float() if "feature" in batch else self.tokenizer.encode(batch["video"])
+        if "feature" in batch:
+            return batch["feature"].float()
+        with torch.autocast(self.device.type, torch.bfloat16) if self.halved else nullcontext():
+            return self.tokenizer.encode(batch["video"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.files import file_sha256
-from kit.machine import autocast, cache_folder, device, exact_float32
+from kit.machine import autocast, cache_folder, device, exact_float32, onto
 from kit.values import hash_of
 
 KEPT = 4096  # captions whose states are held in memory
@@ -162,13 +162,13 @@ class PretrainedEncoder(nn.Module):
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Returns states (B, length, channels), and which of them are of tokens, (B, length) bool."""
-        x = torch.zeros(len(texts), self.length, self.channels)
+        x = torch.zeros(len(texts), self.length, self.channels, dtype=torch.float16)  # as they are kept
         mask = torch.zeros(len(texts), self.length, dtype=torch.bool)
         for row, known, text in zip(x, mask, texts):
             if text.strip():
                 states = self.states(text)
                 row[: len(states)], known[: len(states)] = states, True
-        return x.to(self.anchor.device), mask.to(self.anchor.device)
+        return onto(x, self.anchor.device).float(), onto(mask, self.anchor.device)
 
     def lengths(self, texts: list[str]) -> list[int]:
         return [len(ids) for ids in self.tokenizer()(texts)["input_ids"]] if texts else []

@@ -6,6 +6,7 @@ Shapes: B batch, S condition tokens, L tokens of the clip, D width, N heads, d b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -103,7 +104,7 @@ def attend_views(q: Tensor, k: Tensor, v: Tensor, views: Sequence[View]) -> Tens
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm with its weight cast to the input's type, so that mixed precision uses the fused kernel.
+    """nn.RMSNorm in the input's type, so that mixed precision uses the fused kernel; autocast on CUDA would use float32.
 
     Its epsilon is the same in every precision; torch's default depends on the input's type.
     """
@@ -112,7 +113,8 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        with torch.autocast("cuda", enabled=False) if x.is_cuda else nullcontext():
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):

@@ -114,12 +114,14 @@ class TokenizerModule(L.LightningModule):
         with inputs_of(self.model.decoder.head) as hidden:
             output, features, steps = self.model(video, self.kept_scales(video, draws))
         output = output.view_as(output)  # a gradient of this alone does not make a sharded model gather its weights
-        entropy, kind = entropy_loss(steps, self.loss["entropy_inverse_temperature"]), self.loss["reconstruction"]
+        kind, entropy_weight = self.loss["reconstruction"], self.entropy_weight
         terms = {
             "reconstruction": (1.0, reconstruction_loss(output, video, kind)),
             "commitment": (self.loss["commitment_weight"], commitment_loss(features, steps)),
-            "entropy": (self.entropy_weight, entropy),
         }
+        if entropy_weight or logs_now(self):  # without a weight it is only logged
+            with torch.set_grad_enabled(entropy_weight != 0):
+                terms["entropy"] = (entropy_weight, entropy_loss(steps, self.loss["entropy_inverse_temperature"]))
         if weight := self.loss["motion_weight"]:
             terms["motion"] = (weight, motion_loss(output, video, kind))
         if self.perceptual is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from kit.build import BUILDERS, build_data
 from kit.checkpoint import load_generator
 from kit.data.shapes import Shapes
 from kit.draws import Draws
+from kit.fsdp import ShardedStrategy
 from kit.generator import module as module_file
 from kit.generator.corruption import training_sequence
 from kit.generator.losses import POWERS, accuracy_by_block, scale_weights
@@ -202,3 +205,16 @@ def test_unknown_weights_are_told(pair):
 def test_a_generators_optimizer_has_the_keys_that_it_takes(pair):
     with pytest.raises(ValueError, match="optimizer has no clip; its keys are name, lr, betas, weight_decay, warmup$"):
         module_of(pair, "+optimizer.clip=1")
+
+
+def test_clips_are_encoded_in_the_type_that_a_sharded_model_computes_in(pair):
+    """Such a training has no autocast of its own, and the tokenizer is not sharded."""
+    module, seen, batch = module_of(pair), [], {"video": torch.zeros(1, 3, 5, 32, 32)}
+    watch = module.tokenizer.encoder.head.register_forward_hook(lambda *given: seen.append(given[2].dtype))
+    for dtype in ("bfloat16", "float32"):
+        strategy = Mock(ShardedStrategy, param_dtype=getattr(torch, dtype))
+        module._trainer = SimpleNamespace(strategy=strategy)
+        module.configure_model()
+        assert module.feature(batch).dtype == torch.float32
+    watch.remove()
+    assert seen == [torch.bfloat16, torch.float32]

@@ -7,6 +7,9 @@ import json
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from kit.confs import CONF
 from kit.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
@@ -430,6 +433,17 @@ def test_norms_are_the_same_in_every_precision():
     exact = RMSNorm(64)(x)
     torch.testing.assert_close(exact.pow(2).mean(-1), torch.ones(4), atol=5e-3, rtol=0)
     torch.testing.assert_close(RMSNorm(64)(x.bfloat16()).float(), exact, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type")
+def test_norms_keep_the_type_of_their_input_on_a_gpu():
+    """There autocast would compute them in float32. Shown with tensors that only stand for a GPU's."""
+    with FakeTensorMode(), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        torch.set_autocast_enabled("cuda", True)  # where there is none, torch.autocast has left it off
+        norm, x = RMSNorm(64), torch.empty(2, 64, dtype=torch.bfloat16, device="cuda")
+        norm.weight = nn.Parameter(torch.empty(64, device="cuda"))
+        assert F.rms_norm(x, (64,), norm.weight.to(x.dtype)).dtype == torch.float32
+        assert norm(x).dtype == torch.bfloat16
 
 
 def test_logits_are_of_float32_in_every_precision(make_generator):

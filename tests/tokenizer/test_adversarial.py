@@ -24,6 +24,7 @@ from kit.tokenizer.losses import (
     adversarial_loss,
     check_losses,
     discriminator_loss,
+    entropy_loss,
     lecam_loss,
     motion_loss,
     perceptual_loss,
@@ -62,9 +63,8 @@ def train(module: TokenizerModule, steps: int, batch_size: int = 2, precision: s
     recorder = Recorder()
     data = ClipDataModule(partial(Shapes), 5, 16, 16, 8.0, batch_size, val_clips=1, workers=0)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    quiet["log_every_n_steps"] = 1
-    how = {"limit_val_batches": 0, **trainer, "accelerator": "cpu", "precision": precision, "max_steps": steps}
-    trainer = L.Trainer(callbacks=[recorder], **how, **quiet)
+    how = {"limit_val_batches": 0, "log_every_n_steps": 1, **trainer, "accelerator": "cpu", "precision": precision}
+    trainer = L.Trainer(callbacks=[recorder], max_steps=steps, **how, **quiet)
     trainer.fit(module, datamodule=data)
     recorder.trainer = trainer
     return recorder
@@ -213,6 +213,24 @@ def test_losses_of_a_step_are_those_of_its_tensors(kind, power, monkeypatch):
     assert logged["train/loss"] == pytest.approx(ours.item(), rel=1e-4)
     for anchor, r, f in zip(module.anchors, real, fake):
         assert anchor.tolist() == pytest.approx([r.mean().item(), f.mean().item()], abs=1e-5)
+
+
+def test_an_entropy_without_weight_is_computed_only_to_be_logged(monkeypatch):
+    """It takes a quarter of a step's operations; that it is logged changes nothing that is learned."""
+    asked, weights = [], {}
+
+    def entropy(*given) -> torch.Tensor:
+        asked.append(torch.is_grad_enabled())
+        return entropy_loss(*given)
+
+    monkeypatch.setattr("kit.tokenizer.module.entropy_loss", entropy)
+    for every in (1, 2):
+        module = make_module("loss.entropy_weight=0", "loss.adversarial.weight=0")
+        recorder = train(module, 2, log_every_n_steps=every)
+        assert "train/entropy" in recorder.logged[-1] and recorder.logged[-1]["train/entropy_weighted"] == 0
+        weights[every] = module.state_dict()
+    assert asked == [False] * 3
+    assert not changed(*weights.values(), prefix="model.")
 
 
 def test_anchors_are_the_mean_of_all_batches_at_first_and_then_of_about_a_hundred_iterations(monkeypatch):
