@@ -38,41 +38,38 @@ class RunSummary(L.Callback):
         averaged = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
         if trained > averaged:
             parts["discriminators"] = trained - averaged
-        data = trainer.datamodule
-        batches = batches_of_a_step(trainer, module)
-        batch = data.batch_size * batches  # clips of an optimizer step, on one device
-        of_them = "them" if batches == 1 else "their batches"
-        kind = "images" if data.images is None else "pictures"
         largest = sorted(parts.items(), key=lambda item: -item[1])[:4]
-        if isinstance(data, StagedClips):  # StageSwitch prints each
-            steps = {f"stage {s.name}": f"{s.steps} steps" for s in data.plan.stages}
-        elif data.bucketed:
-            steps = {
-                "buckets": str(data.train),
-                "validation": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",
-                "steps": f"{trainer.max_steps} of {batches} batch(es) on {trainer.world_size} device(s)"
-                + (f", {data.image_share:.0%} of them of {kind} instead" if data.image_share else ""),
-            }
-        else:
-            steps = {
-                "clip": f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}",
-                "steps": f"{trainer.max_steps} of {batch} clips on {trainer.world_size} device(s), "
-                + (
-                    f"{data.image_share:.0%} of {of_them} of {data.image_batch} {kind} instead"
-                    if data.image_share
-                    else f"{trainer.max_steps * batch * trainer.world_size} clips in all"
-                ),
-            }
-        interval = getattr(trainer, "val_check_interval", None)  # Lightning sets none for one by the clock
-        if not isinstance(data, StagedClips) and isinstance(interval, int) and interval > trainer.max_steps * batches:
-            steps["validation"] = f"none: trainer.val_check_interval={interval} is after the end; no best.ckpt, no pictures"
         return {
             "model": f"{module.kind}, {million(averaged)} parameters "
             f"({', '.join(f'{name} {million(n)}' for name, n in largest if n)})",
-            "data": data.about,
-            **steps,
+            "data": trainer.datamodule.about,
+            **work_lines(trainer, module),
             "memory": f"up to {BYTES_TRAINED * trained / 1e9:.2f} GB for weights, gradients and optimizer, "
             f"{BYTES_AVERAGED * averaged / 1e9:.2f} GB for EMA, and the activations",
             "precision": f"{trainer.precision} on {trainer.strategy.root_device}",
             "run": str(trainer.default_root_dir),
         }
+
+
+def work_lines(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
+    """The lines on what is trained on, and for how long: of each stage, of buckets, or of clips of one shape."""
+    data, batches = trainer.datamodule, batches_of_a_step(trainer, module)
+    if isinstance(data, StagedClips):  # StageSwitch prints each
+        return {f"stage {s.name}": f"{s.steps} steps" for s in data.plan.stages}
+    shape = f"{data.frames} x {data.height} x {data.width} at {data.fps:g} fps -> {module.schedule}"
+    kind, devices = "images" if data.images is None else "pictures", f"{trainer.world_size} device(s)"
+    if data.bucketed:
+        instead = f", {data.image_share:.0%} of them of {kind} instead" if data.image_share else ""
+        steps = f"{trainer.max_steps} of {batches} batch(es) on {devices}{instead}"
+        lines = {"buckets": str(data.train), "validation": shape, "steps": steps}
+    else:
+        clips = data.batch_size * batches  # of an optimizer step, on one device
+        of_them = "them" if batches == 1 else "their batches"
+        in_all = f"{trainer.max_steps * clips * trainer.world_size} clips in all"
+        instead = f"{data.image_share:.0%} of {of_them} of {data.image_batch} {kind} instead"
+        lines = {"clip": shape, "steps": f"{trainer.max_steps} of {clips} clips on {devices}, "
+                 f"{instead if data.image_share else in_all}"}  # fmt: skip
+    interval = getattr(trainer, "val_check_interval", None)  # Lightning sets none for one by the clock
+    if isinstance(interval, int) and interval > trainer.max_steps * batches:
+        lines["validation"] = f"none: trainer.val_check_interval={interval} is after the end; no best.ckpt, no pictures"
+    return lines

@@ -41,17 +41,13 @@ def first(act: Callable[[], T]) -> T:
     return everywhere(lambda: act() if dist.get_rank() == 0 else None)[0]
 
 
-def from_all_ranks(x: Tensor, through: torch.device) -> Tensor:
-    """Gathers (n, ...) from each process of a distributed training: (ranks * n, ...) in rank order; else returns x itself.
-
-    Args:
-        x: on the CPU, as is the result. through: the device on which the processes exchange tensors.
-    """
+def from_all_ranks(x: Tensor) -> Tensor:
+    """Gathers (n, ...) from each process of a distributed training: (ranks * n, ...) in rank order; else returns x itself."""
     if not distributed():
         return x
-    found = [torch.empty_like(x, device=through) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, x.to(through))
-    return torch.cat(found).cpu()
+    found = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, x)
+    return torch.cat(found)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from kit.checkpoint import load_generator_alone, load_tokenizer
 from kit.generator.module import GeneratorModule
+from kit.tokenizer import Tokenizer
 from kit.tokenizer.inflate import inflate, take_over
 from kit.tokenizer.module import TokenizerModule
 from kit.values import differences
 
 
-def start_tokenizer(how: str, path: str, module: TokenizerModule) -> list[str]:
-    """Sets a tokenizer's weights from the checkpoint at `path`; `how` is `inflate` or `weights`.
+def start_tokenizer(fill: Callable[[Tokenizer, Tokenizer], None], path: str, module: TokenizerModule) -> list[str]:
+    """Sets a tokenizer's weights from the checkpoint at `path`. Args: fill: sets the second's weights from the first's.
 
     Raises:
         ValueError: if the given tokenizer has another architecture.
     """
-    {"inflate": inflate, "weights": take_over}[how](load_tokenizer(path).model, module.model)
+    fill(load_tokenizer(path).model, module.model)
     return []
 
 
-def start_generator(how: str, path: str, module: GeneratorModule) -> list[str]:
+def start_generator(path: str, module: GeneratorModule) -> list[str]:
     """Sets a generator's weights from the checkpoint at `path`; returns notes for the user.
 
     The condition keeps its new weights if it differs from the given generator's, as with other classes.
@@ -48,7 +50,7 @@ def start_generator(how: str, path: str, module: GeneratorModule) -> list[str]:
 
 
 STARTS = {  # kind of module -> values of init.how other than `scratch` -> what each does
-    "tokenizer": {"inflate": start_tokenizer, "weights": start_tokenizer},
+    "tokenizer": {"inflate": partial(start_tokenizer, inflate), "weights": partial(start_tokenizer, take_over)},
     "generator": {"weights": start_generator},
 }
 
@@ -84,4 +86,7 @@ def start(init: Mapping, module: TokenizerModule | GeneratorModule, resumed: boo
         as `given_start`, `start_tokenizer`, `start_generator` or `read_checkpoint`.
     """
     given = given_start(init, module.kind)
-    return [] if given is None or resumed else STARTS[module.kind][given[0]](*given, module)
+    if given is None or resumed:
+        return []
+    how, path = given
+    return STARTS[module.kind][how](path, module)

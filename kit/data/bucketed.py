@@ -73,7 +73,7 @@ class BucketClips(ClipSource):
         """Item number of clip n of bucket i."""
         return n * len(self.parts) + i
 
-    def encode(self, encode: Callable[[ClipSource, Bucket, float, int], ClipSource], clips: int, images: int):
+    def replace(self, encode: Callable[[ClipSource, Bucket, float, int], ClipSource], clips: int, images: int):
         """Replaces the clips of each bucket by encoded ones.
 
         Args:

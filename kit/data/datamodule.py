@@ -88,21 +88,21 @@ class ClipDataModule(ClipsOnDevice):
                 self.images = BucketClips(self.images, image_buckets(shapes))
         self.sources = [source for source in (self.train, self.val, self.images) if source is not None]
         self.bucketed = bool(buckets)
-        self.encode, self.batches, self.encoded_clips = None, 0, 0
-        self.encoded, self.batches_done = self.cached, 0
+        self.encoder, self.batches, self.encoded_clips = None, 0, 0
+        self.reads_encoded, self.batches_done = self.cached, 0
         self.left_out: frozenset[int] = frozenset()  # numbers of batches in the stream
 
-    def encode_ahead(self, encode: Callable[..., ClipSource], batches: int, clips: int):
+    def encode_ahead(self, encoder: Callable[..., ClipSource], batches: int, clips: int):
         """Makes training read encoded clips, which are made or found at its start.
 
         Args:
-            encode: called as encode(source, bucket, share, needed, images) for each data set and bucket; returns the encoded
+            encoder: called as encoder(source, bucket, share, needed, images) for each data set and bucket; returns encoded
                 clips. `bucket` is their shape, `share` their share of all clips, `needed` how many of them all ranks
                 together read, and `images` whether they are of the data set `images`.
             batches: number of batches that training reads on each rank.
             clips: number of encoded clips, of all data sets and buckets, after which they repeat.
         """
-        self.encode, self.batches, self.encoded_clips = encode, batches, clips
+        self.encoder, self.batches, self.encoded_clips = encoder, batches, clips
 
     @property
     def parts(self) -> list[ClipDataModule]:
@@ -131,9 +131,9 @@ class ClipDataModule(ClipsOnDevice):
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
-        if self.encode is not None:
-            self._encode()
-            self.encode, self.encoded = None, True
+        if self.encoder is not None:
+            self._encode_sources()
+            self.encoder, self.reads_encoded = None, True
         where = (self.batches_done, trainer.global_rank, trainer.world_size)
         if self.bucketed:
             stream = BucketSampler(self.train, *where, self.image_share, self.left_out, self.images)
@@ -141,9 +141,9 @@ class ClipDataModule(ClipsOnDevice):
             images = (self.image_share, self.image_batch)
             stream = StreamSampler(self.batch_size, *where, self.frames, *images, self.left_out)
         size = None if self.bucketed else (self.height, self.width)
-        return self._loader(Numbered(self.train, self.images, size), self.encoded, batch_sampler=stream)
+        return self._loader(Numbered(self.train, self.images, size), self.reads_encoded, batch_sampler=stream)
 
-    def _encode(self):
+    def _encode_sources(self):
         images = images_among(self.batches, self.image_share)
         clips = self.batches - images
         if self.images is None:
@@ -164,10 +164,10 @@ class ClipDataModule(ClipsOnDevice):
         """
 
         def encode(part: ClipSource, shape: Bucket, share: float, needed: int) -> ClipSource:
-            return self.encode(part, shape, share, needed * self.trainer.world_size, images)  # the processes share the work
+            return self.encoder(part, shape, share, needed * self.trainer.world_size, images)  # the processes share the work
 
         if isinstance(source, BucketClips):
-            source.encode(encode, clips, pictures)
+            source.replace(encode, clips, pictures)
             return source
         return encode(source, bucket, 1.0, bucket.clips_needed(clips, pictures))
 

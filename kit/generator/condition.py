@@ -111,11 +111,12 @@ class WordEncoder(nn.Module):
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Returns the words' vectors (B, S, channels), and where there is a word, (B, S) bool."""
-        ids, device = self.ids(texts), self.table.weight.device
+        ids = onto(self.ids(texts), self.table.weight.device)
         if self.training:  # DDP copies the first rank's buffers to all, so it must record what every rank reads
-            read = from_all_ranks(ids, device)
-            self.seen[onto(read[read >= 0], device)] = True
-        ids = onto(ids, device)
+            buckets = len(self.seen)
+            read = self.seen.new_zeros(buckets + 1)  # the last: of places without a word
+            read[from_all_ranks(ids).flatten() % (buckets + 1)] = True
+            self.seen |= read[:-1]
         return self.table(ids.clamp(min=0)), ids >= 0
 
     def notes(self, text: str) -> list[str]:

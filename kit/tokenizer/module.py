@@ -32,6 +32,7 @@ from kit.tokenizer.losses import (
     perceptual_loss,
     reconstruction_loss,
 )
+from kit.tokenizer.quantizer import Step
 
 ANCHOR_DECAY = 0.99  # of LeCAM's moving averages, per iteration
 
@@ -114,6 +115,30 @@ class TokenizerModule(L.LightningModule):
         with inputs_of(self.model.decoder.head) as hidden:
             output, features, steps = self.model(video, self.kept_scales(video, draws))
         output = output.view_as(output)  # a gradient of this alone does not make a sharded model gather its weights
+        terms = self.reconstruction_terms(video, output, features, steps, draws)
+        if adversarial := self.adversarial_share:
+            terms["adversarial"] = self.adversarial_term(output, terms, hidden[0], adversarial)
+        hidden.clear()  # the backward pass frees it
+        self.backward_of(terms)
+        self.log("train/loss", weighted_sum(terms), prog_bar=True, sync_dist=True)
+        if adversarial:
+            against = self.discriminator_terms(video, output.detach(), index % self.optimizer["accumulate"])
+            self.backward_of(against)
+            terms |= against
+        if logs_now(self):
+            self.log("train/amplitude", amplitude_of(features), sync_dist=True)
+            self.log_dict({f"train/{name}": term for name, (_, term) in terms.items()}, sync_dist=True)
+            self.log_dict({f"train/{name}_weighted": weight * term for name, (weight, term) in terms.items()}, sync_dist=True)
+        if (index + 1) % self.optimizer["accumulate"] == 0:
+            self.step(discriminators=adversarial > 0)
+
+    def reconstruction_terms(
+        self, video: Tensor, output: Tensor, features: Tensor, steps: list[Step], draws: Draws
+    ) -> dict[str, tuple]:
+        """Computes the losses of a reconstruction (VideoAR eq. 4 but for the adversarial one): name -> (weight, loss).
+
+        Args: as `Tokenizer.forward` returns them for the `video`.
+        """
         kind, entropy_weight = self.loss["reconstruction"], self.entropy_weight
         terms = {
             "reconstruction": (1.0, reconstruction_loss(output, video, kind)),
@@ -128,21 +153,7 @@ class TokenizerModule(L.LightningModule):
             frames = some_frames(video.shape[2], self.loss["perceptual"]["frames"], draws)
             seen = perceptual_loss(self.perceptual, *(chosen_frames(x, frames) for x in (output, video)))
             terms["perceptual"] = (self.loss["perceptual"]["weight"], seen)
-        if adversarial := self.adversarial_share:
-            terms["adversarial"] = self.adversarial_term(output, terms, hidden[0])
-        hidden.clear()  # the backward pass frees it
-        self.backward_of(terms)
-        self.log("train/loss", weighted_sum(terms), prog_bar=True, sync_dist=True)
-        if adversarial:
-            against = self.discriminator_terms(video, output.detach(), index % self.optimizer["accumulate"])
-            self.backward_of(against)
-            terms |= against
-        if logs_now(self):
-            self.log("train/amplitude", amplitude_of(features), sync_dist=True)
-            self.log_dict({f"train/{name}": term for name, (_, term) in terms.items()}, sync_dist=True)
-            self.log_dict({f"train/{name}_weighted": weight * term for name, (weight, term) in terms.items()}, sync_dist=True)
-        if (index + 1) % self.optimizer["accumulate"] == 0:
-            self.step(discriminators=adversarial > 0)
+        return terms
 
     def kept_scales(self, video: Tensor, draws: Draws) -> Tensor | None:
         """Draws which scales of each clip reach the decoder, (B, K) bool; None: all."""
@@ -177,14 +188,14 @@ class TokenizerModule(L.LightningModule):
             return 0.0
         return min(1.0, done / max(1, round(self.loss["adversarial"]["warmup"] * self.steps)))
 
-    def adversarial_term(self, output: Tensor, terms: dict, hidden: Tensor) -> tuple[Tensor | float, Tensor]:
+    def adversarial_term(self, output: Tensor, terms: dict, hidden: Tensor, share: float) -> tuple[Tensor | float, Tensor]:
         """Computes weight and loss of fooling the discriminators.
 
         The discriminators do not learn from it: only their gradient at the output is passed on to the tokenizer.
 
         Args:
             terms: the other losses, with their weights. hidden: (B, C, F, h, w), what the decoder's last layer
-                made the output of.
+                made the output of. share: `adversarial_share`.
         """
         seen = output.detach().requires_grad_()
         loss = adversarial_loss(self.discriminator(seen))
@@ -192,7 +203,7 @@ class TokenizerModule(L.LightningModule):
             (slope,) = torch.autograd.grad(loss, seen)
         pull = (output * slope).sum()
         loss = loss.detach() + pull - pull.detach()
-        weight = self.adversarial_share * self.loss["adversarial"]["weight"]
+        weight = share * self.loss["adversarial"]["weight"]
         if self.loss["adversarial"]["adaptive"]:
             others = {name: term for name, term in terms.items() if name in ("reconstruction", "motion", "perceptual")}
             with without_autocast(self.device):

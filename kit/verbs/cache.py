@@ -130,10 +130,10 @@ def encode_ahead(cfg: DictConfig, data: ClipDataModule | StagedClips, module: Ge
         if part.cached:
             continue
         steps = stage.steps if stage else cfg.trainer.max_steps
-        part.encode_ahead(partial(encoded, cfg, part, stage, module), steps * accumulate_of(cfg), cfg.encoded_clips)
+        part.encode_ahead(partial(clips_for_run, cfg, part, stage, module), steps * accumulate_of(cfg), cfg.encoded_clips)
 
 
-def encoded(
+def clips_for_run(
     cfg: DictConfig, part: ClipDataModule, stage: Stage | None, module: GeneratorModule,
     source: ClipSource, bucket: Bucket, share: float, needed: int, images: bool,
 ) -> CachedClips:  # fmt: skip

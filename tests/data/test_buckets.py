@@ -172,7 +172,7 @@ def test_how_many_clips_of_a_bucket_are_read(clips):
                 seen[i].add(number)
         reads, shares = [], []
         clips.parts, kept = list(clips.parts), clips.parts
-        clips.encode(
+        clips.replace(
             lambda part, _, of_all, read: (reads.append(read), shares.append(of_all), part)[-1], count - images, images
         )
         clips.parts = kept
@@ -357,7 +357,7 @@ def test_unreadable_files_are_counted(folder, tmp_path):
     (own / "wide_2.mp4").write_bytes(b"lost since")
     with pytest.warns(UserWarning, match="wide_2"):
         assert clips[clips.number(0, clips.parts[0].files.index("wide_2.mp4"))]["caption"] == "wide"
-    clips.encode(lambda part, bucket, share, read: [], 1, 0)
+    clips.replace(lambda part, bucket, share, read: [], 1, 0)
     assert len(clips.unreadable) == 3, "also once its clips are encoded"
     for path in own.iterdir():
         path.write_bytes(b"no video either")

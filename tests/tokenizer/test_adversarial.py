@@ -344,7 +344,7 @@ def test_iterations_count_once_and_the_discriminators_wait_for_their_turn():
 def test_the_tokenizers_turn_leaves_no_gradient_in_the_discriminators():
     module = make_module()
     video = torch.rand(2, 3, 5, 16, 16) * 2 - 1
-    module.adversarial_term(module.model(video)[0], {}, None)[1].backward()
+    module.adversarial_term(module.model(video)[0], {}, None, 1.0)[1].backward()
     assert all(p.grad is None for p in module.discriminator.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.model.decoder.parameters())
     assert all(p.requires_grad for p in module.discriminator.parameters())
@@ -356,7 +356,7 @@ def test_adaptive_weight_scales_the_adversarial_term():
     with inputs_of(module.model.decoder.head) as hidden:
         output = module.model(video)[0]
     terms = {"reconstruction": (1.0, (output - video).square().mean()), "entropy": (9.0, output.sum() * 1e9)}
-    weight, loss = module.adversarial_term(output, terms, *hidden)
+    weight, loss = module.adversarial_term(output, terms, *hidden, module.adversarial_share)
     last = module.model.decoder.head.weight
     pulls = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (terms["reconstruction"][1], loss)]
     assert weight.item() == pytest.approx((0.5 * pulls[0] / (pulls[1] + 1e-4)).item(), rel=1e-4)
