@@ -81,7 +81,10 @@ def split(args: list[str]) -> tuple[str | None, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line and returns its exit status: 0 success, 1 failure, 2 invalid command line."""
+    """Runs a command line and returns its exit status: 0 success, 1 failure, 2 invalid command line.
+
+    A training that SIGTERM ends, after it has saved, exits with 143.
+    """
     own = sys.argv  # a verb sets it, for hydra and for Lightning's further ranks
     try:
         status = understand(argv)
