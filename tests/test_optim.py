@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -212,7 +213,7 @@ def test_adamw_steps_sharded_weights_all_at_once(alone):
     (whole, plain), (shares, optimizer) = build(False), build(True)
     go(whole, plain, range(2))
     go(shares, optimizer, range(2))
-    state = plain.state_dict()
+    state = copy.deepcopy(plain.state_dict())
     for kept in state["state"].values():
         kept.update({name: distribute_tensor(kept[name], alone, [Shard(0)]) for name in ("exp_avg", "exp_avg_sq")})
     optimizer.load_state_dict(state)

@@ -282,9 +282,9 @@ def test_what_changed_since_a_run_began_is_told_or_refused(pair, tmp_path, capsy
 )
 def test_what_its_states_depend_on_stays_as_it_began(pair, part, key):
     ckpt, data = getattr(pair, part), ClipDataModule(Shapes, 5, 32, 32, 8.0, batch_size=2, val_clips=2, workers=0)
-    module = {"tokenizer": TokenizerModule, "generator": GeneratorModule}[part](
-        **read_checkpoint(ckpt, part)["hyper_parameters"]
-    )
+    values = read_checkpoint(ckpt, part)["hyper_parameters"]
+    tokenizer = load_tokenizer(pair.tokenizer).model
+    module = TokenizerModule(**values) if part == "tokenizer" else GeneratorModule(**values, tokenizer=tokenizer)
     assert check_resume(ckpt, module, data) == []
     *above, last = key.split(".")
     values = functools.reduce(operator.getitem, above, module.hparams)

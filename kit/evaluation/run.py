@@ -272,7 +272,10 @@ def keep_other_result(folder: Path, protocol: Protocol, candidate: Candidate, to
         return
     found = read_result(path)
     differing = differences(found["protocol"], protocol.as_dict())
-    differing += differences(found["of"], json.loads(json.dumps(candidate.about())))
+    then, now = found["of"], json.loads(json.dumps(candidate.about()))
+    differing += differences(then, now)
+    if then.get("hash") != now.get("hash"):  # other weights, which may be of as many steps
+        differing.append(f"hash: {then.get('hash')}, {now.get('hash')}")
     differing += [f"metrics: {name}, not measured" for name in found["measured"] if name not in tools.metrics]
     if differing:
         raise FileExistsError(

@@ -363,7 +363,7 @@ def test_results_side_by_side_if_they_may(evaluate, pair, tmp_path, capsys):
         read_result(tmp_path / "y.json")
 
 
-def test_the_result_of_something_else_is_kept(evaluate, read, pair, capsys):
+def test_the_result_of_something_else_is_kept(evaluate, read, pair, tmp_path, capsys):
     words = [f"ckpt={pair.generator}", "metrics=[captions]", "protocol.folds=1"]
     assert evaluate(*words) == evaluate(*words) == 0  # the same again is no loss
     before = read()
@@ -373,6 +373,12 @@ def test_the_result_of_something_else_is_kept(evaluate, read, pair, capsys):
     assert "metrics: captions, not measured" in capsys.readouterr().err
     assert evaluate(*words, "seed=5") == 1
     assert "(seed: 0, 5)" in capsys.readouterr().err
+    other = torch.load(pair.generator, weights_only=True)
+    del other["sha256"]
+    other["ema"]["model.head.weight"] *= 2
+    torch.save(other, tmp_path / "other.ckpt")  # of as many steps, on the same tokenizer
+    assert evaluate(f"ckpt={tmp_path / 'other.ckpt'}", *words[1:]) == 1
+    assert "is the result of another evaluation (hash: " in capsys.readouterr().err and read() == before
     assert evaluate(*words, "temperature=0", "overwrite=true") == 0
     assert read()["of"]["temperature"] == 0
 
