@@ -22,7 +22,7 @@ class _Undrawn(TorchFunctionMode):
 
 
 def blank(build: Callable[[], M]) -> M:
-    """Builds a model without drawing initial weights, which takes a second for each 50 million; its weights are arbitrary
-    until all are loaded."""
+    """Builds a model without drawing initial weights, which takes long for a large one; its weights are arbitrary until all
+    are loaded."""
     with _Undrawn():
         return build()

@@ -35,12 +35,14 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
         tokenizer: gives the number of tokens of a clip, for `data.batch_tokens`; None: `data.batch_tokens` is ignored.
     Raises:
         ValueError: if `data.batch_tokens` is less than one clip, the tokenizer cannot take a bucket's clips,
-            `data.images` lacks the folder of its cache, or a source of a mixture is not partial; else as
-            `check_batch_parts` and `ClipDataModule`.
+            `data.source` or the folder of `data.images`' cache is missing, or a source of a mixture is not partial; else
+            as `check_batch_parts` and `ClipDataModule`.
     """
     check_batch_parts(cfg)
     values = {k: v for k, v in plain(cfg.data).items() if k not in ("root", "batch_tokens")}
     source = values.get("source") or {}
+    if source == "???":
+        raise ValueError("data.source is missing: what builds the clips, _target_ and _partial_: true, as in conf/data")
     mixed = source.get("sources") or {} if source.get("_target_") == "kit.data.mixture.Mixture" else {}
     if whole := [name for name, part in mixed.items() if not (part or {}).get("_partial_")]:
         raise ValueError(f"data.source.sources.{whole[0]} would be of one split; add _partial_: true to its values")

@@ -184,7 +184,7 @@ def refused(conf: Path, words: list[str], sweep: bool = False) -> str | None:
         group = next((key for key in keys if missing.startswith(f"{key}/")), missing.rpartition("/")[0])
         if not group or not error.options:
             return None
-        name, choice = missing.removeprefix(f"{group}/"), ", ".join(error.options)
+        name, choice = missing.removeprefix(f"{group}/"), ", ".join(option for option in error.options if option[0] != "_")
         own = f"; one of yours lies in the folder {group} beside a conf of yours, and is chosen by its name without .yaml"
         return f"no {group}={name}; choose from {choice}{own if name.endswith('.yaml') else ''}"
     except ConfigCompositionException as error:

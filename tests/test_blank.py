@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kit.blank import blank
 from kit.checkpoint import load_generator_alone
+from kit.fsdp import whole_model
 
 
 class Drawn(TorchDispatchMode):
@@ -37,3 +41,12 @@ def test_a_generator_is_loaded_without_drawing_its_layers(pair):
     assert not drawn.sizes
     saved = torch.load(pair.generator, weights_only=True)["ema"]
     assert all(torch.equal(w, saved[f"model.{name}"]) for name, w in generator.model.named_parameters())
+
+
+def test_a_whole_copy_of_a_sharded_model_is_built_blank(monkeypatch):
+    weights = nn.Linear(3, 4).state_dict()
+    monkeypatch.setattr("kit.fsdp.get_model_state_dict", lambda *_, **__: weights)
+    with Drawn() as drawn:
+        copy = whole_model(Mock(FSDPModule), lambda: nn.Linear(3, 4))
+    assert not drawn.sizes and not copy.training
+    assert all(torch.equal(w, weights[name]) for name, w in copy.state_dict().items())

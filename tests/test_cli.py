@@ -137,6 +137,7 @@ def test_a_key_that_was_taken_out_is_told(tmp_path, capsys):
         ("fits=16GB", "no fits=16GB; choose from 12GB, 24GB"),
         ("size=huge", "no size=huge; choose from 4B, L, XL, base, small, tiny"),
         ("method=maskd", "no method=maskd; choose from center, "),
+        ("data=mine", "no data=mine; choose from cached, clips, mixture, "),
         ("zzz=1", "no key zzz; there are name, root, "),
         ("data.qqqqqqqq=1", "no key data.qqqqqqqq; data has images, "),
         ("data.heigth=64", "no key data.heigth; did you mean data.height?\n"),

@@ -92,6 +92,9 @@ def test_history_repeats_the_finest_grid_after_each_frame():
     longer = TALL.with_history()
     assert longer.grids == (*TALL.grids, TALL.grid) and longer.latent_frames == TALL.latent_frames
     assert longer.length == TALL.length + TALL.latent_frames * 6
+    assert TALL.layout("full") == longer and TALL.layout("scales") is TALL
+    assert TALL.sequence_length("full") == longer.length - 6, "no frame reads the last one"
+    assert TALL.sequence_length("scales") == TALL.length
     assert ScaleSchedule(2, TALL.grids, (1, 2, 4)).with_history() == longer, "bits of scales are none of its blocks'"
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 
-from kit.build import build_stages, condition_kind, of_stage, plan_of
+from kit.build import build_data, build_stages, condition_kind, of_stage, plan_of
 from kit.checkpoint import read_checkpoint
 from kit.data.clips import FolderClips
 from kit.data.mixture import Mixture
@@ -127,6 +127,12 @@ def test_shares_of_a_mixture_change_from_stage_to_stage():
     for n in range(3):
         assert torch.equal(first.train[n]["video"], Shapes(seed=0, **first.clip)[n]["video"])
     assert first.settings["draws"] != both.settings["draws"], "which a run that goes on tells"
+
+
+def test_data_without_a_source_are_told():
+    """As of a config of one's own that names none."""
+    with pytest.raises(ValueError, match="data.source is missing: what builds the clips"):
+        build_data(composed("stage1_tokenizer", "data=_base"))
 
 
 def test_a_source_that_is_left_out_gives_no_clips_but_its_classes(tmp_path):

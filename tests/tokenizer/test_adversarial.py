@@ -216,7 +216,7 @@ def test_losses_of_a_step_are_those_of_its_tensors(kind, power, monkeypatch):
 
 
 def test_an_entropy_without_weight_is_computed_only_to_be_logged(monkeypatch):
-    """It takes a quarter of a step's operations; that it is logged changes nothing that is learned."""
+    """That it is logged changes nothing that is learned."""
     asked, weights = [], {}
 
     def entropy(*given) -> torch.Tensor:
