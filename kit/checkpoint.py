@@ -107,9 +107,14 @@ class Loaded:
     hash: str
     held_out: str | None = None
 
+    @property
+    def kind(self) -> str:
+        """`tokenizer` or `generator`."""
+        return type(self.model).__name__.lower()
+
 
 def load_tokenizer(path: str | os.PathLike) -> Loaded:
-    """Loads a trained `Tokenizer`. Raises as `read_checkpoint`."""
+    """Loads a trained `Tokenizer`. Raises as `read_checkpoint`; ValueError also if weights are not finite."""
     checkpoint = read_checkpoint(path, "tokenizer")
     values = checkpoint["hyper_parameters"]
     model = Tokenizer(TokenizerConfig.from_dict(values["tokenizer"]))
@@ -122,7 +127,8 @@ def load_generator(path: str | os.PathLike, tokenizer: str | os.PathLike | None 
     Args:
         tokenizer: path of the tokenizer's checkpoint; default is the one it was trained with.
     Raises:
-        as `read_checkpoint`; ValueError also if the tokenizer is not the one the generator was trained on.
+        as `read_checkpoint`; ValueError also if the tokenizer is not the one the generator was trained on, or weights are
+            not finite.
     """
     checkpoint = read_checkpoint(path, "generator")
     values = checkpoint["hyper_parameters"]
@@ -141,7 +147,7 @@ def load_generator(path: str | os.PathLike, tokenizer: str | os.PathLike | None 
 
 
 def load_generator_alone(path: str | os.PathLike) -> tuple[Loaded, str]:
-    """Loads a trained `Generator`, and the hash of the tokenizer it was trained on. Raises as `read_checkpoint`."""
+    """Loads a trained `Generator`, and the hash of the tokenizer it was trained on. Raises as `load_tokenizer`."""
     checkpoint = read_checkpoint(path, "generator")
     return _generator(checkpoint, path), checkpoint["hyper_parameters"]["tokenizer_hash"]
 
@@ -152,11 +158,17 @@ def _generator(checkpoint: dict, path: str | os.PathLike) -> Loaded:
 
 
 def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike) -> Loaded:
+    weights = weights_of(checkpoint)
     try:
-        model.load_state_dict(weights_of(checkpoint))
+        model.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise ValueError(f"{path} is of another version of kit, with other weights ({reason}); train it again") from error
+    if lost := [name for name, w in weights.items() if not w.isfinite().all()]:  # signs of NaN are bits like any others
+        raise ValueError(
+            f"{path} holds NaN or infinite weights, in {len(lost)} of {len(weights)} tensors, such as {lost[0]}: its "
+            f"training failed; take an earlier checkpoint"
+        )
     model.eval().requires_grad_(False)
     clip, held_out = checkpoint["hyper_parameters"]["clip"], data_settings(checkpoint).get("held_out")
     return Loaded(model, clip, Path(path), checkpoint["global_step"], model_hash(model), held_out)

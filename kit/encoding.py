@@ -18,7 +18,7 @@ from kit.data.cache import MANIFEST, CacheFile, files_of, is_whole
 from kit.data.numbered import Numbered
 from kit.data.source import ClipSource
 from kit.files import file_sha256, locked, not_saved, read_json, write_json, written_aside
-from kit.machine import device, inference_precision
+from kit.machine import autocast, device, inference_precision
 from kit.tokenizer import Tokenizer
 from kit.values import differences, hash_of
 
@@ -141,7 +141,7 @@ def _encoded(
     items = [(n, clip["frames"]) for n in range(file.first, file.first + file.clips)]
     clips = Numbered(source, size=(clip["height"], clip["width"]))
     for batch in DataLoader(clips, sampler=items, batch_size=BATCH, num_workers=workers):
-        with torch.no_grad(), inference_precision():
+        with torch.no_grad(), autocast(inference_precision()):
             feature = model.encode(batch["video"].to(device()))
         yield feature.half().cpu(), batch["label"], batch["given"], batch["caption"]
         bar.update(len(feature))

@@ -100,9 +100,9 @@ def without_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False) if there else nullcontext()
 
 
-def inference_precision():
-    """Returns `autocast` to bfloat16 where the machine is fast at it, else to float32."""
-    return autocast("bfloat16" if fast_bfloat16() else "float32")
+def inference_precision() -> str:
+    """Returns the name of the precision that suits this machine, see `autocast`."""
+    return "bfloat16" if fast_bfloat16() else "float32"
 
 
 def machine_size() -> str:

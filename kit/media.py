@@ -11,6 +11,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -50,6 +51,8 @@ def video_writer(path: Path, fps: float, height: int, width: int) -> Iterator[Ca
     with written_aside(path.absolute()) as aside, av.open(str(aside), "w") as container:  # `12:30/a.mp4` reads as a protocol
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+        stream.codec_context.colorspace = Colorspace.ITU601  # FFmpeg's choice for RGB; players guess another for large videos
+        stream.codec_context.color_range = ColorRange.MPEG
         # With its macroblock tree x264 writes the same small frames differently from run to run. `veryfast` takes half the
         # time of the default, for files of the same size.
         stream.options = {"crf": "12", "mbtree": "0", "preset": "veryfast"}

@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import numpy as np
 import pytest
 import torch
 
 from kit.cli import main
 from kit.confs import compose, located, register_resolvers
+from kit.data.shapes import Shapes
 from kit.generator.guidance import Guidance
 
 CLIP = ["trainer.accelerator=cpu", "trainer.devices=1", "data.frames=5", "data.height=32", "data.width=32", "data.workers=0"]
@@ -92,6 +94,17 @@ def composed(name: str, *overrides: str):
     """Composes a conf as the command line does."""
     register_resolvers()
     return compose(located(name), overrides)
+
+
+def moving(frames: int, height: int, width: int) -> torch.Tensor:
+    """A clip (3, T, H, W) in which something moves."""
+    return Shapes("val", frames=frames, height=height, width=width)[0]["video"]
+
+
+def decoded(path: Path) -> np.ndarray:
+    """All frames of a video, (T, H, W, 3), uint8."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def frames_of(path: Path) -> int:

@@ -49,6 +49,7 @@ def build_protocol(cfg: DictConfig) -> tuple[Protocol, FolderClips | Shapes]:
         if not (real.clips and protocol.fps):
             raise ValueError("shapes are drawn: say how many and how fast with protocol.real.clips= and protocol.fps=")
         return protocol.resolved(fingerprint=f"drawn, seed {real.seed}"), source
+    tell_slower(source, protocol, "real")
     real = replace(real, clips=real.clips or len(source.files))
     return protocol.resolved(real=real, fingerprint=fingerprint(source)), source
 
@@ -76,7 +77,7 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
             )
         tokenizer = load_tokenizer(cfg.ckpt)
         check_size(tokenizer, shape)
-        tell_learned(tokenizer, protocol, source)
+        tell_learned([tokenizer], protocol, source)
         if protocol.samples not in (None, protocol.real.clips):
             print(
                 f"{protocol.real.clips} real clips, each reconstructed once: protocol.samples={protocol.samples} is not used"
@@ -85,7 +86,7 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
     check_fit(generator.clip, generator.model.config.condition, protocol, source)
     check_size(tokenizer, shape)
-    tell_learned(generator, protocol, source)
+    tell_learned([generator, tokenizer], protocol, source)
     sampling = Sampling.of(plain(cfg))
     check_video_length(tokenizer, (whole_groups(shape[0]), *shape[1:]), None, sampling, generator.clip["frames"])
     tell_notes(captions_read(generator, protocol, source), sampling, generator.model.condition.notes)
@@ -121,12 +122,18 @@ def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Sha
         rate, theirs = videos.native_fps, source.native_fps
         if abs(theirs - rate) > 0.01 * rate:
             print(f"the given videos have {rate:g} frames per second, the real ones {theirs:g}: motions differ by that alone")
-    elif protocol.frames > 1:
-        with warnings.catch_warnings(action="ignore"):  # all are taken at one rate
-            rate = videos.native_fps
-        if rate < 0.99 * protocol.fps:
-            print(f"the given videos have {rate:g} frames per second, the protocol {protocol.fps:g}: frames are taken twice")
+    tell_slower(videos, protocol, "given")
     return GivenVideos(videos, cfg.paired), protocol
+
+
+def tell_slower(source: FolderClips, protocol: Protocol, which: str):
+    """Prints a note if videos are slower than the protocol's clips."""
+    if not protocol.fps or protocol.frames == 1:
+        return
+    with warnings.catch_warnings(action="ignore"):  # all are taken at one rate
+        rate = source.native_fps
+    if rate < 0.99 * protocol.fps:
+        print(f"the {which} videos have {rate:g} frames per second, the protocol {protocol.fps:g}: frames are taken twice")
 
 
 def check_size(tokenizer: Loaded, shape: tuple[int, int, int]):
@@ -150,10 +157,15 @@ def captions_read(generator: Loaded, protocol: Protocol, source: FolderClips | S
     return [each["caption"] for each in words if each["caption"].strip()]
 
 
-def tell_learned(model: Loaded, protocol: Protocol, source: FolderClips | Shapes):
-    """Prints a note if clips of the split `val` are others than were held out of the model's training."""
-    if source.files and protocol.real.split == "val" and model.held_out not in (None, held_out_hash(source.known_as())):
-        print("the real clips are others than were held out of the training: some of them it may have learned")
+def tell_learned(models: list[Loaded], protocol: Protocol, source: FolderClips | Shapes):
+    """Prints a note for each model if clips of the split `val` are others than were held out of its training."""
+    if not source.files or protocol.real.split != "val":
+        return
+    ours = held_out_hash(source.known_as())
+    for model in models:
+        if model.held_out not in (None, ours):
+            unlike = f"the real clips are others than were held out of the {model.kind}'s training"
+            print(f"{unlike}: some of them it may have learned")
 
 
 def check_fit(clip: dict, condition: ConditionConfig, protocol: Protocol, source: FolderClips | Shapes):

@@ -120,7 +120,8 @@ def real_scores(
     if "captions" in tools.metrics:
         scores["captions"] = CaptionScore(protocol.fps)
     for name, score in scores.items():
-        key = protocol.real_hash(fold, tools.detector.sha256 if name == "frechet" else name)
+        network = tools.detector.sha256 if name == "frechet" else name
+        key = digest([protocol.real_hash(fold, network), computed_by()])[:24]
         path = cache_folder() / "real" / f"{key}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock")):  # a second evaluation waits for the first to compute them
@@ -229,7 +230,7 @@ def score(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes, can
         for fold in range(protocol.folds):
             reference = real_scores(protocol, real[fold], fold, tools, loading)
             scores = candidate_scores(reference, tools, protocol)
-            key = digest([protocol.hash, candidate.about(), tools.metrics, fold])
+            key = digest([protocol.hash, candidate.about(), tools.metrics, fold, computed_by()])
             passes.append(Pass(folder / f"fold_{fold}.part.pt", key, size))
             title = f"{candidate.row}s" + (f" {fold + 1}/{protocol.folds}" if protocol.folds > 1 else "")
             errors.append(passes[-1].run(candidate, clips[fold], scores, loading, title))
@@ -245,7 +246,7 @@ def score(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes, can
     result = {
         "protocol": protocol.as_dict(), "of": candidate.about(), "source": str(candidate.path), "metrics": metrics,
         "measured": list(tools.metrics),
-        "left_out": tools.left_out, "computed": {"device": device().type, **versions()},
+        "left_out": tools.left_out, "computed": computed_by(),
     }  # fmt: skip
     write_report(result, shown, folder, protocol.fps or source.native_fps)
     for done in passes:
@@ -255,10 +256,12 @@ def score(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes, can
     return result
 
 
-def versions() -> dict[str, str]:
-    """Versions of kit and of the packages that a result depends on."""
+def computed_by() -> dict[str, str]:
+    """The kind of device and the versions of kit and of packages on which a result depends: in its last digits, or, where one
+    of them decodes otherwise, in more. What was kept of other ones is not used."""
     packages = ("torch", "torchmetrics", "numpy", "av", "decord2", "transformers")
-    return {"kit": __version__, **{name: v for name in packages if (v := installed_version(name))}}
+    versions = {name: found for name in packages if (found := installed_version(name))}
+    return {"device": device().type, "kit": __version__, **versions}
 
 
 def keep_other_result(folder: Path, protocol: Protocol, candidate: Candidate, tools: Tools):

@@ -86,7 +86,8 @@ def read_suite(cfg: DictConfig) -> dict:
     """Reads VBench's results for the videos in the run's folder, and sets them beside the paper's.
 
     Raises:
-        ValueError, FileNotFoundError: if the folder has no such videos, or the results are missing or not VBench's.
+        ValueError, FileNotFoundError: if the folder has no such videos, or the results are missing, not VBench's, or of
+            other videos.
     """
     folder = Path(cfg.folder)
     if cfg.protocol.name != "vbench":
@@ -95,9 +96,18 @@ def read_suite(cfg: DictConfig) -> dict:
         raise FileNotFoundError(
             f"{folder} has no suite.json, which says how the videos were made: give the name= of the run that made them"
         )
-    made, raw = read_json(folder / "suite.json"), read_vbench_results(cfg.results)
+    made, videos = (read_json(folder / f"{name}.json") for name in ("suite", "videos"))
+    found = read_vbench_results(cfg.results)
+    for dimension, measured in found.items():
+        if others := sorted(set(measured.videos) - set(videos)):
+            raise ValueError(
+                f"{cfg.results}: {dimension} was measured on {others[0]}, which is no video of {folder}; give what VBench "
+                f"found in its videos"
+            )
+    raw = {dimension: measured.score for dimension, measured in found.items()}
     scores = vbench_scores(raw)
     protocol = {key: made.pop(key) for key in ("suite", "size", "fps", "seed", "prompts")}
+    protocol["videos"] = len(videos)  # of all prompts: more of a prompt make another protocol
     protocol["hash"] = digest(protocol)[:12]
     result = {"protocol": protocol, "of": made, "raw": raw, "scores": scores}
     table = vbench_table({"this model": raw})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from kit.evaluation.suites import FLICKERING
 from kit.files import read_json
@@ -64,8 +65,15 @@ PAPER = {
 }
 
 
-def read_vbench_results(path: str | Path) -> dict[str, float]:
-    """Reads raw scores by dimension, such as `subject_consistency`, as fractions; any of the sixteen may be missing.
+class Measured(NamedTuple):
+    """What VBench found in a dimension."""
+
+    score: float  # raw, a fraction
+    videos: list[str]  # file names of the videos that it was measured on, as far as VBench lists them
+
+
+def read_vbench_results(path: str | Path) -> dict[str, Measured]:
+    """Reads results by dimension, such as `subject_consistency`; any of the sixteen may be missing.
 
     Args:
         path: a `*_eval_results.json` of VBench, or a folder of them, such as one for each dimension.
@@ -77,7 +85,7 @@ def read_vbench_results(path: str | Path) -> dict[str, float]:
     files = sorted(path.glob("*_eval_results.json")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise FileNotFoundError(f"no VBench results at {path}; give a *_eval_results.json, or the folder it is in")
-    raw: dict[str, float] = {}
+    found: dict[str, Measured] = {}
     source: dict[str, Path] = {}
     for file in files:
         results = read_json(file)
@@ -86,15 +94,15 @@ def read_vbench_results(path: str | Path) -> dict[str, float]:
         for name, result in results.items():
             if name not in DIMENSIONS:
                 raise ValueError(f"{file}: unknown dimension {name!r}; the sixteen of VBench are {', '.join(DIMENSIONS)}")
-            if name in raw:
+            if name in found:
                 raise ValueError(f"{name} is in both {source[name].name} and {file.name} of {path}; move one of them away")
-            raw[name], source[name] = _score(file, name, result), file
-    return raw
+            found[name], source[name] = _measured(file, name, result), file
+    return found
 
 
-def _score(file: Path, name: str, result) -> float:
-    """Checks and returns the score in a dimension's [score, videos]."""
-    score = result[0] if isinstance(result, list) and result else None
+def _measured(file: Path, name: str, result) -> Measured:
+    """Checks and returns a dimension's [score, videos]."""
+    score, *videos = result if isinstance(result, list) and result else [None]
     if not isinstance(score, int | float):
         raise ValueError(f"{file}: expected [score, videos] for {name}, found {json.dumps(result)[:100]}")
     if not abs(score) < 1.01:  # NaN fails too; a cosine may be below 0, and is rounded
@@ -102,7 +110,9 @@ def _score(file: Path, name: str, result) -> float:
             f"{file}: {name} is {score}, expected a fraction; NaN means that VBench found no video, and an old VBench gives "
             "imaging_quality in percent: evaluate this dimension again"
         )
-    return float(score)
+    listed = videos[0] if videos and isinstance(videos[0], list) else []
+    paths = [video["video_path"] for video in listed if isinstance(video, dict) and "video_path" in video]
+    return Measured(float(score), [Path(path).name for path in paths])
 
 
 def vbench_scores(raw: dict[str, float]) -> dict:
@@ -127,7 +137,7 @@ def vbench_table(rows: dict[str, dict[str, float]]) -> str:
     """A Markdown table in percent: what was measured beside Table 1 of the paper; `-` where a dimension is missing.
 
     Args:
-        rows: name -> raw scores as `read_vbench_results` gives them.
+        rows: name -> raw scores by dimension, fractions.
     """
     columns = [(name, {key: 100 * score for key, score in raw.items()} | vbench_scores(raw)) for name, raw in rows.items()]
     columns += [(f"{model} (paper)", {key: row[n] for key, row in PAPER.items()}) for n, model in enumerate(PAPER_MODELS)]

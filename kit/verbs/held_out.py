@@ -13,28 +13,31 @@ from kit.values import check_whole_number
 TRAINED_ON = "give the data it was trained on, such as data=clips data.root=DIR"  # the way out if the data does not suit
 
 
-def data_for(cfg: DictConfig, model: Loaded, frames: int | None = None) -> ClipDataModule:
-    """Builds the data of `cfg` with clips of the shape that a checkpoint was trained on, and prints a description of it.
+def data_for(cfg: DictConfig, *models: Loaded, frames: int | None = None) -> ClipDataModule:
+    """Builds the data of `cfg` with clips of the shape that a model was trained on, and prints a description of it, and which
+    models had other clips held out of their training.
 
     Args:
+        models: the first one's clips have that shape.
         frames: T of the clips; None: as in training.
     Raises:
         ValueError: if `shown`, `clips` or `batch_size` is below 1; else as `build_data`.
     """
     for key in ("shown", "clips", "batch_size"):
         check_whole_number(key, cfg[key], 1)
-    clip = {**model.clip, "frames": frames or model.clip["frames"]}
+    clip = {**models[0].clip, "frames": frames or models[0].clip["frames"]}
     cfg = cfg.copy()
     cfg.data.update({**clip, "batch_size": cfg.batch_size, "val_clips": cfg.clips, "workers": 0})
     if cfg.data.get("buckets"):  # those of the training; held-out clips have one shape
         cfg.data.buckets = []
     data = build_data(cfg)
     print("clips of {frames} x {height} x {width} at {fps:g} fps, held out of".format(**clip), data.about)
-    if model.held_out is not None and model.held_out != data.settings["held_out"]:
-        print(
-            "  other clips than were held out of its training, some of which it may have learned: to score those, give the "
-            "training's words for data, data.root and data.source.val_every"
-        )
+    for model in models:
+        if model.held_out not in (None, data.settings["held_out"]):
+            print(
+                f"  other clips than were held out of the {model.kind}'s training, some of which it may have learned: to "
+                f"score those, give the training's words for data, data.root and data.source.val_every"
+            )
     return data
 
 

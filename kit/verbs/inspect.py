@@ -41,7 +41,7 @@ def inspect(cfg: DictConfig) -> dict:
         if not is_generator:
             check_none_samples(cfg, "a tokenizer")
         generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer) if is_generator else (None, load_tokenizer(cfg.ckpt))
-        data = data_for(cfg, generator or tokenizer)
+        data = data_for(cfg, *filter(None, (generator, tokenizer)))
         if generator is not None:
             check_classes(generator.model.config.condition, data.classes, "the data has", TRAINED_ON)
         batch, pictures = held_out(data), ["scales.png", "bit_use.png"]
@@ -51,7 +51,7 @@ def inspect(cfg: DictConfig) -> dict:
         report = inspect_tokenizer(tokenizer, batch, cfg)
         if generator is not None:
             draw_samples(generator, tokenizer, few, cfg)
-            report |= teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size)
+            report |= teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size, cfg.precision)
             pictures.append("samples.png")
         checked = {"self_check": {check.name: asdict(check) for check in checks}}
         write_json(folder / "inspect.json", report | checked)
@@ -66,7 +66,7 @@ def inspect_tokenizer(tokenizer: Loaded, batch: dict, cfg: DictConfig) -> dict:
     Returns:
         the schedule, PSNR and SSIM after each scale, and the mean entropy (bits) of each scale's bits.
     """
-    rows, by_scale, bits = per_scale(tokenizer, batch["video"], cfg.batch_size)
+    rows, by_scale, bits = per_scale(tokenizer, batch["video"], cfg.batch_size, cfg.precision)
     schedule, folder = tokenizer.model.schedule_of(batch["video"]), Path(cfg.folder)
     use = bit_use(bits, schedule)
     contact_sheet(clip_by_clip(rows, cfg.shown), list(batch["caption"])[: cfg.shown], folder / "scales.png")

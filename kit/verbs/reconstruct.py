@@ -16,7 +16,7 @@ from tqdm import tqdm
 from kit.checkpoint import Loaded, load_tokenizer
 from kit.data.read import ClipFile, open_clip_file
 from kit.files import replacing, sole_user
-from kit.machine import device, inference_precision
+from kit.machine import autocast, device, exact_float32, inference_precision
 from kit.media import clip_by_clip, contact_sheet, spread, video_writer, write_video
 from kit.pixels import ssim
 from kit.scales import whole_groups
@@ -55,9 +55,9 @@ def reconstruct_held_out(tokenizer: Loaded, cfg: DictConfig) -> list[dict]:
     """Reconstructs held-out clips; writes reconstruction.png and mp4s of the first `shown`. Returns as `reconstruct_file`."""
     from kit.verbs.held_out import data_for, held_out  # with Lightning, which takes seconds and no video file needs
 
-    data = data_for(cfg, tokenizer, cfg.frames)
+    data = data_for(cfg, tokenizer, frames=cfg.frames)
     video = held_out(data)["video"]
-    rows, by_scale, _ = per_scale(tokenizer, video, cfg.batch_size)
+    rows, by_scale, _ = per_scale(tokenizer, video, cfg.batch_size, inference_precision())
     folder, groups = Path(cfg.folder), clip_by_clip(rows, cfg.shown)
     contact_sheet(groups, [f"clip {i}" for i in range(len(groups))], folder / "reconstruction.png")
     side = torch.cat([video, rows[f"scales 1-{len(by_scale)}"]], dim=-1)
@@ -67,11 +67,13 @@ def reconstruct_held_out(tokenizer: Loaded, cfg: DictConfig) -> list[dict]:
 
 
 @torch.no_grad()
-def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[str, Tensor], list[dict], Tensor]:
+def per_scale(
+    tokenizer: Loaded, video: Tensor, batch_size: int, precision: str = "float32"
+) -> tuple[dict[str, Tensor], list[dict], Tensor]:
     """Reconstructs clips from the first k scales of each frame, for each k of 1..K.
 
     Args:
-        video: (n, 3, T, H, W) in [-1, 1].
+        video: (n, 3, T, H, W) in [-1, 1]. precision: `float32` or `bfloat16`.
     Returns:
         name -> videos (n, 3, T, H, W), the real clips first; for each k psnr_db and ssim, means over the clips; and the bits
         (n, L, d). All on the CPU.
@@ -79,10 +81,10 @@ def per_scale(tokenizer: Loaded, video: Tensor, batch_size: int) -> tuple[dict[s
     model = tokenizer.model.to(device())
     schedule = model.schedule_of(video)
     rows, metrics = {"real": video}, []
-    with inference_precision():
+    with autocast(precision), exact_float32():
         bits = [model.bits(v.to(device())) for v in video.split(batch_size)]
     for k in range(1, schedule.scales + 1):
-        with inference_precision():
+        with autocast(precision), exact_float32():
             parts = [model.decode_bits(b, schedule, k).cpu() for b in bits]
         output = rows[f"scales 1-{k}"] = torch.cat(parts)
         scores = [Scores().add(o, v).values() for o, v in zip(output, video)]
@@ -152,7 +154,7 @@ def reconstruct_file(tokenizer: Loaded, path: str | Path, frames: int | None, fo
     with (
         video_writer(folder / "reconstruction_0.mp4", clip.fps, size[0], 2 * size[1]) as write,
         tqdm(total=len(clip), desc="reconstruct", unit="frame", disable=None) as bar,
-        inference_precision(),
+        autocast(inference_precision()),
     ):
         for real, outputs in stream_scales(model, chunks, scores):
             real, outputs = real.cpu(), outputs.cpu()

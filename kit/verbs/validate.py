@@ -21,10 +21,10 @@ from kit.generator.condition import check_classes
 from kit.generator.corruption import teacher_forced
 from kit.generator.losses import accuracy_by_block
 from kit.generator.sampler import Sampling
-from kit.machine import autocast, device, inference_precision
+from kit.machine import autocast, device, exact_float32
 from kit.media import clip_by_clip, contact_sheet, moving_sheet, write_video
 from kit.pixels import psnr
-from kit.sampling import sample_clips, sample_videos
+from kit.sampling import sample_videos, stream_samples
 from kit.sampling_checks import check_none_samples
 from kit.values import plain
 from kit.verbs.held_out import TRAINED_ON, data_for, held_out
@@ -58,18 +58,18 @@ def validate_tokenizer(cfg: DictConfig) -> dict:
     data = data_for(cfg, tokenizer)
     batch = held_out(data)
     video = batch["video"]
-    output = reconstruct_batches(tokenizer, video, cfg.batch_size)
+    output = reconstruct_batches(tokenizer, video, cfg.batch_size, cfg.precision)
     show(cfg, {"real": video, "reconstruction": output}, batch["caption"], tokenizer.clip["fps"])
     return {"clips": len(video), **reconstruction_metrics(output, batch, data)}
 
 
 def validate_generator(cfg: DictConfig) -> dict:
     generator, tokenizer = load_generator(cfg.ckpt, cfg.tokenizer)
-    data = data_for(cfg, generator)
+    data = data_for(cfg, generator, tokenizer)
     batch = held_out(data)
     check_classes(generator.model.config.condition, data.classes, "the data has", TRAINED_ON)
     video, prompts = batch["video"], generator.model.condition.prompts(batch)
-    output = reconstruct_batches(tokenizer, video, cfg.batch_size)
+    output = reconstruct_batches(tokenizer, video, cfg.batch_size, cfg.precision)
     seeds = [cfg.seed + i for i in range(len(prompts))]
     size, sampling = tuple(video.shape[2:]), Sampling.of(plain(cfg))
     samples = sample_videos(generator, tokenizer, prompts, seeds, size, sampling, cfg.precision, cfg.batch_size)
@@ -81,7 +81,7 @@ def validate_generator(cfg: DictConfig) -> dict:
     metrics = {
         "clips": len(video),
         **reconstruction_metrics(output, batch, data),
-        **teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size),
+        **teacher_forced_metrics(generator, tokenizer, batch, cfg.batch_size, cfg.precision),
         "sample_seconds": seconds_for_one(generator, tokenizer, prompts[0], size, sampling, cfg.precision),
     }
     if can_be_read(data) and generator.model.config.condition.kind == "text":
@@ -119,15 +119,17 @@ def can_be_read(data: ClipDataModule) -> bool:
     return isinstance(data.val, Shapes) and min(data.height, data.width) >= MIN_SIDE
 
 
-def reconstruct_batches(tokenizer: Loaded, video: Tensor, batch_size: int) -> Tensor:
+def reconstruct_batches(tokenizer: Loaded, video: Tensor, batch_size: int, precision: str = "float32") -> Tensor:
     """Reconstructs clips (n, 3, T, H, W) with a tokenizer, in batches; the result is on the CPU."""
     model = tokenizer.model.to(device())
-    with inference_precision():
+    with autocast(precision), exact_float32():
         return torch.cat([model.reconstruct(part.to(device())).cpu() for part in video.split(batch_size)])
 
 
 @torch.no_grad()
-def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, batch_size: int) -> dict:
+def teacher_forced_metrics(
+    generator: Loaded, tokenizer: Loaded, batch: dict, batch_size: int, precision: str = "float32"
+) -> dict:
     """Computes the share of correctly predicted bits with the true bits as history.
 
     Returns:
@@ -138,7 +140,7 @@ def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, ba
     prompts = model.condition.prompts(batch)
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        with inference_precision():
+        with autocast(precision), exact_float32():
             feature = codec.encode(batch["video"][part].to(device()))
             logits, sequence = teacher_forced(model, feature, schedule, model.condition(prompts[part]))
         right.append(((logits > 0) == sequence.targets).cpu())
@@ -153,11 +155,12 @@ def teacher_forced_metrics(generator: Loaded, tokenizer: Loaded, batch: dict, ba
 def seconds_for_one(
     generator: Loaded, tokenizer: Loaded, prompt: str, size: tuple[int, int, int], sampling: Sampling, precision: str
 ) -> float:
-    """Measures the seconds to sample and decode one clip: the median of three runs, after one to warm up."""
-    model, codec, seconds = generator.model.to(device()), tokenizer.model.to(device()), []
+    """Measures the seconds to sample and decode one clip, as `generate` does: the median of three runs, after one to warm
+    up."""
+    seconds = []
     for _ in range(4):
         begin = time.perf_counter()
-        with autocast(precision):
-            sample_clips(model, codec, codec.schedule(*size), [prompt], [0], sampling).cpu()
+        for _ in stream_samples(generator, tokenizer, [prompt], [0], size, sampling, precision):
+            pass
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds[1:])

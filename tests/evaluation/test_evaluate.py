@@ -211,6 +211,9 @@ def test_real_clips_are_read_once(evaluate, videos, monkeypatch):
     monkeypatch.setattr(run.RealClips, "make", lambda self, batch: adds.append(batch))
     assert evaluate(*words, "protocol.seed=3", protocol="weizmann", name="again") == 0
     assert adds == []
+    monkeypatch.setattr(run, "computed_by", lambda: {"kit": "of another version, which may decode otherwise"})
+    assert evaluate(*words, "protocol.seed=3", protocol="weizmann", name="later") == 1
+    assert len(adds) == 1, "the real clips are read again, which are not made here"
 
 
 def test_videos_against_videos(evaluate, read, videos, tmp_path):
@@ -226,13 +229,19 @@ def test_held_out_clips_that_training_may_have_seen_are_told(evaluate, videos, p
     assert "may have learned" not in capsys.readouterr().out
     few = ["protocol.real.split=val", "protocol.real.val_every=3", "protocol.real.clips=2"]
     assert evaluate(*words, *few, f"real={videos}", protocol="folder", name="other") == 0
-    assert "others than were held out of the training: some of them it may have learned" in capsys.readouterr().out
+    assert (
+        "others than were held out of the tokenizer's training: some of them it may have learned" in capsys.readouterr().out
+    )
 
 
 def test_videos_slower_than_the_protocol_are_told(evaluate, videos, capsys):
     for fps, told in ((24, True), (12, False)):
         assert evaluate(f"videos={videos}", f"protocol.fps={fps}", "protocol.folds=1", "overwrite=true") == 0
-        assert ("have 12 frames per second, the protocol 24: frames are taken twice" in capsys.readouterr().out) == told
+        note = "the given videos have 12 frames per second, the protocol 24: frames are taken twice"
+        assert (note in capsys.readouterr().out) == told
+        both = [f"real={videos}", f"videos={videos}", f"protocol.fps={fps}", "overwrite=true"]
+        assert evaluate(*both, protocol="folder", name="folder") == 0
+        assert (note.replace("given", "real") in capsys.readouterr().out) == told
 
 
 def test_more_folds_than_the_videos_allow_are_told(evaluate, videos, capsys):
@@ -553,13 +562,19 @@ def test_a_suite_and_its_results(pair, tmp_path, capsys, monkeypatch):
     assert f"vbench evaluate --videos_path {folder / 'videos'}" in printed
     assert "contact_sheet.png, report.html; the last two show the first 1 of 2 prompts" in printed
 
-    (tmp_path / "x_eval_results.json").write_text(json.dumps({"color": [0.9, []], "scene": [0.5, []]}))
+    of_blue = [{"video_path": f"/elsewhere/videos/a blue ring-{n}.mp4", "video_results": 0.9} for n in range(2)]
+    (tmp_path / "x_eval_results.json").write_text(json.dumps({"color": [0.9, of_blue], "scene": [0.5, []]}))
     assert main([*words, f"results={tmp_path / 'x_eval_results.json'}"]) == 0
     printed = capsys.readouterr().out
     assert "| color | 90.00 | 90.73 |" in printed and "no results for subject_consistency" in printed
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["raw"] == {"color": 0.9, "scene": 0.5} and result["protocol"]["hash"] in printed
     assert result["of"]["kind"] == "generator" and result["protocol"]["suite"] == "vbench" and "total" not in result["scores"]
+    assert result["protocol"]["videos"] == 4, "with more videos of a prompt it is another protocol"
+    foreign = tmp_path / "foreign_eval_results.json"
+    foreign.write_text(json.dumps({"color": [0.9, [*of_blue, {"video_path": "a cat-0.mp4"}]]}))
+    assert main([*words, f"results={foreign}"]) == 1
+    assert "foreign_eval_results.json: color was measured on a cat-0.mp4, which is no video of" in capsys.readouterr().err
     assert main(["table", f"root={tmp_path}", f"results={folder / 'evaluation.json'}"]) == 1
     assert "it is a prompt suite's, whose table is vbench.md beside it" in capsys.readouterr().err
     assert main([*words[:-1], "name=elsewhere", f"results={tmp_path / 'x_eval_results.json'}"]) == 1

@@ -27,10 +27,14 @@ def paper(model: str) -> dict[str, float]:
 
 def test_results_of_one_file_and_of_a_folder(tmp_path):
     one = written(tmp_path / "results_1_eval_results.json", {"scene": result(0.5), "color": result(1)})
-    assert read_vbench_results(one) == {"scene": 0.5, "color": 1.0}
+    assert read_vbench_results(one) == {"scene": (0.5, ["a cat-0.mp4"]), "color": (1.0, ["a cat-0.mp4"])}
     written(tmp_path / "results_2_eval_results.json", {"temporal_style": result(-0.01)})
     written(tmp_path / "results_2_full_info.json", [])
-    assert read_vbench_results(tmp_path) == {"scene": 0.5, "color": 1.0, "temporal_style": -0.01}
+    written(tmp_path / "results_3_eval_results.json", {"human_action": [0.25], "object_class": [1, ["of another format"]]})
+    found = read_vbench_results(tmp_path)
+    scores = {"scene": 0.5, "color": 1.0, "temporal_style": -0.01, "human_action": 0.25, "object_class": 1.0}
+    assert {name: measured.score for name, measured in found.items()} == scores
+    assert found["human_action"].videos == found["object_class"].videos == [] != found["scene"].videos
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -16,10 +15,10 @@ from kit.cli import main
 from kit.data import read
 from kit.data.decode import PyAVDecoder, UnreadableVideo
 from kit.data.read import ClipFile, open_clip_file
-from kit.data.shapes import Shapes
-from kit.media import video_writer, write_video
+from kit.media import write_video
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.verbs.reconstruct import Scores, fitting_note, per_scale, reconstruct_file
+from tests.fixtures import decoded, moving
 from tests.plugin import randomise
 
 
@@ -28,15 +27,6 @@ def tokenizer(tmp_path) -> Loaded:
     """A tokenizer of random weights with a shorter side of 16 pixels; frames are taken at the file's own rate."""
     model = Tokenizer(TokenizerConfig(bits=4, scales=(1, 2, 4), patch=2, widths=(8, 16), blocks=1))
     return Loaded(randomise(model), {"frames": 5, "height": 16, "width": 16, "fps": 0}, tmp_path / "x.ckpt", 0, "")
-
-
-def moving(frames: int, height: int, width: int) -> torch.Tensor:
-    return Shapes("val", frames=frames, height=height, width=width)[0]["video"]
-
-
-def decoded(path) -> np.ndarray:
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def left_in(folder: Path) -> list[str]:
@@ -177,14 +167,6 @@ def test_an_interrupt_leaves_no_video_and_the_one_before(tokenizer, tmp_path, mo
     assert len(decoded(tmp_path / "out" / "reconstruction_0.mp4")) == 5
 
 
-def test_frames_written_in_chunks_are_the_same_file(tmp_path):
-    video = moving(9, 17, 31)
-    with video_writer(tmp_path / "chunks.mp4", 8, 17, 31) as add:
-        for chunk in video.split(4, dim=1):
-            add(chunk)
-    assert (tmp_path / "chunks.mp4").read_bytes() == write_video(video, tmp_path / "whole.mp4", 8).read_bytes()
-
-
 @pytest.mark.parametrize("name", ["moviepy_bbb_0_30.webm", "imageio_newtonscradle.gif", "mmaction2_test.avi", "lbbc2a.mpg"])
 def test_clips_from_the_wild(tokenizer, tmp_path, shared, name):
     path = shared / "data" / "clips" / name
@@ -231,34 +213,6 @@ def test_command_on_a_picture(pair, tmp_path, capsys):
     assert "a.png: 50 x 70 -> 32 x 45 (resized), padded to 32 x 48, its last row twice in the mp4; 1 frame\n" in told
     assert "a.png moves; its first frame is taken" in told and "transparent areas of" in told
     assert decoded(tmp_path / "out" / "reconstruction_0.mp4").shape == (1, 46, 64, 3)
-
-
-@pytest.mark.parametrize("rate", [30000 / 1001, 12.5, 0.001])
-def test_a_video_has_the_rate_it_is_given(tmp_path, rate):
-    with av.open(str(write_video(moving(5, 16, 16), tmp_path / "a.mp4", rate))) as container:
-        assert float(container.streams.video[0].average_rate) == pytest.approx(rate, rel=1e-6)
-
-
-def test_odd_sizes_lose_nothing(tmp_path):
-    """An mp4 has even sizes: it is that of a video whose last row and column are repeated."""
-    video = moving(5, 17, 31)
-    repeated = torch.cat([video, video[:, :, -1:]], dim=2)
-    repeated = torch.cat([repeated, repeated[..., -1:]], dim=3)
-    odd, even = (write_video(x, tmp_path / f"{x.shape[2]}.mp4", 8) for x in (video, repeated))
-    assert decoded(odd).shape == (5, 18, 32, 3) and odd.read_bytes() == even.read_bytes()
-
-
-def test_a_folder_may_have_a_colon(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert len(decoded(write_video(moving(1, 16, 16), "12:30/a.mp4", 8).absolute())) == 1
-
-
-def test_sides_that_no_mp4_has_are_told(tmp_path):
-    for height, width in ((1, 32), (32, 16386)):
-        with pytest.raises(ValueError, match=f"2 to 16384 pixels a side, not {width} x {height}"):
-            write_video(torch.zeros(3, 1, height, width), tmp_path / "out.mp4", 8)
-    assert not any(tmp_path.iterdir())
-    write_video(torch.zeros(3, 1, 2, 16384), tmp_path / "out.mp4", 8)
 
 
 @pytest.mark.parametrize(

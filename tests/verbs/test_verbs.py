@@ -5,38 +5,33 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import av
-import matplotlib
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from torch import nn
 from torch.utils.data import default_collate
 
-from kit.checkpoint import Loaded, kind_of, load_generator, load_tokenizer, model_hash, read_checkpoint
+from kit.checkpoint import Loaded, load_tokenizer, read_checkpoint
 from kit.cli import main
 from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
-from kit.files import load_checked, save_checked, sole_user
+from kit.files import sole_user
 from kit.generator.condition import ConditionConfig
 from kit.generator.corruption import training_sequence
 from kit.generator.sampler import Sampling
 from kit.machine import device
-from kit.media import contact_sheet, moving_sheet, write_video
+from kit.media import write_video
 from kit.verbs.demo import summary
 from kit.verbs.held_out import held_out
 from kit.verbs.inspect import draw_samples
@@ -51,83 +46,6 @@ PROMPT = "a red ball moving right over a green field"
 
 def run(verb, pair, tmp_path, *overrides, model="generator") -> int:
     return main([verb, f"ckpt={getattr(pair, model)}", f"root={tmp_path}", "name=out", *overrides])
-
-
-def test_wrong_tokenizer_is_refused_with_both_hashes(pair, tmp_path, capsys):
-    assert fit_tokenizer(tmp_path, "recipe.tokenizer.steps=1", "trainer.val_check_interval=1", name="other") == 0
-    other = tmp_path / "other" / "checkpoints" / "last.ckpt"
-    assert run("generate", pair, tmp_path, "prompt=x", f"tokenizer={other}") == 1
-    error = capsys.readouterr().err
-    assert load_tokenizer(other).hash in error and load_tokenizer(pair.tokenizer).hash in error
-
-
-def test_generator_and_tokenizer_are_not_mixed_up(pair, tmp_path, capsys):
-    assert run("generate", pair, tmp_path, "prompt=x", model="tokenizer") == 1
-    assert "holds tokenizer, expected a generator checkpoint" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("values", [None, {"tokenizer": "gpt2"}])
-def test_a_checkpoint_of_another_program_is_told(tmp_path, values):
-    torch.save({"hyper_parameters": values, "state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="other.ckpt holds something else, expected a tokenizer checkpoint of kit"):
-        load_tokenizer(tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="other.ckpt holds something else, expected a checkpoint of kit"):
-        kind_of(tmp_path / "other.ckpt")
-
-
-@pytest.mark.parametrize(("contents", "why"), [(b"a text", "it is no file of torch, or cut off"), (b"", "it is empty")])
-@pytest.mark.parametrize("load", [load_tokenizer, kind_of])
-def test_what_is_no_checkpoint_is_told(tmp_path, contents, why, load):
-    path = tmp_path / "other.ckpt"
-    path.write_bytes(contents)
-    with pytest.raises(ValueError, match=f"other.ckpt is not a readable file of tensors: {why}"):
-        load(path)
-
-
-@pytest.mark.parametrize("damage", ["cut", "text"])
-def test_broken_checkpoint_is_named(pair, tmp_path, capsys, damage):
-    broken = tmp_path / "broken.ckpt"
-    broken.write_bytes(pair.tokenizer.read_bytes()[:5000] if damage == "cut" else b"not a checkpoint")
-    assert main(["reconstruct", f"ckpt={broken}", f"root={tmp_path}"]) == 1
-    assert "broken.ckpt is not a readable file of tensors" in capsys.readouterr().err
-
-
-def test_moved_tokenizer_is_found_by_its_new_path(pair, tmp_path, capsys):
-    moved = shutil.copy(pair.tokenizer, tmp_path / "moved.ckpt")
-    checkpoint = load_checked(pair.generator)
-    checkpoint["hyper_parameters"]["tokenizer_path"] = "/gone.ckpt"
-    save_checked(checkpoint, tmp_path / "generator.ckpt")
-    with pytest.raises(FileNotFoundError, match="tokenizer=PATH"):
-        load_generator(tmp_path / "generator.ckpt")
-    assert load_generator(tmp_path / "generator.ckpt", moved)[1].hash == load_tokenizer(pair.tokenizer).hash
-
-
-def test_hash_changes_with_any_weight(pair):
-    loaded = load_tokenizer(pair.tokenizer)
-    assert model_hash(load_tokenizer(pair.tokenizer).model) == loaded.hash
-    loaded.model.decoder.head.bias.data[0] += 1e-3
-    assert model_hash(loaded.model) != loaded.hash
-
-
-def test_hash_changes_with_the_architecture_and_the_names_of_weights():
-    """Two generators with another number of heads have the same weights."""
-
-    def hashed(heads: int, name: str) -> str:
-        model = nn.Module()
-        model.config = SimpleNamespace(as_dict=lambda: {"heads": heads})
-        model.register_buffer(name, torch.ones(2))
-        return model_hash(model)
-
-    assert hashed(1, "a") == hashed(1, "a")
-    assert len({hashed(1, "a"), hashed(2, "a"), hashed(1, "b")}) == 3
-
-
-def test_checkpoint_gives_the_averaged_weights(pair):
-    checkpoint = torch.load(pair.tokenizer, weights_only=True)
-    name = "model.decoder.head.weight"
-    loaded = load_tokenizer(pair.tokenizer).model.decoder.head.weight
-    assert torch.equal(loaded, checkpoint["ema"][name])
-    assert not torch.equal(loaded, checkpoint["state_dict"][name])
 
 
 def test_reconstruct_reports_each_scale(pair, tmp_path):
@@ -182,13 +100,25 @@ def untrained(make_generator, make_tokenizer, tmp_path) -> tuple[Loaded, Loaded,
     return *models, default_collate([Shapes("val", frames=5, height=8, width=8)[n] for n in range(3)])
 
 
-def test_all_clips_are_scored_in_batches_of_any_size(untrained, monkeypatch):
-    monkeypatch.setattr("kit.verbs.validate.inference_precision", nullcontext)
+def test_all_clips_are_scored_in_batches_of_any_size(untrained):
     generator, tokenizer, clips = untrained
     whole = teacher_forced_metrics(generator, tokenizer, clips, 3)
     output = reconstruct_batches(tokenizer, clips["video"], 3)
     assert teacher_forced_metrics(generator, tokenizer, clips, 2) == whole
     torch.testing.assert_close(reconstruct_batches(tokenizer, clips["video"], 2), output)
+
+
+def test_scores_are_of_models_in_the_precision_that_is_asked_for(untrained):
+    generator, tokenizer, clips = untrained
+    exact, rounded = (reconstruct_batches(tokenizer, clips["video"], 3, p) for p in ("float32", "bfloat16"))
+    assert exact.equal(reconstruct_batches(tokenizer, clips["video"], 3)) and not exact.equal(rounded)
+    seen = []
+    hook = generator.model.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled(device().type)))
+    for precision in ("float32", "bfloat16"):
+        teacher_forced_metrics(generator, tokenizer, clips, 3, precision)
+        seen.append(precision)
+    hook.remove()
+    assert seen == [False, "float32", True, "bfloat16"]
 
 
 def test_bits_that_are_right_are_counted_by_frame_and_by_scale(untrained, monkeypatch):
@@ -210,15 +140,13 @@ def test_the_time_for_a_clip_is_the_median_of_three_after_one_to_warm_up(untrain
     ticks, asked = iter([0, 9, 10, 11, 20, 23, 30, 32]), []
 
     def sample(*given):
-        assert torch.is_autocast_enabled(device().type)
         asked.append(given)
-        return torch.zeros(1)
+        yield from (torch.zeros(1), torch.zeros(1))
 
     monkeypatch.setattr("kit.verbs.validate.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    monkeypatch.setattr("kit.verbs.validate.sample_clips", sample)
+    monkeypatch.setattr("kit.verbs.validate.stream_samples", sample)
     assert seconds_for_one(generator, tokenizer, PROMPT, (5, 8, 12), Sampling(), "bfloat16") == 2
-    *_, schedule, prompts, seeds, _ = asked[0]
-    assert len(asked) == 4 and (schedule.grid, schedule.latent_frames, prompts, len(seeds)) == ((2, 3), 2, [PROMPT], 1)
+    assert asked == [(generator, tokenizer, [PROMPT], [0], (5, 8, 12), Sampling(), "bfloat16")] * 4
 
 
 @pytest.mark.parametrize("drawn, width", [(True, 16), (True, 8), (False, 16)])
@@ -316,7 +244,7 @@ def test_other_clips_than_those_held_out_are_told(tmp_path, capsys, caplog):
     ckpt = f"ckpt={tmp_path / 'tokenizer' / 'checkpoints' / 'last.ckpt'}"
     for words, told in (([*data, "data.source.val_every=3"], False), (data, True), ([], True)):
         assert main(["validate", ckpt, f"root={tmp_path}", "clips=2", *words]) == 0
-        assert ("other clips than were held out of its training" in capsys.readouterr().out) == told
+        assert ("other clips than were held out of the tokenizer's training" in capsys.readouterr().out) == told
 
 
 def test_a_held_out_file_that_cannot_be_read_is_left_out(tmp_path, capsys):
@@ -459,77 +387,3 @@ def test_a_part_of_the_demo_saves_when_it_is_told_to_end(tmp_path, tell, number)
             time.sleep(0.01)
         tell(running.pid, number)
         assert running.wait(60) != 0 and (tmp_path / "saved").exists()
-
-
-def test_pixels_survive_the_video_file(tmp_path):
-    clip = Shapes("val")[0]["video"]
-    with av.open(str(write_video(clip, tmp_path / "x.mp4", 8))) as container:
-        stream = container.streams.video[0]
-        assert float(stream.average_rate) == 8
-        read = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
-    written = ((clip + 1) * 127.5).permute(1, 2, 3, 0).numpy()
-    assert read.shape == (17, 64, 64, 3)
-    assert np.abs(read - written).mean() < 3
-
-
-def test_a_caption_of_several_lines_has_one_on_a_contact_sheet(tmp_path):
-    """Else the frames would cover its other lines."""
-    sheets = [
-        contact_sheet([{"real": torch.zeros(3, 1, 64, 64)}], [title], tmp_path / f"{number}.png")
-        for number, title in enumerate(("a red ball\n over a\tfield\n", "a red ball over a field"))
-    ]
-    assert sheets[0].read_bytes() == sheets[1].read_bytes()
-
-
-def test_a_long_title_is_whole_on_a_contact_sheet(tmp_path):
-    """However narrow the frames are: of captions that differ in their last word alone one sees which is which."""
-    sheets = [
-        contact_sheet([{"real": torch.zeros(3, 1, 64, 64)}], [f"{'a red ball ' * 20}(seed {seed})"], tmp_path / f"{seed}.png")
-        for seed in (1, 2)
-    ]
-    assert sheets[0].read_bytes() != sheets[1].read_bytes()
-
-
-def test_titles_in_any_script_can_be_told_apart(tmp_path, monkeypatch):
-    """Pillow's own font draws a box for each letter that is not English."""
-    monkeypatch.setattr("kit.media.FONTS", ("none.ttf", f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"))
-    groups = [{"real": torch.zeros(3, 1, 64, 64)}]
-    sheets = [contact_sheet(groups, [title], tmp_path / f"{title}.png").read_bytes() for title in ("красный", "зелёный")]
-    assert sheets[0] != sheets[1]
-    monkeypatch.setattr("kit.media.FONTS", ("none.ttf",))
-    contact_sheet(groups, ["красный"], tmp_path / "boxes.png")
-
-
-def test_a_moving_sheet_plays_each_clip_in_its_place(tmp_path):
-    """Frame t of each clip is where its column and its row meet, for as long as `fps` says."""
-    levels = torch.linspace(-1, 1, 5)
-    flat = levels[:, None, None].expand(3, 5, 32, 48)
-    groups = [{"real": flat, "sample": -flat}, {"real": flat, "sample": flat}]
-    with Image.open(moving_sheet(groups, ["a red ball " * 20, "short"], tmp_path / "sheet.webp", fps=10)) as sheet:
-        assert (sheet.n_frames, sheet.info["loop"]) == (5, 0)
-        for t, level in enumerate(levels.tolist()):
-            sheet.seek(t)
-            sheet.load()
-            assert sheet.info["duration"] == 100
-            pixels = torch.as_tensor(np.array(sheet.convert("L"))).float()[-2 * 98 :, 96:] / 127.5 - 1
-            for (row, column), sign in {(0, 0): 1, (1, 0): -1, (0, 1): 1, (1, 1): 1}.items():
-                place = pixels[row * 98 :, column * 146 :][4:92, 4:140]
-                assert (place - sign * level).abs().max() < 0.05, (t, row, column)
-
-
-@pytest.mark.parametrize(("clips", "side", "size"), [(200, 64, (125 * 130 + 96, 130)), (2, 1000, (2 * 194 + 96, 194))])
-def test_a_moving_sheet_of_many_or_large_clips_fits_its_format(tmp_path, clips, side, size):
-    groups = [{"real": torch.zeros(3, 1, side, side)}] * clips
-    with Image.open(moving_sheet(groups, [""] * clips, tmp_path / "sheet.webp", fps=8)) as sheet:
-        assert sheet.size == (size[0], size[1] + 6)
-
-
-def test_a_title_on_a_moving_sheet_keeps_to_its_column(tmp_path):
-    """Also over tall and narrow clips, where few letters have room: it would cover the title beside it."""
-    groups = [{"real": torch.zeros(3, 1, 96, 32)}] * 2
-    texts = {"": None, "PURPLE STARS CIRCLING": None}
-    for title in texts:
-        with Image.open(moving_sheet(groups, [title, "a red ball " * 20], tmp_path / "sheet.webp", fps=8)) as sheet:
-            texts[title] = np.array(sheet.convert("L")).astype(int)[:60, sheet.width - (sheet.width - 96) // 2 :]
-    plain, beside = texts.values()
-    assert np.abs(plain - beside).max() < 40  # a WebP's small losses
