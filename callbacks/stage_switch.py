@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from kit.data.staged import StagedClips
-from kit.fsdp import check_unused
+from kit.fsdp import allow_unused
 from kit.loop import batches_done, batches_of_a_step
 from kit.stages import Stage, locate, starts
 from kit.values import check_choice
@@ -49,7 +49,7 @@ class StageSwitch(L.Callback):
         """Checks that the stages can be trained.
 
         Raises:
-            ValueError: if there are no stages, or a stage shall train parts that do not exist; as `check_unused`.
+            ValueError: if there are no stages, or a stage shall train parts that do not exist.
         """
         if not isinstance(trainer.datamodule, StagedClips):
             raise ValueError("callbacks.stage_switch is for trainings in stages: give stages, or callbacks.stage_switch=null")
@@ -57,7 +57,7 @@ class StageSwitch(L.Callback):
         for stage in chosen:
             check_names(module, stage)
         if chosen:
-            check_unused(trainer, f"stages.{chosen[0].name}.train")
+            allow_unused(trainer)
 
     def on_train_start(self, trainer, module):
         data = trainer.datamodule

@@ -15,7 +15,7 @@ from kit.checkpoint import load_tokenizer, read_tokenizer_config
 from kit.data.buckets import Bucket, read_shape
 from kit.data.datamodule import ClipDataModule
 from kit.data.staged import StagedClips
-from kit.fsdp import ShardedStrategy, check_unused
+from kit.fsdp import ShardedStrategy, allow_unused
 from kit.generator.module import GeneratorModule
 from kit.generator.pretrained import find_encoder
 from kit.loop import accumulated
@@ -405,15 +405,14 @@ def check_launch(trainer: L.Trainer):
         )
 
 
-def check_devices_of_tokenizer(trainer: L.Trainer, module: TokenizerModule):
-    """Checks that a tokenizer can be trained on a trainer's devices.
+def prepare_trainer_of_tokenizer(trainer: L.Trainer, module: TokenizerModule):
+    """Prepares a trainer for a tokenizer's discriminators, and checks that its devices can train the tokenizer.
 
     Raises:
-        ValueError: with sharded weights (trainer=fsdp), if it learns its amplitude, a single number that cannot be sharded;
-            else as `check_unused`.
+        ValueError: with sharded weights (trainer=fsdp), if it learns its amplitude, a single number that cannot be sharded.
     """
-    if module.discriminator is not None:
-        check_unused(trainer, "adversarial training")
+    if module.discriminator is not None:  # of two networks that take turns one is unused
+        allow_unused(trainer)
     if isinstance(trainer.strategy, ShardedStrategy) and module.model.config.learned_amplitude:
         raise ValueError(
             "trainer=fsdp cannot train with tokenizer.learned_amplitude=true; set it to false, or use trainer=default"

@@ -22,20 +22,11 @@ from kit.values import check_choice, check_whole_number
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, in the CPU memory of the first process
 
 
-def check_unused(trainer: L.Trainer, what: str):
-    """Checks that a trainer allows parameters without a gradient. All do but those with DDP, unless it is set to.
-
-    Args:
-        what: what it is that leaves parameters without one.
-    Raises:
-        ValueError: if it does not.
-    """
-    strategy = trainer.strategy
-    strict = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters", False)
-    if strict and trainer.world_size > 1:
-        raise ValueError(
-            f"{what} on several devices needs +trainer.strategy=ddp_find_unused_parameters_true; or take trainer.devices=1"
-        )
+def allow_unused(trainer: L.Trainer):
+    """Lets parameters have no gradient in a step, before the training begins. Only DDP has to be told, which otherwise waits
+    for all of them; it then looks for those of each step, which takes a little time."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
 
 
 class ShardedStrategy(ModelParallelStrategy):

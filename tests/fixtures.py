@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ import torch
 from kit.cli import main
 from kit.confs import compose, located, register_resolvers
 from kit.data.shapes import Shapes
+from kit.files import locked
 from kit.generator.guidance import Guidance
 
 CLIP = ["trainer.accelerator=cpu", "trainer.devices=1", "data.frames=5", "data.height=32", "data.width=32", "data.workers=0"]
@@ -127,9 +130,24 @@ def fit_generator(root: Path, *overrides: str, tokenizer: Path, name: str = "gen
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory) -> SimpleNamespace:
-    """A trained tokenizer and generator: paths `root` of the folder, `tokenizer` and `generator` of the checkpoints."""
-    root = tmp_path_factory.mktemp("pair")
-    assert fit_tokenizer(root) == 0
-    tokenizer = root / "tokenizer" / "checkpoints" / "last.ckpt"
-    assert fit_generator(root, tokenizer=tokenizer) == 0
-    return SimpleNamespace(root=root, tokenizer=tokenizer, generator=root / "generator" / "checkpoints" / "last.ckpt")
+    """A trained tokenizer and generator: paths `root` of the folder, `tokenizer` and `generator` of the checkpoints.
+
+    The first process of xdist that needs them trains them for all.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "pair"
+    tokenizer, generator = (root / kind / "checkpoints" / "last.ckpt" for kind in ("tokenizer", "generator"))
+    with locked(root.with_suffix(".lock")):
+        if not (root / "trained").exists():
+            assert fit_tokenizer(root) == 0
+            assert fit_generator(root, tokenizer=tokenizer) == 0
+            (root / "trained").touch()
+    return SimpleNamespace(root=root, tokenizer=tokenizer, generator=generator)
+
+
+@pytest.fixture
+def own_pair(pair, tmp_path) -> SimpleNamespace:
+    """A copy of `pair` that a test may change."""
+    root = Path(shutil.copytree(pair.root, tmp_path / "pair"))
+    moved = {part: root / path.relative_to(pair.root) for part, path in vars(pair).items()}
+    return SimpleNamespace(**moved)

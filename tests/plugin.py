@@ -17,7 +17,7 @@ from kit.machine import can_compile
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.causal import CausalConv3d
 from tests.composing import composing_quickly
-from tests.fixtures import pair  # noqa: F401  a fixture
+from tests.fixtures import own_pair, pair  # noqa: F401  fixtures
 from tests.interrupted import whole  # noqa: F401  likewise
 
 LONG = (  # files that take the longest, from a minute down: first, so that at the end no process waits long for another

@@ -6,9 +6,12 @@ import csv
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
 from callbacks import RunSummary, StageSwitch
 from kit.build import plan_of
@@ -225,6 +228,16 @@ def test_a_stage_can_leave_parts_as_they_are(pair, tmp_path):
         learns = name.startswith(("model.head", "model.layers.1."))
         assert torch.equal(all_[name], some[name]) != learns, name
         assert "condition" in name or not torch.equal(some[name], again[name]), name
+
+
+@pytest.mark.parametrize("train", [None, ["head"]])
+def test_ddp_waits_for_no_gradients_of_parts_that_do_not_learn(train, tmp_path):
+    plan = SimpleNamespace(stages=[SimpleNamespace(name="a", train=train)])
+    data = mock.create_autospec(StagedClips, instance=True, plan=plan)
+    trainer, module = SimpleNamespace(strategy=DDPStrategy(), datamodule=data), SimpleNamespace(model=nn.ModuleDict())
+    module.model["head"] = nn.Linear(2, 2)
+    StageSwitch(tmp_path, "val/loss").setup(trainer, module, "fit")
+    assert trainer.strategy._ddp_kwargs == ({} if train is None else {"find_unused_parameters": True})
 
 
 def test_wrong_plans_of_a_run_are_told(pair, tmp_path, capsys):

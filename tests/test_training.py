@@ -230,45 +230,45 @@ def test_a_training_without_a_logger(tmp_path):
     assert not (run / "logs").exists()
 
 
-def test_an_old_run_is_not_overwritten_unless_asked_for(pair, capsys):
-    before = pair.tokenizer.read_bytes()
-    assert fit_tokenizer(pair.root) == 1
+def test_an_old_run_is_not_overwritten_unless_asked_for(own_pair, capsys):
+    before = own_pair.tokenizer.read_bytes()
+    assert fit_tokenizer(own_pair.root) == 1
     assert "ckpt=last" in capsys.readouterr().err
-    assert pair.tokenizer.read_bytes() == before
-    other = pair.root / "other.ckpt"
+    assert own_pair.tokenizer.read_bytes() == before
+    other = own_pair.root / "other.ckpt"
     other.write_bytes(before)
-    assert fit_tokenizer(pair.root, f"ckpt={other}") == 1
+    assert fit_tokenizer(own_pair.root, f"ckpt={other}") == 1
     assert "already holds a trained run" in capsys.readouterr().err
-    assert fit_tokenizer(pair.root, f"ckpt={pair.tokenizer}") == 0, "its own"
+    assert fit_tokenizer(own_pair.root, f"ckpt={own_pair.tokenizer}") == 0, "its own"
 
 
-def test_finished_run_continued_is_left_as_it_is(pair):
-    log = pair.tokenizer.parents[1] / "logs" / "version_0" / "metrics.csv"
-    before = log.read_bytes(), pair.tokenizer.read_bytes()
-    assert fit_tokenizer(pair.root, "ckpt=last") == 0
-    assert read_checkpoint(pair.tokenizer, "tokenizer")["global_step"] == 100
-    assert (log.read_bytes(), pair.tokenizer.read_bytes()) == before
+def test_finished_run_continued_is_left_as_it_is(own_pair):
+    log = own_pair.tokenizer.parents[1] / "logs" / "version_0" / "metrics.csv"
+    before = log.read_bytes(), own_pair.tokenizer.read_bytes()
+    assert fit_tokenizer(own_pair.root, "ckpt=last") == 0
+    assert read_checkpoint(own_pair.tokenizer, "tokenizer")["global_step"] == 100
+    assert (log.read_bytes(), own_pair.tokenizer.read_bytes()) == before
 
 
-def test_another_architecture_does_not_go_on(pair, capsys):
-    assert fit_tokenizer(pair.root, "ckpt=last", "tokenizer.bits=4", "tokenizer.widths=[32,48]") == 1
+def test_another_architecture_does_not_go_on(own_pair, capsys):
+    assert fit_tokenizer(own_pair.root, "ckpt=last", "tokenizer.bits=4", "tokenizer.widths=[32,48]") == 1
     error = capsys.readouterr().err
     assert "is of another architecture (bits: 8, 4; widths: [32, 32], [32, 48])" in error and "Traceback" not in error
-    assert fit_generator(pair.root, "ckpt=last", "generator.layers=3", tokenizer=pair.tokenizer) == 1
+    assert fit_generator(own_pair.root, "ckpt=last", "generator.layers=3", tokenizer=own_pair.tokenizer) == 1
     assert "is of another architecture (layers: 2, 3)" in capsys.readouterr().err
 
 
-def test_what_changed_since_a_run_began_is_told_or_refused(pair, tmp_path, capsys, caplog):
+def test_what_changed_since_a_run_began_is_told_or_refused(own_pair, tmp_path, capsys, caplog):
     words = ("ckpt=last", "loss.bit_weights=uniform", "optimizer.lr=1e-4", "data.batch_size=2")
-    assert fit_generator(pair.root, *words, tokenizer=pair.tokenizer) == 0
+    assert fit_generator(own_pair.root, *words, tokenizer=own_pair.tokenizer) == 0
     for change in ("loss.bit_weights: margin, uniform", "optimizer.lr: "):
         assert f"other settings than it began with (then, now): {change}" in caplog.text
     assert "resumes with other data than it began with (then, now): batch_size: 4, 2" in caplog.text
-    assert fit_generator(pair.root, "ckpt=last", "optimizer.weight_decay=0.5", tokenizer=pair.tokenizer) == 1
+    assert fit_generator(own_pair.root, "ckpt=last", "optimizer.weight_decay=0.5", tokenizer=own_pair.tokenizer) == 1
     assert "cannot change that" in (error := capsys.readouterr().err) and "optimizer.weight_decay: " in error
     assert fit_tokenizer(tmp_path, "tokenizer.bits=8", "trainer.max_steps=1", "seed=1") == 0
     other = tmp_path / "tokenizer" / "checkpoints" / "last.ckpt"
-    assert fit_generator(pair.root, "ckpt=last", tokenizer=other) == 1
+    assert fit_generator(own_pair.root, "ckpt=last", tokenizer=other) == 1
     assert "tokenizer_hash: " in capsys.readouterr().err
 
 

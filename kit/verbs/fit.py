@@ -17,8 +17,8 @@ from kit.build import (
     build_data,
     build_stages,
     build_trainer,
-    check_devices_of_tokenizer,
     plan_of,
+    prepare_trainer_of_tokenizer,
     tokenizer_config,
 )
 from kit.confs import keep_config
@@ -138,7 +138,7 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[BatchPosit
     # once data and callbacks have refused what they refuse, and before a checkpoint is loaded
     trainer = build_trainer(cfg, LambdaCallback(setup=lambda *_, **__: take_folder(cfg, resume)))
     if module.kind == "tokenizer":
-        check_devices_of_tokenizer(trainer, module)
+        prepare_trainer_of_tokenizer(trainer, module)
     with fast_float32_products(), noticing_dead_workers():
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return trainer
