@@ -18,24 +18,24 @@ import torch
 from torch import Tensor
 
 from kit.data.buckets import Bucket
-from kit.data.decode import UnreadableVideo, load_backend
+from kit.data.captions import captions_beside, captions_in, read_captions, tell_unread
+from kit.data.decode import PICTURES, UnreadableVideo, load_backend
 from kit.data.decoder_process import open_video
 from kit.data.frames import fit, frame_numbers
 from kit.data.heads import Head, sort_files
 from kit.data.listing import (
     LABEL_SOURCES,
     LEADING_WORDS,
-    captions_beside,
-    captions_in,
+    files_below,
     held_out_of,
     label_files,
     list_videos,
-    read_captions,
     split_files,
 )
 from kit.data.source import BucketPart, ClipSource
 from kit.values import check_choice, check_whole_number
 
+RATES = 10  # files whose frame rate is looked up
 SAME_RATE = 1.05  # rates that differ by no more than this factor count as one
 ORDERS = 64  # file orders of epochs kept in memory: each bucket uses two, for its clips and for its images
 
@@ -44,6 +44,12 @@ ORDERS = 64  # file orders of epochs kept in memory: each bucket uses two, for i
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     """The order of `count` files in an epoch: a permutation (count,)."""
     return np.random.default_rng((seed, 0, epoch)).permutation(count)
+
+
+def spread_first(count: int, few: int) -> list[int]:
+    """Numbers from 0 to `count` - 1: first `few` of them, evenly spread, then the others."""
+    spread = [count * n // few for n in range(few)]
+    return list(dict.fromkeys((*spread, *range(count))))
 
 
 class Clip(NamedTuple):
@@ -67,18 +73,18 @@ class FolderClips(ClipSource):
     """Data set of video files: item n is {"video": (3, T, H, W) in [-1, 1], "caption": str, "label": int}.
 
     Item n is a pure function of (seed, n), for any n >= 0. `train` is endless: it goes through its files in a new order each
-    epoch and takes a random clip of each. `val` and `all` take the middle clip of file n modulo the number of files. A file
-    that is too short is extended by its last frame. The label is an index into `classes`, -1 without classes; the caption is
-    the given one, else the name of the class, else empty. A file that cannot be read is reported once and recorded, and the
-    next file of the stream takes its place.
+    epoch and takes a random clip of each. `val` goes through its files in one shuffled order and takes the middle clip of
+    each, `all` the middle clip of file n modulo the number of files. A file that is too short is extended by its last frame.
+    The label is an index into `classes`, -1 without classes; the caption is the given one, else the name of the class, else
+    empty. A file that cannot be read is reported once and recorded, and the next file of the stream takes its place.
 
     Args:
         root: folder of videos; for clips of one frame also of pictures. split: `val`, every `val_every`-th file of the
             sorted list, `train`, the others, or `all`.
         frames: T, 1 gives images. height, width: pixels. fps: frames per second, each file's own if None or 0.
         seed: each seed gives another stream. backend: see `kit.data.decode`.
-        label_from, filename_pattern: see `label_files`. captions: see `read_captions`; by default the file captions.csv,
-            .jsonl or .json in the folder, if there is one.
+        label_from, filename_pattern: see `label_files`. captions: see `read_captions`; by default the table in the folder,
+            see `captions_in`, or files beside the videos, see `captions_beside`.
         flip: mirror half of the training clips; wrong where captions tell left from right.
         random_crop: crop training clips anywhere instead of in the centre.
         verify: read a clip of every file now, to learn of unreadable and short files at once.
@@ -125,6 +131,7 @@ class FolderClips(ClipSource):
             warnings.warn(f"{self.root} holds one video only: it is used for training and validation", stacklevel=3)
         self._labels, self._captions = self._labels_of(names), self._captions_of(names)
         self.classes = tuple(sorted(set(self._labels.values())))
+        self._numbers = {label: number for number, label in enumerate(self.classes)}
         self._tell_wordless(names)
         self._begin_records()
         if self.verify:
@@ -163,11 +170,14 @@ class FolderClips(ClipSource):
         return label_files(names, self.label_from, self.filename_pattern)
 
     def _captions_of(self, names: list[str]) -> dict[str, str]:
-        table = self.captions or captions_in(self.root)
-        if not table:
-            return captions_beside(self.root, names)
-        others = list_videos(self.root, pictures=True) if self.root.is_dir() else []  # pictures, where videos are read
-        return read_captions(Path(table), names, others)
+        listed = files_below(self.root) if self.root.is_dir() else []
+        if table := self.captions or captions_in(self.root):
+            pictures = (name for name in listed if name.lower().endswith(PICTURES))  # where videos are read
+            return read_captions(Path(table), names, pictures, self.root, self._tell)
+        captions = captions_beside(self.root, names, listed, self._tell)
+        if not captions:
+            tell_unread(self.root, names, listed, self._tell)
+        return captions
 
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:
@@ -223,19 +233,21 @@ class FolderClips(ClipSource):
 
     @property
     def native_fps(self) -> float:
-        """Median frame rate of the first ten readable files. Warns if rates differ, since each clip has its file's.
+        """Median frame rate of ten readable files, from the first to the last. Warns if rates differ, since each clip has
+        its file's.
 
         Raises:
             ValueError: if no file can be read.
         """
         rates = []
-        for name in self.files:
+        for place in spread_first(len(self.files), RATES):
+            name = self.files[place]
             try:
                 with self._at(name) as path:
                     rates.append(open_video(path, self.backend, self.patience).fps)
             except UnreadableVideo as error:
                 self.skip(name, error)
-            if len(rates) == 10:
+            if len(rates) == RATES:
                 break
         if not rates:
             raise self.nothing_readable()
@@ -247,14 +259,19 @@ class FolderClips(ClipSource):
     def file(self, n: int) -> str:
         """Name of the file that item n is taken from, if that file can be read."""
         epoch, position = divmod(n, len(self.files))
-        return self.files[self._order_of(epoch)[position] if self.split == "train" else position]
+        match self.split:
+            case "train":
+                position = self._order_of(self.seed, epoch)[position]
+            case "val":  # of many a few are looked at: of all classes, and the same whatever the seed
+                position = self._order_of(0, 0)[position]
+        return self.files[position]
 
     def distinct(self, n: int) -> bool:  # not the second of a file, nor of another file because its own cannot be read
         return n < len(self.files) and self.path_of(self.file(n)) not in self.skipped
 
-    def _order_of(self, epoch: int) -> np.ndarray:
-        """Order of the files in a training epoch, as positions in `files`."""
-        return _order(self.seed, epoch, len(self.files))
+    def _order_of(self, seed: int, epoch: int) -> np.ndarray:
+        """Order of the files in an epoch, as positions in `files`."""
+        return _order(seed, epoch, len(self.files))
 
     def __getitem__(self, n: int) -> dict:
         if n < 0:
@@ -271,7 +288,7 @@ class FolderClips(ClipSource):
         """`caption` and `label` of a file."""
         label = self._labels.get(name, "")
         caption = self._captions.get(name, " ".join(label.replace("_", " ").split()))
-        return {"caption": caption, "label": self.classes.index(label) if label else -1}
+        return {"caption": caption, "label": self._numbers[label] if label else -1}
 
     def _candidates(self, n: int) -> Iterator[str]:
         """Yields the files to try for item n: its own, those of the next items until each file had its turn, the spare

@@ -1,26 +1,22 @@
-"""Files in a folder of videos: their names, which are held out, their labels and captions."""
+"""Files in a folder of videos: their names, which are held out, and their labels."""
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import re
-import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from kit.data.decode import PICTURES
-from kit.files import read_text, written_aside
 from kit.values import hash_of
 
 SUFFIXES = (
     ".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif", ".m4v",
     ".mts", ".m2ts", ".ts", ".3gp", ".3g2", ".wmv", ".asf", ".flv", ".f4v", ".ogv", ".vob", ".mxf", ".qt", ".divx",
 )  # fmt: skip
-CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json")
 RUN = "/config/overrides.yaml"  # what lies in the folder of each of kit's runs
+LEARNED_FROM, KEPT_OUT = {"train", "training"}, {"val", "valid", "validation", "test", "testing", "dev"}  # names of folders
 LABEL_SOURCES = ("auto", "folder", "filename", "none")
 LEADING_WORDS = r"^(?P<label>.+?)_+\d+$"  # jumping_jack_00000004 -> jumping_jack
 
@@ -61,7 +57,9 @@ def files_below(root: Path) -> list[str]:
         prefix, chain = folders.pop()
         try:
             entries = list(os.scandir(chain[-1]))
-        except OSError:  # such as lost+found, which nobody may read
+        except OSError as error:
+            if prefix != "lost+found/":  # which nobody may read
+                warnings.warn(f"{chain[-1]} cannot be read, what is in it is left out: {error}", stacklevel=4)
             continue
         for entry in entries:
             name, link = prefix + entry.name, entry.is_symlink()
@@ -82,10 +80,14 @@ def is_utf8(name: str) -> bool:
 
 
 def held_out_of(names: Sequence[str], every: int) -> set[str]:
-    """Chooses the files to hold out: every `every`-th video, and every `every`-th picture; of two or more at least one.
+    """Chooses the files to hold out: those in folders such as `val` and `test` if all others are in `train`; else every
+    `every`-th video, and every `every`-th picture; of two or more at least one.
 
     Videos and pictures are counted apart, so that the same videos are held out with and without pictures.
     """
+    tops = {name: name.partition("/")[0].lower() if "/" in name else "" for name in names}
+    if LEARNED_FROM & (found := set(tops.values())) and KEPT_OUT & found and found <= LEARNED_FROM | KEPT_OUT:
+        return {name for name, top in tops.items() if top in KEPT_OUT}
     pictures = [name for name in names if name.lower().endswith(PICTURES)]
     videos = [name for name in names if not name.lower().endswith(PICTURES)]
     return {name for kind in (videos, pictures) for name in kind[every - 1 :: every] or kind[1:][-1:]}
@@ -107,14 +109,16 @@ def label_files(names: Sequence[str], source: str, pattern: str) -> dict[str, st
 
     Args:
         source: "folder" is the innermost folder, "filename" the group `label` of the regular expression `pattern` in the
-            file name without its suffix, "none" no classes; "auto" is the first of these that distinguishes files.
+            file name without its suffix, "none" no classes; "auto" is the first of these that distinguishes files, but not
+            folders such as `train` and `test`.
     Raises:
         ValueError: if a file has no such label, or the pattern no such group.
     """
     folders = {name: PurePosixPath(name).parent.name for name in names}
+    splits = {folder.lower() for folder in folders.values()} <= LEARNED_FROM | KEPT_OUT
     words = {name: _filename_label(name, pattern) for name in names}
     match source:
-        case "auto" if all(folders.values()) and len(set(folders.values())) > 1:
+        case "auto" if all(folders.values()) and len(set(folders.values())) > 1 and not splits:
             return folders
         case "auto" if all(words.values()) and 1 < len(set(words.values())) < len(names):
             return words
@@ -147,126 +151,12 @@ def _filename_label(name: str, pattern: str) -> str:
         raise ValueError(f"filename_pattern={pattern!r}: {error}; expected one such as {LEADING_WORDS!r}") from error
 
 
-def read_captions(path: Path, names: Sequence[str], others: Sequence[str] = ()) -> dict[str, str]:
-    """Reads captions from a table with one row for each of `names`: name -> caption.
-
-    Args:
-        others: further files that the table may have rows for.
-        path: csv with the columns, or jsonl with the keys, `file` and `caption`; or json, a list of such rows or an object
-            of file: caption. `file` is the name, with or without its suffix, in any form of Unicode.
-    Raises:
-        FileNotFoundError: if there is no such table.
-        ValueError: if it is malformed, names unknown files or the same file twice, or lacks a file.
-    """
-
-    def written(file: str) -> str:  # macOS decomposes the accents of file names, most editors compose them
-        return unicodedata.normalize("NFC", file)
-
-    captions: dict[str, str] = {}
-    for number, row in enumerate(_rows(path), start=1):
-        file, caption = (row.get(key) if isinstance(row, dict) else None for key in ("file", "caption"))
-        if not (isinstance(file, str) and isinstance(caption, str)):
-            named = "named `file` and `caption`, in a csv by its first line and with commas between them"
-            raise ValueError(f"{path}, row {number}: expected texts {named}; found {row}; add them")
-        if None in row:  # csv puts values beyond the columns there
-            raise ValueError(f"{path}, row {number}: more values than columns, {row[None]}; quote captions with commas")
-        if written(file) in captions:
-            raise ValueError(f"{path}, row {number}: a second caption for {file!r}; keep one for each file")
-        if not is_utf8(caption):  # JSON can write half a letter
-            raise ValueError(f"{path}, row {number}: {caption!r} cannot be written as UTF-8; write it anew")
-        captions[written(file)] = caption
-
-    both = {name: (written(name), written(str(PurePosixPath(name).with_suffix("")))) for name in (*names, *others)}
-    keys = {name: whole if whole in captions else stem for name, (whole, stem) in both.items()}
-    unknown = captions.keys() - set(keys.values())
-    if twice := [(name, stem) for name, (_, stem) in both.items() if stem in unknown]:
-        raise ValueError(f"{path}: a second caption for {twice[0][0]!r}, named {twice[0][1]!r}; keep one for each file")
-    if unknown := sorted(unknown):
-        example = f"such as {unknown[0]!r}; expected paths relative to the data folder, such as {names[0]!r}"
-        raise ValueError(f"{path} has captions for {len(unknown)} files that are not there, {example}")
-    if missing := [name for name in names if keys[name] not in captions]:
-        raise ValueError(f"{path} has no caption for {len(missing)} files, such as {missing[0]!r}; add their rows")
-    return {name: captions[keys[name]] for name in names}
-
-
-def captions_in(root: Path) -> Path | None:
-    """Returns the table of captions in a folder, in small or capital letters as suffixes of videos may be; None without.
-
-    Raises:
-        ValueError: if there are several.
-    """
-    tables = sorted(path.name for path in root.glob("*") if path.name.lower() in CAPTION_FILES and path.is_file())
-    if len(tables) > 1:
-        named = f"name one with data.source.captions={root / tables[0]}"
-        raise ValueError(f"{root} holds several tables of captions, {' and '.join(tables)}; keep one of them, or {named}")
-    return root / tables[0] if tables else None
-
-
 def held_out_hash(files: Iterable[str]) -> str:
     """Returns the hash by which a checkpoint knows the held-out files of its training, named as by `ClipSource.known_as`."""
     return hash_of(files)
 
 
-def captions_beside(root: Path, names: Sequence[str]) -> dict[str, str]:
-    """Reads captions from the text files beside the videos, a.txt beside a.mp4: name -> caption; empty if there are none.
-
-    Raises:
-        ValueError: if only some files have one, or it is not UTF-8.
-    """
-    texts = {name: (root / name).with_suffix(".txt") for name in names}
-    texts |= {name: capitals for name, path in texts.items() if (capitals := path.with_suffix(".TXT")).is_file()}
-    missing = [name for name, path in texts.items() if not path.is_file()]
-    if len(missing) == len(names):
-        return {}
-    if missing:
-        message = f"{len(missing)} of {len(names)} files have no caption in a .txt beside them, such as {missing[0]!r}"
-        raise ValueError(f"{root}: {message}; add them, or a captions.csv")
-    return {name: " ".join(read_text(path).split()) for name, path in texts.items()}
-
-
-def _rows(path: Path) -> list:
-    """The rows of a caption table, not yet checked."""
-    if not path.is_file():
-        raise FileNotFoundError(f"captions={str(path)!r} is not a file; give a csv, jsonl or json, or leave it out")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            match path.suffix.lower():
-                case ".csv":
-                    table = csv.DictReader(file)
-                    named = table.fieldnames or []
-                    if twice := [key for key in ("file", "caption") if named.count(key) > 1]:  # a row keeps the last
-                        raise ValueError(f"{path}: {named.count(twice[0])} columns named {twice[0]!r}; keep one of them")
-                    return list(table)
-                case ".jsonl":
-                    lines = [(n, line) for n, line in enumerate(file, start=1) if line.strip()]
-                    return [_json_of(line, n, path) for n, line in lines]
-                case ".json":
-                    table = json.loads(text := file.read())
-                    if isinstance(table, dict):  # of a name that stands there twice it has kept one
-                        return [{"file": k, "caption": v} for k, v in json.loads(text, object_pairs_hook=list)]
-                    return list(table)
-    except (csv.Error, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is not valid {path.suffix[1:]} in UTF-8: {error}") from error
-    raise ValueError(f"captions={str(path)!r}: expected a file ending in .csv, .jsonl or .json")
-
-
-def _json_of(line: str, number: int, path: Path):
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
-
-
-def write_captions(captions: dict[str, str], path: Path) -> None:
-    """Writes name -> caption as a csv for `read_captions`."""
-    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerows([("file", "caption"), *sorted(captions.items())])
-
-
-def is_captioned(folder: Path) -> bool:
-    """Whether each video in the folder has its caption in captions.csv, and each caption its video."""
-    try:
-        return bool(read_captions(folder / "captions.csv", list_videos(folder)))
-    except (FileNotFoundError, ValueError):
-        return False
+def stem_of(name: str) -> str:
+    """Returns a file's path without its suffix: `a/b` of `a/b.mp4`."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + (last[:dot] if (dot := last.rfind(".")) > 0 else last)

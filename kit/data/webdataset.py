@@ -27,10 +27,11 @@ import fsspec
 import numpy as np
 from tqdm import tqdm
 
+from kit.data.captions import caption_in
 from kit.data.clips import ORDERS, FolderClips, NotDelivered
 from kit.data.decode import PICTURES, UnreadableVideo
 from kit.data.heads import Head
-from kit.data.listing import SUFFIXES, is_utf8, split_files
+from kit.data.listing import SUFFIXES, split_files
 from kit.data.patience import StorageHangs, call_within, each_within
 from kit.files import locked, read_json, write_json
 from kit.machine import cache_folder
@@ -38,7 +39,7 @@ from kit.values import hash_of
 
 WORDS = (".txt", ".json", ".cls")  # files that hold the caption or class of a clip
 TIMES = ("mtime", "LastModified", "last_modified", "ETag", "etag", "Last-Modified")  # by which storages tell of a change
-INDEX = 5  # what an index means; another number with each change, so that those kept before are made anew
+INDEX = 6  # what an index means; another number with each change, so that those kept before are made anew
 
 
 class Member(NamedTuple):
@@ -232,23 +233,14 @@ def words_of(words: dict[str, bytes]) -> tuple[str | None, str | None, list[str]
         except UnicodeDecodeError:
             faults.append(f"a {suffix} that is not UTF-8")
     caption = texts.get(".txt")
-    if caption is None and ".json" in texts:
+    if not caption and ".json" in texts:
         try:
-            caption = caption_in(texts[".json"])
+            caption, lacking = caption_in(texts[".json"]) or caption, False
         except ValueError:
+            lacking = True
+        if lacking or caption is None and ".cls" not in texts:
             faults.append("a .json without a text as its `caption`")
     return caption, texts.get(".cls"), faults
-
-
-def caption_in(text: str) -> str | None:
-    """Reads `caption` of a JSON object; None if it has none. Raises ValueError if it is no such object, or that no text."""
-    values = json.loads(text)
-    caption = values.get("caption") if isinstance(values, dict) else values
-    if caption is None:
-        return None
-    if not isinstance(caption, str) or not is_utf8(caption):
-        raise ValueError
-    return caption.strip()
 
 
 @functools.lru_cache(maxsize=ORDERS)
@@ -328,8 +320,8 @@ class ShardClips(FolderClips):
     def _captions_of(self, names: list[str]) -> dict[str, str]:
         return {name: self.members[name].caption for name in names if self.members[name].caption is not None}
 
-    def _order_of(self, epoch: int) -> np.ndarray:
-        return _order(self.seed, epoch, self.counts)
+    def _order_of(self, seed: int, epoch: int) -> np.ndarray:
+        return _order(seed, epoch, self.counts)
 
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:

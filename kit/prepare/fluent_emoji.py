@@ -25,8 +25,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from kit.data.captions import is_captioned, write_captions
 from kit.data.frames import fit
-from kit.data.listing import is_captioned, write_captions
 from kit.files import locked
 from kit.machine import cache_folder
 from kit.media import write_video

@@ -417,7 +417,10 @@ def words_of(tmp_path, files: dict[str, bytes] | list[tuple[str, bytes]]) -> tup
         ({"b.json": b'{"caption": 5}'}, "", "have a .json without a text as its `caption`"),
         ({"b.json": b'{"caption": "\\ud800"}'}, "", "have a .json without a text as its `caption`"),
         ({"b.json": b'["two"]'}, "", "have a .json without a text as its `caption`"),
-        ({"b.json": b'{"width": 5}'}, "", "1 of 2 files in DIR have an empty caption or none, such as 'DIR/a.tar/b.mp4'"),
+        ({"b.json": b'{"width": 5}'}, "", "have a .json without a text as its `caption`"),
+        ({"b.json": b'{"width": 5, "prompt": "two"}'}, "two", ""),
+        ({"b.txt": b" ", "b.json": b'{"text": "two"}'}, "two", ""),
+        ({"b.txt": b"", "b.json": b'{"width": 5}'}, "", "1 of 2 files in DIR have an empty caption or none, such as"),
         ({}, "", "1 of 2 files in DIR have an empty caption or none"),
         (
             {"b.txt": b"two", "b.cls": b"x"},
