@@ -21,6 +21,8 @@ from kit.data.workers import leave_signals_to_the_trainer
 from kit.loop import batches_done, batches_of_a_step
 from kit.values import check_share, check_whole_number, differences, hash_of
 
+SHOWN = 3  # classes that the description of the data names
+
 
 class ClipsOnDevice(L.LightningDataModule):
     """DataModule that moves only the clips of a batch to the training device.
@@ -206,7 +208,8 @@ class ClipDataModule(ClipsOnDevice):
         parts = [self.train.name]
         if len(self.train.files):
             parts.append(f"{len(self.train.files)} files to train on, {len(self.val.files)} held out")
-        known = f"{len(self.classes)} classes" if self.classes else "neither captions nor classes"
+        some = ", ".join([*self.classes[:SHOWN], *["..."] * (len(self.classes) > SHOWN)])  # folders may not be classes
+        known = f"{len(self.classes)} classes ({some})" if self.classes else "neither captions nor classes"
         return ", ".join([*parts, "captions" if self.captioned else known])
 
     def position_of(self, batch: int) -> tuple[int, int]:

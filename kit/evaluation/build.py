@@ -44,7 +44,8 @@ def build_protocol(cfg: DictConfig) -> tuple[Protocol, FolderClips | Shapes]:
         ValueError, FileNotFoundError: for a wrong value, or real clips that are not there.
     """
     protocol = Protocol.from_dict(plain(cfg.protocol))
-    source, real = real_source(protocol, cfg.real), protocol.real
+    words = {key: cfg[f"real_{key}"] for key in ("captions", "label_from") if cfg[f"real_{key}"] is not None}
+    source, real = real_source(protocol, cfg.real, **words), protocol.real
     if isinstance(source, Shapes):
         if not (real.clips and protocol.fps):
             raise ValueError("shapes are drawn: say how many and how fast with protocol.real.clips= and protocol.fps=")
@@ -183,8 +184,9 @@ def check_fit(clip: dict, condition: ConditionConfig, protocol: Protocol, source
                 f"the protocol {protocol.name} has {key}={expected:g}, the generator was trained with {clip[key]:g}; take "
                 f"another generator, or say protocol.{key}={clip[key]:g}, {ANOTHER}"
             )
-    if condition.kind == "text" and not source.captioned and not source.classes:
-        print("the real clips have no captions: all samples are of the empty prompt")
+    if condition.kind == "text" and not source.captioned:
+        prompts = "their classes' names" if source.classes else "the empty prompt"
+        print(f"the real clips have no captions: samples are of {prompts}; a table elsewhere is given as real_captions=PATH")
     check_classes(condition, source.classes, "the protocol's real clips have", "score it against clips of those")
 
 

@@ -136,23 +136,25 @@ def _marks(path: Path) -> tuple[int, str]:
         return size, (ends + file.read(END)).hex()
 
 
-def real_source(protocol: Protocol, root: str | Path | None) -> FolderClips | Shapes:
+def real_source(protocol: Protocol, root: str | Path | None, **words: str) -> FolderClips | Shapes:
     """Builds the source of the protocol's real clips.
 
     Args:
-        root: folder of the files; None for `shapes`.
+        root: folder of the files; None for `shapes`. words: `captions` and `label_from` of `FolderClips`, where they are not
+            its defaults; what they come to is part of the files' `fingerprint`.
     Raises:
-        ValueError: if a folder is given for `shapes`, or missing for other clips; else as the source.
+        ValueError: if a folder or words are given for `shapes`, or no folder for other clips; else as the source.
     """
     real = protocol.real
     shape = dict(frames=protocol.frames, height=protocol.height, width=protocol.width, fps=protocol.fps)
     if real.kind == "shapes":
-        if root is not None:
-            raise ValueError(f"real={root}: the protocol {protocol.name} draws its real clips, it takes no folder")
+        for key, value in {"": root, **{f"_{key}": value for key, value in words.items()}}.items():
+            if value is not None:
+                raise ValueError(f"real{key}={value}: the protocol {protocol.name} draws its real clips, leave it out")
         return Shapes(split=real.split, seed=real.seed, **shape)
     if root is None:
         raise ValueError(f"the protocol {protocol.name} needs real=DIR, the folder of {_wanted(real)}")
-    shape |= dict(root=root, split=real.split, backend=real.backend, seed=real.seed)
+    shape |= dict(root=root, split=real.split, backend=real.backend, seed=real.seed, **words)
     if real.kind == "ucf101":
         return UCF101(official=real.official, **shape)
     return FolderClips(val_every=real.val_every, **shape)

@@ -29,7 +29,8 @@ def evaluate_suite(cfg: DictConfig) -> dict:
 
     Returns: what suite.json holds; with `results`, what evaluation.json holds.
     """
-    if cfg.videos is not None or cfg.real is not None or cfg.paired or cfg.metrics != "auto":
+    real = any(cfg[key] is not None for key in ("videos", "real", "real_captions", "real_label_from"))
+    if real or cfg.paired or cfg.metrics != "auto":
         raise ValueError(f"{cfg.protocol.name} makes videos for other tools; it takes no videos=, real=, paired= or metrics=")
     return read_suite(cfg) if cfg.results is not None else make_suite(cfg)
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from omegaconf import DictConfig
 
 from kit.build import accumulate_of, build_data, of_stage
@@ -65,6 +65,9 @@ def encode(data: ClipDataModule, cfg: DictConfig, tokenizer: Loaded, folder: Pat
     def part(place: Path, clip: dict, sources: dict[str, ClipSource], clips: dict[str, int], **more) -> dict:
         about = describe(clip, tokenizer.model, tokenizer.hash, choice_of(cfg.data.source, sources.values()), sources) | more
         print(f"{' + '.join(map(str, clips.values()))} clips, {about['schedule']}")
+        if "train" in clips and clips["train"] < len(sources["train"].files):
+            of = f"{len(sources['train'].files)} files of {sources['train'].name}"
+            print(f"note: {clips['train']} of the {of} are encoded; give more clips for all")
         write_cache(place, about, sources, clips, tokenizer.model, data.workers)
         return read_manifest(place)
 
@@ -148,6 +151,11 @@ def clips_for_run(
     how = choice_of(data.images if images else data.source, [source])
     most = rounded_share(cfg.encoded_clips, share)
     sources, clips = {"train": source}, {"train": min(most, max(1, needed))}
+    if most < min(needed, len(source.files)):
+        rank_zero_warn(
+            f"encoded_clips={cfg.encoded_clips}: {most} of the {len(source.files)} files of {source.name} are trained on; "
+            f"encode more, or 0: none ahead"
+        )
     about = describe(shaped(part.clip, bucket), module.tokenizer, module.hparams.tokenizer_hash, how, sources)
     with ended_at_once():  # files that are whole stay
         write_cache(folder, about, sources, clips, module.tokenizer, part.workers)

@@ -510,6 +510,20 @@ def test_a_run_that_goes_on_knows_another_cache_and_clips_that_were_added(pair, 
     assert settings("one") != settings("two")
 
 
+def test_fewer_encoded_clips_than_files_are_told(pair, tmp_path, capsys):
+    for n in range(9):
+        write_video(torch.zeros(3, 5, 32, 32), tmp_path / "clips" / f"{n}.mp4", 8)
+    data = ["data=clips", f"data.root={tmp_path / 'clips'}", "data.source.val_every=9"]
+    for clips, told in ((7, True), (8, False)):
+        words = [f"root={tmp_path}", f"name=cache{clips}", f"tokenizer_ckpt={pair.tokenizer}", *data, f"clips={clips}"]
+        assert main(["cache", *words, "val_clips=1", "data.workers=0"]) == 0
+        note = f"note: 7 of the 8 files of {tmp_path / 'clips'} are encoded"
+        assert (note in capsys.readouterr().out) == told
+    steps = ["recipe.generator.steps=2", "recipe.generator.batch_size=4", "trainer.val_check_interval=2", *data]
+    with pytest.warns(UserWarning, match="encoded_clips=7: 7 of the 8 files of .* are trained on; encode more, or 0"):
+        assert fit_generator(tmp_path, *steps, "encoded_clips=7", tokenizer=pair.tokenizer) == 0
+
+
 def test_files_of_a_split():
     assert [tuple(s) for s in files_of({"train": 33, "val": 16})] == [
         ("train", "train_00000.safetensors", 0, 16), ("train", "train_00001.safetensors", 16, 16),

@@ -335,6 +335,25 @@ def test_captions_with_words_that_were_never_trained_are_told(evaluate, pair, vi
     assert "note: never seen in training, so without a meaning: zeppelin\n" in capsys.readouterr().out
 
 
+def test_captions_that_lie_elsewhere_and_classes_of_the_training_are_given(evaluate, read, pair, videos, tmp_path, capsys):
+    """Else the samples would be for what folders are called."""
+    for n, folder in enumerate("aabbbbb"):
+        (tmp_path / "clips" / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(videos / f"ball_{n:03d}.mp4", tmp_path / "clips" / folder)
+    rows = [f"ball_{n:03d}.mp4,a red ball over a {'field' if n else 'zeppelin'}" for n in range(7)]
+    (tmp_path / "captions.csv").write_text("\n".join(["file,caption", *rows]))
+    words = [f"ckpt={pair.generator}", f"real={tmp_path / 'clips'}"]
+    assert evaluate(*words, protocol="folder") == 0
+    said = capsys.readouterr().out
+    assert "have no captions: samples are of their classes' names; a table elsewhere is given as real_captions=" in said
+    assert evaluate(*words, f"real_captions={tmp_path / 'captions.csv'}", protocol="folder", name="captioned") == 0
+    said = capsys.readouterr().out
+    assert "have no captions" not in said and "never seen in training, so without a meaning: zeppelin" in said
+    assert evaluate(*words, "real_label_from=none", protocol="folder", name="unlabelled") == 0
+    assert "samples are of the empty prompt" in capsys.readouterr().out
+    assert len({read(name)["protocol"]["hash"] for name in ("out", "captioned", "unlabelled")}) == 3
+
+
 def test_what_lacks_its_weights_is_left_out_and_said(evaluate, read, pair, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     words = [f"ckpt={pair.tokenizer}", "protocol.folds=1", "protocol.detector.kind=i3d", "detector_weights=null"]
@@ -405,7 +424,8 @@ def test_an_altered_protocol_is_found_out(evaluate, read, pair, tmp_path):
     [
         ([], "give ckpt=CHECKPOINT, of a tokenizer or a generator, or videos=DIR"),
         (["ckpt={generator}", "videos={videos}"], "give ckpt=CHECKPOINT"),
-        (["ckpt={generator}", "real={videos}"], "draws its real clips, it takes no folder"),
+        (["ckpt={generator}", "real={videos}"], "draws its real clips, leave it out"),
+        (["ckpt={generator}", "real_captions=captions.csv"], "real_captions=captions.csv: the protocol shapes draws its"),
         (["ckpt={generator}", "protocol.height=64"], "has height=64, the generator was trained with 32"),
         (["ckpt={generator}", "protocol.fps=8"], "has fps=8, the generator was trained with 12"),
         (["ckpt={generator}", "precision=int8"], "precision=int8; expected one of: float32, bfloat16"),
