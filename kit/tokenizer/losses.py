@@ -24,7 +24,7 @@ def check_losses(loss: Mapping):
     """
     seen, against = loss["perceptual"], loss["adversarial"]
     check_choice("loss.reconstruction", loss["reconstruction"], ("l1", "l2"))
-    for key in ("motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end"):
+    for key in ("reconstruction_weight", "motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end"):
         check_number(f"loss.{key}", loss[key], least=0)
     check_positive("loss.entropy_inverse_temperature", loss["entropy_inverse_temperature"])  # at 0 no bit becomes certain
     check_number("loss.perceptual.weight", seen["weight"], least=0)

@@ -141,7 +141,7 @@ class TokenizerModule(L.LightningModule):
         """
         kind, entropy_weight = self.loss["reconstruction"], self.entropy_weight
         terms = {
-            "reconstruction": (1.0, reconstruction_loss(output, video, kind)),
+            "reconstruction": (self.loss["reconstruction_weight"], reconstruction_loss(output, video, kind)),
             "commitment": (self.loss["commitment_weight"], commitment_loss(features, steps)),
         }
         if entropy_weight or logs_now(self):  # without a weight it is only logged

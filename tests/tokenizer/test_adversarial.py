@@ -182,7 +182,7 @@ def entropy_by_hand(feature: torch.Tensor) -> torch.Tensor:
 def test_losses_of_a_step_are_those_of_its_tensors(kind, power, monkeypatch):
     """The losses logged by the first iteration, raw and weighted, and their sum equal those computed here by hand."""
     monkeypatch.setattr("kit.tokenizer.module.load_perceptual", lambda *_: FarthestPixel())
-    weights = {"motion": 2.0, "commitment": 0.5, "entropy": 0.01, "perceptual": 0.3}
+    weights = {"reconstruction": 3.0, "motion": 2.0, "commitment": 0.5, "entropy": 0.01, "perceptual": 0.3}
     words = [f"loss.{name}{'.' if name == 'perceptual' else '_'}weight={weight}" for name, weight in weights.items()]
     module = make_module(f"loss.reconstruction={kind}", "loss.adversarial.lecam=0.2", *words)
     video = torch.stack([Shapes("train", 5, 16, 16, 8.0)[n]["video"] for n in range(2)])
@@ -204,7 +204,7 @@ def test_losses_of_a_step_are_those_of_its_tensors(kind, power, monkeypatch):
             for r, f in zip(real, fake)
         ) / 2,
     }  # fmt: skip
-    weights |= {"reconstruction": 1.0, "adversarial": 0.1, "discriminator": 1.0, "lecam": 0.2}
+    weights |= {"adversarial": 0.1, "discriminator": 1.0, "lecam": 0.2}
     logged = train(module, 1).logged[0]
     for name, loss in expected.items():
         assert logged[f"train/{name}"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5), name
@@ -393,7 +393,8 @@ def test_values_that_make_no_sense():
         make_module("loss.adversarial.start=1")
     loss = plain(composed("stage1_tokenizer", "size=tiny").loss)
     for part, keys in (
-        ("", ("motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end", "entropy_inverse_temperature")),
+        ("", ("reconstruction_weight", "motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end")),
+        ("", ("entropy_inverse_temperature",)),
         ("perceptual", ("weight", "frames")),
         ("adversarial", ("weight", "lr", "lecam", "warmup", "start")),
     ):
