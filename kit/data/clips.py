@@ -21,7 +21,7 @@ from kit.data.buckets import Bucket
 from kit.data.captions import captions_beside, captions_in, read_captions, tell_unread
 from kit.data.decode import PICTURES, UnreadableVideo, load_backend
 from kit.data.decoder_process import open_video
-from kit.data.frames import fit, frame_numbers
+from kit.data.frames import frame_numbers, read_fitted
 from kit.data.heads import Head, sort_files
 from kit.data.listing import (
     LABEL_SOURCES,
@@ -321,9 +321,9 @@ class FolderClips(ClipSource):
         with self._at(name) as path:
             video = open_video(path, self.backend, self.patience)
             numbers = frame_numbers(len(video), video.fps, self.frames, self.fps, start)
-            pixels = video.frames(np.minimum(numbers, len(video) - 1))
-        lacking = int((numbers >= len(video)).sum())
-        return Clip(fit(pixels, self.height, self.width, top, left), lacking, pixels.shape[1:3])
+            shown = np.minimum(numbers, len(video) - 1)
+            pixels, size = read_fitted(video, shown, self.height, self.width, top, left)
+        return Clip(pixels, int((numbers >= len(video)).sum()), size)
 
     def head(self, name: str) -> Head | None:
         """Reads the length, frame rate and frame size of a file; None if it cannot be read.

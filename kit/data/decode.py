@@ -36,6 +36,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 REORDERED = 16  # frames that a codec may store out of order, at most
 FAR = 32  # frames; a seek pays if the wanted frame is farther ahead
 TICK = 0.001  # seconds: Matroska's times are rounded to it
+PIECE = 16 * 2**20  # bytes of decoded frames that are handed on together, about
 
 
 class UnreadableVideo(RuntimeError):
@@ -89,6 +90,17 @@ class Decoder(ABC):
         Raises:
             as `frames`, when that frame is reached.
         """
+
+    def pieces(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
+        """Yields what `walk` does, several frames at a time, (n, H, W, 3): all of a small clip, few of a large one."""
+        held = []
+        for frame in self.walk(indices):
+            held.append(frame)
+            if len(held) * frame.nbytes >= PIECE:
+                yield np.stack(held)
+                held = []
+        if held:
+            yield np.stack(held)
 
     def frames(self, indices: Iterable[int]) -> np.ndarray:
         """The frames with these numbers, in this order, as a player shows them: uint8 RGB (T, H, W, 3).
@@ -472,12 +484,20 @@ def serve(connection: Connection):
     """Decodes for a `kit.data.decoder_process.DecoderProcess` at the other end until it closes the connection.
 
     A request is (path, backend, numbers, seconds). It asks for the frames with these numbers or, if `numbers` is None, for
-    the number of frames and the frames per second. The answer is ("found", result), ("unreadable", reason) or
-    ("error", error). A request that takes more than `seconds` ends this process.
+    the number of frames and the frames per second. The answers are ("found", frames) for some frames after others, and at
+    last ("done", frames or both numbers), ("unreadable", reason) or ("error", error). An answer that takes more than
+    `seconds` ends this process.
     """
     for number in (signal.SIGTERM, signal.SIGINT):  # they go to a whole job; the asking process ends this one
         signal.signal(number, signal.SIG_IGN)
     video, opened = None, None
+
+    def answer(*told):
+        try:
+            connection.send(told)
+        except OSError:  # nobody waits for it any more
+            sys.exit()
+
     connection.send("ready")
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stderr.fileno())  # decoders report each damaged frame there, without its file
@@ -491,16 +511,20 @@ def serve(connection: Connection):
                 if numbers is None or opened != (path, backend):
                     video, opened = None, None  # one file at a time
                     video, opened = open_video(path, backend), (path, backend)
-                answer = "found", (len(video), video.fps) if numbers is None else video.frames(numbers)
+                found = None
+                for piece in [(len(video), video.fps)] if numbers is None else video.pieces(numbers):
+                    if found is not None:
+                        faulthandler.cancel_dump_traceback_later()  # who asked may take its time with it
+                        answer("found", found)
+                        faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
+                    found = piece
+                end = "done", found
             except UnreadableVideo as error:
-                answer = "unreadable", error.reason
+                end = "unreadable", error.reason
             except Exception as error:
-                answer = "error", error
+                end = "error", error
             faulthandler.cancel_dump_traceback_later()
-            try:
-                connection.send(answer)
-            except OSError:
-                return
+            answer(*end)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -32,36 +33,43 @@ class DecoderProcess:
     def __init__(self):
         self._process, self._connection, self._owner = None, None, None
 
-    def ask(self, path: Path, backend: str, numbers: list[int] | None, patience: float):
-        """Sends a request to `decode.serve`, and returns what it found.
+    def ask(self, path: Path, backend: str, numbers: list[int] | None, patience: float) -> Iterator:
+        """Sends a request to `decode.serve`, and yields what it finds: frames, as `Decoder.pieces`, or the length and rate.
 
         Raises:
-            UnreadableVideo: if the file is unreadable, kills the process, or takes longer than `patience` seconds.
-            IndexError, ImportError: as `decode.open_video` and `Decoder.frames`. RuntimeError: if the process does not
-                start.
+            UnreadableVideo: if the file is unreadable, kills the process, or has to be waited for longer than `patience`
+                seconds.
+            IndexError, ImportError: as `decode.open_video` and `Decoder.walk`. RuntimeError: if the process does not start.
         """
         if self._owner != os.getpid():
             self._start()
         try:
             self._connection.send((path, backend, numbers, patience + 5))  # its own limit, should this process die
-            if not self._connection.poll(patience):
-                raise TimeoutError
-            answer = self._connection.recv()
+            waited = 0.0
+            while True:
+                begin = time.monotonic()
+                if not self._connection.poll(patience - waited):
+                    raise TimeoutError
+                kind, found = self._connection.recv()
+                waited += time.monotonic() - begin
+                if kind != "found":
+                    break
+                yield found
         except (OSError, EOFError) as error:
             late = isinstance(error, TimeoutError | BlockingIOError)  # the latter: it halted amid its answer
             reason = f"it took more than {patience:g} s" if late else "the decoder died of it"
             self.stop()
             other = "; data.source.backend=pyav may read it" if backend == "decord" else ""
             raise UnreadableVideo(path, reason + other) from error
-        except BaseException:  # Ctrl-C: a late answer must not pass for that of the next request
+        except BaseException:  # Ctrl-C, or nobody wants the rest: a late answer must not pass for that of the next request
             self.stop()
             raise
-        match answer:
-            case "unreadable", reason:
-                raise UnreadableVideo(path, reason)
-            case "error", error:
-                raise error
-        return answer[1]
+        match kind:
+            case "unreadable":
+                raise UnreadableVideo(path, found)
+            case "error":
+                raise found
+        yield found
 
     def _start(self):
         ours, theirs = socket.socketpair()
@@ -91,20 +99,21 @@ class DecoderProcess:
 
 
 class RemoteVideo(Decoder):
-    """A video file that another process decodes, all frames of a walk at once."""
+    """A video file that another process decodes; a walk is to be ended before the next begins."""
 
     def __init__(self, path: Path, backend: str, patience: float):
         self.path, self.backend, self.patience = path, backend, patience
-        self._count, self.fps = decoder_process().ask(path, backend, None, patience)
+        ((self._count, self.fps),) = decoder_process().ask(path, backend, None, patience)
 
     def __len__(self) -> int:
         return self._count
 
-    def frames(self, indices: Iterable[int]) -> np.ndarray:
-        return decoder_process().ask(self.path, self.backend, [int(i) for i in indices], self.patience)
+    def pieces(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
+        yield from decoder_process().ask(self.path, self.backend, [int(i) for i in indices], self.patience)
 
     def walk(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        yield from self.frames(indices)
+        for piece in self.pieces(indices):
+            yield from piece
 
 
 _held = threading.local()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kit.data.decode import Decoder
 from kit.pixels import from_bytes
 
 
@@ -29,6 +31,25 @@ def most_frames(count: int, rate: float, fps: float | None) -> int:
     """Number of frames of the longest clip that a file is long enough for; arguments as for `frame_numbers`."""
     step = rate / fps if fps else 1.0
     return math.ceil((count - 0.5) / step)
+
+
+def read_fitted(
+    video: Decoder, numbers: Iterable[int], height: int, width: int, top: float = 0.5, left: float = 0.5
+) -> tuple[Tensor, tuple[int, int]]:
+    """Reads frames of a video, resized as they come: all frames of a large file at once would take much memory.
+
+    Args:
+        numbers: of T frames, ascending, repeats allowed. The rest as for `fit`.
+    Returns:
+        the result of `fit`, and (H, W) of the file's own frames.
+    Raises:
+        UnreadableVideo: if one of them cannot be decoded.
+    """
+    fitted = []
+    for pixels in video.pieces(numbers):
+        size = pixels.shape[1:3]
+        fitted.append(fit(pixels, height, width, top, left))
+    return torch.cat(fitted, dim=1) if len(fitted) > 1 else fitted[0], size
 
 
 def fit(video: np.ndarray, height: int, width: int, top: float = 0.5, left: float = 0.5) -> Tensor:

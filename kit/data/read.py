@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kit.data.decode import Decoder, is_picture, open_video
-from kit.data.frames import fit, frame_numbers
+from kit.data.frames import fit, frame_numbers, read_fitted
 from kit.files import no_file
 
 CHUNK = 16  # frames of a long video held at a time
@@ -42,7 +42,7 @@ class ClipFile:
 
     def read(self, height: int, width: int) -> Tensor:
         """Reads the clip: (3, T, height, width) in [-1, 1], see `fit`. Raises `UnreadableVideo`."""
-        return fit(self.video.frames(self.numbers), height, width)
+        return read_fitted(self.video, self.numbers, height, width)[0]
 
     def chunks(self, height: int, width: int) -> Iterator[Tensor]:
         """Yields what `read` returns, CHUNK frames at a time. Of the file's own frames only one is held at a time."""

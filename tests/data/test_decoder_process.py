@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from unittest.mock import Mock
+from pathlib import Path
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -19,11 +22,12 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from kit.data import decode
+from kit.data import decoder_process as decoder_process_file
 from kit.data.clips import FolderClips
 from kit.data.decode import UnreadableVideo
 from kit.data.decoder_process import DecoderProcess, decoder_process, open_video
 from kit.data.shapes import Shapes
-from kit.media import write_video
+from kit.media import video_writer, write_video
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def test_a_decoder_that_halts_amid_its_answer_costs_its_clip(tmp_path, monkeypat
     """So many pixels are more than the socket holds: when their first bytes are there, the others are still to be sent."""
     monkeypatch.setattr("kit.data.decoder_process.PAUSE", 1)
     path, process = write_video(Shapes("train", 9, 256, 256, 8.0)[0]["video"], tmp_path / "0.mp4", 8.0), DecoderProcess()
-    count, _ = process.ask(path, "pyav", None, 60.0)
+    ((count, _),) = process.ask(path, "pyav", None, 60.0)
     halted, poll = process._process, process._connection.poll
 
     def halt_midway(seconds):
@@ -94,18 +98,18 @@ def test_a_decoder_that_halts_amid_its_answer_costs_its_clip(tmp_path, monkeypat
 
     monkeypatch.setattr(process._connection, "poll", halt_midway)
     with pytest.raises(UnreadableVideo, match="it took more than 60 s"):
-        process.ask(path, "pyav", list(range(count)), 60.0)
+        list(process.ask(path, "pyav", list(range(count)), 60.0))
     assert halted.poll() is not None
-    assert process.ask(path, "pyav", None, 60.0)[0] == count, "another takes its place"
+    assert list(process.ask(path, "pyav", None, 60.0))[0][0] == count, "another takes its place"
     process.stop()
 
 
 def test_pyav_is_not_recommended_for_what_it_could_not_read(videos):
     process = DecoderProcess()
-    process.ask(videos / "0.mp4", "pyav", None, 60.0)
+    list(process.ask(videos / "0.mp4", "pyav", None, 60.0))
     os.kill(process._process.pid, signal.SIGKILL)
     with pytest.raises(UnreadableVideo, match="died of it. Check"):
-        process.ask(videos / "0.mp4", "pyav", None, 60.0)
+        list(process.ask(videos / "0.mp4", "pyav", None, 60.0))
 
 
 def test_each_thread_has_a_decoder_process_of_its_own():
@@ -126,6 +130,40 @@ def test_an_interrupted_question_is_not_answered_later(videos, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             first.frames([0, 1])
     assert np.array_equal(second.frames([0, 1]), expected)
+
+
+def test_a_walk_that_is_broken_off_leaves_nothing_to_the_next(videos):
+    walk, expected = open_video(videos / "0.mp4", "pyav", 60.0).walk(range(9)), decode.open_video(videos / "1.mp4", "pyav")
+    next(walk)
+    walk.close()
+    other = open_video(videos / "1.mp4", "pyav", 60.0)
+    assert np.array_equal(other.frames([0, 1]), expected.frames([0, 1]))
+
+
+def test_memory_holds_few_frames_of_a_large_file(tmp_path):
+    """33 frames of 1080p are 205 MB, which the process that asks and the one that decodes would hold more than once."""
+    path, frame = tmp_path / "large.mp4", torch.zeros(3, 1, 1080, 1920)
+    with video_writer(path, 8, 1080, 1920) as add:
+        for _ in range(33):
+            add(frame)
+    source, decoder = FolderClips(tmp_path, "all", frames=33, height=32, width=32, backend="pyav"), DecoderProcess()
+    with patch.object(decoder_process_file, "decoder_process", lambda: decoder):
+        len(open_video(path, "pyav", 60.0))
+        before = peak_memory(decoder._process.pid)
+        tracemalloc.start()
+        assert source[0]["video"].shape == (3, 33, 32, 32)
+        ours, theirs = tracemalloc.get_traced_memory()[1] / 2**20, peak_memory(decoder._process.pid) - before
+        tracemalloc.stop()
+    decoder.stop()
+    assert 5 < ours < 100 and theirs < 400, (
+        ours,
+        theirs,
+    )  # in pieces, and the codec keeps what others refer to; whole: 413, 699
+
+
+def peak_memory(process: int) -> float:
+    """Peak memory of a process in MiB."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) / 1024
 
 
 def test_patience_is_above_nothing(videos):
