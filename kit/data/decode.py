@@ -402,7 +402,7 @@ def _forward(
         size: (H, W) as shown, before they are turned; 0 where the header has none. Frames of another are scaled to it, as
             decord does: a stream may change its size in its midst.
     """
-    at, frame = -1, None
+    at, frame, matrices = -1, None, {}
     height, width = size
     for index in indices:
         while at < index:
@@ -410,7 +410,9 @@ def _forward(
         if at > index:
             return
         pixels = frame.to_ndarray(format="rgb24", width=width or None, height=height or None)
-        yield upright(pixels, _display_matrix(frame))
+        if (turned := frame.rotation) not in matrices:  # a frame whose side data was read stays until garbage is collected
+            matrices[turned] = _display_matrix(frame)
+        yield upright(pixels, matrices[turned])
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import pickle
 import struct
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from kit.data import decode
@@ -27,6 +29,7 @@ from kit.data.decode import (
     unpad_rows,
     upright,
 )
+from kit.media import write_video
 
 CLIPS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "clips"
 FOUND = sorted(CLIPS.glob("*.*"))
@@ -584,3 +587,17 @@ def test_a_name_may_have_a_colon(tmp_path, monkeypatch, backend):
     write(tmp_path / "10-30.mp4", ramp(48, 80)[:3]).rename(tmp_path / "10:30.mp4")
     monkeypatch.chdir(tmp_path)
     assert open_video("10:30.mp4", backend).frames([0, 2]).shape == (2, 48, 80, 3)
+
+
+def test_frames_are_freed_as_they_are_passed(tmp_path):
+    """PyAV's frames whose side data was read refer to themselves: they filled the memory until garbage was collected."""
+    path = write_video(torch.zeros(3, 60, 32, 32), tmp_path / "a.mp4", 8)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in PyAVDecoder(path).walk(range(60)):
+            pass
+        frames = sum(type(each).__name__ == "SideDataContainer" for each in gc.get_objects())
+    finally:
+        gc.enable()
+    assert frames <= 1
