@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import unicodedata
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 
+from kit.data.decode import PICTURES
 from kit.data.listing import is_utf8, list_videos, stem_of
 from kit.files import read_text, written_aside
 
@@ -31,11 +32,7 @@ def captions_in(root: Path) -> Path | None:
     Raises:
         ValueError: if there are several.
     """
-    files = sorted(path for path in root.glob("*") if path.is_file())
-    named = {kind: [path for path in files if path.name.lower() in kind] for kind in (TABLES, METADATA, PROMPTS)}
-    tables = named[TABLES] or [path for path in named[METADATA] if _has_captions(path)]
-    if not tables and (root / VIDEOS).is_file():
-        tables = named[PROMPTS]
+    tables = sorted(path for path in root.glob("*") if path.name.lower() in TABLES and path.is_file())
     if len(tables) > 1:
         found, one = " and ".join(path.name for path in tables), f"name one with data.source.captions={tables[0]}"
         raise ValueError(f"{root} holds several tables of captions, {found}; keep one of them, or {one}")
@@ -43,7 +40,7 @@ def captions_in(root: Path) -> Path | None:
 
 
 def read_captions(
-    path: Path, names: Sequence[str], others: Iterable[str] = (), root: Path | None = None, tell: Tell = warnings.warn
+    path: Path, names: Sequence[str], others: Sequence[str] = (), root: Path | None = None, tell: Tell = warnings.warn
 ) -> dict[str, str]:
     """Reads captions from a table: name -> caption, for those of `names` that it has.
 
@@ -59,7 +56,7 @@ def read_captions(
         ValueError: if it is malformed, names the same file twice, or none of the files.
     """
     both = {name: (_composed(name), _composed(stem_of(name))) for name in dict.fromkeys((*names, *others))}
-    find, captions = _finder(both.values(), root), {}
+    find, captions = _finder([[both[name] for name in some] for some in (names, others)], root), {}
     for number, row in enumerate(_rows(path), start=1):
         file, caption = _cells(row)
         if not (isinstance(file, str) and isinstance(caption, str)):
@@ -112,16 +109,30 @@ def captions_beside(root: Path, names: Sequence[str], listed: Iterable[str], tel
     return captions
 
 
-def tell_unread(root: Path, names: Sequence[str], listed: Iterable[str], tell: Tell):
-    """Tells of files in a folder without captions, or in folders in it, that look as if they held some."""
+def captions_by_others(root: Path, names: Sequence[str], listed: Sequence[str], tell: Tell = warnings.warn) -> dict[str, str]:
+    """Reads captions from a table of METADATA or PROMPTS in a folder: name -> caption; empty without.
+
+    Args:
+        listed: all files in the folder. tell: is told of such a table that cannot be read, since it may be of something
+            else, and of other files that look as if they held captions.
+    """
+    for table in (root / name for name in (*METADATA, *PROMPTS) if name in listed):
+        try:
+            if table.name in METADATA and not _has_captions(table) or table.name in PROMPTS and VIDEOS not in listed:
+                continue
+            return read_captions(table, names, pictures_among(listed), root, tell)
+        except ValueError as error:
+            tell(f"no captions are read: {error}")
+            return {}
     videos = set(map(stem_of, names))
     tables = [name for name in listed if name.count("/") < 2 and stem_of(name) not in videos and _looks_tabular(name)]
     if tables:
         others = f" and {len(tables) - 1} others like it" if len(tables) > 1 else ""
         tell(
             f"{root} holds {tables[0]}{others}, in which no captions are looked for: a table of captions (csv, jsonl or "
-            f"json, with the columns file and caption) is named with data.source.captions=PATH"
+            f"json, with the columns file and caption) is named with data.source.captions=PATH (of evaluate, real_captions)"
         )
+    return {}
 
 
 def caption_in(text: str) -> str | None:
@@ -164,27 +175,29 @@ def _composed(file: str) -> str:
     return unicodedata.normalize("NFC", file)
 
 
-def _finder(known: Iterable[tuple[str, str]], root: Path | None) -> Callable[[str], str]:
+def _finder(kinds: Iterable[list[tuple[str, str]]], root: Path | None) -> Callable[[str], str]:
     """Returns a function from a file, as a table names it, to the path by which it is known, if it is.
 
     Args:
-        known: the files' paths with and without their suffixes.
+        kinds: paths with and without their suffixes, of the files themselves and of others, which come second.
     """
-    paths, places = set(), defaultdict(set)
-    for both in known:
-        paths.update(both)
-        for path in both:
-            places[path.rpartition("/")[2]].add(path)
+    paths, places = set(), []
+    for known in kinds:
+        places.append(defaultdict(set))
+        for path in itertools.chain.from_iterable(known):
+            paths.add(path)
+            places[-1][path.rpartition("/")[2]].add(path)
     beginnings = (
         ("./", *(f"{_composed(str(path))}/" for path in (root, root.absolute(), root.resolve()))) if root else ("./",)
     )
 
     def find(file: str) -> str:
         file = _composed(file)
-        for beginning in beginnings:
-            file = file.removeprefix(beginning)
-        alike = places.get(file, ())  # a table may leave out the folder
-        return next(iter(alike)) if file not in paths and len(alike) == 1 else file
+        for beginning in ("", *beginnings):
+            if (known := file.removeprefix(beginning)) in paths:
+                return known
+        alike = next((found for kind in places if (found := kind.get(file))), ())  # a table may leave out the folder
+        return next(iter(alike)) if len(alike) == 1 else file
 
     return find
 
@@ -196,20 +209,26 @@ def _cells(row) -> tuple:
 
 
 def _caption_of(path: Path) -> str | None:
-    """Reads the caption in a file beside a video; None if a .json holds none."""
-    text = read_text(path)
+    """Reads the caption in a file beside a video; None if a .json holds none, or the file is a broken link."""
+    if not path.is_file():
+        return None
     if path.suffix != ".json":
-        return " ".join(text.split())
+        return " ".join(read_text(path).split())
     try:
-        return caption_in(text)
+        return caption_in(read_text(path))
     except ValueError:
         return None
 
 
 def _has_captions(path: Path) -> bool:
     """Whether a table has columns of files and of captions, by its first row."""
-    first = next(islice(_rows(path), 1), None)
+    first = next(iter(_rows(path)), None)
     return first is not None and None not in _cells(first)
+
+
+def pictures_among(names: Iterable[str]) -> list[str]:
+    """Pictures among files: where videos are read, a table may have rows for them too."""
+    return [name for name in names if name.lower().endswith(PICTURES)]
 
 
 def _looks_tabular(name: str) -> bool:
@@ -227,7 +246,8 @@ def _rows(path: Path) -> list:
                 case ".csv":
                     table = csv.DictReader(file)
                     named = [str(key).strip().lower() for key in table.fieldnames or []]
-                    twice = [key for key in (*FILE_COLUMNS, *CAPTION_COLUMNS) if named.count(key) > 1]
+                    read = [next((key for key in keys if key in named), "") for keys in (FILE_COLUMNS, CAPTION_COLUMNS)]
+                    twice = [key for key in read if named.count(key) > 1]
                     if twice:  # a row keeps the last
                         raise ValueError(f"{path}: {named.count(twice[0])} columns named {twice[0]!r}; keep one of them")
                     return list(table)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from kit.data.buckets import Bucket
-from kit.data.captions import captions_beside, captions_in, read_captions, tell_unread
-from kit.data.decode import PICTURES, UnreadableVideo, load_backend
+from kit.data.captions import captions_beside, captions_by_others, captions_in, pictures_among, read_captions
+from kit.data.decode import UnreadableVideo, load_backend
 from kit.data.decoder_process import open_video
 from kit.data.frames import frame_numbers, read_fitted
 from kit.data.heads import Head, sort_files
@@ -31,6 +31,7 @@ from kit.data.listing import (
     label_files,
     list_videos,
     split_files,
+    without_runs,
 )
 from kit.data.source import BucketPart, ClipSource
 from kit.values import check_choice, check_whole_number
@@ -84,7 +85,8 @@ class FolderClips(ClipSource):
         frames: T, 1 gives images. height, width: pixels. fps: frames per second, each file's own if None or 0.
         seed: each seed gives another stream. backend: see `kit.data.decode`.
         label_from, filename_pattern: see `label_files`. captions: see `read_captions`; by default the table in the folder,
-            see `captions_in`, or files beside the videos, see `captions_beside`.
+            see `captions_in`, or files beside the videos, see `captions_beside`, or what other programs have, see
+            `captions_by_others`. False: none.
         flip: mirror half of the training clips; wrong where captions tell left from right.
         random_crop: crop training clips anywhere instead of in the centre.
         verify: read a clip of every file now, to learn of unreadable and short files at once.
@@ -108,7 +110,7 @@ class FolderClips(ClipSource):
     backend: str = "decord"
     label_from: str = "auto"
     filename_pattern: str = LEADING_WORDS
-    captions: str | Path | None = None
+    captions: str | Path | bool | None = None
     val_every: int = 5
     flip: bool = False
     random_crop: bool = False
@@ -120,6 +122,7 @@ class FolderClips(ClipSource):
     files: list[str] = field(init=False, repr=False)
     classes: tuple[str, ...] = field(init=False, repr=False)
     spare: list[str] = field(init=False, repr=False, default_factory=list)
+    untold: list[str] = field(init=False, repr=False, default_factory=list)
     skipped: dict[Path | str, str] = field(init=False, repr=False)
     short: dict[Path | str, int] = field(init=False, repr=False)
 
@@ -148,9 +151,12 @@ class FolderClips(ClipSource):
             self._tell(f"{message} {without[0]!r}: they train without a condition; caption them, or take them out")
 
     def _tell(self, message: str) -> None:
-        """Warns of something about the files of all splits, except in the split `val`, beside which another reports it."""
+        """Warns of something about the files of all splits; in the split `val`, beside which another warns of it, it is kept
+        in `untold`."""
         if self.split != "val":
             warnings.warn(message, stacklevel=5)
+        else:
+            self.untold.append(message)
 
     def _begin_records(self) -> None:
         """Starts empty records of the files that are too short or cannot be read."""
@@ -170,14 +176,14 @@ class FolderClips(ClipSource):
         return label_files(names, self.label_from, self.filename_pattern)
 
     def _captions_of(self, names: list[str]) -> dict[str, str]:
-        listed = files_below(self.root) if self.root.is_dir() else []
+        if self.captions is False:
+            return {}
+        listed = without_runs(files_below(self.root)) if self.root.is_dir() else []
         if table := self.captions or captions_in(self.root):
-            pictures = (name for name in listed if name.lower().endswith(PICTURES))  # where videos are read
-            return read_captions(Path(table), names, pictures, self.root, self._tell)
-        captions = captions_beside(self.root, names, listed, self._tell)
-        if not captions:
-            tell_unread(self.root, names, listed, self._tell)
-        return captions
+            return read_captions(Path(table), names, pictures_among(listed), self.root, self._tell)
+        if captions := captions_beside(self.root, names, listed, self._tell):
+            return captions
+        return captions_by_others(self.root, names, listed, self._tell)
 
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:
@@ -261,17 +267,17 @@ class FolderClips(ClipSource):
         epoch, position = divmod(n, len(self.files))
         match self.split:
             case "train":
-                position = self._order_of(self.seed, epoch)[position]
-            case "val":  # of many a few are looked at: of all classes, and the same whatever the seed
-                position = self._order_of(0, 0)[position]
+                position = self._order_of(epoch)[position]
+            case "val":  # of many a few are looked at: from all over, and the same whatever the seed
+                position = _order(0, 0, len(self.files))[position]
         return self.files[position]
 
     def distinct(self, n: int) -> bool:  # not the second of a file, nor of another file because its own cannot be read
         return n < len(self.files) and self.path_of(self.file(n)) not in self.skipped
 
-    def _order_of(self, seed: int, epoch: int) -> np.ndarray:
-        """Order of the files in an epoch, as positions in `files`."""
-        return _order(seed, epoch, len(self.files))
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """Order of the files in a training epoch, as positions in `files`."""
+        return _order(self.seed, epoch, len(self.files))
 
     def __getitem__(self, n: int) -> dict:
         if n < 0:

@@ -32,19 +32,28 @@ def list_videos(root: Path, pictures: bool = False) -> list[str]:
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}; expected one that holds video files")
     names, suffixes = files_below(root), SUFFIXES + PICTURES * pictures
-    runs = {PurePosixPath(name).parents[1] for name in names if name.endswith(RUN)}
-    videos = [name for name in names if name.lower().endswith(suffixes)]
-    if runs:
-        videos = [name for name in videos if runs.isdisjoint(PurePosixPath(name).parents)]
+    videos = [name for name in without_runs(names) if name.lower().endswith(suffixes)]
     if odd := [name for name in videos if not is_utf8(name)]:
         found = f"{len(odd)} files of {root} with names that are no UTF-8 are left out, such as {ascii(odd[0])}"
         warnings.warn(f"{found}; rename them", stacklevel=4)
         videos = [name for name in videos if is_utf8(name)]
     if not videos:
         what = "no video or picture" if pictures else "no video"
+        runs = runs_among(names)
         but = f" but those of runs of kit, such as {min(runs)}" if runs else ""
         raise FileNotFoundError(f"{root} holds {what}{but}; expected files ending in {', '.join(suffixes)}")
     return videos
+
+
+def runs_among(names: Iterable[str]) -> set[PurePosixPath]:
+    """Folders of kit's runs among files."""
+    return {PurePosixPath(name).parents[1] for name in names if name.endswith(RUN)}
+
+
+def without_runs(names: Sequence[str]) -> Sequence[str]:
+    """Returns the files that lie in no run of kit."""
+    runs = runs_among(names)
+    return [name for name in names if runs.isdisjoint(PurePosixPath(name).parents)] if runs else names
 
 
 def files_below(root: Path) -> list[str]:
@@ -85,11 +94,12 @@ def held_out_of(names: Sequence[str], every: int) -> set[str]:
 
     Videos and pictures are counted apart, so that the same videos are held out with and without pictures.
     """
-    tops = {name: name.partition("/")[0].lower() if "/" in name else "" for name in names}
-    if LEARNED_FROM & (found := set(tops.values())) and KEPT_OUT & found and found <= LEARNED_FROM | KEPT_OUT:
-        return {name for name, top in tops.items() if top in KEPT_OUT}
     pictures = [name for name in names if name.lower().endswith(PICTURES)]
     videos = [name for name in names if not name.lower().endswith(PICTURES)]
+    tops = {name: name.partition("/")[0].lower() if "/" in name else "" for name in names}
+    found = {tops[name] for name in videos or pictures}
+    if LEARNED_FROM & found and KEPT_OUT & found and found <= LEARNED_FROM | KEPT_OUT:
+        return {name for name, top in tops.items() if top in KEPT_OUT}
     return {name for kind in (videos, pictures) for name in kind[every - 1 :: every] or kind[1:][-1:]}
 
 

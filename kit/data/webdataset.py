@@ -320,8 +320,8 @@ class ShardClips(FolderClips):
     def _captions_of(self, names: list[str]) -> dict[str, str]:
         return {name: self.members[name].caption for name in names if self.members[name].caption is not None}
 
-    def _order_of(self, seed: int, epoch: int) -> np.ndarray:
-        return _order(seed, epoch, self.counts)
+    def _order_of(self, epoch: int) -> np.ndarray:
+        return _order(self.seed, epoch, self.counts)
 
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:

@@ -98,7 +98,7 @@ def build_candidate(cfg: DictConfig, protocol: Protocol, source: FolderClips | S
 def _given_videos(cfg: DictConfig, protocol: Protocol, source: FolderClips | Shapes) -> tuple[GivenVideos, Protocol]:
     check_none_samples(cfg, "videos=DIR")
     shape = dict(frames=protocol.frames, height=protocol.height, width=protocol.width, fps=protocol.fps)
-    videos = FolderClips(cfg.videos, "all", label_from="none", backend=protocol.real.backend, **shape)
+    videos = FolderClips(cfg.videos, "all", label_from="none", captions=False, backend=protocol.real.backend, **shape)
     samples = protocol.samples or len(videos.files) // protocol.folds
     if samples < 2:
         raise ValueError(f"protocol.folds={protocol.folds} of {len(videos.files)} videos have no two each; say fewer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,8 +157,12 @@ def real_source(protocol: Protocol, root: str | Path | None, **words: str) -> Fo
         raise ValueError(f"the protocol {protocol.name} needs real=DIR, the folder of {_wanted(real)}")
     shape |= dict(root=root, split=real.split, backend=real.backend, seed=real.seed, **words)
     if real.kind == "ucf101":
-        return UCF101(official=real.official, **shape)
-    return FolderClips(val_every=real.val_every, **shape)
+        source = UCF101(official=real.official, **shape)
+    else:
+        source = FolderClips(val_every=real.val_every, **shape)
+    for message in source.untold:  # of the split `val`: there is none beside it here
+        warnings.warn(message, stacklevel=3)
+    return source
 
 
 def _wanted(real: Real) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kit.data.captions import captions_beside, captions_in, read_captions
+from kit.data.captions import captions_beside, read_captions
 from kit.data.clips import FolderClips
 from tests.data.videos import write, write_bad
 
@@ -221,7 +221,6 @@ def test_files_that_may_hold_captions_and_are_not_read_are_told(tmp_path, files)
         assert not FolderClips(tmp_path, frames=1).captioned
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert captions_in(tmp_path) is None
         (tmp_path / min(files)).unlink()
         (tmp_path / "a.json").write_text('{"fps": 24}')  # of a video, such as a sidecar
         (tmp_path / "README.txt").touch()
@@ -230,5 +229,76 @@ def test_files_that_may_hold_captions_and_are_not_read_are_told(tmp_path, files)
 
 def test_lists_that_do_not_match_are_told(tmp_path):
     lay_out(tmp_path, {"prompts.txt": "x\n", "videos.txt": "a.mp4\nv/b.mp4\n"})
-    with pytest.raises(ValueError, match="prompts.txt has 1 lines, .*videos.txt has 2; give one for each"):
+    with pytest.warns(UserWarning, match="no captions are read: .*prompts.txt has 1 lines, .*videos.txt has 2; give one for"):
         FolderClips(tmp_path)
+    with pytest.raises(ValueError, match="prompts.txt has 1 lines"):
+        FolderClips(tmp_path, captions=tmp_path / "prompts.txt")
+
+
+def test_a_path_that_is_there_is_that_file_also_where_it_begins_like_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["1.mp4", "2.mp4", "videos/1.mp4"]
+    path = write_captions(tmp_path / "c.csv", {"videos/1.mp4": "x", "1.mp4": "y", "videos/2.mp4": "z"})
+    assert read_captions(path, names, root=Path("videos")) == {"videos/1.mp4": "x", "1.mp4": "y", "2.mp4": "z"}
+
+
+def test_texts_beside_the_files_count_before_tables_of_other_programs(tmp_path):
+    lay_out(tmp_path, {"a.txt": "x", "v/b.txt": "y", "metadata.csv": "file_name,text\na.mp4,u\nv/b.mp4,w\n"})
+    assert FolderClips(tmp_path, "all", frames=1).words("a.mp4")["caption"] == "x"
+    (tmp_path / "captions.csv").write_text("file,caption\na.mp4,u\nv/b.mp4,w\n")
+    assert FolderClips(tmp_path, "all", frames=1).words("a.mp4")["caption"] == "u"
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "told"),
+    [
+        (
+            "metadata.csv",
+            "file_name,text\nfür.mp4,x\n".encode("latin-1"),
+            "no captions are read: .*metadata.csv is not valid",
+        ),
+        ("metadata.jsonl", b"{\n}", "no captions are read: .*metadata.jsonl, line 1: not JSON"),
+        ("metadata.csv", b"path,text\nindex.html,x\n", "no captions are read: .*none of them for a file that is there"),
+        ("a.json", b'{"caption": "f\xfcr"}', ""),
+    ],
+    ids=["encoding", "json", "other things", "beside"],
+)
+@pytest.mark.filterwarnings("error")
+def test_files_of_other_things_do_not_end_the_start(tmp_path, name, contents, told):
+    lay_out(tmp_path, {})
+    (tmp_path / name).write_bytes(contents)
+    (tmp_path / "v" / "b.txt").symlink_to(tmp_path / "gone")
+    if not told:
+        assert not FolderClips(tmp_path, frames=1).captioned
+        return
+    with pytest.warns(UserWarning, match=told):
+        assert not FolderClips(tmp_path, frames=1).captioned
+    assert not FolderClips(tmp_path, frames=1, captions=False).captioned, "not even looked at"
+
+
+def test_pictures_elsewhere_do_not_take_a_bare_name(tmp_path):
+    path = write_captions(tmp_path / "c.csv", {"a": "x", "thumbs/b": "y"})
+    assert read_captions(path, ["v/a.mp4"], ["thumbs/a.jpg", "thumbs/b.jpg"]) == {"v/a.mp4": "x"}
+
+
+def test_columns_that_are_not_read_may_stand_twice(tmp_path):
+    (tmp_path / "c.csv").write_text("file,caption,path,path\na.mp4,x,y,z\n")
+    assert read_captions(tmp_path / "c.csv", ["a.mp4"]) == {"a.mp4": "x"}
+
+
+def test_what_a_split_to_validate_on_would_tell_is_kept(tmp_path):
+    lay_out(tmp_path, {"captions.csv": "file,caption\na.mp4,x\n"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        val = FolderClips(tmp_path, "val", frames=1)
+    assert "captions.csv has no caption for 1 of 2 files, such as 'v/b.mp4'" in val.untold[0]
+
+
+def test_runs_of_kit_hold_no_captions(tmp_path):
+    lay_out(tmp_path, {})
+    (tmp_path / "run" / "config").mkdir(parents=True)
+    (tmp_path / "run" / "config" / "overrides.yaml").touch()
+    (tmp_path / "run" / "metrics.csv").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FolderClips(tmp_path, frames=1)

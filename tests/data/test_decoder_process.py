@@ -26,6 +26,7 @@ from kit.data import decoder_process as decoder_process_file
 from kit.data.clips import FolderClips
 from kit.data.decode import UnreadableVideo
 from kit.data.decoder_process import DecoderProcess, decoder_process, open_video
+from kit.data.frames import fit, read_fitted
 from kit.data.shapes import Shapes
 from kit.media import video_writer, write_video
 
@@ -132,12 +133,29 @@ def test_an_interrupted_question_is_not_answered_later(videos, monkeypatch):
     assert np.array_equal(second.frames([0, 1]), expected)
 
 
-def test_a_walk_that_is_broken_off_leaves_nothing_to_the_next(videos):
-    walk, expected = open_video(videos / "0.mp4", "pyav", 60.0).walk(range(9)), decode.open_video(videos / "1.mp4", "pyav")
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A video of 9 frames, 56 MB, which come in three pieces."""
+    clip = Shapes("val", 9, 64, 64, 8.0)[0]["video"]
+    enlarged = torch.nn.functional.interpolate(clip, (1080, 1920))
+    return write_video(enlarged, tmp_path_factory.mktemp("large") / "0.mp4", 8)
+
+
+def test_an_answer_in_pieces_is_that_of_this_process(large):
+    here, there = decode.open_video(large, "pyav"), open_video(large, "pyav", 60.0)
+    numbers = [0, 1, 1, 3, 4, 5, 6, 8, 8]
+    pieces = list(there.pieces(numbers))
+    assert len(pieces) == 3 and np.array_equal(np.concatenate(pieces), here.frames(numbers))
+    found, size = read_fitted(there, numbers, 32, 40, 0.2, 0.7)
+    assert size == (1080, 1920) and torch.equal(found, fit(here.frames(numbers), 32, 40, 0.2, 0.7))
+
+
+def test_a_walk_that_is_broken_off_leaves_nothing_to_the_next(large, videos):
+    expected = decode.open_video(videos / "1.mp4", "pyav").frames([0, 1])
+    walk = open_video(large, "pyav", 60.0).walk(range(9))
     next(walk)
     walk.close()
-    other = open_video(videos / "1.mp4", "pyav", 60.0)
-    assert np.array_equal(other.frames([0, 1]), expected.frames([0, 1]))
+    assert np.array_equal(open_video(videos / "1.mp4", "pyav", 60.0).frames([0, 1]), expected)
 
 
 def test_memory_holds_few_frames_of_a_large_file(tmp_path):

@@ -173,3 +173,19 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="/b cannot be read, what is in it is left out: .*Permission denied") as told:
         assert list_videos(tmp_path) == ["a/x.mp4"]
     assert len(told) == 1
+
+
+def test_pictures_do_not_decide_on_the_split_of_videos():
+    videos = [f"train/{name}.mp4" for name in "abcde"]
+    assert held_out_of(videos, 5) == held_out_of([*videos, "val/p.png"], 5) - {"val/p.png"} == {"train/e.mp4"}
+    assert held_out_of(["train/a.png", "val/p.png"], 5) == {"val/p.png"}
+
+
+def test_frame_rates_are_looked_up_all_over_the_folder(tmp_path):
+    for n in range(20):
+        write(tmp_path / f"{n:02d}.mp4", count=2, rate=8 if n < 14 else 30)
+    with pytest.warns(UserWarning, match="have 8 to 30 fps"):
+        assert FolderClips(tmp_path, "all", frames=2).native_fps == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert FolderClips(tmp_path, "all", frames=1).native_fps == 8

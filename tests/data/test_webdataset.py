@@ -152,6 +152,14 @@ def test_of_small_shards_some_hold_one_clip_out(tmp_path):
     assert 0 < len(held_out) < 20 and len(held_out) + len(train) == 24
 
 
+def test_held_out_clips_that_are_looked_at_are_of_all_shards(tmp_path):
+    for shard in range(8):
+        pack(tmp_path / f"{shard}.tar", {f"{n:02d}.mp4": b"x" for n in range(20)})
+    val = ShardClips(str(tmp_path), "val", frames=1)
+    assert len({val.members[val.file(n)].shard for n in range(12)}) > 4 and len(val.files) == 32
+    assert {val.file(n) for n in range(32)} == set(val.files)
+
+
 def test_bytes_that_a_storage_does_not_give_are_missed(packed):
     member = next(iter(ShardClips(packed, "all", **SHAPE).members.values()))
     assert len(read_member(member)) == member.size

@@ -352,6 +352,12 @@ def test_captions_that_lie_elsewhere_and_classes_of_the_training_are_given(evalu
     assert evaluate(*words, "real_label_from=none", protocol="folder", name="unlabelled") == 0
     assert "samples are of the empty prompt" in capsys.readouterr().out
     assert len({read(name)["protocol"]["hash"] for name in ("out", "captioned", "unlabelled")}) == 3
+    (tmp_path / "captions.csv").write_text("\n".join(["file,caption", *rows[:6]]))
+    held_out = ["protocol.real.split=val", "protocol.real.val_every=3", "protocol.real.clips=2", "protocol.samples=2"]
+    with pytest.warns(UserWarning, match="captions.csv has no caption for 1 of 7 files, such as 'b/ball_006.mp4'"):
+        assert (
+            evaluate(*words, *held_out, f"real_captions={tmp_path / 'captions.csv'}", protocol="folder", name="held_out") == 0
+        )
 
 
 def test_what_lacks_its_weights_is_left_out_and_said(evaluate, read, pair, capsys, tmp_path, monkeypatch):
