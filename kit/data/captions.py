@@ -121,7 +121,7 @@ def captions_by_others(root: Path, names: Sequence[str], listed: Sequence[str], 
             if table.name in METADATA and not _has_captions(table) or table.name in PROMPTS and VIDEOS not in listed:
                 continue
             return read_captions(table, names, pictures_among(listed), root, tell)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             tell(f"no captions are read: {error}")
             return {}
     videos = set(map(stem_of, names))

@@ -32,6 +32,7 @@ class DecoderProcess:
 
     def __init__(self):
         self._process, self._connection, self._owner = None, None, None
+        self._answering = False  # whether a request has not been answered to its end
 
     def ask(self, path: Path, backend: str, numbers: list[int] | None, patience: float) -> Iterator:
         """Sends a request to `decode.serve`, and yields what it finds: frames, as `Decoder.pieces`, or the length and rate.
@@ -41,16 +42,19 @@ class DecoderProcess:
                 seconds.
             IndexError, ImportError: as `decode.open_video` and `Decoder.walk`. RuntimeError: if the process does not start.
         """
+        if self._answering:  # a walk that was broken off, as by Ctrl-C in a notebook, which keeps hold of it
+            self.stop()
         if self._owner != os.getpid():
             self._start()
+        connection, self._answering = self._connection, True
         try:
-            self._connection.send((path, backend, numbers, patience + 5))  # its own limit, should this process die
+            connection.send((path, backend, numbers, patience + 5))  # its own limit, should this process die
             waited = 0.0
             while True:
                 begin = time.monotonic()
-                if not self._connection.poll(patience - waited):
+                if not connection.poll(patience - waited):
                     raise TimeoutError
-                kind, found = self._connection.recv()
+                kind, found = connection.recv()
                 waited += time.monotonic() - begin
                 if kind != "found":
                     break
@@ -58,12 +62,13 @@ class DecoderProcess:
         except (OSError, EOFError) as error:
             late = isinstance(error, TimeoutError | BlockingIOError)  # the latter: it halted amid its answer
             reason = f"it took more than {patience:g} s" if late else "the decoder died of it"
-            self.stop()
+            self._stop_answering(connection)
             other = "; data.source.backend=pyav may read it" if backend == "decord" else ""
             raise UnreadableVideo(path, reason + other) from error
         except BaseException:  # Ctrl-C, or nobody wants the rest: a late answer must not pass for that of the next request
-            self.stop()
+            self._stop_answering(connection)
             raise
+        self._answering = False
         match kind:
             case "unreadable":
                 raise UnreadableVideo(path, found)
@@ -88,8 +93,14 @@ class DecoderProcess:
             self.stop()
             raise RuntimeError(f"no process that decodes ({' '.join(words)}); data.source.patience=null does without")
 
+    def _stop_answering(self, connection: Connection):
+        """Kills the process at the other end of a connection, unless another has taken its place."""
+        if connection is self._connection:
+            self.stop()
+
     def stop(self):
         """Kills the process."""
+        self._answering = False
         if self._owner == os.getpid():
             self._connection.close()
             self._process.kill()

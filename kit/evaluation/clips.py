@@ -149,9 +149,9 @@ def real_source(protocol: Protocol, root: str | Path | None, **words: str) -> Fo
     real = protocol.real
     shape = dict(frames=protocol.frames, height=protocol.height, width=protocol.width, fps=protocol.fps)
     if real.kind == "shapes":
-        for key, value in {"": root, **{f"_{key}": value for key, value in words.items()}}.items():
-            if value is not None:
-                raise ValueError(f"real{key}={value}: the protocol {protocol.name} draws its real clips, leave it out")
+        given = {"real": root, **{f"real_{key}": value for key, value in words.items()}}
+        if asked := [f"{key}={value}" for key, value in given.items() if value is not None]:
+            raise ValueError(f"{asked[0]}: the protocol {protocol.name} draws its real clips, leave it out")
         return Shapes(split=real.split, seed=real.seed, **shape)
     if root is None:
         raise ValueError(f"the protocol {protocol.name} needs real=DIR, the folder of {_wanted(real)}")

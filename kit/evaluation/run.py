@@ -120,8 +120,8 @@ def real_scores(
     if "captions" in tools.metrics:
         scores["captions"] = CaptionScore(protocol.fps)
     for name, score in scores.items():
-        network = tools.detector.sha256 if name == "frechet" else name
-        key = digest([protocol.real_hash(fold, network), computed_by()])[:24]
+        measured_by = tools.detector.sha256 if name == "frechet" else name
+        key = digest([protocol.real_hash(fold, measured_by), computed_by()])[:24]
         path = cache_folder() / "real" / f"{key}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock")):  # a second evaluation waits for the first to compute them

@@ -259,14 +259,18 @@ def test_texts_beside_the_files_count_before_tables_of_other_programs(tmp_path):
         ),
         ("metadata.jsonl", b"{\n}", "no captions are read: .*metadata.jsonl, line 1: not JSON"),
         ("metadata.csv", b"path,text\nindex.html,x\n", "no captions are read: .*none of them for a file that is there"),
+        ("metadata.csv", None, "no captions are read: .*metadata.csv.* is not a file"),
         ("a.json", b'{"caption": "f\xfcr"}', ""),
     ],
-    ids=["encoding", "json", "other things", "beside"],
+    ids=["encoding", "json", "other things", "broken link", "beside"],
 )
 @pytest.mark.filterwarnings("error")
 def test_files_of_other_things_do_not_end_the_start(tmp_path, name, contents, told):
     lay_out(tmp_path, {})
-    (tmp_path / name).write_bytes(contents)
+    if contents is None:
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    else:
+        (tmp_path / name).write_bytes(contents)
     (tmp_path / "v" / "b.txt").symlink_to(tmp_path / "gone")
     if not told:
         assert not FolderClips(tmp_path, frames=1).captioned
@@ -299,6 +303,10 @@ def test_runs_of_kit_hold_no_captions(tmp_path):
     (tmp_path / "run" / "config").mkdir(parents=True)
     (tmp_path / "run" / "config" / "overrides.yaml").touch()
     (tmp_path / "run" / "metrics.csv").touch()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert not FolderClips(tmp_path, frames=1).captioned
+    assert told == []
+    (tmp_path / "run" / "config" / "overrides.yaml").unlink()
+    with pytest.warns(UserWarning, match="holds run/metrics.csv, in which no captions are looked for"):
         FolderClips(tmp_path, frames=1)

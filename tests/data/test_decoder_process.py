@@ -150,12 +150,18 @@ def test_an_answer_in_pieces_is_that_of_this_process(large):
     assert size == (1080, 1920) and torch.equal(found, fit(here.frames(numbers), 32, 40, 0.2, 0.7))
 
 
-def test_a_walk_that_is_broken_off_leaves_nothing_to_the_next(large, videos):
+@pytest.mark.parametrize("how", ["closed", "held"])  # a notebook holds what an interrupt has left
+def test_a_walk_that_is_broken_off_leaves_nothing_to_the_next(large, videos, how):
     expected = decode.open_video(videos / "1.mp4", "pyav").frames([0, 1])
     walk = open_video(large, "pyav", 60.0).walk(range(9))
     next(walk)
+    if how == "closed":
+        walk.close()
+    assert np.array_equal(open_video(videos / "1.mp4", "pyav", 60.0).frames([0, 1]), expected)
+    process = decoder_process()._process
     walk.close()
     assert np.array_equal(open_video(videos / "1.mp4", "pyav", 60.0).frames([0, 1]), expected)
+    assert decoder_process()._process is process, "the end of the old one does not touch the new one"
 
 
 def test_memory_holds_few_frames_of_a_large_file(tmp_path):
