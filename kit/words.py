@@ -135,8 +135,11 @@ def cached_compose(conf: Path, *words: str) -> DictConfig:
     return compose(conf, words)
 
 
+OPTIONAL = r"guidance|stages|(stages|callbacks)\.\w+"  # groups of values that null takes out
+
+
 def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
-    """Reports the words that give a text where the config has a number, or one value where it has several."""
+    """Reports the words that give a text where the config has a number, or one value or none where it has several."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -152,6 +155,8 @@ def wrong_kinds(cfg: DictConfig, conf: Path, overrides: list[str]) -> list[str]:
             continue
         several = OmegaConf.is_config(before) and now not in (None, False) and not OmegaConf.is_config(now)
         number = isinstance(before, int | float) and not key.startswith("trainer.")  # those take words too, such as auto
+        if now is None and OmegaConf.is_dict(before) and before and not re.fullmatch(OPTIONAL, key):
+            wrong.append(f"{key}=null; kit reads what is in it: {', '.join(map(str, before))}. Set those, or leave it out")
         if several or (number and isinstance(now, str)):
             example = OmegaConf.to_container(before) if several else before
             wrong.append(f"{key}={now}; expected {'values' if several else 'a number'} such as {example}")
@@ -195,7 +200,8 @@ def refused(conf: Path, words: list[str], sweep: bool = False) -> str | None:
         said = re.sub(r"\s*See https://hydra.cc\S* for details", "", str(error)).strip().replace("\n", ": ")
         return f"{said}; expected key=value, a value with brackets, braces or commas within in quotes"
     except Exception:  # such as a broken file
-        return None
+        none = next((word for word in words if word.endswith("=null") and choices(conf, word.partition("=")[0])), None)
+        return f"{none}; choose from {', '.join(choices(conf, none.partition('=')[0]))}" if none else None
     return None
 
 

@@ -138,6 +138,7 @@ def test_a_key_that_was_taken_out_is_told(tmp_path, capsys):
         ("size=huge", "no size=huge; choose from 4B, L, XL, base, small, tiny"),
         ("method=maskd", "no method=maskd; choose from center, "),
         ("data=mine", "no data=mine; choose from cached, clips, mixture, "),
+        ("data=null", "data=null; choose from cached, clips, mixture, "),
         ("zzz=1", "no key zzz; there are name, root, "),
         ("data.qqqqqqqq=1", "no key data.qqqqqqqq; data has images, "),
         ("data.heigth=64", "no key data.heigth; did you mean data.height?\n"),
@@ -156,6 +157,13 @@ def test_words_that_do_not_compose_are_refused_in_a_few_words(word, said, capsys
     assert main(["fit", "conf=stage2_generator", word, "--cfg", "job"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("kit fit: ") and said in told and "HYDRA_FULL_ERROR" not in told
+
+
+@pytest.mark.parametrize("key", ["recipe", "recipe.generator", "generator", "data.source", "condition", "optimizer"])
+def test_values_that_are_taken_out_as_a_whole_are_told(key, tmp_path, capsys):
+    assert main(["fit", "conf=stage2_generator", f"{key}=null", f"root={tmp_path}"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"kit fit: {key}=null; kit reads what is in it: ") and "Traceback" not in told
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,20 @@ def list_videos(root: Path, pictures: bool = False) -> list[str]:
         what = "no video or picture" if pictures else "no video"
         runs = runs_among(names)
         but = f" but those of runs of kit, such as {min(runs)}" if runs else ""
-        raise FileNotFoundError(f"{root} holds {what}{but}; expected files ending in {', '.join(suffixes)}")
+        expected = f"expected files ending in {', '.join(suffixes)}"
+        raise FileNotFoundError(f"{root} holds {what}{but}; {expected}{_way_out(names)}")
     return videos
+
+
+def _way_out(names: Sequence[str]) -> str:
+    """Returns what to do with files of which none is a video: frames of clips, or shards; "" if they are neither."""
+    if shards := [name for name in names if name.lower().endswith((".tar", ".tar.gz", ".tgz"))]:
+        return f". For shards such as {shards[0]} use data=shards, as .tar, uncompressed"
+    if pictures := [name for name in without_runs(names) if name.lower().endswith(PICTURES)]:
+        make = "ffmpeg -framerate 25 -pattern_type glob -i 'DIR/*.png' -crf 10 -pix_fmt yuv420p DIR.mp4"
+        found = f"It holds pictures such as {pictures[0]}: data.frames=1 takes each by itself"
+        return f". {found}; if they are a clip's frames, make a video of them ({make})"
+    return ""
 
 
 def runs_among(names: Iterable[str]) -> set[PurePosixPath]:

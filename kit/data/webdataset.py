@@ -98,7 +98,8 @@ def shards_at(root: str, patience: float | None) -> list[str]:
     except Exception as error:  # each storage has kinds of its own
         raise unreachable(root, error) from error
     if not names:
-        raise FileNotFoundError(f"data.root={root}: no tar files there; give their folder, or a pattern as DIR/train-*.tar")
+        expected = "give their folder, or a pattern as DIR/train-*.tar; a .tar.gz must be unpacked first, with gunzip"
+        raise FileNotFoundError(f"data.root={root}: no .tar there; {expected}")
     return [name if "://" not in root else files.unstrip_protocol(name) for name in names]
 
 

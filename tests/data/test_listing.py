@@ -32,6 +32,21 @@ def test_what_runs_of_kit_log_is_no_data(tmp_path):
         list_videos(tmp_path / "runs")
 
 
+@pytest.mark.parametrize(
+    ("names", "way_out"),
+    [
+        (["clip/000.jpg", "clip/001.jpg"], r"It holds pictures such as clip/000\.jpg: data\.frames=1 takes each by itself"),
+        (["00.tar.gz", "cover.png"], r"For shards such as 00\.tar\.gz use data=shards"),
+    ],
+)
+def test_frames_and_shards_in_place_of_videos_are_told(names, way_out, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=way_out):
+        list_videos(tmp_path)
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path):
     for name in ("set/b/z.mp4", "set/a.mp4", "set/b/x.mp4/y.mp4", "set/.hidden/h.mp4", "set/.h.mp4", "beside/c.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

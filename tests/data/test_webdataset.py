@@ -640,7 +640,7 @@ def test_a_shard_that_cannot_be_reached_is_not_left_out(packed, monkeypatch, cal
 
 
 def test_what_is_no_shard_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tar files there"):
+    with pytest.raises(FileNotFoundError, match=r"no \.tar there"):
         ShardClips(tmp_path, **SHAPE)
     pack(tmp_path / "a.tar", {"a.txt": b"words"})
     with pytest.raises(FileNotFoundError, match="no clips in its shards"):

@@ -320,8 +320,10 @@ def test_head_width_must_split_over_the_axes(width, heads):
 # --- sizes, moving, reloading ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, parameters", [("L", 926e6), ("XL", 2.0e9), ("4B", 4e9)])
-def test_presets_of_the_paper_have_its_sizes(size, parameters):
+@pytest.mark.parametrize(
+    "size, parameters", [("tiny", 2.7e6), ("small", 50e6), ("base", 300e6), ("L", 926e6), ("XL", 2.0e9), ("4B", 4e9)]
+)
+def test_presets_have_the_sizes_that_they_tell(size, parameters):
     values = composed(f"size/{size}")
     tokenizer = values["tokenizer"]
     with torch.device("meta"):
