@@ -24,7 +24,7 @@ test-gpu: $(VENV)/.kit-test
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "kit needs Python 3.11 or newer, $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.kit: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(RUN) -m pip install $(PIP_ARGS) --constraint constraints.txt --editable .

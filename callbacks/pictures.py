@@ -26,8 +26,12 @@ def may_fail(what: str, step: int) -> Iterator[None]:
 
 
 def log_picture(trainer: L.Trainer, name: str, picture: Path, video: Path | None = None):
-    """Hands a picture, and a video as NAME_video, to loggers that take such: W&B's takes both, TensorBoard's the picture."""
-    step = trainer.global_step
+    """Hands a picture, and a video as NAME_video, to loggers that take such: W&B's takes both, TensorBoard's the picture.
+
+    It comes to lie at the step of the validation's metrics, for which Lightning counts the batches of a tokenizer that
+    accumulates gradients.
+    """
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(name, [str(picture)], step=step)

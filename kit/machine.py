@@ -144,12 +144,12 @@ def processes(devices: int | str | list) -> int:
 
 
 def wandb_offline() -> bool:
-    """Returns whether W&B has no key to log in with.
+    """Returns whether W&B has no key to log in with, and was not told a mode.
 
     It looks for one in the environment, and in the file of passwords where `wandb login` puts them, as of a login `user`:
     those of other servers may be there too.
     """
-    if os.environ.get("WANDB_API_KEY"):
+    if any(os.environ.get(f"WANDB_{name}") for name in ("API_KEY", "IDENTITY_TOKEN_FILE", "MODE")):
         return False
     try:
         known = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).hosts

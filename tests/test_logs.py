@@ -124,13 +124,28 @@ def test_each_kind_of_logger_is_handed_pictures_as_it_takes_them(tmp_path):
     Image.fromarray(pixels).save(path := tmp_path / "picture.png")
     wandb, tensorboard = Mock(spec=["log_image", "log_video"]), Mock(spec=["experiment"])
     others = Mock(experiment=Mock(spec=["log_metrics"]), spec=["experiment"])
-    trainer = SimpleNamespace(loggers=[wandb, tensorboard, others], global_step=7)
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=7))
+    trainer = SimpleNamespace(loggers=[wandb, tensorboard, others], fit_loop=loop)
     log_picture(trainer, "samples", path, tmp_path / "video.mp4")
     wandb.log_image.assert_called_once_with("samples", [str(path)], step=7)
     wandb.log_video.assert_called_once_with("samples_video", [str(tmp_path / "video.mp4")], step=7, format=["mp4"])
     ((name, shown, step), how) = tensorboard.experiment.add_image.call_args
     assert (name, step, how) == ("samples", 7, {"dataformats": "HWC"}) and np.array_equal(shown, pixels)
     assert not others.experiment.mock_calls
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_pictures_lie_at_the_step_of_their_validations_metrics(accumulate, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    words = ["logger=tensorboard", f"recipe.tokenizer.accumulate={accumulate}", "recipe.tokenizer.steps=2"]
+    assert fit_tokenizer(tmp_path, *words, "trainer.val_check_interval=2") == 0
+    (events,) = tmp_path.rglob("events.out.tfevents*")
+    log = event_accumulator.EventAccumulator(str(events)).Reload()
+    steps = {
+        name: [event.step for event in log.Scalars(name)] for name in ("val/psnr", "val/loss") if name in log.scalars.Keys()
+    }
+    steps |= {name: [event.step for event in log.Images(name)] for name in log.images.Keys()}
+    assert len(steps) > 2 and len(set(map(tuple, steps.values()))) == 1, steps
 
 
 @pytest.mark.parametrize(
@@ -146,7 +161,7 @@ def test_each_kind_of_logger_is_handed_pictures_as_it_takes_them(tmp_path):
 @pytest.mark.parametrize("variable", ["HOME", "NETRC"])
 def test_passwords_of_other_servers_are_no_key_of_wandb(passwords, offline, variable, tmp_path, monkeypatch):
     """Told to go online without a key, it ends the training."""
-    for name in ("WANDB_API_KEY", "NETRC"):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / (".netrc" if variable == "HOME" else "passwords")
@@ -156,8 +171,10 @@ def test_passwords_of_other_servers_are_no_key_of_wandb(passwords, offline, vari
         path.write_text(passwords)
         path.chmod(0o600)
     assert wandb_offline() == offline
-    monkeypatch.setenv("WANDB_API_KEY", "key")
-    assert not wandb_offline()
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
+        with monkeypatch.context() as set_now:
+            set_now.setenv(name, "disabled")
+            assert not wandb_offline(), "W&B's own matter then"
 
 
 @pytest.mark.parametrize("error", [None, ValueError("a lost loss"), SystemExit(143)])

@@ -114,5 +114,5 @@ def test_sweep_commands_run_as_an_agent_would_call_them(pair, tmp_path, monkeypa
     small = [*CLIP, *TOKENIZER, *GENERATOR, *QUICK, "recipe.generator.steps=2", "trainer.val_check_interval=2"]
     assert main([*words, *small, f"tokenizer_ckpt={pair.tokenizer}"]) == 0
     assert wandb.run is None, "the next training of this process is a run of its own"
-    folder = {"generator": "sweep_generator", "ablation": "ablation_standard_0"}[name]
-    assert (tmp_path / "runs" / folder / "run1" / "checkpoints" / "last.ckpt").is_file()
+    folder = {"generator": "sweep_generator/run1", "ablation": "ablation_standard_0"}[name]
+    assert (tmp_path / "runs" / folder / "checkpoints" / "last.ckpt").is_file()
