@@ -43,7 +43,7 @@ class VideoLogger(L.Callback):
     @torch.no_grad()
     def _show(self, trainer, module, model):
         data = trainer.datamodule
-        batch = default_collate([data.val[n] for n in range(self.clips)])
+        batch = default_collate([data.held_out[n, data.frames] for n in range(self.clips)])
         batch = {name: x.to(module.device) if torch.is_tensor(x) else x for name, x in batch.items()}
         with trainer.precision_plugin.val_step_context():
             rows = self.rows(module, model, batch)

@@ -50,6 +50,9 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
     root = (images or {}).get("root", "")  # a source of the user's own may have none; null: no pictures
     if root == "???":
         raise ValueError("data.images.root is missing: the folder of the cache that holds the pictures")
+    if images and root is None and not images["_target_"].startswith("kit."):
+        own = "write it to images/mine.yaml beside your conf, and choose it there with `override images@data.images: mine`"
+        raise ValueError(f"data.images._target_={images['_target_']} stands among the values of images=folder; {own}")
     if images and root is not None and (values["image_share"] or not cfg.get("stages")):
         values["images"] = images  # a stage that has no batches of images ignores them
     if values.get("buckets"):

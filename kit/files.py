@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -118,16 +119,35 @@ def save_checked(contents: dict, path: Path):
     A kill, an error or a full disk leaves the previous file as it was.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written. ValueError: if it holds what `load_checked` does not read.
     """
     try:
-        with disk_errors(), written_aside(path) as aside, open(aside, "wb") as file:
-            torch.save({**contents, HASH: contents_hash(contents)}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with disk_errors(), written_aside(path) as aside:
+            with open(aside, "wb") as file:
+                torch.save({**contents, HASH: contents_hash(contents)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if kinds := torch.serialization.get_unsafe_globals_in_checkpoint(aside):
+                found = ", ".join(itertools.islice(not_plain(contents), 3)) or ", ".join(sorted(kinds))
+                problem = f"{path} could not be saved: nobody could load it, which executes nothing"
+                raise ValueError(
+                    f"{problem}. It holds {found}; expected tensors and plain values, such as float(x) of numpy's x"
+                )
         sync_folder(path.parent)
     except OSError as error:
         raise not_saved(path, error) from error
+
+
+def not_plain(value: object, place: str = "") -> Iterator[str]:
+    """Yields where a checkpoint holds more than tensors and plain values, and of what class that is."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from not_plain(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple | set):
+        for number, item in enumerate(value):
+            yield from not_plain(item, f"{place}[{number}]")
+    elif type(value).__module__ not in ("builtins", "torch", "torch.nn.parameter") or isinstance(value, range):
+        yield f"{place} ({type(value).__module__}.{type(value).__name__})"
 
 
 def sync_folder(folder: Path):

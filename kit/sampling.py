@@ -3,6 +3,7 @@ in memory or with those of checkpoints."""
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,6 +16,7 @@ from kit.checkpoint import Loaded
 from kit.generator.sampler import Sampling, sample_frames
 from kit.generator.transformer import Generator
 from kit.machine import autocast, device, exact_float32, keeping_cast_weights
+from kit.pixels import check_pixels
 from kit.scales import ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer import Tokenizer
 from kit.tokenizer.causal import Stream
@@ -37,10 +39,11 @@ def stream_clips(
         history: (B, 3, T0, H, W) in [-1, 1], T0 = 1 + 4n: an image or the beginning of a video to continue.
         on_block: called after each block.
     Raises:
-        ValueError: if the history has other scales than the schedule; else as `sample_frames`.
+        ValueError: if the history has other scales than the schedule; else as `check_pixels` and `sample_frames`.
     """
     bits = None
     if history is not None:
+        check_pixels(history)
         given = tokenizer.schedule_of(history)
         if given.grids != schedule.grids:
             raise ValueError(f"history has the scales {given.grids}, the clip to make {schedule.grids}: resize it")
@@ -119,8 +122,16 @@ def stream_samples(
         on_block: called after each block.
     Yields:
         (B, 3, n, H, W) float32 in [-1, 1] on the CPU.
+    Raises:
+        ValueError: if there is no prompt, a seed for each is not given, or the history is no such tensor; else as
+            `stream_video`.
     """
+    check_seeds(prompts, seeds)
+    if history is not None and not (torch.is_tensor(history) and history.ndim == 4):
+        found = tuple(history.shape) if torch.is_tensor(history) else type(history).__name__
+        raise ValueError(f"history={found}; expected a tensor (3, T0, H, W) in [-1, 1], an image has T0 = 1")
     wanted, (frames, height, width) = len(prompts), size
+    seeds = list(map(operator.index, seeds))  # a user's may be numpy's
     if wanted == 1:
         prompts, seeds = [*prompts] * 2, [*seeds] * 2
     model, codec = generator.model.to(device()), tokenizer.model.to(device())
@@ -135,6 +146,13 @@ def stream_samples(
         yield piece[:wanted].float().cpu()
 
 
+def check_seeds(prompts: Sequence[str], seeds: Sequence[int]):
+    """Raises ValueError unless there are prompts, and as many seeds, from 0."""
+    if not prompts or len(seeds) != len(prompts) or min(seeds) < 0:
+        found = f"{len(prompts)} prompts and {len(seeds)} seeds" + (f" from {min(seeds)}" if len(seeds) else "")
+        raise ValueError(f"{found}; expected a prompt or more, and for each a seed of 0 or more")
+
+
 def sample_videos(
     generator: Loaded, tokenizer: Loaded, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int, int],
     sampling: Sampling, precision: str, batch_size: int, history: Tensor | None = None,
@@ -145,7 +163,9 @@ def sample_videos(
         batch_size: clips at a time; the rest as for `stream_samples`.
     Returns:
         (n, 3, T, H, W) float32 in [-1, 1], on the CPU.
+    Raises: as `stream_samples`.
     """
+    check_seeds(prompts, seeds)
     done = []
     with progress(len(prompts), generator, tokenizer, size, sampling, batch_size) as bar:
         for start in range(0, len(prompts), batch_size):

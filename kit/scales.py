@@ -8,6 +8,7 @@ of frame 0 from coarse to fine, then those of frame 1, and so on.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -75,6 +76,7 @@ class ScaleSchedule:
     bits: tuple[int, ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "latent_frames", operator.index(self.latent_frames))  # 4.0 and numpy's 4 equal 4 in caches
         object.__setattr__(self, "grids", tuple((int(h), int(w)) for h, w in self.grids))
         object.__setattr__(self, "bits", tuple(self.bits))
         if self.bits and (len(self.bits) != len(self.grids) or min(self.bits) < 1):

@@ -36,8 +36,9 @@ def from_values(by: type[T], values: Mapping, what: str, /, **besides) -> T:
 
 
 def as_word(key: str, value) -> str:
-    """Writes a key and its value as a word of the command line."""
-    return f"{key}={'null' if value is None else value}"
+    """Writes a key and its value as a word of the command line; of numpy's numbers, which checks refuse, their class too."""
+    of_numpy = f" ({type(value).__name__} of numpy)" if type(value).__module__ == "numpy" else ""
+    return f"{key}={'null' if value is None else value}{of_numpy}"
 
 
 def within(root: str, name: str) -> str:

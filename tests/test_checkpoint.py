@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,9 @@ from torch import nn
 from kit.checkpoint import kind_of, load_generator, load_tokenizer, model_hash, save_tokenizer
 from kit.cli import main
 from kit.files import load_checked, save_checked
+from kit.generator.module import GeneratorModule
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.tokenizer.module import TokenizerModule
 from tests.fixtures import fit_tokenizer
 
 CLIP = {"frames": 5, "height": 8, "width": 8, "fps": 8.0}
@@ -30,6 +34,34 @@ def test_weights_that_are_not_finite_are_refused_and_named(value, tmp_path):
     found = rf"lost.ckpt holds NaN or infinite weights, in 1 of {len(model.state_dict())} tensors, such as decoder.head.bias"
     with pytest.raises(ValueError, match=found):
         load_tokenizer(tmp_path / "lost.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(np.float64(0.5), r"numpy\.float64"), (np.zeros(2), r"numpy\.ndarray"), (Path("x"), r"pathlib\.\w+")]
+)
+def test_what_nobody_could_load_is_not_saved(value, kind, tmp_path):
+    path = tmp_path / "last.ckpt"
+    save_checked({"step": 1}, path)
+    with pytest.raises(
+        ValueError, match=rf"last.ckpt could not be saved: .* It holds hyper_parameters.loss\[1\].a \({kind}\)"
+    ):
+        save_checked({"step": 2, "hyper_parameters": {"loss": [1.0, {"a": value}]}}, path)
+    assert load_checked(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_callback_makes_of_the_loss_is_not_what_the_run_is_told_to_have(pair):
+    """docs/extending.md has a callback change `module.loss`; a run that resumes would else begin with its last values."""
+    module = TokenizerModule(**load_checked(pair.tokenizer)["hyper_parameters"])
+    module.loss["adversarial"]["lr"] = module.loss["motion_weight"] = 7.0
+    assert module.hparams.loss["motion_weight"] == 0.0 and module.hparams.loss["adversarial"]["lr"] == 1e-4
+
+
+def test_lightning_loads_a_module_too(pair):
+    module = TokenizerModule.load_from_checkpoint(pair.tokenizer, map_location="cpu")
+    learned = load_checked(pair.tokenizer)["state_dict"]
+    assert all(torch.equal(value, learned[name]) for name, value in module.state_dict().items())
+    generator = GeneratorModule.load_from_checkpoint(pair.generator, map_location="cpu", tokenizer=module.model)
+    assert generator.schedule == module.schedule
 
 
 def test_generator_and_tokenizer_are_not_mixed_up(pair, tmp_path, capsys):

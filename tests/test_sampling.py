@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kit.checkpoint import Loaded
 from kit.generator.guidance import Guidance
 from kit.generator.sampler import Sampling, sample_frames
-from kit.sampling import sample_clips, seed_of, stream_clips, stream_samples, stream_video, windows
+from kit.sampling import sample_clips, sample_videos, seed_of, stream_clips, stream_samples, stream_video, windows
 from kit.sampling_checks import tell_notes
 from tests.fixtures import CLOSE, PROMPTS, RISING
 
@@ -40,6 +41,59 @@ def test_streamed_pixels_are_those_of_the_whole_feature(tiny_pair):
     torch.testing.assert_close(video, tokenizer.decode_bits(bits, schedule), **CLOSE)
     assert video.shape == (2, 3, 17, 8, 12) and video.abs().max() <= 1
     assert torch.equal(sample_clips(model, tokenizer, schedule, PROMPTS, [0, 1], Sampling(RISING)), video)
+
+
+@pytest.fixture
+def loaded(tiny_pair):
+    """The pair as of checkpoints."""
+    model, tokenizer, _ = tiny_pair
+    clip = {"frames": 17, "height": 8, "width": 12, "fps": 8.0}
+    return [Loaded(part, clip, Path(), 0, "") for part in (model, tokenizer)]
+
+
+HOW = {"size": (5, 8, 12), "sampling": Sampling(temperature=0.5), "precision": "float32"}
+
+
+def test_seeds_may_be_numpys(loaded):
+    expected = sample_videos(*loaded, PROMPTS, [0, 1], batch_size=1, **HOW)
+    assert torch.equal(sample_videos(*loaded, PROMPTS, np.arange(2), batch_size=2, **HOW), expected)
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [([], []), (PROMPTS, [0]), (PROMPTS, [0, 1, 2]), (PROMPTS, [0, -1])])
+def test_prompts_and_seeds_that_do_not_fit_are_told_at_once(loaded, prompts, seeds):
+    with pytest.raises(ValueError, match=f"{len(prompts)} prompts and {len(seeds)} seeds"):
+        sample_videos(*loaded, prompts, seeds, batch_size=1, **HOW)
+
+
+@pytest.mark.parametrize(
+    ("history", "told"),
+    [
+        (torch.full((3, 1, 8, 12), 255.0), r"expected pixels in \[-1, 1\], found 255 to 255"),
+        (torch.full((3, 1, 8, 12), float("nan")), r"expected pixels in \[-1, 1\]"),
+        (torch.zeros(3, 8, 12), r"history=\(3, 8, 12\); expected a tensor \(3, T0, H, W\)"),
+        (np.zeros((3, 1, 8, 12)), "history=ndarray; expected a tensor"),
+    ],
+)
+def test_a_history_that_is_none_is_told(loaded, history, told):
+    with pytest.raises(ValueError, match=told):
+        sample_videos(*loaded, PROMPTS, [0, 1], batch_size=2, history=history, **HOW)
+
+
+def test_numbers_of_numpy_are_refused_by_their_name():
+    """They would end up in checkpoints, which hold plain values."""
+    with pytest.raises(ValueError, match=r"temperature=0.5 \(float32 of numpy\); expected a number"):
+        Sampling(temperature=np.float32(0.5))
+    with pytest.raises(ValueError, match=r"overlap=5 \(int64 of numpy\); expected 1 \+ 4n frames"):
+        Sampling(overlap=np.int64(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_history_may_have_other_floating_point_numbers(loaded, dtype):
+    history = torch.tensor([-1.0, 0.5, 1.0]).repeat(3, 1, 8, 4)  # exact in all of them
+    expected, found = (
+        sample_videos(*loaded, PROMPTS, [0, 1], batch_size=2, history=given, **HOW) for given in (history, history.to(dtype))
+    )
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("frames", [1, 9, 17])

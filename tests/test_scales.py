@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +104,13 @@ def test_schedules_are_values():
     same = ScaleSchedule(2, [[1, 1], [2, 1], [3, 2]])
     assert same == TALL and hash(same) == hash(TALL)
     assert same.block(0, 1) == Block(0, 1, 2, 1, 1, 3)
+
+
+def test_a_number_of_frames_is_whole_whatever_its_type():
+    """Caches take 2.0 and numpy's 2 for 2, which then stands for all three."""
+    assert type(ScaleSchedule(np.int64(2), TALL.grids).latent_frames) is int
+    with pytest.raises(TypeError):
+        ScaleSchedule(2.0, TALL.grids)
 
 
 @pytest.mark.parametrize(

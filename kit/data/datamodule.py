@@ -183,6 +183,11 @@ class ClipDataModule(ClipsOnDevice):
         if self.val_clips < ranks:
             raise ValueError(f"data.val_clips={self.val_clips} leaves some of the {ranks} devices without a clip; raise it")
 
+    @property
+    def held_out(self) -> Numbered:
+        """The clips to validate on, by number and frames."""
+        return Numbered(self.val, size=(self.height, self.width))
+
     def val_dataloader(self) -> DataLoader:
         """Loader with equally many clips, and so batches, on each device.
 
@@ -190,8 +195,7 @@ class ClipDataModule(ClipsOnDevice):
         """
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         keys = [(n, self.frames) for n in range(rank, self.val_clips // ranks * ranks, ranks)]
-        clips = Numbered(self.val, size=(self.height, self.width))
-        return self._loader(clips, self.cached, batch_size=self.batch_size, sampler=keys)
+        return self._loader(self.held_out, self.cached, batch_size=self.batch_size, sampler=keys)
 
     def _loader(self, dataset: Numbered, encoded: bool, **order) -> DataLoader:
         on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"

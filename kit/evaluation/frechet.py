@@ -23,8 +23,10 @@ class Gaussian:
         """Adds features (n, D).
 
         Raises:
-            ValueError: if one of them is not finite, before any is added.
+            ValueError: if one of them is not finite, or they have another shape, before any is added.
         """
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f"expected features (n, {len(self.mean)}), found {tuple(features.shape)}")
         if not features.isfinite().all():
             raise ValueError("features are not finite: look at the clips' pixels and at the detector's weights")
         for feature in features.detach().cpu().double():
@@ -50,7 +52,7 @@ class Gaussian:
     @classmethod
     def from_state(cls, state: dict) -> Gaussian:
         gaussian = cls(len(state["mean"]))
-        gaussian.count, gaussian.mean, gaussian.scatter = state["count"], state["mean"], state["scatter"]
+        gaussian.count, gaussian.mean, gaussian.scatter = state["count"], state["mean"].clone(), state["scatter"].clone()
         return gaussian
 
 

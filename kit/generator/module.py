@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import lightning as L
@@ -62,7 +63,7 @@ class GeneratorModule(L.LightningModule):
         self.model.recompute = recompute
         self.law = from_values(FlipLaw, correction, "correction")
         self.frame_mask, self.drop_condition, self.seed = frame_mask, drop_condition, seed
-        self.loss, self.optimizer, self.steps = loss, optimizer, steps
+        self.loss, self.optimizer, self.steps = copy.deepcopy(loss), optimizer, steps
         self.halved = False  # whether the tokenizer, which is not sharded, computes in bfloat16 as the sharded model does
         self.__dict__["tokenizer"] = tokenizer  # bypasses nn.Module, which would register it as a submodule
         tokenizer.eval().requires_grad_(False)
@@ -90,6 +91,8 @@ class GeneratorModule(L.LightningModule):
         return F.binary_cross_entropy_with_logits(logits, sequence.targets.float(), weight=weights)
 
     def configure_model(self):
+        if self._trainer is None:  # `load_from_checkpoint` calls it without
+            return
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
             strategy.shard(self.model, [self.model.condition, *self.model.layers])

@@ -20,7 +20,7 @@ from kit.generator.transformer import Generator
 from kit.machine import onto
 from kit.scales import TAU, ScaleSchedule, latent_frames, pixel_frames
 from kit.tokenizer.quantizer import residual_map
-from kit.values import check_choice, check_number, from_values
+from kit.values import as_word, check_choice, check_number, from_values
 
 DRAWS = 32  # candidate draws of a token's bits, of which `top_p` takes one
 
@@ -58,7 +58,7 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         check_choice("extend", self.extend, ("reencode", "positions"))
         if self.overlap is not None and (not isinstance(self.overlap, int) or self.overlap < 1 or (self.overlap - 1) % TAU):
-            raise ValueError(f"overlap must be 1 + {TAU}n frames, got {self.overlap}")
+            raise ValueError(f"{as_word('overlap', self.overlap)}; expected 1 + {TAU}n frames, a whole number")
 
     def window(self, trained: int, frames: int) -> tuple[int, int]:
         """Returns the pixel frames of a window and of its overlap with the next one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -71,7 +72,7 @@ class TokenizerModule(L.LightningModule):
         self.model = Tokenizer(TokenizerConfig.from_dict(tokenizer))
         self.model.recompute = recompute
         self.enter(clip)
-        self.loss, self.optimizer, self.steps, self.seed = loss, optimizer, steps, seed
+        self.loss, self.optimizer, self.steps, self.seed = copy.deepcopy(loss), optimizer, steps, seed
         self.scale_dropout = scale_dropout
         check_optimizer(optimizer, (*KEYS, "clip", "accumulate"))
         check_losses(loss)
@@ -96,6 +97,8 @@ class TokenizerModule(L.LightningModule):
         self.schedule = self.model.schedule(clip["frames"], clip["height"], clip["width"])
 
     def configure_model(self):
+        if self._trainer is None:  # `load_from_checkpoint` calls it without
+            return
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
             strategy.shard(self.model, [self.model.encoder, self.model.decoder])

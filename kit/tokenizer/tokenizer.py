@@ -81,6 +81,12 @@ class TokenizerConfig:
         """Pixels of a clip's shorter side: what the last scale's grid covers."""
         return self.compression * self.scales[-1]
 
+    def check_sides(self, height: int, width: int):
+        """Raises ValueError unless height and width are multiples of the compression."""
+        c = self.compression
+        if height % c or width % c or min(height, width) < c:
+            raise ValueError(f"height and width must be multiples of {c}, got {height} x {width}")
+
     @functools.lru_cache(64)  # noqa: B019 (small and frozen; a schedule caches what it computes)
     def schedule(self, frames: int, height: int, width: int) -> ScaleSchedule:
         """The blocks of a clip of T x H x W pixels.
@@ -95,8 +101,7 @@ class TokenizerConfig:
                 f"frame with kit.tokenizer.streaming, as `reconstruct video=FILE` does"
             )
         c = self.compression
-        if height % c or width % c or min(height, width) < c:
-            raise ValueError(f"height and width must be multiples of {c}, got {height} x {width}")
+        self.check_sides(height, width)
         if min(height, width) > self.shorter_side:
             raise ValueError(
                 f"this tokenizer's scales end at {self.scales[-1]}, so the shorter side must be at most {self.shorter_side} "
@@ -174,10 +179,14 @@ class Tokenizer(nn.Module):
 
         T = 1 + 4n, or 4n in a started stream.
 
-        Raises: as `check_video`.
+        Raises:
+            ValueError: if T is not 1 + 4n, or H or W not a multiple of the compression; else as `check_video`.
         """
         check_video(video)
-        feature = self.encoder(video, stream).float()
+        if stream is None:
+            latent_frames(video.shape[2])
+        self.config.check_sides(*video.shape[3:])
+        feature = self.encoder(self._as_weights(video), stream).float()
         if self.amplitude is None:
             return feature
         square = feature.square().mean((1, 3, 4), keepdim=True)  # per latent frame
@@ -185,7 +194,11 @@ class Tokenizer(nn.Module):
 
     def decode(self, feature: Tensor, stream: Stream | None = None) -> Tensor:
         """Decodes a feature (B, d, F, h, w) to a video (B, 3, T, H, W), float32, about [-1, 1], not clamped."""
-        return self.decoder(feature, stream).float()
+        return self.decoder(self._as_weights(feature), stream).float()
+
+    def _as_weights(self, x: Tensor) -> Tensor:
+        """Casts what a caller has in float16 or float64, as numpy has it; autocast and FSDP cast it on."""
+        return x.to(next(self.parameters()).dtype)
 
     def bits(self, video: Tensor) -> Tensor:
         """Encodes a video (B, 3, T, H, W) in [-1, 1] as bits (B, L, d). Raises as `check_pixels` and `schedule`."""

@@ -52,7 +52,7 @@ def held_out(data: ClipDataModule) -> dict:
     numbers = [n for n in range(data.val_clips) if data.val.distinct(n)]
     if len(numbers) < data.val_clips:
         print(f"  clips={data.val_clips}, but {len(numbers)} held out: each is taken once")
-    clips = [(n, data.val[n]) for n in numbers]
+    clips = [(n, data.held_out[n, data.frames]) for n in numbers]
     clips = [clip for n, clip in clips if data.val.distinct(n)]  # not those whose file has turned out to be unreadable
     if len(clips) < len(numbers):
         print(f"  {len(numbers) - len(clips)} of {len(numbers)} cannot be read and are left out")

@@ -72,6 +72,15 @@ def test_pictures_may_come_from_a_source_without_a_root():
     assert (images := build_data(cfg).images).seed == 5 and images[0]["video"].shape == (3, 1, 32, 32)
 
 
+def test_a_source_among_the_values_of_a_folder_of_pictures_is_told():
+    """Their root=null stands for no pictures: such a source would not be read."""
+    own = ["data.images._target_=mine.Pictures", "data.image_share=0.5"]
+    with pytest.raises(
+        ValueError, match=r"data.images._target_=mine.Pictures stands among the values of images=folder; write"
+    ):
+        build_data(composed("stage2_generator", "size=tiny", *CLIP, *own))
+
+
 def test_pictures_are_sorted_into_the_sizes_of_the_buckets(pictures, tmp_path):
     """Each size is used once, with its largest batch."""
     wide, long, tall = Bucket(5, 16, 32, 3), Bucket(9, 16, 32, 2), Bucket(5, 32, 16, 3)

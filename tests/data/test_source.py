@@ -26,10 +26,10 @@ LOADING = {"batch_size": 2, "val_clips": 2, "workers": 0}
 
 
 class Stripes(ClipSource):
-    """Stripes that move: the least that a data set has to be."""
+    """Stripes that move: the least that a data set has to be. Its clips are longer than asked."""
 
     def __init__(self, split: str, frames: int, height: int, width: int, fps: float, **of_shapes):
-        self.shape, self.captioned = (frames, height, width), True
+        self.shape, self.captioned = (frames + 3, height, width), True
 
     def __getitem__(self, n):
         frames, _, width = self.shape

@@ -110,6 +110,9 @@ def test_state_goes_on_to_the_last_bit(tmp_path):
 def test_bad_features():
     with pytest.raises(ValueError, match="not finite"):
         Gaussian(2).add(torch.tensor([[0.0, float("nan")]]))
+    for features in (torch.zeros(2), torch.zeros(3, 1)):
+        with pytest.raises(ValueError, match=r"expected features \(n, 2\), found"):
+            Gaussian(2).add(features)
     one = Gaussian(2)
     one.add(torch.zeros(1, 2))
     with pytest.raises(ValueError, match="needs 2 clips or more, found 1"):

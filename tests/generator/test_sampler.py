@@ -309,7 +309,7 @@ def test_temperature_ends_at_greedy_and_at_noise():
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"extend": "more"}, "extend=more; expected one of: reencode, positions"),
-        ({"overlap": 8}, "overlap must be 1 . 4n frames, got 8"),
+        ({"overlap": 8}, r"overlap=8; expected 1 \+ 4n frames"),
     ],
 )
 def test_impossible_sampling_is_refused(value, message):

@@ -49,6 +49,23 @@ def test_silent_resampling_keeps_what_it_can(inputs, outputs):
     torch.testing.assert_close(up, places.permute(0, 1, 4, 5, 2, 6, 3).flatten(3, 4).flatten(4, 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_videos_of_other_floating_point_numbers_are_those_of_float32(dtype, make_tokenizer):
+    tokenizer, video = make_tokenizer(), torch.tensor([-1.0, 0.5, 0.25, 1.0]).repeat(2, 3, 5, 8, 2)  # exact in all of them
+    feature = tokenizer.encode(video)
+    assert torch.equal(tokenizer.encode(video.to(dtype)), feature)
+    assert torch.equal(tokenizer.reconstruct(video.to(dtype)), tokenizer.reconstruct(video))
+    torch.testing.assert_close(tokenizer.decode(feature.double()), tokenizer.decode(feature))
+
+
+def test_clips_of_sizes_that_cannot_be_are_told(make_tokenizer):
+    tokenizer = make_tokenizer()
+    with pytest.raises(ValueError, match=r"a clip must have 1 \+ 4n frames, got 8"):
+        tokenizer.encode(torch.zeros(1, 3, 8, 8, 8))
+    with pytest.raises(ValueError, match="height and width must be multiples of 4, got 8 x 10"):
+        tokenizer.encode(torch.zeros(1, 3, 5, 8, 10))
+
+
 def test_bits_of_a_fresh_tokenizer_are_balanced_at_every_scale():
     """The shortcut into the latent has mean 0."""
     torch.manual_seed(0)

@@ -524,7 +524,7 @@ def test_nothing_half_written_is_left(pair, tmp_path, monkeypatch):
         (["prompt=x", "precision=half"], "expected one of: float32, bfloat16"),
         (["prompt=x", "frames=33", "overlap=5"], "overlap=5 leaves nothing to add to clips of 5 frames"),
         (["prompts=nowhere.txt"], "prompts=nowhere.txt: no such file; it holds one prompt a line"),
-        (["prompt=x", "overlap=8"], "overlap must be 1 + 4n frames, got 8"),
+        (["prompt=x", "overlap=8"], "overlap=8; expected 1 + 4n frames"),
         (["prompt=x", "overlap=0"], "overlap=0; expected a whole number of 1 or more"),
         (["prompt=x", "n=0"], "n=0; expected a whole number of 1 or more"),
         (["prompt=x", "batch_size=0"], "batch_size=0; expected a whole number of 1 or more"),
