@@ -132,11 +132,10 @@ class ClipDataModule(ClipsOnDevice):
         return {"frames": self.frames, "height": self.height, "width": self.width, "fps": self.fps}
 
     def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
         if self.encoder is not None:
             self._encode_sources()
             self.encoder, self.reads_encoded = None, True
-        where = (self.batches_done, trainer.global_rank, trainer.world_size)
+        where = (self.batches_done, *self._rank_of)
         if self.bucketed:
             stream = BucketSampler(self.train, *where, self.image_share, self.left_out, self.images)
         else:
@@ -179,9 +178,14 @@ class ClipDataModule(ClipsOnDevice):
         Raises:
             ValueError: if there are more devices than clips to validate on.
         """
-        ranks = self.trainer.world_size if self.trainer else 1
+        _, ranks = self._rank_of
         if self.val_clips < ranks:
             raise ValueError(f"data.val_clips={self.val_clips} leaves some of the {ranks} devices without a clip; raise it")
+
+    @property
+    def _rank_of(self) -> tuple[int, int]:
+        """This process's number, and how many there are; (0, 1) without a trainer."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     @property
     def held_out(self) -> Numbered:
@@ -193,7 +197,7 @@ class ClipDataModule(ClipsOnDevice):
 
         Devices that share a sharded model wait for each other in every batch.
         """
-        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, ranks = self._rank_of
         keys = [(n, self.frames) for n in range(rank, self.val_clips // ranks * ranks, ranks)]
         return self._loader(self.held_out, self.cached, batch_size=self.batch_size, sampler=keys)
 

@@ -62,6 +62,12 @@ def test_it_trains_is_cached_mixed_and_validated(tmp_path):
     assert data.about == "mixture, captions" and not data.captions and data.settings["draws"][0]["sources"] == {"own": {}}
 
 
+def test_it_is_looked_at_without_a_trainer():
+    data = ClipDataModule(Stripes, **SHAPE, **LOADING)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert next(iter(loader))["video"].shape == (2, 3, 5, 32, 32)
+
+
 def test_words_that_an_item_lacks_are_told_in_a_mixture_too():
     class Silent(Stripes):
         def __getitem__(self, n):
