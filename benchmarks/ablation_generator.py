@@ -15,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from kit.evaluation.detectors import load_i3d
 from runs import kit, parted
 
 METHODS = ("standard", "rope", "flips", "inherited", "masked", "full", "center", "plus", "paper")
@@ -61,6 +62,7 @@ def measure(folder: Path, tokenizer: str, method: str, seed: int, words: list[st
 
 
 def main(folder: Path, tokenizer: str, *words: str):
+    load_i3d()  # FVD needs it, which is no news for after a training
     chosen, rest = parted(words, "methods", "seeds")
     for seed in map(int, chosen.get("seeds", "0,1,2").split(",")):
         for method in chosen.get("methods", ",".join(METHODS)).split(","):

@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from kit.evaluation.detectors import load_i3d
 from runs import kit
 
 SEEDS = 3
@@ -55,6 +56,7 @@ def train_and_score(folder: Path, name: str, data: str, variant: str, seed: int,
 
 
 def main(folder: Path, real: Path, lpips: Path, *words: str):
+    load_i3d()  # rFVD needs it, which is no news for after a training
     for seed in range(SEEDS):
         for data in ("shapes", "real"):
             for variant in VARIANTS:
