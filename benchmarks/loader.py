@@ -47,7 +47,7 @@ def of_items(source: FolderClips, clips: int) -> float:
 
 def loader_of(source: FolderClips, workers: int, batch_size: int = 8) -> DataLoader:
     stream = StreamSampler(batch_size, 0, 0, 1, source.frames)
-    return DataLoader(Numbered(source), num_workers=workers, batch_sampler=stream, prefetch_factor=4 if workers else None)
+    return DataLoader(Numbered(source), num_workers=workers, batch_sampler=stream)
 
 
 def of_loader(source: FolderClips, clips: int, workers: int, look=lambda done: None) -> float:

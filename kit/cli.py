@@ -141,17 +141,19 @@ def leave_process_group():
 
 
 def set_threads(number: int | None):
-    """Sets the number of CPU threads of torch; None and 0 leave torch's own choice.
+    """Sets the number of CPU threads of torch; None and 0 leave torch's own choice, up to a container's quota.
 
     Raises:
         ValueError: if it is no whole number of 0 or more.
     """
     if number is not None and (type(number) is not int or number < 0):
         raise ValueError(f"threads={number}; expected a number of threads, or null for torch's own choice")
-    if number:
-        import torch
+    import torch
 
-        torch.set_num_threads(number)
+    from kit.machine import cores
+
+    if number or cores() < torch.get_num_threads():
+        torch.set_num_threads(number or cores())
 
 
 def worth_telling(record: logging.LogRecord) -> bool:
@@ -200,6 +202,9 @@ def explained(error: Exception, verb: str) -> str | None:
     if isinstance(error, HydraException):
         said = re.sub(r"\s*To append to your default list use .*", "", str(error))  # nothing would read it
         return "\n".join(filter(None, (said, str(error.__cause__ or ""))))
+    if "shared memory" in str(error):  # torch's, of a loader's worker
+        room = "docker run --shm-size=1g makes it larger, fewer data.workers need less, data.workers=0 none"
+        return f"the clips that workers hand over do not fit into /dev/shm: {room}\n(KIT_TRACEBACK=1 shows where)"
     kind = type(error).__name__  # torch and Lightning may not be imported, which takes seconds
     if kind == "OutOfMemoryError":  # torch's, of a GPU
         room = {"fit": "fits=12GB, recompute=true or fewer clips a step", "cache": "a smaller data.height and data.width"}

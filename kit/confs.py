@@ -85,7 +85,7 @@ def register_resolvers():
     from kit import machine
     from kit.values import batches_of, part_of, within
 
-    for name in ("machine_size", "precision", "devices", "processes", "wandb_offline", "sweep_run"):
+    for name in ("machine_size", "precision", "accelerator", "devices", "processes", "wandb_offline", "sweep_run"):
         OmegaConf.register_new_resolver(f"kit_{name}", getattr(machine, name), replace=True)
     for function in (batches_of, part_of, within):
         OmegaConf.register_new_resolver(f"kit_{function.__name__}", function, replace=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, Timeout
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -86,23 +85,9 @@ def write_cache(
         write_cache(folder, about, sources, clips, tokenizer, workers)
 
 
-@contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of a file while the block runs.
-
-    Args:
-        wait: whether to wait for another process that holds it.
-    Raises:
-        Timeout: if one does, without `wait`. OSError: if the file system has no locks.
-    """
-    lock = path.with_name(f".{path.name}.lock")
-    try:
-        held = locked(lock) if wait else FileLock(lock).acquire(timeout=0)
-    except NotImplementedError as error:
-        message = f"{path.parent} is on a file system without locks, which encoding needs; choose another with root=..."
-        raise OSError(message) from error
-    with held:
-        yield
+def _locked(path: Path, wait: bool = True) -> AcquireReturnProxy:
+    """Takes the lock of a file, as `locked`."""
+    return locked(path.with_name(f".{path.name}.lock"), wait)
 
 
 def _holds(folder: Path, about: dict, clips: dict[str, int]) -> bool:

@@ -56,24 +56,35 @@ def replacing(folder: Path, pattern: str) -> Iterator[None]:
             path.unlink()
 
 
-def locked(path: Path) -> AcquireReturnProxy:
+def locked(path: Path, wait: bool = True) -> AcquireReturnProxy:
     """Takes a lock file, for a `with` block that several processes enter in turn.
 
     Waits without limit for another process that holds it, which may compute for long. Rank 0 says so: the other may be
     stopped.
 
     Raises:
-        NotImplementedError: if the file system has no locks.
+        Timeout: if another process holds it, without `wait`. OSError: if the file system has no locks, or the file cannot be
+            made.
     """
     lock = FileLock(path)
     try:
-        return lock.acquire(SILENCE)
+        return lock.acquire(SILENCE if wait else 0)
     except Timeout:
+        if not wait:
+            raise
         if getattr(rank_zero_only, "rank", 0) == 0:
             warnings.warn(
                 f"waiting for another process, which is at work on the same and holds {path}; is it stopped?", stacklevel=3
             )
         return lock.acquire()
+    except (NotImplementedError, OSError) as error:
+        elsewhere = "on another file system it can: root=..., or KIT_CACHE=DIR for what is kept for later runs"
+        raise OSError(f"{path} cannot be locked ({error}); {elsewhere}") from error
+
+
+def _removed_if_possible(path: Path):
+    with suppress(OSError):  # Windows removes no file that is open
+        path.unlink()
 
 
 @contextmanager
@@ -92,7 +103,7 @@ def sole_user(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(FileLock(path, timeout=0))
-                stack.callback(path.unlink, missing_ok=True)
+                stack.callback(_removed_if_possible, path)
             except Timeout as error:
                 raise FileExistsError(
                     f"another process is at work in {folder}; wait for it, or give another name="

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+import math
 import netrc
 import os
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 
 from kit.values import check_choice
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # Linux, of the container
 
 
 @functools.cache
@@ -120,6 +123,21 @@ def devices() -> int | str:
     return "auto" if torch.cuda.is_available() else 1
 
 
+def accelerator() -> str:
+    """Returns Lightning's name of the kind of `device`."""
+    return device().type
+
+
+def cores() -> int:
+    """Returns how many CPU cores this process may use: of those that it is bound to, what a container's quota leaves."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, CPU_QUOTA.read_text().split())  # in microseconds; `max` for no quota
+    except (OSError, ValueError):
+        return bound
+    return max(1, min(bound, math.ceil(quota / period)))
+
+
 def installed_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -130,6 +148,20 @@ def installed_version(package: str) -> str | None:
 def cache_folder() -> Path:
     """Returns the folder for files kept for later runs: KIT_CACHE, else `kit` in XDG_CACHE_HOME, else ~/.cache/kit."""
     return Path(os.environ.get("KIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kit")
+
+
+def in_cache(*parts: str) -> Path:
+    """Returns a path in `cache_folder`, and makes the folder that it lies in.
+
+    Raises:
+        OSError: if that cannot be made, as where HOME is not the user's own.
+    """
+    try:
+        path = cache_folder().joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        raise OSError(f"no room for what is kept for later runs: {error}; KIT_CACHE=DIR says where there is") from error
+    return path
 
 
 def processes(devices: int | str | list) -> int:

@@ -204,9 +204,8 @@ class ClipDataModule(ClipsOnDevice):
     def _loader(self, dataset: Numbered, encoded: bool, **order) -> DataLoader:
         on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
         workers = 0 if encoded and on_cpu else self.workers  # reading is cheap, and training needs the cores
-        prefetch = 4 if workers else None
         return DataLoader(
-            dataset, num_workers=workers, persistent_workers=False, prefetch_factor=prefetch,
+            dataset, num_workers=workers, persistent_workers=False,
             pin_memory=not on_cpu and torch.cuda.is_available(), worker_init_fn=leave_signals_to_the_trainer, **order,
         )  # fmt: skip
 

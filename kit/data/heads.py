@@ -15,7 +15,7 @@ from kit.data.buckets import Bucket, suiting
 from kit.data.decode import UnreadableVideo
 from kit.data.frames import most_frames
 from kit.files import locked, read_json, write_json
-from kit.machine import cache_folder
+from kit.machine import in_cache
 from kit.values import hash_of
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def read_heads(source: FolderClips) -> dict[str, Head]:
     """
     root = str(source.root)
     about = f"{root if '://' in root else os.path.abspath(root)} {source.backend} {READING}"
-    path = cache_folder() / "heads" / f"{hash_of([about], 32)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = in_cache("heads", f"{hash_of([about], 32)}.json")
     lines = {name: f"{name} {source.bytes_of(name)}" for name in source.files}
     with locked(path.with_suffix(".lock")):
         kept = read_json(path) if path.exists() else {}

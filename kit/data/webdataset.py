@@ -34,7 +34,7 @@ from kit.data.heads import Head
 from kit.data.listing import SUFFIXES, split_files
 from kit.data.patience import StorageHangs, call_within, each_within
 from kit.files import locked, read_json, write_json
-from kit.machine import cache_folder
+from kit.machine import in_cache
 from kit.values import hash_of
 
 WORDS = (".txt", ".json", ".cls")  # files that hold the caption or class of a clip
@@ -138,8 +138,7 @@ def index_of(shard: str, patience: float | None = None) -> dict[str, list]:
     except Exception as error:  # each storage has kinds of its own
         raise unreachable(shard, error) from error
     state = json.dumps([INDEX, shard, about["size"], str(written)])
-    kept = cache_folder() / "shards" / f"{hash_of([state], 32)}.json"
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept = in_cache("shards", f"{hash_of([state], 32)}.json")
     with locked(kept.with_suffix(".lock")):  # the processes of a training begin together
         if not kept.exists():
             try:

@@ -24,7 +24,7 @@ from kit.evaluation.report import CLIPS, Shown, best_median_worst, read_result, 
 from kit.evaluation.run_suite import evaluate_suite
 from kit.evaluation.scores import LPIPS, PSNR, SSIM, CaptionScore, FrechetScore, Score
 from kit.files import load_checked, locked, save_checked, sole_user
-from kit.machine import cache_folder, device, exact_float32, installed_version
+from kit.machine import device, exact_float32, in_cache, installed_version
 from kit.pixels import to_8_bits
 from kit.values import differences
 
@@ -122,8 +122,7 @@ def real_scores(
     for name, score in scores.items():
         measured_by = tools.detector.sha256 if name == "frechet" else name
         key = digest([protocol.real_hash(fold, measured_by), computed_by()])[:24]
-        path = cache_folder() / "real" / f"{key}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = in_cache("real", f"{key}.pt")
         with locked(path.with_suffix(".lock")):  # a second evaluation waits for the first to compute them
             if (kept := _read_kept(path)) is None:
                 part = Pass(path.with_suffix(".part.pt"), key)

@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str]:
-    facts = {"python": platform.python_version(), "system": platform.platform(), "CPU cores": str(os.cpu_count())}
+    facts = {"python": platform.python_version(), "system": platform.platform(), "CPU cores": str(machine.cores())}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
     facts["free disk"] = f"{shutil.disk_usage('.').free / 1e9:.1f} GB"

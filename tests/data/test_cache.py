@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import shutil
 from functools import partial
@@ -185,9 +186,12 @@ def test_processes_share_the_work(pair, tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_a_file_system_without_locks_is_told(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("filelock.FileLock.acquire", MagicMock(side_effect=NotImplementedError("flock")))
-    with pytest.raises(OSError, match="is on a file system without locks, which encoding needs; choose another with root="):
+@pytest.mark.parametrize("error", [NotImplementedError("flock"), OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks_is_told(error, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("filelock.FileLock.acquire", MagicMock(side_effect=error))
+    with pytest.raises(
+        OSError, match=r"lock cannot be locked \(.*(flock|No locks available)\); on another .* root=\.\.\., or"
+    ):
         write(pair, tmp_path)
 
 
