@@ -207,9 +207,10 @@ def test_a_video_of_a_validation_has_a_row_for_each_clip(tmp_path, monkeypatch):
     rows = {name: each.view(2, 1, 1, 1, 1).expand(2, 3, 5, 32, 48) for name, each in colours.items()}
     callback = VideoLogger(str(tmp_path), clips=2)
     monkeypatch.setattr(callback, "rows", lambda *_: rows)
+    data = SimpleNamespace(held_out={(0, 5): {"caption": "a"}, (1, 5): {"caption": "b"}}, frames=5, fps=8)
     trainer = SimpleNamespace(
-        datamodule=SimpleNamespace(val=[{"caption": "a"}, {"caption": "b"}], fps=8), loggers=[], global_step=3,
-        precision_plugin=SimpleNamespace(val_step_context=nullcontext),
+        datamodule=data, loggers=[], global_step=3, precision_plugin=SimpleNamespace(val_step_context=nullcontext),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=3)),
     )  # fmt: skip
     callback._show(trainer, SimpleNamespace(device="cpu"), None)
     file = open_clip_file(tmp_path / "media" / "step000003.mp4", None, 0)

@@ -388,7 +388,7 @@ def test_each_stage_leaves_out_again_what_it_left_out_and_tells_what_has_changed
 def test_each_stage_needs_a_clip_to_validate_on_for_each_device():
     parts = [ClipDataModule(Shapes, 5, 32, 32, 8.0, batch_size=1, val_clips=clips, workers=0) for clips in (2, 1)]
     data = StagedClips(StagePlan((Stage("a", 1), Stage("b", 1))), parts, [1, 1])
-    data.trainer = SimpleNamespace(world_size=2)
+    data.trainer = SimpleNamespace(world_size=2, global_rank=0)
     with pytest.raises(ValueError, match="data.val_clips=1 leaves some of the 2 devices without a clip"):
         data.setup("fit")
 
