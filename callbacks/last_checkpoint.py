@@ -83,10 +83,12 @@ class LastCheckpoint(Checkpoint):
         if trainer.sanity_checking:
             return
         self._check(trainer, self.may_fail)  # of checkpoints that other callbacks save here
+        if not between_steps(trainer, module):  # a validation by the clock: gathered gradients would be lost
+            return
         if trainer.global_step == self.saved:  # before a validation by the clock: again, with what other callbacks learned
             self.saved = None
             self._save(trainer, self.may_fail)
-        elif between_steps(trainer, module):
+        else:
             self._save_if_due(trainer)
 
     def _save_if_due(self, trainer):

@@ -323,3 +323,15 @@ def test_learning_rate_with_no_or_too_long_a_warm_up(warmup, steps):
     assert all(0 < rate <= 1 for rate in rates)
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.01)
+
+
+def test_a_training_that_is_prolonged_has_the_longer_course():
+    def build(warmup: int, steps: int):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+        return optimizer, WarmupCosine(optimizer, warmup, steps)
+
+    (optimizer, began), (other, resumed) = build(2, 10), build(6, 40)
+    for _ in range(10):
+        optimizer.step(), began.step()
+    resumed.load_state_dict(began.state_dict())
+    assert other.param_groups[0]["lr"] == pytest.approx(2 * build(6, 40)[1].factor(10)) != optimizer.param_groups[0]["lr"]

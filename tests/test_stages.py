@@ -490,3 +490,7 @@ def test_each_run_starts_with_the_moving_average_of_the_one_before(pair, tmp_pat
         left = read_checkpoint(tmp_path / conf / "checkpoints" / "last.ckpt", "generator")
         assert all(torch.equal(first[name], average) for name, average in left["ema"].items())
         assert any(not torch.equal(left["state_dict"][name], average) for name, average in left["ema"].items())
+
+
+def test_a_plan_is_shortened_stage_by_stage():
+    assert [stage.steps for stage in StagePlan((Stage("a", 1), Stage("b", 9))).shortened(5).stages] == [1, 5]

@@ -188,3 +188,7 @@ def test_a_tokenizer_trains_on_a_mixture(tmp_path, capsys):
     for name, weight, source in (("mine", 0.3, mine), ("drawn", 0.7, drawn)):
         words += [f"+data.source.sources.{name}={source}", f"+data.source.weights.{name}={weight}"]
     assert main(["fit", "conf=stage1_tokenizer", *words]) == 0
+
+
+def test_a_source_of_hardly_any_weight_takes_nothing_from_the_others():
+    assert shares({"a": 1e9, "b": 1, "c": 1}) == {"a": 999, "b": 1, "c": 1}

@@ -124,3 +124,9 @@ def test_what_it_lacks_is_told():
         BucketClips(Stripes("train", **SHAPE), [Bucket(5, 32, 32, 1)])
     with pytest.raises(ValueError, match="clips of stripes have no frame rate of their own; give data.fps=N"):
         ClipDataModule(Stripes, **{**SHAPE, "fps": 0}, **LOADING)
+
+
+def test_a_place_in_the_stream_counts_the_batches_that_are_left_out():
+    data = ClipDataModule(Shapes, **SHAPE, **LOADING)
+    data.leave_out([(0, 2)])
+    assert [data.position_of(n) for n in range(4)] == [(0, 0), (0, 1), (0, 3), (0, 4)]

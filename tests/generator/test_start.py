@@ -76,3 +76,7 @@ def test_a_continued_run_keeps_its_own_weights(pair, tmp_path):
     assert start(pair, tmp_path, "ckpt=last", "init.ckpt=gone.ckpt") == 0  # at its last step already: nothing to train
     for name, weight in weights(last).items():
         assert torch.equal(weight, before[name]), name
+
+
+def test_the_window_and_where_it_looks_may_be_others(pair, tmp_path):
+    assert start(pair, tmp_path, "window=1", "align=center") == 0

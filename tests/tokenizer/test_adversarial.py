@@ -11,6 +11,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from torch.nn import functional as F
 
 from callbacks import LossGuard
 from kit.checkpoint import load_tokenizer, read_checkpoint
@@ -520,3 +521,22 @@ def test_manual_optimization_is_the_automatic_one(precision):
     manual = train(make_module(*words), 5, precision=precision).weights[-1]
     automatic = train(make_module(*words, kind=Automatic), 5, precision=precision, gradient_clip_val=1.0).weights[-1]
     assert all(torch.equal(p, automatic[name]) for name, p in manual.items())
+
+
+@pytest.mark.parametrize("name", ["motion", "perceptual"])
+def test_the_adaptive_weight_heeds_all_losses_of_pixels(name):
+    module = make_module("loss.adversarial.adaptive=true")
+    video = torch.rand(2, 3, 5, 16, 16) * 2 - 1
+    with inputs_of(module.model.decoder.head) as hidden:
+        output = module.model(video)[0]
+    error = (output - video).square().mean()
+    one, _ = module.adversarial_term(output, {"reconstruction": (1.0, error)}, *hidden, 1.0)
+    three, _ = module.adversarial_term(output, {"reconstruction": (1.0, error), name: (2.0, error)}, *hidden, 1.0)
+    assert three.item() == pytest.approx(3 * one.item(), rel=1e-3)
+
+
+def test_a_discriminator_by_hand():
+    discriminator, video = PatchDiscriminator(2, 8, 2), torch.rand(2, 3, 1, 16, 16)
+    x = F.leaky_relu(discriminator.convolutions[0](video), 0.2)
+    x = F.leaky_relu(F.group_norm(discriminator.convolutions[1](x), 8), 0.2)
+    torch.testing.assert_close(discriminator(video), discriminator.head(x))
