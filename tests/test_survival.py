@@ -27,6 +27,7 @@ from kit.tokenizer.module import TokenizerModule
 from kit.training_checkpoint import TrainingCheckpointIO, save_training
 from tests.fixtures import fit_generator, fit_tokenizer
 from tests.interrupted import LENGTH, ROOT, STEPS, last, said, same, started, stopped_midway, wait_for
+from tests.test_callbacks import trainer_at
 from tests.test_training import losses
 
 
@@ -328,10 +329,10 @@ def test_after_a_validation_by_the_clock_a_step_is_saved_again(tmp_path, monkeyp
     monkeypatch.setattr("kit.training_checkpoint.save_training", save := MagicMock())
     io, last = TrainingCheckpointIO(), LastCheckpoint(str(tmp_path), every=1)
     strategy = SimpleNamespace(checkpoint_io=io, broadcast=lambda value: value)
-    trainer = SimpleNamespace(strategy=strategy, global_step=1, sanity_checking=False)
+    trainer = trainer_at(1, strategy=strategy, global_step=1, sanity_checking=False, accumulate_grad_batches=1)
     trainer.save_checkpoint = lambda path, **_: io.save_checkpoint({}, path)
     last._save(trainer, may_fail=0)
-    last.on_validation_end(trainer, None)
+    last.on_validation_end(trainer, SimpleNamespace(hparams=SimpleNamespace(optimizer={})))
     last.on_train_end(trainer, None)
     assert save.call_count == 2
 
