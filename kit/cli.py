@@ -202,7 +202,7 @@ def explained(error: Exception, verb: str) -> str | None:
     if isinstance(error, HydraException):
         said = re.sub(r"\s*To append to your default list use .*", "", str(error))  # nothing would read it
         return "\n".join(filter(None, (said, str(error.__cause__ or ""))))
-    if "shared memory" in str(error):  # torch's, of a loader's worker
+    if re.search("allocate shared memory|workers are out of shared memory", str(error)):  # torch's; a GPU has such memory too
         room = "docker run --shm-size=1g makes it larger, fewer data.workers need less, data.workers=0 none"
         return f"the clips that workers hand over do not fit into /dev/shm: {room}\n(KIT_TRACEBACK=1 shows where)"
     kind = type(error).__name__  # torch and Lightning may not be imported, which takes seconds

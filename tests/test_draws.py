@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from kit.build import BUILDERS, build_data
+from kit.build import BUILDERS, build_data, tokenizer_module
 from kit.data.numbered import Numbered
 from kit.draws import Draws
 from tests.fixtures import CLIP, GENERATOR, TOKENIZER, composed
@@ -55,3 +55,8 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_clips(part, pair):
     with torch.no_grad():
         torch.testing.assert_close(loss(clips), sum(loss([clip]) for clip in clips) / 4)
         torch.testing.assert_close(loss(clips), (loss(clips[1::2]) + loss(clips[::2])) / 2)
+
+
+def test_the_seed_of_a_run_is_that_of_its_tokenizers_draws():
+    clip = {"frames": 5, "height": 32, "width": 32, "fps": 8.0}
+    assert tokenizer_module(composed("stage1_tokenizer", *CLIP, *TOKENIZER, "seed=3"), clip).seed == 3

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import lightning as L
 import pytest
@@ -301,3 +302,13 @@ def test_processes_part_at_the_end_and_can_meet_again(pair, tmp_path):
     for name in ("first", "second"):
         assert main(["fit", "conf=stage2_generator", *words, f"root={tmp_path}", f"name={name}"]) == 0
         assert not torch.distributed.is_initialized()
+
+
+def test_gradients_are_added_up_in_float32_whatever_they_are_computed_in(monkeypatch):
+    monkeypatch.setattr("kit.fsdp.fully_shard", sharded := MagicMock())
+    strategy = ShardedStrategy(param_dtype="bfloat16")
+    strategy._device_mesh = {"tensor_parallel": None}
+    strategy.shard(MagicMock(), [MagicMock(), MagicMock()])
+    policies = [call.kwargs["mp_policy"] for call in sharded.call_args_list]
+    assert len(policies) == 3 and {policy.reduce_dtype for policy in policies} == {torch.float32}
+    assert {policy.param_dtype for policy in policies} == {torch.bfloat16}

@@ -72,7 +72,17 @@ def test_no_room_for_a_cache_is_told_with_the_way_out(tmp_path, monkeypatch):
         in_cache("x")
 
 
-def test_little_shared_memory_is_told_with_the_way_out():
-    said = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+@pytest.mark.parametrize(
+    "said",
+    [
+        "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
+        "It is possible that dataloader's workers are out of shared memory. Please try to raise your shared memory limit.",
+    ],
+)
+def test_little_shared_memory_is_told_with_the_way_out(said):
     told = explained(RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\n{said}"), "fit")
     assert told.startswith("the clips that workers hand over do not fit into /dev/shm: docker run --shm-size=1g")
+
+
+def test_the_shared_memory_of_a_gpus_kernel_is_another():
+    assert explained(RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"), "fit") is None

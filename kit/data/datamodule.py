@@ -135,7 +135,7 @@ class ClipDataModule(ClipsOnDevice):
         if self.encoder is not None:
             self._encode_sources()
             self.encoder, self.reads_encoded = None, True
-        where = (self.batches_done, *self._rank_of)
+        where = (self.batches_done, *self._rank_and_ranks)
         if self.bucketed:
             stream = BucketSampler(self.train, *where, self.image_share, self.left_out, self.images)
         else:
@@ -178,12 +178,12 @@ class ClipDataModule(ClipsOnDevice):
         Raises:
             ValueError: if there are more devices than clips to validate on.
         """
-        _, ranks = self._rank_of
+        _, ranks = self._rank_and_ranks
         if self.val_clips < ranks:
             raise ValueError(f"data.val_clips={self.val_clips} leaves some of the {ranks} devices without a clip; raise it")
 
     @property
-    def _rank_of(self) -> tuple[int, int]:
+    def _rank_and_ranks(self) -> tuple[int, int]:
         """This process's number, and how many there are; (0, 1) without a trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
@@ -197,7 +197,7 @@ class ClipDataModule(ClipsOnDevice):
 
         Devices that share a sharded model wait for each other in every batch.
         """
-        rank, ranks = self._rank_of
+        rank, ranks = self._rank_and_ranks
         keys = [(n, self.frames) for n in range(rank, self.val_clips // ranks * ranks, ranks)]
         return self._loader(self.held_out, self.cached, batch_size=self.batch_size, sampler=keys)
 

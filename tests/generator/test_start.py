@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from kit.checkpoint import load_generator
+from kit.checkpoint import load_generator, load_tokenizer
 from tests.fixtures import fit_generator, fit_tokenizer
 
 STILL = ["recipe.generator.steps=2", "optimizer.lr=0", "callbacks.ema.decay=0"]
@@ -80,3 +82,10 @@ def test_a_continued_run_keeps_its_own_weights(pair, tmp_path):
 
 def test_the_window_and_where_it_looks_may_be_others(pair, tmp_path):
     assert start(pair, tmp_path, "window=1", "align=center") == 0
+
+
+def test_the_relative_path_of_its_tokenizer_is_known_elsewhere_too(pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(pair.tokenizer.parent)
+    assert fit_generator(tmp_path, "name=short", "recipe.generator.steps=1", tokenizer=Path(pair.tokenizer.name)) == 0
+    monkeypatch.chdir(tmp_path)
+    assert load_generator(tmp_path / "short" / "checkpoints" / "last.ckpt")[1].hash == load_tokenizer(pair.tokenizer).hash
