@@ -23,9 +23,9 @@ from kit.checkpoint import load_generator
 from kit.data.clips import FolderClips
 from kit.generator.guidance import Guidance
 from kit.generator.sampler import Sampling
+from kit.measures import reconstruct_batches
 from kit.media import contact_sheet
 from kit.sampling import sample_videos
-from kit.verbs.validate import reconstruct_batches
 from runs import kit, parted
 
 SIDE = 16  # pixels of the averages

@@ -19,9 +19,9 @@ from kit.checkpoint import load_generator
 from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import caption_hits
 from kit.generator.sampler import Sampling
+from kit.measures import reconstruct_batches
 from kit.sampling import seed_of, stream_samples
 from kit.values import plain
-from kit.verbs.validate import reconstruct_batches
 from runs import composed, parted
 
 KINDS = {

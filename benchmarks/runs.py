@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from kit.confs import compose, located, register_resolvers
+from kit.confs import compose, located
+from kit.resolvers import register_resolvers
 
 
 def composed(conf: str, words: list[str]) -> DictConfig:

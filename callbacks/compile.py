@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from kit.machine import can_compile
-from kit.tokenizer import Tokenizer
 
 SHAPES = 64  # of clips and of images, at each level of a tokenizer, that layers are compiled for; further ones run uncompiled
 
@@ -31,7 +30,7 @@ class CompileLayers(L.Callback):
             return
         rank_zero_info("  compiling the layers: the first step of each shape takes some ten seconds")
         torch._dynamo.config.cache_size_limit = max(SHAPES, torch._dynamo.config.cache_size_limit)
-        for layer in module.model.blocks if isinstance(module.model, Tokenizer) else module.model.layers:
+        for layer in module.model.layers:
             layer.compile(dynamic=False)
         self.compiled = True
 

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from kit.confs import CONF, confs, describe, first_comment, keep_config, located, misspelt_in, register_resolvers, trains
+from kit.confs import CONF, confs, describe, first_comment, keep_config, located, misspelt_in, trains
 from kit.data.decode import UnreadableVideo
 from kit.values import check_whole_number
 from kit.words import ELSEWHERE, INTERPOLATION, options_and_overrides, quoted, refused, wrong_words
@@ -237,6 +237,8 @@ class Call:
     def run(self) -> int:
         """Runs the verb, or each run of a multirun; returns the exit status, see `main`."""
         import hydra
+
+        from kit.resolvers import register_resolvers
 
         register_resolvers()
         silence()

@@ -74,34 +74,6 @@ def compose(path: Path, words: Iterable[str] = (), beside_it: Path | None = None
         restore_gh_from_backup(around)
 
 
-def register_resolvers():
-    """Registers the functions that configs can call.
-
-    These are functions of `kit.machine`, such as ${kit_precision:}, for values that depend on the machine; `cached` for
-    values of a cache of clips; `batches_of` and `part_of` for batches in parts; and `within` for folders.
-    """
-    from omegaconf import OmegaConf
-
-    from kit import machine
-    from kit.values import batches_of, part_of, within
-
-    for name in ("machine_size", "precision", "accelerator", "devices", "processes", "wandb_offline", "sweep_run"):
-        OmegaConf.register_new_resolver(f"kit_{name}", getattr(machine, name), replace=True)
-    for function in (batches_of, part_of, within):
-        OmegaConf.register_new_resolver(f"kit_{function.__name__}", function, replace=True)
-    OmegaConf.register_new_resolver("kit_cached", cached, replace=True)
-
-
-def cached(folder: str, key: str):
-    """Reads a value of a cache as `of_manifest` does; a list as the config that omegaconf wants in its place."""
-    from omegaconf import OmegaConf
-
-    from kit.data.cache import of_manifest
-
-    value = of_manifest(folder, key)
-    return OmegaConf.create(value) if isinstance(value, list) else value
-
-
 def keep_config(cfg: DictConfig, verb: str = "fit"):
     """Writes a composed config, and the words of the command line, to `config` in the run's folder.
 

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kit.files import written_aside
-from kit.generator.corruption import teacher_forced
 from kit.generator.sampler import Sampling
+from kit.generator.sequence import teacher_forced
 from kit.generator.transformer import Generator
 from kit.sampling import sample_clips
 from kit.scales import ScaleSchedule

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import importlib.metadata
 import math
-import netrc
 import os
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -162,37 +161,6 @@ def in_cache(*parts: str) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         raise OSError(f"no room for what is kept for later runs: {error}; KIT_CACHE=DIR says where there is") from error
     return path
-
-
-def processes(devices: int | str | list) -> int:
-    """Returns the number of processes on each machine of a cluster, one for each of `trainer.devices`.
-
-    Raises:
-        ValueError: if `devices` is not a number: what it selects on this machine, other machines may not have.
-    """
-    if isinstance(devices, int) or str(devices).isdigit():
-        return int(devices)
-    raise ValueError(f"hydra/launcher=slurm, trainer.devices={devices}: give a number, of each machine: trainer.devices=8")
-
-
-def wandb_offline() -> bool:
-    """Returns whether W&B has no key to log in with, and was not told a mode.
-
-    It looks for one in the environment, and in the file of passwords where `wandb login` puts them, as of a login `user`:
-    those of other servers may be there too.
-    """
-    if any(os.environ.get(f"WANDB_{name}") for name in ("API_KEY", "IDENTITY_TOKEN_FILE", "MODE")):
-        return False
-    try:
-        known = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).hosts
-    except (OSError, netrc.NetrcParseError):
-        return True
-    return not any(host == "api.wandb.ai" or login == "user" for host, (login, *_) in known.items())
-
-
-def sweep_run() -> str:
-    """Returns `/RUN_ID` for a run started by an agent of a W&B sweep, else an empty string."""
-    return f"/{os.environ['WANDB_RUN_ID']}" if os.environ.get("WANDB_SWEEP_ID") else ""
 
 
 @contextmanager

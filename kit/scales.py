@@ -67,6 +67,7 @@ class ScaleSchedule:
         grids: (h_k, w_k) from coarse to fine; the last one is the latent grid (h, w).
         bits: d_k, how many of a token's d bits, its first ones, each scale has; empty: all d. The other bits are False, add
             nothing to the sum, and are not predicted.
+        history: whether the last grid is that of history blocks, see `with_history`.
     Raises:
         ValueError: if there is no frame or no scale, the grids shrink, or `bits` is not one positive number per scale.
     """
@@ -74,6 +75,7 @@ class ScaleSchedule:
     latent_frames: int
     grids: tuple[tuple[int, int], ...]
     bits: tuple[int, ...] = ()
+    history: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "latent_frames", operator.index(self.latent_frames))  # 4.0 and numpy's 4 equal 4 in caches
@@ -88,18 +90,20 @@ class ScaleSchedule:
                 raise ValueError(f"scales must grow from coarse to fine, got {self.grids}")
 
     @classmethod
-    def square(
+    def from_sides(
         cls,
         latent_frames: int,
         sides: list[int] | tuple[int, ...],
         grid: tuple[int, int] | None = None,
         bits: tuple[int, ...] = (),
-    ):
+    ) -> ScaleSchedule:
         """Builds a schedule from one side per scale; on a non-square latent `grid` the other side follows its aspect ratio.
 
         Args:
             sides: for a square grid the sides h_k = w_k; otherwise the shorter side of each scale.
-            grid: (h, w); default is square, the last side. Its shorter side must be the last of `sides`.
+            grid: (h, w); None: square, the last side.
+        Raises:
+            ValueError: if the grid's shorter side is not the last of `sides`; else as the class.
         """
         h, w = grid or (sides[-1], sides[-1])
         short = min(h, w)
@@ -168,12 +172,17 @@ class ScaleSchedule:
         This history block carries the frame's finished sum and is not predicted. The last frame's, which no frame reads, is
         left out of the sequence.
         """
-        return ScaleSchedule(self.latent_frames, (*self.grids, self.grid))
+        return ScaleSchedule(self.latent_frames, (*self.grids, self.grid), history=True)
 
-    def sequence_length(self, history: str) -> int:
-        """Returns how many tokens a generator's sequence has: L, and with `history: full` those of the history blocks."""
-        h, w = self.grid
-        return self.length + (h * w * (self.latent_frames - 1) if history == "full" else 0)
+    @property
+    def history_k(self) -> int | None:
+        """k of the history blocks; None: there are none."""
+        return self.scales - 1 if self.history else None
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a generator's sequence: L without the last frame's history block."""
+        return self.length - (self.tokens_per_scale[-1] if self.history else 0)
 
     def bits_of(self, k: int, d: int) -> int:
         """Returns d_k, how many of a token's d bits scale k has."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kit.generator.corruption import teacher_forced
 from kit.generator.kv_cache import CachedGenerator
 from kit.generator.losses import accuracy_by_block
 from kit.generator.rope import positions, rotary_table
+from kit.generator.sequence import teacher_forced
 from kit.generator.transformer import Generator
 from kit.machine import exact_float32, without_autocast
 from kit.pixels import psnr

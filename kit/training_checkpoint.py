@@ -143,6 +143,6 @@ def check_resume(path: str | os.PathLike, module: L.LightningModule, data: L.Lig
 
 def _discriminators(loss: dict) -> dict:
     """Returns the values that decide which discriminators a run has."""
-    against = loss.get("adversarial", {})
-    shape = {key: against[key] for key in ("dims", "width", "layers")} if against.get("weight") else {}
+    adversarial = loss.get("adversarial", {})
+    shape = {key: adversarial[key] for key in ("dims", "width", "layers")} if adversarial.get("weight") else {}
     return {"weight": "above 0" if shape else 0, **shape}

@@ -41,19 +41,6 @@ def as_word(key: str, value) -> str:
     return f"{key}={'null' if value is None else value}{of_numpy}"
 
 
-def within(root: str, name: str) -> str:
-    """Returns the path of a run's folder.
-
-    Raises:
-        ValueError: if either is empty: it would be the folder of all runs, or /.
-    """
-    for key, value in {"name": name, "root": root}.items():
-        if value is None or not str(value).strip():
-            problem = "names no folder; a run lies in <root>/<name>. Is a variable of the shell unset?"
-            raise ValueError(f"{as_word(key, value)} {problem}")
-    return f"{root}/{name}"
-
-
 def check_whole_number(key: str, value: int | None, least: int, optional: bool = False):
     """Checks that a value is a whole number of at least `least`, or None if `optional`.
 
@@ -98,17 +85,6 @@ def equal_parts(batch_size: int, at_once: int | None) -> int:
         return 1
     check_whole_number("at_once", at_once, 1)
     return next(parts for parts in range(1, batch_size + 1) if batch_size % parts == 0 and batch_size // parts <= at_once)
-
-
-def part_of(batch_size: int, at_once: int | None) -> int:
-    """Returns the number of clips in each of the `equal_parts` of a batch."""
-    parts = equal_parts(batch_size, at_once)
-    return batch_size if parts == 1 else batch_size // parts
-
-
-def batches_of(batch_size: int, at_once: int | None, accumulate: int) -> int:
-    """Returns the number of `equal_parts` in `accumulate` batches."""
-    return accumulate * equal_parts(batch_size, at_once)
 
 
 def hash_of(texts: Iterable[str], digits: int = 8) -> str:

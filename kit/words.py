@@ -20,8 +20,9 @@ FREE_TEXT = (
     *SAID, "settings", "image", "video", "videos", "real", "prompts",
 )  # fmt: skip
 PATHS = (
-    "ckpt", "out", "tokenizer", "condition.encoder", "tokenizer_ckpt", "detector_weights", "lpips_weights", "source",
-    "data.root", "data.images.root",
+    "ckpt", "init.ckpt", "tokenizer", "tokenizer_ckpt", "out", "root", "source", "condition.encoder",
+    "loss.perceptual.weights", "detector_weights", "lpips_weights", "data.root", "data.source.captions", "data.images.root",
+    "data.images.captions", "real_captions",
 )  # fmt: skip
 WORDS = ("words", "overrides", "tokenizer_overrides", "generator_overrides")  # of doctor and demo: words for another conf
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from kit.cli import main
-from kit.confs import compose, located, register_resolvers
+from kit.confs import compose, located
 from kit.data.shapes import Shapes
 from kit.files import locked
 from kit.generator.guidance import Guidance
+from kit.resolvers import register_resolvers
 
 CLIP = ["trainer.accelerator=cpu", "trainer.devices=1", "data.frames=5", "data.height=32", "data.width=32", "data.workers=0"]
 TOKENIZER = [

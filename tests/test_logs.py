@@ -26,8 +26,8 @@ from kit.data.staged import StagedClips
 from kit.generator.module import GeneratorModule
 from kit.inspection import bit_use_picture
 from kit.logs import CSVLogger
-from kit.machine import wandb_offline
 from kit.media import write_video
+from kit.resolvers import wandb_offline
 from kit.tokenizer.module import TokenizerModule
 from kit.verbs.fit import ending_wandb
 from tests.fixtures import fit_generator, fit_tokenizer

@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from kit.cli import main
-from kit.confs import CONF, register_resolvers
+from kit.confs import CONF
+from kit.resolvers import register_resolvers
 from kit.words import quoted
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER
 

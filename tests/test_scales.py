@@ -8,7 +8,7 @@ import torch
 
 from kit.scales import Block, ScaleSchedule, latent_frames, pixel_frames
 
-UCF = ScaleSchedule.square(5, (1, 2, 3, 4, 6, 8))
+UCF = ScaleSchedule.from_sides(5, (1, 2, 3, 4, 6, 8))
 TALL = ScaleSchedule(2, ((1, 1), (2, 1), (3, 2)))
 
 
@@ -36,12 +36,12 @@ def test_ucf_example_of_the_paper():
 
 def test_text_to_video_grid_is_not_square():
     """384 x 672 pixels give a grid of 24 x 42; every scale keeps the aspect ratio as well as whole cells allow."""
-    schedule = ScaleSchedule.square(9, (1, 2, 4, 8, 12, 24), grid=(24, 42))
+    schedule = ScaleSchedule.from_sides(9, (1, 2, 4, 8, 12, 24), grid=(24, 42))
     assert schedule.grids == ((1, 2), (2, 4), (4, 7), (8, 14), (12, 21), (24, 42))
     assert len(schedule.blocks) == 9 * 6
     assert schedule.length == 9 * (2 + 8 + 28 + 112 + 252 + 1008)
     assert "24x42" in str(schedule)
-    tall = ScaleSchedule.square(9, (1, 2, 4, 8, 12, 24), grid=(42, 24))
+    tall = ScaleSchedule.from_sides(9, (1, 2, 4, 8, 12, 24), grid=(42, 24))
     assert tall.grids == tuple((w, h) for h, w in schedule.grids)
 
 
@@ -94,8 +94,9 @@ def test_history_repeats_the_finest_grid_after_each_frame():
     assert longer.grids == (*TALL.grids, TALL.grid) and longer.latent_frames == TALL.latent_frames
     assert longer.length == TALL.length + TALL.latent_frames * 6
     assert TALL.layout("full") == longer and TALL.layout("scales") is TALL
-    assert TALL.sequence_length("full") == longer.length - 6, "no frame reads the last one"
-    assert TALL.sequence_length("scales") == TALL.length
+    assert longer.sequence_length == longer.length - 6, "no frame reads the last one"
+    assert TALL.sequence_length == TALL.length
+    assert longer.history_k == TALL.scales and TALL.history_k is None
     assert ScaleSchedule(2, TALL.grids, (1, 2, 4)).with_history() == longer, "bits of scales are none of its blocks'"
 
 
@@ -129,4 +130,4 @@ def test_impossible_schedules_are_refused(frames, grids, message):
 
 def test_last_side_must_be_the_shorter_side_of_the_grid():
     with pytest.raises(ValueError, match="shorter side"):
-        ScaleSchedule.square(1, (1, 2, 4), grid=(6, 8))
+        ScaleSchedule.from_sides(1, (1, 2, 4), grid=(6, 8))

@@ -19,7 +19,7 @@ import av
 import pytest
 import torch
 
-import kit.verbs.cache
+import kit.encode_ahead
 from callbacks import BestCheckpoint, LastCheckpoint, last_checkpoint
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.files import contents_hash, load_checked, not_saved, save_checked, written_aside
@@ -152,14 +152,14 @@ def test_the_best_score_goes_with_the_best_checkpoint(tmp_path, copied):
 
 
 def test_while_clips_are_encoded_sigterm_ends_the_run_at_once(pair, tmp_path, monkeypatch):
-    handlers, write = [], kit.verbs.cache.write_cache
+    handlers, write = [], kit.encode_ahead.write_cache
     before = signal.getsignal(signal.SIGTERM)
 
     def watched(*args):
         handlers.append(signal.getsignal(signal.SIGTERM))
         write(*args)
 
-    monkeypatch.setattr(kit.verbs.cache, "write_cache", watched)
+    monkeypatch.setattr(kit.encode_ahead, "write_cache", watched)
     words = ["recipe.generator.encoded_clips=4", "recipe.generator.steps=2", "trainer.val_check_interval=2"]
     assert fit_generator(tmp_path, *words, tokenizer=pair.tokenizer) == 0
     assert handlers == [signal.SIG_DFL] and signal.getsignal(signal.SIGTERM) == before

@@ -72,7 +72,7 @@ class Track:
     seen: np.ndarray  # large enough to be a shape
 
 
-def read_clip(video: torch.Tensor | np.ndarray, fps: float = 8.0) -> Reading:
+def read_clip(video: torch.Tensor | np.ndarray, fps: float) -> Reading:
     """Reads a clip from its pixels.
 
     Args:
@@ -98,7 +98,7 @@ def read_clip(video: torch.Tensor | np.ndarray, fps: float = 8.0) -> Reading:
 
 
 def caption_accuracy(
-    videos: Sequence[torch.Tensor | np.ndarray] | torch.Tensor | np.ndarray, captions: Sequence[str], fps: float = 8.0
+    videos: Sequence[torch.Tensor | np.ndarray] | torch.Tensor | np.ndarray, captions: Sequence[str], fps: float
 ) -> dict[str, float]:
     """How often clips show what their captions say.
 
@@ -120,7 +120,7 @@ def caption_accuracy(
             if name in right}  # fmt: skip
 
 
-def caption_hits(video: torch.Tensor | np.ndarray, caption: str, fps: float = 8.0) -> dict[str, bool]:
+def caption_hits(video: torch.Tensor | np.ndarray, caption: str, fps: float) -> dict[str, bool]:
     """Compares a clip with its caption: name of an attribute -> whether the clip shows what the caption says.
 
     Attributes that the caption does not name are left out; `all` is whether all others are right. Arguments as for

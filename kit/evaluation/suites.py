@@ -20,12 +20,7 @@ from kit.media import write_video
 from kit.sampling import seed_of
 from kit.values import hash_of
 
-SAMPLES = 5  # VBench reads the videos 0 to 4 of each prompt
-# For this dimension VBench reads five videos of a prompt that hold still, picked by its static_filter.py. It does not say
-# from how many: 25 were published for CogVideoX, its authors name 40 (issues 84 and 94).
-FLICKERING = "temporal_flickering"
-FLICKERING_SAMPLES = 25
-
+FLICKERING = "temporal_flickering"  # for this dimension VBench reads videos that hold still, so that more are needed
 NAME_BYTES = 255  # longest file name on common file systems
 READABLE_BYTES = 150  # kept of a prompt in a shortened file name
 PARTS = ".*.part.mp4"  # what a killed run may leave of a video that it was writing
@@ -39,7 +34,7 @@ class Prompt:
     samples: int
 
 
-def read_prompts(path: str | Path, samples: int = SAMPLES, flickering_samples: int = FLICKERING_SAMPLES) -> list[Prompt]:
+def read_prompts(path: str | Path, samples: int, flickering_samples: int) -> list[Prompt]:
     """Reads a prompt suite: a text file of one prompt a line, or VBench's VBench_full_info.json.
 
     Blank lines, and blanks around a line, are dropped. A repeated prompt is kept once, in its first place, with the greater
@@ -50,11 +45,9 @@ def read_prompts(path: str | Path, samples: int = SAMPLES, flickering_samples: i
         flickering_samples: videos of a prompt that VBench uses for temporal flickering; a text file does not mark these.
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not UTF-8, not of the format or empty, or a number of videos is below 1.
+        ValueError: if it is not UTF-8, not of the format or empty.
     """
     path = Path(path)
-    if min(samples, flickering_samples) < 1:
-        raise ValueError(f"a prompt needs 1 video or more, asked for {min(samples, flickering_samples)}")
     if not path.is_file():
         raise FileNotFoundError(f"no prompts at {path}; give a text file, one prompt a line, or VBench_full_info.json")
     if path.suffix.lower() == ".json":

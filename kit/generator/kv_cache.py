@@ -120,7 +120,7 @@ class CachedGenerator:
         if first == 0:
             self.cache.start_frame(f)
             if self.cache.history.stop:
-                past = self.layout.block(f - 1, self.schedule.scales)
+                past = self.layout.block(f - 1, self.layout.history_k)
                 begin = past.start
                 inputs.insert(0, block_input(past.k, before, self.earlier, self.schedule.grid, inherit))
             self.earlier = before

@@ -1,4 +1,4 @@
-"""What the bit loss weighs, and the share of right bits."""
+"""The bit loss, what it weighs, and the share of right bits."""
 
 from __future__ import annotations
 
@@ -6,17 +6,38 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from kit.machine import made_to_last
+from kit.generator.sequence import TrainingSequence
+from kit.machine import made_to_last, onto
 from kit.scales import ScaleSchedule
 
 POWERS = {"uniform": 0.0, "early": 0.5}  # a token's weight: the number of finest-scale tokens it covers, to this power
 BIT_WEIGHTS = ("uniform", "margin")
 
 
+def bit_loss(
+    logits: Tensor, sequence: TrainingSequence, schedule: ScaleSchedule, scale_weights: str, bit_weights: str,
+    given: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Computes the weighted binary cross-entropy of logits (B, L, d), averaged over bits.
+
+    Args:
+        scale_weights: see `weights_of_scales`. bit_weights: `uniform` (the paper), or `margin`: by the cost of a wrong value.
+        given: (B,) number of leading latent frames of each clip whose bits count as right, with loss 0; None: none.
+    """
+    weights = onto(weights_of_scales(schedule, logits.shape[-1], scale_weights), logits.device)
+    if bit_weights == "margin":
+        weights = weights * sequence.margins
+    if given is not None:
+        asked = schedule.frame_of_tokens >= given[:, None]  # (B, L)
+        weights = weights * onto(asked[..., None], logits.device)
+    return F.binary_cross_entropy_with_logits(logits, sequence.targets.float(), weight=weights)
+
+
 @functools.lru_cache(64)
 @made_to_last
-def scale_weights(schedule: ScaleSchedule, d: int, kind: str) -> Tensor:
+def weights_of_scales(schedule: ScaleSchedule, d: int, kind: str) -> Tensor:
     """Returns the weight of each bit's loss by its scale, (L, d) with mean 1; 0 for bits that a scale does not have.
 
     `uniform` is the paper's plain average over bits; `early` weighs a token by the square root of the number of finest-scale

@@ -69,8 +69,8 @@ class Part(NamedTuple):
 
 
 def attention_views(
-    schedule: ScaleSchedule, condition_length: int, tokens: int, window: int | None = None, kept: Tensor | None = None,
-    history: str = "scales", device: torch.device | str = "cpu",
+    layout: ScaleSchedule, condition_length: int, tokens: int, window: int | None = None, kept: Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[View]:  # fmt: skip
     """Splits the attention of a sequence into views.
 
@@ -78,15 +78,15 @@ def attention_views(
     the keys up to that frame: nearly half of a full mask would be hidden, and its size is the square of the length.
 
     Args:
-        schedule: for `history: full`, including history blocks (`ScaleSchedule.with_history`).
-        tokens: how many of the schedule's tokens are in the sequence; the last frame's history block is not.
+        layout: the schedule, for `history: full` with history blocks (`ScaleSchedule.layout`).
+        tokens: how many of its tokens are in the sequence; the last frame's history block is not.
         kept: (B, F) bool from `draw_kept_frames`; a frame always sees itself, and all see the condition.
     Raises:
         ValueError: if the sequence ends within a block.
     """
     # cached for short sequences, which repeat from step to step; masks of long ones are too large to keep
     parts = (short_parts if condition_length + tokens <= SHORT else parts_of)(
-        schedule, condition_length, tokens, window, history, torch.device(device)
+        layout, condition_length, tokens, window, torch.device(device)
     )
     views = []
     for view, query_f, key_f, looks_back in parts:
@@ -99,18 +99,18 @@ def attention_views(
 
 
 def parts_of(
-    schedule: ScaleSchedule, condition_length: int, tokens: int, window: int | None, history: str, device: torch.device
+    layout: ScaleSchedule, condition_length: int, tokens: int, window: int | None, device: torch.device
 ) -> list[Part]:
     """Computes the views of `attention_views` before frames are dropped; same arguments. Raises likewise."""
-    S, blocks = condition_length, [b for b in schedule.blocks if b.stop <= tokens]
+    S, blocks = condition_length, [b for b in layout.blocks if b.stop <= tokens]
     if blocks[-1].stop != tokens:
-        raise ValueError(f"{tokens} tokens end within a block of {schedule}")
+        raise ValueError(f"{tokens} tokens end within a block of {layout}")
     spans = [(0, S), *((S + b.start, S + b.stop) for b in blocks)]
     here = functools.partial(torch.tensor, device="cpu")  # whatever the default device: Python reads the block rule below
     f, k = here([CONDITION, *(b.f for b in blocks)]), here([0, *(b.k for b in blocks)])
     lengths = here([stop - start for start, stop in spans])
     token_f, token_k = (onto(x.repeat_interleave(lengths), device) for x in (f, k))
-    rule = functools.partial(visible, window=window, history_k=schedule.scales - 1 if history == "full" else None)
+    rule = functools.partial(visible, window=window, history_k=layout.history_k)
     sees = rule(f[:, None], k[:, None], f[None], k[None])  # (blocks, blocks)
     frames = f.unique()[not S :]
     parts = []

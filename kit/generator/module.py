@@ -8,18 +8,17 @@ from contextlib import nullcontext
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kit.draws import Draws
 from kit.fsdp import ShardedStrategy
-from kit.generator.corruption import FlipLaw, TrainingSequence, teacher_forced, training_sequence
-from kit.generator.losses import BIT_WEIGHTS, POWERS, accuracy_by_block, scale_weights
+from kit.generator.corruption import FlipLaw
+from kit.generator.losses import BIT_WEIGHTS, POWERS, accuracy_by_block, bit_loss
 from kit.generator.mask import draw_kept_frames
+from kit.generator.sequence import teacher_forced, training_sequence
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.loop import logs_now
 from kit.machine import onto
 from kit.optim import KEYS, check_optimizer, each_step, scheduled_optimizer
-from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer
 from kit.values import check_choice, check_share, from_values
 
@@ -32,8 +31,8 @@ class GeneratorModule(L.LightningModule):
         correction: values of `FlipLaw` (Cross-Frame Error Correction); p_max = 0 and delta = 0 turn it off.
         frame_mask: p_mask of the Random Frame Mask, in [0, 1].
         drop_condition: probability of training without the condition, for guidance.
-        loss: `scale_weights`, see `losses.scale_weights`; `bit_weights`: `uniform` (the paper), or `margin`, which weighs
-            each bit by the cost of a wrong value, see `corruption.margin`.
+        loss: `scale_weights`, see `losses.weights_of_scales`; `bit_weights`: `uniform` (the paper), or `margin`, which weighs
+            each bit by the cost of a wrong value, see `sequence.margin`.
         optimizer, clip, steps: as for `TokenizerModule`.
         seed: for flips, masks and dropped conditions, which depend on it and on the clips' numbers only.
         tokenizer_hash: hash of the tokenizer whose bits this generator predicts.
@@ -64,7 +63,7 @@ class GeneratorModule(L.LightningModule):
         self.law = from_values(FlipLaw, correction, "correction")
         self.frame_mask, self.drop_condition, self.seed = frame_mask, drop_condition, seed
         self.loss, self.optimizer, self.steps = copy.deepcopy(loss), optimizer, steps
-        self.halved = False  # whether the tokenizer, which is not sharded, computes in bfloat16 as the sharded model does
+        self.encodes_in_bfloat16 = False  # whether the tokenizer, which is not sharded, does as the sharded model does
         self.__dict__["tokenizer"] = tokenizer  # bypasses nn.Module, which would register it as a submodule
         tokenizer.eval().requires_grad_(False)
         self.enter(clip)
@@ -74,29 +73,13 @@ class GeneratorModule(L.LightningModule):
         self.hparams["clip"] = clip
         self.schedule = self.tokenizer.schedule(clip["frames"], clip["height"], clip["width"])
 
-    def bit_loss(
-        self, logits: Tensor, sequence: TrainingSequence, schedule: ScaleSchedule, given: Tensor | None = None
-    ) -> Tensor:
-        """Computes the weighted binary cross-entropy of logits (B, L, d), averaged over bits.
-
-        Args:
-            given: (B,) number of leading latent frames of each clip whose bits count as right, with loss 0; None: none.
-        """
-        weights = onto(scale_weights(schedule, self.model.config.bits, self.loss["scale_weights"]), logits.device)
-        if self.loss["bit_weights"] == "margin":
-            weights = weights * sequence.margins
-        if given is not None:
-            asked = schedule.frame_of_tokens >= given[:, None]  # (B, L)
-            weights = weights * onto(asked[..., None], logits.device)
-        return F.binary_cross_entropy_with_logits(logits, sequence.targets.float(), weight=weights)
-
     def configure_model(self):
         if self._trainer is None:  # `load_from_checkpoint` calls it without
             return
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
             strategy.shard(self.model, [self.model.condition, *self.model.layers])
-            self.halved = strategy.param_dtype == torch.bfloat16
+            self.encodes_in_bfloat16 = strategy.param_dtype == torch.bfloat16
 
     def on_fit_start(self):
         self.tokenizer.to(self.device)
@@ -114,7 +97,7 @@ class GeneratorModule(L.LightningModule):
         dropped = draws.rand() < self.drop_condition
         condition = self.model.condition(self.model.condition.prompts(batch), dropped)
         logits = self.model(sequence.inputs, schedule, condition, kept if self.frame_mask else None)  # None: one mask for all
-        loss = self.bit_loss(logits, sequence, schedule, batch["given"])
+        loss = bit_loss(logits, sequence, schedule, **self.loss, given=batch["given"])
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         if logs_now(self):
             used = onto(schedule.used_bits(logits.shape[-1]), logits.device)
@@ -129,7 +112,7 @@ class GeneratorModule(L.LightningModule):
         logits, sequence = teacher_forced(self.model, feature, schedule, condition)
         accuracy = accuracy_by_block((logits > 0) == sequence.targets, schedule).mean(0)
         metrics = {f"val/bit_accuracy_scale{k + 1}": a for k, a in enumerate(accuracy)}
-        loss = self.bit_loss(logits, sequence, schedule)
+        loss = bit_loss(logits, sequence, schedule, **self.loss)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(logits), sync_dist=True)
         self.log_dict(metrics, batch_size=len(logits), sync_dist=True)
 
@@ -142,5 +125,5 @@ class GeneratorModule(L.LightningModule):
         """Returns the feature of a batch, (B, d, F, h, w) float32; encodes the clips unless that was done ahead."""
         if "feature" in batch:
             return batch["feature"].float()
-        with torch.autocast(self.device.type, torch.bfloat16) if self.halved else nullcontext():
+        with torch.autocast(self.device.type, torch.bfloat16) if self.encodes_in_bfloat16 else nullcontext():
             return self.tokenizer.encode(batch["video"])

@@ -68,7 +68,7 @@ class GeneratorConfig:
 
     @property
     def reads(self) -> dict[str, str]:
-        """Arguments of `corruption.training_sequence` that depend on this configuration."""
+        """Arguments of `sequence.training_sequence` that depend on this configuration."""
         return {"inherit": self.inherit, "history": self.history}
 
     def as_dict(self) -> dict:
@@ -217,7 +217,7 @@ class Generator(nn.Module):
         """Returns the index of each token's scale embedding in a layout, (L,): k, but for history blocks the last index,
         however many scales the clip has."""
         k = layout.scale_of_tokens
-        return k if self.config.history == "scales" else torch.where(k == layout.scales - 1, self.config.scales, k)
+        return k if layout.history_k is None else torch.where(k == layout.history_k, self.config.scales, k)
 
     def rotary(self, layout: ScaleSchedule) -> tuple[Tensor, Tensor]:
         """Returns cosine and sine for the condition and the whole layout, (S + L, D / N / 2) each, on the model's device."""
@@ -239,7 +239,7 @@ class Generator(nn.Module):
         """Computes the logits of a whole clip at once, as in training.
 
         Args:
-            inputs: from `corruption.training_sequence`.
+            inputs: from `sequence.training_sequence`.
             condition: (B, S, D) from `self.condition`.
             kept: (B, F) bool, the Random Frame Mask. rotary: in place of `self.rotary`'s, for other positions.
         Returns:
@@ -249,7 +249,7 @@ class Generator(nn.Module):
         scale = onto(self.scales_of(layout)[:L], device)
         x = torch.cat([condition, self.embed(inputs, scale, first=layout.blocks[0].stop)], dim=1)
         rotary = tuple(table[: S + L] for table in rotary or self.rotary(layout))
-        views = attention_views(layout, S, L, self.config.window, kept, self.config.history, device)
+        views = attention_views(layout, S, L, self.config.window, kept, device)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = recomputed(layer, x, rotary, views)

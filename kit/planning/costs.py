@@ -83,7 +83,7 @@ def generator_cost(
     """
     schedule = tokenizer.schedule(frames, height, width)
     with torch.device("meta"), Repeated():
-        inputs = torch.zeros(1, schedule.sequence_length(generator.history), generator.inputs)
+        inputs = torch.zeros(1, schedule.layout(generator.history).sequence_length, generator.inputs)
 
         def flops_with(layers: int) -> int:
             model = Generator(replace(generator, layers=layers))

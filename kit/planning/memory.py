@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GPU = "xpu"  # device type that stands for any GPU: torch allows autocast to it on machines without one
-HALVED = {  # computed in bfloat16 under autocast, on either device (aten/src/ATen/autocast_mode.h), as far as kit calls them
-    F.linear, F.conv2d, F.conv3d, torch.conv2d, torch.conv3d, torch.matmul, torch.bmm, torch.baddbmm, torch.addmm,
-    Tensor.matmul, Tensor.__matmul__, F.scaled_dot_product_attention,
+# What is computed in bfloat16, and in float32, under autocast (aten/src/ATen/autocast_mode.h), as far as models call it.
+HALVED = {  # on either device
+    F.linear, F.conv2d, F.conv_transpose2d, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__,
+    F.scaled_dot_product_attention,
 }  # fmt: skip
-FLOAT = {  # computed in float32 under autocast
-    "cpu": {F.softmax, torch.softmax, Tensor.softmax, F.interpolate, F.mse_loss, torch.prod},
+FLOAT = {
+    "cpu": {F.softmax, torch.softmax, Tensor.softmax, F.interpolate, F.mse_loss},
     GPU: {
         F.softmax, torch.softmax, Tensor.softmax, F.interpolate, F.mse_loss, F.l1_loss, F.group_norm, F.layer_norm,
         F.binary_cross_entropy_with_logits, torch.rsqrt, Tensor.rsqrt, torch.exp, Tensor.exp, torch.log, Tensor.log,

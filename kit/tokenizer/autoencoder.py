@@ -189,16 +189,16 @@ class Decoder(nn.Module):
         started = stream is not None and stream.started(self)
         return unfold(x, self.tau, self.patch, started)
 
-    def head_gradient(self, hidden: Tensor, slope: Tensor) -> Tensor:
+    def head_gradient(self, hidden: Tensor, gradient: Tensor) -> Tensor:
         """Computes the gradient at the head's weight from its input and the gradient at the pixels, without the weight,
         which may be sharded.
 
         Args:
-            hidden: (B, C, F, h, w), the head's input. slope: (B, 3, T, H, W), the gradient at the pixels of a whole clip.
+            hidden: (B, C, F, h, w), the head's input. gradient: (B, 3, T, H, W), that at the pixels of a whole clip.
         Returns:
             the gradient in the weight's shape, float32; the mean over processes is the caller's.
         """
-        slope = F.pad(slope, (0, 0, 0, 0, self.tau - 1, 0))  # `unfold` drops these frames
-        slope = fold(slope, self.tau, self.patch, started=True).to(hidden.dtype)
-        frames = [x.transpose(1, 2).flatten(0, 1) for x in (hidden, slope)]
+        gradient = F.pad(gradient, (0, 0, 0, 0, self.tau - 1, 0))  # `unfold` drops these frames
+        gradient = fold(gradient, self.tau, self.patch, started=True).to(hidden.dtype)
+        frames = [x.transpose(1, 2).flatten(0, 1) for x in (hidden, gradient)]
         return nn.grad.conv2d_weight(frames[0], self.head.weight.shape, frames[1], padding=self.head.padding).float()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kit.scales import TAU
 from kit.tokenizer import Tokenizer
+from kit.values import differences
 
 COLOURS = 3
 
@@ -28,7 +29,7 @@ def inflate(image: Tokenizer, video: Tokenizer):
     if image.config.temporal or not video.config.temporal:
         raise ValueError("inflate needs a tokenizer of images (tokenizer.temporal=false) and makes one of video of it")
     if others := differing(image, video, "temporal"):
-        raise ValueError(f"the tokenizers of images and of video differ in more than time: {others}; make them alike")
+        raise ValueError(f"the tokenizers of images and of video differ in more than time ({others}); make them alike")
     weights = {name: inflated(name, w, image.state_dict()[name]) for name, w in video.state_dict().items()}
     video.load_state_dict(weights)
 
@@ -47,8 +48,7 @@ def take_over(given: Tokenizer, tokenizer: Tokenizer):
 def differing(a: Tokenizer, b: Tokenizer, *free: str) -> str:
     """Names the config values in which two tokenizers differ, except scales and the keys in `free`; empty if none do."""
     free = {*free, "scales", "scale_bits"}
-    a, b = ({k: v for k, v in model.config.as_dict().items() if k not in free} for model in (a, b))
-    return ", ".join(f"{key} {a[key]} and {b[key]}" for key in a if a[key] != b[key])
+    return "; ".join(differences(*({k: v for k, v in m.config.as_dict().items() if k not in free} for m in (a, b))))
 
 
 def inflated(name: str, video: Tensor, image: Tensor) -> Tensor:

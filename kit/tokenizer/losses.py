@@ -15,6 +15,8 @@ from kit.ranks import mean_over_ranks
 from kit.tokenizer.quantizer import Step
 from kit.values import check_choice, check_number, check_positive, check_share, check_whole_number
 
+DISTANCES = {"l1": F.l1_loss, "l2": F.mse_loss}  # between pixels
+
 
 def check_losses(loss: Mapping):
     """Checks the values of conf/loss/plain.yaml, except those that build a network.
@@ -22,29 +24,24 @@ def check_losses(loss: Mapping):
     Raises:
         ValueError: if one makes no sense, naming its key.
     """
-    seen, against = loss["perceptual"], loss["adversarial"]
-    check_choice("loss.reconstruction", loss["reconstruction"], ("l1", "l2"))
+    perceptual, adversarial = loss["perceptual"], loss["adversarial"]
+    check_choice("loss.reconstruction", loss["reconstruction"], DISTANCES)
     for key in ("reconstruction_weight", "motion_weight", "commitment_weight", "entropy_weight", "entropy_weight_end"):
         check_number(f"loss.{key}", loss[key], least=0)
     check_positive("loss.entropy_inverse_temperature", loss["entropy_inverse_temperature"])  # at 0 no bit becomes certain
-    check_number("loss.perceptual.weight", seen["weight"], least=0)
-    check_whole_number("loss.perceptual.frames", seen["frames"], 1, optional=True)
+    check_number("loss.perceptual.weight", perceptual["weight"], least=0)
+    check_whole_number("loss.perceptual.frames", perceptual["frames"], 1, optional=True)
     for key in ("weight", "lr", "lecam"):
-        check_number(f"loss.adversarial.{key}", against[key], least=0)
-    check_betas("loss.adversarial.betas", against["betas"])
-    check_share("loss.adversarial.warmup", against["warmup"])
-    if not 0 <= against["start"] < 1:
-        raise ValueError(f"loss.adversarial.start={against['start']}; expected a share of the training, 0 to below 1")
+        check_number(f"loss.adversarial.{key}", adversarial[key], least=0)
+    check_betas("loss.adversarial.betas", adversarial["betas"])
+    check_share("loss.adversarial.warmup", adversarial["warmup"])
+    if not 0 <= adversarial["start"] < 1:
+        raise ValueError(f"loss.adversarial.start={adversarial['start']}; expected a share of the training, 0 to below 1")
 
 
 def reconstruction_loss(output: Tensor, video: Tensor, kind: str) -> Tensor:
     """Mean absolute (`l1`) or squared (`l2`) error of pixels in [-1, 1]; any equal shapes."""
-    error = output.float() - video.float()
-    if kind == "l1":
-        return error.abs().mean()
-    if kind == "l2":
-        return error.square().mean()
-    raise ValueError(f"unknown reconstruction loss {kind!r}; expected 'l1' or 'l2'")
+    return DISTANCES[kind](output.float(), video.float())
 
 
 def motion_loss(output: Tensor, video: Tensor, kind: str) -> Tensor:
@@ -117,8 +114,8 @@ def adaptive_weight(reference: Tensor, adversarial: Tensor) -> Tensor:
     Returns:
         a scalar in [0, 10,000].
     """
-    pulls = [mean_over_ranks(slope).norm() for slope in (reference, adversarial)]
-    return (pulls[0] / (pulls[1] + 1e-4)).clamp(0, 1e4)
+    norms = [mean_over_ranks(gradient).norm() for gradient in (reference, adversarial)]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4)
 
 
 def entropy_of(p: Tensor) -> Tensor:

@@ -82,14 +82,14 @@ class TokenizerModule(L.LightningModule):
                 f"scale_dropout={scale_dropout}; expected `last`, 0 to {self.schedule.scales - 1} of the "
                 f"{self.schedule.scales} scales, and `p`, 0 to below 1"
             )
-        seen, against = loss["perceptual"], loss["adversarial"]
-        self.perceptual = (perceptual or load_perceptual(seen["kind"], seen["weights"])) if seen["weight"] else None
+        network, adversarial = loss["perceptual"], loss["adversarial"]
+        self.perceptual = (perceptual or load_perceptual(network["kind"], network["weights"])) if network["weight"] else None
         self.discriminator, self.start = None, steps
-        if against["weight"]:
-            self.discriminator = Discriminator(against["dims"], against["width"], against["layers"])
-            check_layers(against["layers"], clip["height"], clip["width"])  # not only once they see one, late in a training
-            self.start = round(against["start"] * steps)  # the discriminators' first iteration
-            self.register_buffer("anchors", torch.zeros(len(against["dims"]), 2))  # LeCAM's
+        if adversarial["weight"]:
+            self.discriminator = Discriminator(adversarial["dims"], adversarial["width"], adversarial["layers"])
+            check_layers(adversarial["layers"], clip["height"], clip["width"])  # not only late in a training
+            self.start = round(adversarial["start"] * steps)  # the discriminators' first iteration
+            self.register_buffer("anchors", torch.zeros(len(adversarial["dims"]), 2))  # LeCAM's
 
     def enter(self, clip: dict):
         """Sets the clip shape for validation and for checkpoints. Each training batch has a shape of its own."""
@@ -154,8 +154,8 @@ class TokenizerModule(L.LightningModule):
             terms["motion"] = (weight, motion_loss(output, video, kind))
         if self.perceptual is not None:
             frames = some_frames(video.shape[2], self.loss["perceptual"]["frames"], draws)
-            seen = perceptual_loss(self.perceptual, *(chosen_frames(x, frames) for x in (output, video)))
-            terms["perceptual"] = (self.loss["perceptual"]["weight"], seen)
+            distance = perceptual_loss(self.perceptual, *(chosen_frames(x, frames) for x in (output, video)))
+            terms["perceptual"] = (self.loss["perceptual"]["weight"], distance)
         return terms
 
     def kept_scales(self, video: Tensor, draws: Draws) -> Tensor | None:
@@ -200,19 +200,19 @@ class TokenizerModule(L.LightningModule):
             terms: the other losses, with their weights. hidden: (B, C, F, h, w), what the decoder's last layer
                 made the output of. share: `adversarial_share`.
         """
-        seen = output.detach().requires_grad_()
-        loss = adversarial_loss(self.discriminator(seen))
+        fake = output.detach().requires_grad_()
+        loss = adversarial_loss(self.discriminator(fake))
         with without_autocast(self.device):
-            (slope,) = torch.autograd.grad(loss, seen)
-        pull = (output * slope).sum()
-        loss = loss.detach() + pull - pull.detach()
+            (gradient,) = torch.autograd.grad(loss, fake)
+        surrogate = (output * gradient).sum()  # has this gradient at the output
+        loss = loss.detach() + surrogate - surrogate.detach()
         weight = share * self.loss["adversarial"]["weight"]
         if self.loss["adversarial"]["adaptive"]:
             others = {name: term for name, term in terms.items() if name in ("reconstruction", "motion", "perceptual")}
             with without_autocast(self.device):
                 (other,) = torch.autograd.grad(weighted_sum(others), output, retain_graph=True)
-                pulls = [self.model.decoder.head_gradient(hidden, x) for x in (other, slope)]
-            weight = weight * adaptive_weight(*pulls)
+                gradients = [self.model.decoder.head_gradient(hidden, x) for x in (other, gradient)]
+            weight = weight * adaptive_weight(*gradients)
         return weight, loss
 
     def discriminator_terms(self, video: Tensor, output: Tensor, number: int) -> dict:
@@ -259,8 +259,8 @@ class TokenizerModule(L.LightningModule):
         optimizer, schedule = scheduled_optimizer(self.model, self.optimizer, self.steps)
         optimizers, schedules = [optimizer], [schedule]
         if self.discriminator is not None:
-            against = self.loss["adversarial"]
-            optimizers.append(build_optimizer(self.discriminator, "adamw", against["lr"], against["betas"], 0.0))
+            adversarial = self.loss["adversarial"]
+            optimizers.append(build_optimizer(self.discriminator, "adamw", adversarial["lr"], adversarial["betas"], 0.0))
             schedules.append(WarmupCosine(optimizers[1], 0, self.steps - self.start))
         return optimizers, each_step(schedules)
 

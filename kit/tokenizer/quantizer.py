@@ -143,8 +143,5 @@ def bits_to_feature(bits: Tensor, schedule: ScaleSchedule, scales: int | None = 
     if scales is not None and not 1 <= scales <= schedule.scales:
         raise ValueError(f"expected 1 to {schedule.scales} scales, got {scales}")
     frames = bits.unflatten(1, (schedule.latent_frames, -1)).flatten(0, 1)
-    total, start = 0.0, 0
-    for k, (h, w) in enumerate(schedule.grids[:scales]):
-        total = total + residual_map(frames[:, start : start + h * w], k, schedule)
-        start += h * w
-    return clip_of(total, bits.shape[0])
+    parts = frames.split(schedule.tokens_per_scale, dim=1)[:scales]
+    return clip_of(sum(residual_map(part, k, schedule) for k, part in enumerate(parts)), bits.shape[0])

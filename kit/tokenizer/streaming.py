@@ -26,7 +26,7 @@ def scaled_size(height: int, width: int, shorter_side: int) -> tuple[int, int]:
 
 
 def coded_size(config: TokenizerConfig, height: int, width: int) -> tuple[int, int]:
-    """Returns (height, width) of the smallest clip that a tokenizer can code and that covers the given size.
+    """Returns (height, width) of the smallest clip with all scales of a tokenizer that covers the given size.
 
     Raises:
         ValueError: if the shorter side is longer than the tokenizer's.

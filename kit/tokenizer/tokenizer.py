@@ -110,7 +110,7 @@ class TokenizerConfig:
         grid = (height // c, width // c)
         sides = [side for side in self.scales if side < min(grid)] + [min(grid)]
         bits = (*self.scale_bits[: len(sides) - 1], self.bits) if self.scale_bits else ()
-        return ScaleSchedule.square(latent_frames(frames), sides, grid, bits)
+        return ScaleSchedule.from_sides(latent_frames(frames), sides, grid, bits)
 
     def as_dict(self) -> dict:
         """Plain values, for a checkpoint."""
@@ -146,7 +146,7 @@ class Tokenizer(nn.Module):
         self.to(memory_format=torch.channels_last)  # the layout in which bfloat16 convolutions are fast
 
     @property
-    def blocks(self) -> list[autoencoder.ResBlock]:
+    def layers(self) -> list[autoencoder.ResBlock]:
         """The residual blocks of encoder and decoder, which do nearly all of the work."""
         return [block for part in (self.encoder, self.decoder) for level in part.levels for block in level]
 

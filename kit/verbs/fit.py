@@ -22,6 +22,7 @@ from kit.build import (
     tokenizer_config,
 )
 from kit.confs import keep_config
+from kit.encode_ahead import check_cache, encode_ahead, remove_encoded_clips
 from kit.files import last_checkpoint, sole_user
 from kit.machine import fast_float32_products, keep_freed_memory
 from kit.retries import BatchPosition, noticing_dead_workers, with_retries
@@ -30,7 +31,6 @@ from kit.signals import end_with_launcher
 from kit.start import start
 from kit.training_checkpoint import check_resume, copy_checkpoint
 from kit.values import plain
-from kit.verbs.cache import check_cache, encode_ahead, remove_encoded_clips
 
 
 def checkpoint_to_resume(cfg: DictConfig) -> Path | None:

@@ -14,13 +14,12 @@ from kit.generator.condition import check_classes
 from kit.generator.sampler import Sampling
 from kit.inspection import bit_use, bit_use_picture, forced_and_free
 from kit.machine import autocast, device
+from kit.measures import per_scale, teacher_forced_metrics
 from kit.media import clip_by_clip, contact_sheet
 from kit.sampling_checks import check_none_samples
 from kit.self_check import Check, check_tokenizer, self_check
 from kit.values import plain
 from kit.verbs.held_out import TRAINED_ON, data_for, held_out
-from kit.verbs.reconstruct import per_scale
-from kit.verbs.validate import teacher_forced_metrics
 
 CHECKED = 8  # number of clips that are self-checked and sampled
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 
 import torch
@@ -16,7 +15,8 @@ from tqdm import tqdm
 from kit.checkpoint import Loaded, load_tokenizer
 from kit.data.read import ClipFile, open_clip_file
 from kit.files import replacing, sole_user
-from kit.machine import autocast, device, exact_float32, inference_precision
+from kit.machine import autocast, device, inference_precision
+from kit.measures import per_scale
 from kit.media import clip_by_clip, contact_sheet, spread, video_writer, write_video
 from kit.pixels import ssim
 from kit.scales import whole_groups
@@ -64,32 +64,6 @@ def reconstruct_held_out(tokenizer: Loaded, cfg: DictConfig) -> list[dict]:
     for i, pair in enumerate(side[: cfg.shown]):
         write_video(pair, folder / f"reconstruction_{i}.mp4", data.fps)
     return by_scale
-
-
-@torch.no_grad()
-def per_scale(
-    tokenizer: Loaded, video: Tensor, batch_size: int, precision: str = "float32"
-) -> tuple[dict[str, Tensor], list[dict], Tensor]:
-    """Reconstructs clips from the first k scales of each frame, for each k of 1..K.
-
-    Args:
-        video: (n, 3, T, H, W) in [-1, 1]. precision: `float32` or `bfloat16`.
-    Returns:
-        name -> videos (n, 3, T, H, W), the real clips first; for each k psnr_db and ssim, means over the clips; and the bits
-        (n, L, d). All on the CPU.
-    """
-    model = tokenizer.model.to(device())
-    schedule = model.schedule_of(video)
-    rows, metrics = {"real": video}, []
-    with autocast(precision), exact_float32():
-        bits = [model.bits(v.to(device())) for v in video.split(batch_size)]
-    for k in range(1, schedule.scales + 1):
-        with autocast(precision), exact_float32():
-            parts = [model.decode_bits(b, schedule, k).cpu() for b in bits]
-        output = rows[f"scales 1-{k}"] = torch.cat(parts)
-        scores = [Scores().add(o, v).values() for o, v in zip(output, video)]
-        metrics.append({"scales": k} | {name: statistics.fmean(s[name] for s in scores) for name in scores[0]})
-    return rows, metrics, torch.cat(bits).cpu()
 
 
 class Scores:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from kit.files import file_sha256, no_file, read_json
+from kit.generator.sampler import Sampling
 from kit.words import typed_keys
 
 # keys of conf/generate.yaml that decide how a video looks, apart from prompt, label and seed
-LOOKS = (
-    "image", "video", "history_frames", "frames", "fps", "precision", "guidance", "negative", "temperature", "top_p",
-    "extend", "overlap",
-)  # fmt: skip
+LOOKS = ("image", "video", "history_frames", "frames", "fps", "precision", *(field.name for field in fields(Sampling)))
 CHECKPOINTS = ("ckpt", "tokenizer")  # these too; they may move
 SETTINGS = (*CHECKPOINTS, *LOOKS)
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -18,10 +17,8 @@ from kit.data.shapes import Shapes
 from kit.evaluation.shapes_score import MIN_SIDE, caption_accuracy
 from kit.files import replacing, sole_user, write_json
 from kit.generator.condition import check_classes
-from kit.generator.corruption import teacher_forced
-from kit.generator.losses import accuracy_by_block
 from kit.generator.sampler import Sampling
-from kit.machine import autocast, device, exact_float32
+from kit.measures import reconstruct_batches, teacher_forced_metrics
 from kit.media import clip_by_clip, contact_sheet, moving_sheet, write_video
 from kit.pixels import psnr
 from kit.sampling import sample_videos, stream_samples
@@ -117,39 +114,6 @@ def reconstruction_metrics(output: Tensor, batch: dict, data: ClipDataModule) ->
 def can_be_read(data: ClipDataModule) -> bool:
     """Returns whether captions can be read from the pixels of the data's clips: if they are of `Shapes`, and large enough."""
     return isinstance(data.val, Shapes) and min(data.height, data.width) >= MIN_SIDE
-
-
-def reconstruct_batches(tokenizer: Loaded, video: Tensor, batch_size: int, precision: str = "float32") -> Tensor:
-    """Reconstructs clips (n, 3, T, H, W) with a tokenizer, in batches; the result is on the CPU."""
-    model = tokenizer.model.to(device())
-    with autocast(precision), exact_float32():
-        return torch.cat([model.reconstruct(part.to(device())).cpu() for part in video.split(batch_size)])
-
-
-@torch.no_grad()
-def teacher_forced_metrics(
-    generator: Loaded, tokenizer: Loaded, batch: dict, batch_size: int, precision: str = "float32"
-) -> dict:
-    """Computes the share of correctly predicted bits with the true bits as history.
-
-    Returns:
-        `bit_accuracy` for each scale, and `bit_accuracy_by_frame` for each frame and scale.
-    """
-    model, codec = generator.model.to(device()), tokenizer.model.to(device())
-    schedule, right = codec.schedule_of(batch["video"]), []
-    prompts = model.condition.prompts(batch)
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        with autocast(precision), exact_float32():
-            feature = codec.encode(batch["video"][part].to(device()))
-            logits, sequence = teacher_forced(model, feature, schedule, model.condition(prompts[part]))
-        right.append(((logits > 0) == sequence.targets).cpu())
-    accuracy = accuracy_by_block(torch.cat(right), schedule)
-
-    def rounded(shares: Tensor) -> list[float]:
-        return [round(share, 4) for share in shares.tolist()]
-
-    return {"bit_accuracy": rounded(accuracy.mean(0)), "bit_accuracy_by_frame": list(map(rounded, accuracy))}
 
 
 def seconds_for_one(

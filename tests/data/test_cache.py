@@ -26,10 +26,10 @@ from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
+from kit.encode_ahead import check_cache, choice_of, encode_ahead, encoded_clips_of, rounded_share
 from kit.encoding import describe, write_cache
 from kit.files import write_json
 from kit.media import write_video
-from kit.verbs.cache import check_cache, choice_of, encode_ahead, encoded_clips_of, rounded_share
 from tests.fixtures import CLIP, GENERATOR, QUICK, composed, fit_generator
 from tests.test_training import losses
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from kit.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Attributes, Shapes
-from kit.evaluation.shapes_score import Reading, caption_accuracy, fit_background, read_clip
+from kit.evaluation import shapes_score
+from kit.evaluation.shapes_score import Reading, fit_background
 
+read_clip = partial(shapes_score.read_clip, fps=8.0)  # of `Shapes` without other words
+caption_accuracy = partial(shapes_score.caption_accuracy, fps=8.0)
 CHANCE = {"colour": 1 / 8, "shape": 1 / 5, "motion": 1 / 9, "background": 1 / 4}
 
 
@@ -21,7 +25,7 @@ def accuracy(data: Shapes, clips: int, change=lambda video, n: video, caption=No
     """`caption_accuracy` on the first clips of a data set, a few at a time to spare memory."""
     parts = [
         caption_accuracy(
-            [change(data[n]["video"], n) for n in numbers], [(caption or data.caption)(n) for n in numbers], data.fps
+            [change(data[n]["video"], n) for n in numbers], [(caption or data.caption)(n) for n in numbers], fps=data.fps
         )
         for numbers in np.arange(clips).reshape(-1, 25).tolist()
     ]
@@ -213,8 +217,8 @@ def test_motion_follows_the_pixels(motion, axis, mirrored):
 def test_frame_rate_tells_speed():
     """A bounce at a quarter of its speed is not read as bouncing."""
     video = clip_of("bouncing")
-    assert read_clip(video, fps=8.0).motion == "bouncing"
-    assert read_clip(video[:, :5].repeat_interleave(4, 1)[:, :17], fps=8.0).motion != "bouncing"
+    assert read_clip(video).motion == "bouncing"
+    assert read_clip(video[:, :5].repeat_interleave(4, 1)[:, :17]).motion != "bouncing"
 
 
 def test_grey_and_shapeless_things_have_no_name():
@@ -305,7 +309,7 @@ def test_bad_videos(video, message):
 @pytest.mark.parametrize("fps", [0.0, -8.0, math.nan, math.inf])
 def test_bad_frame_rate(fps):
     with pytest.raises(ValueError, match=f"positive frames per second, found {fps}"):
-        read_clip(torch.zeros(3, 2, 64, 64), fps)
+        read_clip(torch.zeros(3, 2, 64, 64), fps=fps)
 
 
 def test_bad_captions():

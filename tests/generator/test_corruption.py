@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from kit.draws import Draws
-from kit.generator import corruption
-from kit.generator.corruption import FlipLaw, training_sequence
+from kit.generator import sequence
+from kit.generator.corruption import FlipLaw
+from kit.generator.sequence import training_sequence
 from kit.scales import ScaleSchedule
 from kit.tokenizer.quantizer import bits_to_feature, feature_to_bits, pyramid
 
@@ -175,7 +176,7 @@ def test_measured_flips_match_their_rates_in_every_block(monkeypatch):
             seen.append(step.bits ^ step.label)
             yield step
 
-    monkeypatch.setattr(corruption, "pyramid", spy)
+    monkeypatch.setattr(sequence, "pyramid", spy)
     feature = feature_of(SCHEDULE, batch=3, d=2000)
     rates = FlipLaw(p_max=0.4, delta=0.02).draw(SCHEDULE, draws_of(3))
     training_sequence(feature, SCHEDULE, rates, draws_of(len(feature), 1))

@@ -27,11 +27,11 @@ def tokens() -> list[tuple[int, int]]:
     return [(CONDITION, 0)] * S + [(b.f, b.k) for b in SCHEDULE.blocks for _ in range(b.h * b.w)]
 
 
-def attention_mask(schedule, S, window=None, kept=None, history="scales"):
+def attention_mask(schedule, S, window=None, kept=None):
     """Joins the views to one mask: (S + L, S + L), or (B, 1, S + L, S + L) with `kept`."""
     tokens = S + schedule.length
     mask = torch.zeros(*(() if kept is None else (len(kept), 1)), tokens, tokens, dtype=torch.bool)
-    views = attention_views(schedule, S, schedule.length, window, kept, history)
+    views = attention_views(schedule, S, schedule.length, window, kept)
     assert [view.queries.start for view in views[1:]] == [view.queries.stop for view in views[:-1]]
     for view in views:
         part = mask[..., view.queries, :]
@@ -87,7 +87,7 @@ def may_see_with_history(query: tuple[int, int], key: tuple[int, int], window: i
 def test_full_history_is_the_rule_for_every_pair(window, kept):
     layout = SCHEDULE.with_history()
     places = [(CONDITION, 0)] * S + [(b.f, b.k) for b in layout.blocks for _ in range(b.h * b.w)]
-    mask = attention_mask(layout, S, window, None if kept is None else torch.tensor(kept), history="full")
+    mask = attention_mask(layout, S, window, None if kept is None else torch.tensor(kept))
     for sample, row in enumerate(kept or [[True] * 4]):
         expected = [
             [may_see_with_history(q, k, window) and (k[0] in (CONDITION, q[0]) or row[k[0]]) for k in places] for q in places

@@ -15,9 +15,9 @@ from kit.data.shapes import Shapes
 from kit.draws import Draws
 from kit.fsdp import ShardedStrategy
 from kit.generator import module as module_file
-from kit.generator.corruption import training_sequence
-from kit.generator.losses import POWERS, accuracy_by_block, scale_weights
+from kit.generator.losses import POWERS, accuracy_by_block, bit_loss, weights_of_scales
 from kit.generator.mask import draw_kept_frames
+from kit.generator.sequence import training_sequence
 from kit.scales import ScaleSchedule
 from tests.fixtures import CLIP, GENERATOR, TOKENIZER, composed
 
@@ -40,15 +40,15 @@ def test_the_loss_by_hand(pair, scales, bits):
     weights = (weights / weights.mean())[:, None] * (sequence.margins if bits == "margin" else 1)
     right = torch.where(sequence.targets, logits, -logits)
     expected = (weights * torch.log1p(torch.exp(-right))).mean()
-    torch.testing.assert_close(module.bit_loss(logits, sequence, schedule), expected)
+    torch.testing.assert_close(bit_loss(logits, sequence, schedule, **module.loss), expected)
 
 
 def test_the_weights_of_scales_by_hand():
     """A token of the first scale covers four of the second, and weighs as much or twice as much."""
     schedule = ScaleSchedule(2, ((1, 1), (2, 2)))
-    assert torch.equal(scale_weights(schedule, 3, "uniform"), torch.ones(10, 3))
+    assert torch.equal(weights_of_scales(schedule, 3, "uniform"), torch.ones(10, 3))
     expected = torch.tensor([2.0, 1, 1, 1, 1] * 2)[:, None].expand(10, 3) / 1.2
-    torch.testing.assert_close(scale_weights(schedule, 3, "early"), expected)
+    torch.testing.assert_close(weights_of_scales(schedule, 3, "early"), expected)
 
 
 def test_given_frames_are_not_to_be_predicted(pair):
@@ -59,7 +59,7 @@ def test_given_frames_are_not_to_be_predicted(pair):
     logits = torch.randn(sequence.targets.shape, requires_grad=True)
 
     def gradient(given):
-        (found,) = torch.autograd.grad(module.bit_loss(logits, sequence, schedule, given), logits)
+        (found,) = torch.autograd.grad(bit_loss(logits, sequence, schedule, **module.loss, given=given), logits)
         return found.unflatten(1, (schedule.latent_frames, -1))
 
     everywhere, found = gradient(None), gradient(torch.tensor([0, 1, 3]))
@@ -91,7 +91,7 @@ def test_a_training_step_by_hand(pair):
 
     def loss(sequence=sequence, kept=kept, dropped=dropped, given=batch["given"]):
         condition = model.condition(model.condition.prompts(batch), dropped)
-        return module.bit_loss(model(sequence.inputs, schedule, condition, kept), sequence, schedule, given)
+        return bit_loss(model(sequence.inputs, schedule, condition, kept), sequence, schedule, **module.loss, given=given)
 
     assert 0 < dropped.sum() < 8 and not kept.all() and 0 < batch["given"].sum() < 8
     found = module.training_step(batch, 0)
@@ -141,7 +141,7 @@ def test_what_is_logged_by_hand(pair, monkeypatch):
     logits = module.model(sequence.inputs, schedule, module.model.condition(module.model.condition.prompts(batch)))
     right = (logits > 0) == sequence.targets
     assert logged["train/bit_accuracy"].item() == pytest.approx(right[:, schedule.used_bits(8)].float().mean().item())
-    torch.testing.assert_close(logged["val/loss"], module.bit_loss(logits, sequence, schedule))
+    torch.testing.assert_close(logged["val/loss"], bit_loss(logits, sequence, schedule, **module.loss))
     by_scale = [logged[f"val/bit_accuracy_scale{k + 1}"] for k in range(3)]
     torch.testing.assert_close(torch.stack(by_scale), accuracy_by_block(right, schedule).mean(0))
 
@@ -158,7 +158,7 @@ def test_a_validation_disturbs_nothing(pair, monkeypatch):
     feature, condition = module.tokenizer.encode(batch["video"]), module.model.condition(batch["caption"])
     sequence = training_sequence(feature, module.schedule, None, None, **module.model.config.reads)
     logits = module.model(sequence.inputs, module.schedule, condition)
-    torch.testing.assert_close(logged["val/loss"], module.bit_loss(logits, sequence, module.schedule))
+    torch.testing.assert_close(logged["val/loss"], bit_loss(logits, sequence, module.schedule, **module.loss))
 
 
 def test_the_optimizer_is_that_of_the_config(pair):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kit.generator.corruption import training_sequence
 from kit.generator.guidance import Guidance
 from kit.generator.kv_cache import Cache, CachedGenerator
 from kit.generator.sampler import Frame, Sampling, draw_bits, sample_frames
+from kit.generator.sequence import training_sequence
 from kit.scales import ScaleSchedule
 from kit.tokenizer.quantizer import bits_to_feature
 from tests.fixtures import CLOSE, PROMPTS, RISING
@@ -221,7 +221,7 @@ def test_cache_does_not_grow_with_the_clip(make_generator, monkeypatch, history,
 
 def test_rising_guidance_of_the_paper():
     """Gamma of the first scale goes from 1 to 5 over the frames; within each frame gamma rises to 10."""
-    schedule = ScaleSchedule.square(5, (1, 2, 3, 4, 6, 8))
+    schedule = ScaleSchedule.from_sides(5, (1, 2, 3, 4, 6, 8))
     first = [RISING.gamma(f, 0, schedule) for f in range(5)]
     assert first == pytest.approx([1, 2, 3, 4, 5])
     for f in range(5):

@@ -337,7 +337,7 @@ def test_every_preset_runs_on_another_device(size):
     """It runs on the meta device, so no table or mask stays on the device where the model was built."""
     values = composed(f"size/{size}")
     sides, bits = values["tokenizer"]["scales"], values["tokenizer"]["bits"]
-    schedule = ScaleSchedule.square(2, sides)
+    schedule = ScaleSchedule.from_sides(2, sides)
     with torch.device("meta"):
         model = Generator(GeneratorConfig(**values["generator"], bits=bits, scales=len(sides)))
         inputs = torch.zeros(1, schedule.length, model.config.inputs)
@@ -395,7 +395,7 @@ def gradients(model: Generator, kept: torch.Tensor | None) -> dict[str, torch.Te
     """Returns the gradients of a loss that depends on every logit, and the logits."""
     schedule = SCHEDULE
     layout = model.layout(schedule)
-    tokens = schedule.length + (layout.length - schedule.length) // schedule.latent_frames * (schedule.latent_frames - 1)
+    tokens = layout.sequence_length
     inputs = torch.randn(2, tokens, model.config.inputs, generator=torch.Generator().manual_seed(1))
     model.zero_grad()
     with torch.enable_grad():

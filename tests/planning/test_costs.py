@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-from kit.generator.corruption import teacher_forced
 from kit.generator.mask import SHORT
+from kit.generator.sequence import teacher_forced
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.planning.costs import ClipCost, generator_cost, gpu_hours, stage_cost, tokenizer_cost
 from kit.planning.memory import without_trainer

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kit.build import accumulate_of, check_batch_parts
 from kit.cli import main
-from kit.confs import CONF, register_resolvers
+from kit.confs import CONF
 from kit.evaluation.detectors import I3D_FILE
 from kit.generator.transformer import Generator
 from kit.planning.doctor import (
@@ -30,8 +30,9 @@ from kit.planning.doctor import (
     versions,
 )
 from kit.planning.plan import batches_of_all, costs, generator_config, planned_tokenizer
+from kit.resolvers import batches_of, part_of, register_resolvers
 from kit.tokenizer import Tokenizer, TokenizerConfig
-from kit.values import batches_of, equal_parts, part_of, plain
+from kit.values import equal_parts, plain
 from kit.words import at_commas
 from tests.data.videos import write, write_bad
 from tests.fixtures import CLIP, TOKENIZER, composed, fit_tokenizer

@@ -113,7 +113,7 @@ def test_heads_read_what_is_normalised_and_activated():
 @pytest.mark.parametrize("temporal, past", [(True, 2), (False, 0)])
 def test_blocks_of_the_coarsest_level_alone_see_past_frames(temporal, past):
     model = Tokenizer(TokenizerConfig(bits=4, scales=(1, 2), patch=2, widths=(8, 16, 24), blocks=1, temporal=temporal))
-    assert [block.conv1.past for block in model.blocks] == [0, 0, past, past, 0, 0]
+    assert [block.conv1.past for block in model.layers] == [0, 0, past, past, 0, 0]
 
 
 def test_a_new_block_changes_nothing():
@@ -182,7 +182,7 @@ def test_compiled_blocks_train_alike():
     model, video, stream = copy.deepcopy(plain), torch.rand(2, 3, 5, 4, 4) * 2 - 1, Stream()
     run, module, callback = SimpleNamespace(max_steps=3), SimpleNamespace(model=model), CompileLayers(least_steps=0)
     callback.on_fit_start(run, module)
-    assert len(model.blocks) == 2 and all(block._compiled_call_impl is not None for block in model.blocks)
+    assert len(model.layers) == 2 and all(block._compiled_call_impl is not None for block in model.layers)
     callback.on_train_batch_start(run, module, None, 0)
     model.recompute = True
     torch.testing.assert_close(trained(model, video), trained(plain, video), atol=1e-4, rtol=1e-4)

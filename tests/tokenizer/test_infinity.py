@@ -236,7 +236,7 @@ def test_scales_may_be_others_for_video(image):
     inflate(image, smaller)
     assert torch.equal(smaller.decoder.norm.weight, image.decoder.norm.weight)
     fast = Tokenizer(TokenizerConfig(**{**VIDEO, "architecture": "fast"}))
-    with pytest.raises(ValueError, match="architecture infinity and fast"):
+    with pytest.raises(ValueError, match="architecture: infinity, fast"):
         inflate(image, fast)
 
 
@@ -263,7 +263,7 @@ def test_prepared_reconstructed_and_trained_by_command(weights, image, tmp_path,
 
     capsys.readouterr()
     assert main(["fit", "conf=stage1_tokenizer", *start, "name=other", "tokenizer.bits=4"]) == 1
-    assert "differ in more than time: bits 8 and 4" in capsys.readouterr().err
+    assert "differ in more than time (bits: 8, 4)" in capsys.readouterr().err
     assert main(["fit", "conf=stage1_tokenizer", *start, "name=resumed", f"ckpt={made}"]) == 1
     assert "infinity_vae_d8_kit.ckpt holds weights alone" in capsys.readouterr().err
 

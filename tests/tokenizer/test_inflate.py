@@ -64,7 +64,7 @@ def test_time_is_learned_from_there(video):
 def test_what_does_not_fit_is_named(image, video):
     with pytest.raises(ValueError, match=r"temporal=false"):
         inflate(video, image)
-    with pytest.raises(ValueError, match=r"differ in more than time: bits 6 and 8, widths \[8, 16\] and \[8, 24\]"):
+    with pytest.raises(ValueError, match=r"differ in more than time \(bits: 6, 8; widths: \[8, 16\], \[8, 24\]\)"):
         inflate(image, Tokenizer(TokenizerConfig(**{**SHAPE, "bits": 8, "widths": (8, 24)})))
     with pytest.raises(ValueError, match="takes 1 frame, got 5; inflate it"):
         image.reconstruct(torch.zeros(1, 3, 5, 16, 16))
@@ -89,7 +89,7 @@ def test_images_then_video_by_command(tmp_path, capsys, caplog):
     as_image, as_video = (load_tokenizer(tmp_path / n / "checkpoints" / "last.ckpt").model for n in ("images", "video"))
     torch.testing.assert_close(as_video.reconstruct(picture), as_image.reconstruct(picture), atol=1e-4, rtol=1e-4)
     assert main(["fit", "conf=stage1_tokenizer", *start[:-1], "name=other", "tokenizer.bits=4"]) == 1
-    assert "differ in more than time: bits 8 and 4" in capsys.readouterr().err
+    assert "differ in more than time (bits: 8, 4)" in capsys.readouterr().err
 
 
 def test_training_goes_on_from_given_weights_with_other_losses(tmp_path, capsys):
@@ -102,7 +102,7 @@ def test_training_goes_on_from_given_weights_with_other_losses(tmp_path, capsys)
     for name, weight in as_given.items():
         torch.testing.assert_close(on[name], weight)
     assert main(["fit", "conf=stage1_tokenizer", *start, "name=other", "tokenizer.widths=[32,48]"]) == 1
-    assert "another architecture than the tokenizer to train: widths [32, 32] and [32, 48]" in capsys.readouterr().err
+    assert "another architecture than the tokenizer to train: widths: [32, 32], [32, 48]" in capsys.readouterr().err
     for lacking in ("init=weights", "init.how=inflate"):
         assert main(["fit", "conf=stage1_tokenizer", *words, lacking, "name=nothing"]) == 1
         assert "needs init.ckpt=PATH, the checkpoint of a tokenizer to start from" in capsys.readouterr().err

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from callbacks import CodeUse
 from kit.cli import main
 from kit.draws import Draws
-from kit.generator.corruption import FlipLaw, training_sequence
-from kit.generator.losses import accuracy_by_block, scale_weights
+from kit.generator.corruption import FlipLaw
+from kit.generator.losses import accuracy_by_block, weights_of_scales
 from kit.generator.sampler import Sampling, sample_frames
+from kit.generator.sequence import training_sequence
 from kit.inspection import bit_use
 from kit.scales import ScaleSchedule
 from kit.tokenizer import Tokenizer, TokenizerConfig
@@ -131,11 +132,11 @@ def test_bits_a_scale_lacks_are_neither_read_nor_predicted():
     torch.testing.assert_close(bits_to_feature(bits | ~used, FEWER), bits_to_feature(bits, FEWER))
 
     for kind in ("uniform", "early"):
-        weights = scale_weights(FEWER, 6, kind)
+        weights = weights_of_scales(FEWER, 6, kind)
         assert weights.mean().item() == pytest.approx(1) and torch.equal(weights > 0, used)
     logits, others = noise(2, FEWER.length, 6), noise(2, FEWER.length, 6, seed=5)
     others = torch.where(used, logits, others)
-    weights = scale_weights(FEWER, 6, "uniform")
+    weights = weights_of_scales(FEWER, 6, "uniform")
     one, other = (F.binary_cross_entropy_with_logits(x, targets.float(), weight=weights) for x in (logits, others))
     assert one.item() == other.item()
     by_hand = F.binary_cross_entropy_with_logits(logits[:, used], targets[:, used].float())

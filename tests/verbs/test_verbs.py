@@ -28,15 +28,15 @@ from kit.data.mixture import Mixture
 from kit.data.shapes import Shapes
 from kit.files import sole_user
 from kit.generator.condition import ConditionConfig
-from kit.generator.corruption import training_sequence
 from kit.generator.sampler import Sampling
+from kit.generator.sequence import training_sequence
 from kit.machine import device
+from kit.measures import per_scale, reconstruct_batches, teacher_forced_metrics
 from kit.media import write_video
 from kit.verbs.demo import summary
 from kit.verbs.held_out import held_out
 from kit.verbs.inspect import draw_samples
-from kit.verbs.reconstruct import per_scale
-from kit.verbs.validate import reconstruct_batches, seconds_for_one, teacher_forced_metrics, validate_generator
+from kit.verbs.validate import seconds_for_one, validate_generator
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_tokenizer
 from tests.processes import Command, children, demo_part
 
@@ -130,7 +130,7 @@ def test_bits_that_are_right_are_counted_by_frame_and_by_scale(untrained, monkey
         right = torch.arange(schedule.length)[:, None] < schedule.frame(1).start
         return torch.where(sequence.targets.bool() == right, 1.0, -1.0), sequence
 
-    monkeypatch.setattr("kit.verbs.validate.teacher_forced", predict)
+    monkeypatch.setattr("kit.measures.teacher_forced", predict)
     metrics = teacher_forced_metrics(generator, tokenizer, clips, 3)
     assert metrics == {"bit_accuracy": [0.5, 0.5], "bit_accuracy_by_frame": [[1.0, 1.0], [0.0, 0.0]]}
 
