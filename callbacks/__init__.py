@@ -5,6 +5,7 @@ from callbacks.code_use import CodeUse
 from callbacks.compile import CompileLayers
 from callbacks.ema import EMA
 from callbacks.guard import LossGuard
+from callbacks.health import Health
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.progress import ProgressBar
 from callbacks.stage_switch import StageSwitch
@@ -13,6 +14,6 @@ from callbacks.timer import StepTimer
 from callbacks.video_logger import VideoLogger
 
 __all__ = [
-    "BestCheckpoint", "CodeUse", "CompileLayers", "EMA", "LastCheckpoint", "LossGuard", "ProgressBar", "RunSummary",
+    "BestCheckpoint", "CodeUse", "CompileLayers", "EMA", "Health", "LastCheckpoint", "LossGuard", "ProgressBar", "RunSummary",
     "StageSwitch", "StepTimer", "VideoLogger",
 ]  # fmt: skip

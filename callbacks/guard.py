@@ -1,23 +1,36 @@
-"""Stops a run at a bad loss, before it reaches the weights."""
+"""Stops a run at a bad loss or gradient, before it reaches the weights."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from kit.files import disk_errors, last_checkpoint, not_saved, written_aside
+from kit.optim import gradient_norm
 from kit.retries import LostLoss
 
 SPAN = 100  # losses in the running mean, about
 
 
-class LossGuard(L.Callback):
-    """Raises `LostLoss`, before the optimizer step, on a loss that is not finite or far above the ones before it.
+class Backward(NamedTuple):
+    """A backward pass of the current optimizer step: its loss, its batch, and the number of that."""
 
-    It saves the batch with that loss.
+    loss: Tensor
+    batch: dict
+    number: int
+
+
+class LossGuard(L.Callback):
+    """Raises `LostLoss`, before the optimizer step, on a loss that is not finite or far above the ones before it, and on
+    gradients that are not finite.
+
+    It saves the batch with that loss; where only the gradients are bad, the last of the step's batches. All of a step is
+    looked at together, since a GPU would have to wait each time.
 
     Args:
         folder: where `lost_loss_step<N>.pt` goes, written by the first process with a bad loss.
@@ -26,7 +39,8 @@ class LossGuard(L.Callback):
     """
 
     def __init__(self, folder: str, explosion: float | None = None):
-        self.folder, self.explosion, self.batch = Path(folder), explosion, None
+        self.folder, self.explosion = Path(folder), explosion
+        self.batch, self.step = None, []  # the batch at hand; all `Backward` of the current optimizer step
         self.stage, self.mean, self.count = 0, 0.0, 0
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -35,45 +49,63 @@ class LossGuard(L.Callback):
             self.stage, self.mean, self.count = stage, 0.0, 0
 
     def on_before_backward(self, trainer, module, loss):
-        scaler = getattr(trainer.precision_plugin, "scaler", None)  # of 16-mixed, which has multiplied the loss by then
-        loss = loss.item() / (scaler.get_scale() if scaler else 1)
+        scaler = self._scaler(trainer)
+        loss = loss.detach() / (scaler.get_scale() if scaler else 1)
+        self.step.append(Backward(loss, self.batch, trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1))
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        step, self.step = self.step, []
+        norm = gradient_norm(module.parameters()).to(step[0].loss.device)
+        *losses, norm = torch.stack([*(each.loss.float() for each in step), norm.float()]).tolist()
+        own = next((n for n, loss in enumerate(losses) if not self._is_good(loss)), len(step))
+        of_all = [own] if trainer.world_size == 1 else self._of_all(trainer, own)
+        if (first := min(of_all)) < len(step):
+            far = f", far above their mean, {self.mean:g}," if math.isfinite(losses[first]) else ""
+            message = f"the loss is {losses[first]:g}{far}" if own == first else "the loss of another device is lost"
+            self._raise(trainer, message, step[first], keep=trainer.global_rank == of_all.index(first))
+        if not math.isfinite(norm) and self._scaler(trainer) is None:  # a scaler leaves such a step out itself
+            message = f"the gradients are not finite, with a loss of {losses[-1]:g},"
+            self._raise(trainer, message, step[-1], keep=trainer.global_rank == 0)
+
+    def _is_good(self, loss: float) -> bool:
+        """Whether a loss is finite and not too large; then it counts in the mean."""
         size = abs(loss)
         limit = self.explosion * self.mean if self.explosion and self.count >= SPAN else math.inf
         good = size <= limit and math.isfinite(size)
         if good:
             self.count += 1
             self.mean += (size - self.mean) / min(self.count, SPAN)
-        where = [good] if trainer.world_size == 1 else self._of_all(trainer, good)
-        if all(where):
-            return
+        return good
+
+    def _raise(self, trainer, message: str, lost: Backward, keep: bool):
         path = self.folder / f"lost_loss_step{trainer.global_step}.pt"
-        kept = f"in {path}"
-        if trainer.global_rank == where.index(False):
-            kept = self._keep(path)
-        far = f", far above their mean, {self.mean:g}," if math.isfinite(size) else ""
-        message = "the loss of another device is lost" if good else f"the loss is {loss:g}{far}"
+        kept = self._keep(path, lost.batch) if keep else f"in {path}"
         last = last_checkpoint(self.folder)
         saved = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint is saved yet"
-        data, batch = trainer.datamodule, trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
         raise LostLoss(
             f"{message} at step {trainer.global_step}; training stopped before the weights were touched. The batch is "
             f"{kept}, {saved}; a lower optimizer.lr or trainer.precision=32-true often helps",
-            position=data.position_of(batch),
+            position=trainer.datamodule.position_of(lost.number),
         )
 
-    def _keep(self, path: Path) -> str:
+    @staticmethod
+    def _keep(path: Path, batch: dict) -> str:
         """Saves the batch; says where it is, or why it could not be saved."""
         try:
             with disk_errors(), written_aside(path) as aside:
-                torch.save(self.batch, aside)
+                torch.save(batch, aside)
         except OSError as error:
             return f"not kept ({not_saved(path, error)})"
         return f"in {path}"
 
     @staticmethod
-    def _of_all(trainer, good: bool) -> list[bool]:
-        flag = torch.tensor(good, device=trainer.strategy.root_device)
-        return trainer.strategy.all_gather(flag).flatten().tolist()
+    def _scaler(trainer) -> torch.amp.GradScaler | None:
+        """Returns what multiplies losses under 16-mixed."""
+        return getattr(trainer.precision_plugin, "scaler", None)
+
+    @staticmethod
+    def _of_all(trainer, number: int) -> list[int]:
+        return trainer.strategy.all_gather(torch.tensor(number, device=trainer.strategy.root_device)).flatten().tolist()
 
     def state_dict(self) -> dict:
         return {"stage": self.stage, "mean": self.mean, "count": self.count}

@@ -12,14 +12,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from kit.loop import between_steps, validates_next, write_logs
+from kit.signals import ENDS
 from kit.training_checkpoint import TrainingCheckpointIO, save_failed
 from kit.values import check_whole_number
 
 
 class Preempted(SystemExit):
-    """Raised when SIGTERM has ended the run, after it has saved.
+    """Raised when a scheduler's signal has ended the run, after it has saved.
 
-    Its exit code is that of a process which the signal ended.
+    Its exit code is that of a process which SIGTERM ended.
     """
 
     def __init__(self):
@@ -29,9 +30,9 @@ class Preempted(SystemExit):
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt` up to date.
 
-    It saves every `every` optimizer steps, as far as `share` allows, when training ends, and when SIGTERM or Ctrl-C asks
-    the process to end, after the current step. Schedulers send SIGTERM before they take a machine away. Where a validation
-    follows a step, it saves after that: Lightning does not make up for a validation that is lost after a save.
+    It saves every `every` optimizer steps, as far as `share` allows, when training ends, and when SIGTERM, SIGUSR1 or Ctrl-C
+    asks the process to end, after the current step. Where a validation follows a step, it saves after that: Lightning does
+    not make up for a validation that is lost after a save.
 
     Because it is a `Checkpoint`, Lightning calls it after all other callbacks, so that it saves what they hold of this step.
 
@@ -57,7 +58,8 @@ class LastCheckpoint(Checkpoint):
         self.interrupt = None  # what Ctrl-C did before
 
     def on_train_start(self, trainer, module):
-        self._on_signal(signal.SIGTERM, self._end)  # in place of Lightning's, which ends within a step
+        for number in ENDS:  # in place of Lightning's, which ends within a step
+            self._on_signal(number, self._end)
         self.interrupt = self._on_signal(signal.SIGINT, self._end)  # Lightning restores both when the training ends
 
     @staticmethod
@@ -93,9 +95,9 @@ class LastCheckpoint(Checkpoint):
 
     def _save_if_due(self, trainer):
         if trainer.strategy.reduce_boolean_decision(self.received != 0, all=False):
+            self._save(trainer, may_fail=0)
             if trainer.training:  # else Lightning has written them, before a validation
                 write_logs(trainer)
-            self._save(trainer, may_fail=0)
             rank_zero_info(f"  ended by a signal: {self.path} is of step {trainer.global_step}; ckpt=last resumes from there")
             raise KeyboardInterrupt if self.received == signal.SIGINT else Preempted
         if trainer.global_step >= trainer.max_steps:  # later, Lightning would count this step's logs twice on resuming

@@ -17,12 +17,13 @@ from kit.media import Oversized
 
 @contextmanager
 def may_fail(what: str, step: int) -> Iterator[None]:
-    """Warns in place of ending a training over a picture: of an error of the disk in the block, of more clips than a format
-    has room for, or than a GPU has."""
+    """Warns in place of ending a training over a picture, whatever went wrong in the block: disk and memory may be full, of a
+    GPU too, and encoders and loggers have errors of their own."""
     try:
         yield
-    except (OSError, Oversized, torch.OutOfMemoryError) as error:
-        rank_zero_warn(f"no {what} of step {step}: {error}")
+    except Exception as error:
+        expected = isinstance(error, OSError | Oversized | torch.OutOfMemoryError)
+        rank_zero_warn(f"no {what} of step {step}: {error if expected else repr(error)}")
 
 
 def log_picture(trainer: L.Trainer, name: str, picture: Path, video: Path | None = None):

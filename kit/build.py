@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning as L
 from hydra.utils import instantiate
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -380,9 +380,8 @@ def build_trainer(cfg: DictConfig, *more: L.Callback) -> L.Trainer:
     every = {"val_check_interval": -(-interval // parts) * parts} if isinstance(interval, int) else {}  # after whole steps
     logged = set() if loggers else {"learning_rate"}  # callbacks that fail without a logger
     callbacks = [instantiate(c) for name, c in cfg.callbacks.items() if c and name not in logged]
-    trainer = instantiate(
-        cfg.trainer, **every, callbacks=[*callbacks, *more], logger=loggers, plugins=[TrainingCheckpointIO()]
-    )
+    plugins = [TrainingCheckpointIO(), *slurm_environment()]
+    trainer = instantiate(cfg.trainer, **every, callbacks=[*callbacks, *more], logger=loggers, plugins=plugins)
     check_launch(trainer)
     if trainer.world_size > 1 and isinstance(interval, str):
         raise ValueError(
@@ -390,6 +389,13 @@ def build_trainer(cfg: DictConfig, *more: L.Callback) -> L.Trainer:
             f"and wait for the others; give a number of batches"
         )
     return trainer
+
+
+def slurm_environment() -> list[SLURMEnvironment]:
+    """Returns Lightning's environment of a SLURM job, if this is one. It does not queue the job again by itself: that would
+    save amid a step, to a file of its own that `ckpt=last` does not resume from."""
+    by_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if by_slurm else []
 
 
 def check_launch(trainer: L.Trainer):

@@ -278,6 +278,13 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tail_hash(path: Path) -> str:
+    """Returns 16 hex digits: a hash of the last 64 KiB of a file, where a checkpoint lists the checksums of its parts."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16))
+        return hashlib.sha256(file.read()).hexdigest()[:16]
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Reads a state dict from a safetensors or torch file; nothing in it is executed.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from lightning.pytorch.loggers.csv_logs import CSVLogger as LightningCSVLogger
@@ -30,7 +31,8 @@ class Writer(ExperimentWriter):
         except OSError as error:
             self.metrics_keys = columns
             if end:
-                os.truncate(path, end)
+                with suppress(OSError):
+                    os.truncate(path, end)
             rank_zero_warn(
                 f"the log {path} could not be written: {error.strerror}; {len(self.metrics)} rows are kept for later"
             )

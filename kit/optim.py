@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,11 @@ NAMES = ("adamw", "muon")
 BUILT_OF = ("name", "lr", "betas", "weight_decay")  # keys of the config's `optimizer` that `build_optimizer` takes
 KEYS = (*BUILT_OF, "warmup")
 PHASES = (2, 3)  # Newton-Schulz iterations per phase; more than three in one would let rounding errors grow
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Computes the norm of all gradients together, on their device. If they are sharded, all processes must call this."""
+    return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def orthogonalise(x: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
+from kit.values import differences
+
 T = TypeVar("T")
 
 
@@ -39,6 +41,23 @@ def everywhere(act: Callable[[], T]) -> list[T]:
 def first(act: Callable[[], T]) -> T:
     """Runs `act` on the first process and returns its result on all of them. Raises as `everywhere`."""
     return everywhere(lambda: act() if dist.get_rank() == 0 else None)[0]
+
+
+def agree(what: str, value: dict, way_out: str):
+    """Checks that all processes of a distributed training hold the same plain values.
+
+    Args:
+        what: they are, and the way out, for the message.
+    Raises:
+        RuntimeError: on all processes, if they differ.
+    """
+    if not distributed():
+        return
+    every = everywhere(lambda: value)
+    for rank, other in enumerate(every):
+        if other != every[0]:
+            found = "; ".join(differences(other, every[0]))
+            raise RuntimeError(f"process {rank} has {what} than process 0 ({found}); {way_out}")
 
 
 def from_all_ranks(x: Tensor) -> Tensor:

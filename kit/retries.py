@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from kit.values import check_whole_number
 
 T = TypeVar("T")
+LONG = 3600  # seconds after which a failure counts as the first
 BatchPosition = tuple[int, int]  # of a batch in the data, as a DataModule's `position_of` returns it
 
 
@@ -79,24 +81,29 @@ def with_retries(train: Callable[[Path | None, list[BatchPosition]], T], resume:
 
     Args:
         train: takes the checkpoint to resume from, and the positions of batches to leave out.
-        last: the checkpoint that a training writes as it runs. retries: maximum number of further runs.
+        last: the checkpoint that a training writes as it runs.
+        retries: maximum number of further runs, one after another: after a run of `LONG` seconds, which wrote `last`, as many
+            may follow again.
     Raises:
         ValueError: if `retries` is below 0; else what `train` raises if there is no checkpoint to resume from, or no retry
             left.
     """
     check_whole_number("retries", retries, 0)
-    lost, before = [], written(last)
-    for left in reversed(range(retries + 1)):
+    lost, left, before = [], retries, written(last)
+    while True:
+        began, at_start = time.monotonic(), written(last)
         try:
             return train(resume, lost)
         except (LostLoss, DeadWorker) as error:
             resume = last if written(last) not in (None, before) else resume
+            if time.monotonic() - began > LONG and written(last) != at_start:
+                left = retries
             if resume is None or not left:
                 raise
+            left -= 1
             lost = lost + [error.position] if isinstance(error, LostLoss) else lost
             way = "without that batch" if isinstance(error, LostLoss) else "with new processes"
-            rank_zero_warn(f"{error}. Resuming from {resume} {way}; {left - 1} retries left")
+            rank_zero_warn(f"{error}. Resuming from {resume} {way}; {left} retries left")
         gc.collect()  # frees the failed run's model and optimizer, which are in reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    raise AssertionError("unreachable")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+# what schedulers send before they take a machine away; the latter, where a job asks for it, would end a process at once
+ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 @contextmanager
@@ -41,6 +43,11 @@ def _on_sigterm(handler: Callable | signal.Handlers) -> Iterator[None]:
 
 
 def end_with_launcher():
-    """Makes a process of a training end with the one that launched it, for which it would else wait forever. On Linux."""
+    """Makes a process of a training end with the one that launched it, for which it would else wait forever. On Linux.
+
+    Lightning's launcher is the training's first process, without which no step can end: no signal is waited for. torchrun
+    takes no part in the training, and a process saves before it ends.
+    """
     if "LOCAL_RANK" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM if by_torchrun else signal.SIGKILL)

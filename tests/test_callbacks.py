@@ -83,8 +83,9 @@ def test_an_infinite_loss_is_lost_too(value, tmp_path):
     trainer = trainer_at(1, world_size=1, global_rank=0, global_step=3, precision_plugin=None, datamodule=data)
     guard = LossGuard(tmp_path)
     guard.on_train_batch_start(trainer, None, {"n": torch.arange(2)}, 0)
+    guard.on_before_backward(trainer, None, torch.tensor(value))
     with pytest.raises(LostLoss, match="the loss is -?inf at step 3"):
-        guard.on_before_backward(trainer, None, torch.tensor(value))
+        guard.on_before_optimizer_step(trainer, torch.nn.Linear(1, 1), None)
     assert (guard.mean, guard.count) == (0, 0)
 
 

@@ -19,8 +19,9 @@ from kit.build import BUILDERS, build_data, build_trainer
 from kit.checkpoint import read_checkpoint
 from kit.cli import main
 from kit.fsdp import ShardedStrategy, local
-from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed
-from tests.processes import together
+from kit.media import write_video
+from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, moving
+from tests.processes import group, together
 from tests.test_training import losses
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,8 +79,8 @@ def assert_alike(found: dict, expected: dict):
             assert type(found[key][name]) is torch.Tensor and found[key][name].shape == tensor.shape
             assert_near(found[key][name], tensor)
     for a, b in zip(found["optimizer_states"], expected["optimizer_states"], strict=True):
-        for group, other in zip(a["param_groups"], b["param_groups"], strict=True):
-            assert group["params"] == other["params"] and group["lr"] == pytest.approx(other["lr"])
+        for ours, other in zip(a["param_groups"], b["param_groups"], strict=True):
+            assert ours["params"] == other["params"] and ours["lr"] == pytest.approx(other["lr"])
         assert a["state"].keys() == b["state"].keys()
         for number, state in b["state"].items():
             assert a["state"][number].keys() == state.keys()
@@ -114,8 +115,9 @@ def test_each_process_holds_its_share_of_the_averages(runs):
     assert sum(share["held"] for share in found) == found[0]["all"] == found[1]["all"]
 
 
-def test_the_loss_is_that_of_one_process(runs):
-    one, two = (torch.tensor(losses(run)) for run in runs)
+@pytest.mark.parametrize("metric", ["train/loss", "train/grad_norm"])
+def test_the_loss_is_that_of_one_process(runs, metric):
+    one, two = (torch.tensor(losses(run, metric=metric)) for run in runs)
     assert len(one) == 6
     torch.testing.assert_close(two, one, **CLOSE)
 
@@ -312,3 +314,26 @@ def test_gradients_are_added_up_in_float32_whatever_they_are_computed_in(monkeyp
     policies = [call.kwargs["mp_policy"] for call in sharded.call_args_list]
     assert len(policies) == 3 and {policy.reduce_dtype for policy in policies} == {torch.float32}
     assert {policy.param_dtype for policy in policies} == {torch.bfloat16}
+
+
+def test_processes_that_resume_from_different_places_do_not_train(tmp_path):
+    """The folder of runs is one of each process, as where machines share none: the second finds no checkpoint."""
+    fit(tmp_path / "0", "run", None, *ONE, "recipe.tokenizer.steps=1", conf="stage1_tokenizer")
+    run = [f"root={tmp_path}/${{oc.env:RANK}}", "name=run", "ckpt=last", "recipe.tokenizer.steps=2", "trainer.devices=2"]
+    small = [word for word in [*CLIP, *QUICK, *TOKENIZER] if not word.startswith("trainer.devices")]
+    with group(["fit", "conf=stage1_tokenizer", *small, *run], 2, tmp_path) as commands:
+        assert [command.wait() for command in commands] == [1, 1]
+    assert "process 1 has another checkpoint to resume from than process 0 (" in (tmp_path / "said_0").read_text()
+    assert (tmp_path / "0" / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_processes_with_different_clips_do_not_train(tmp_path):
+    for rank in "01":
+        for n in range(6):
+            write_video(moving(5, 16, 16), tmp_path / rank / f"{n} of {rank}.mp4", 8)
+    clips = ["data=clips", f"data.root={tmp_path}/${{oc.env:RANK}}"]
+    run = [f"root={tmp_path}", "name=run", "recipe.tokenizer.steps=2", "trainer.devices=2", *clips]
+    small = [word for word in [*CLIP, *QUICK, *TOKENIZER] if not word.startswith("trainer.devices")]
+    with group(["fit", "conf=stage1_tokenizer", *small, *run], 2, tmp_path) as commands:
+        assert [command.wait() for command in commands] == [1, 1]
+    assert "process 1 has other clips than process 0 (0.file_sizes: " in (tmp_path / "said_0").read_text()

@@ -103,6 +103,31 @@ def test_a_worker_that_dies_is_made_up_for(whole, tmp_path):
     assert same(read_checkpoint(last(tmp_path), "tokenizer"), whole)
 
 
+@pytest.mark.parametrize("saves", [True, False])
+def test_after_a_long_run_that_saved_as_many_retries_follow_again(saves, tmp_path, monkeypatch):
+    """Six runs fail of which each takes two hours; one retry is allowed."""
+    path, clock, runs = tmp_path / "last.ckpt", [0.0], []
+    path.touch()
+    monkeypatch.setattr("kit.retries.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def train(resume, lost):
+        runs.append(resume)
+        if len(runs) > 6:
+            return "done"
+        clock[0] += 7200
+        if saves:
+            os.utime(path, ns=(len(runs), len(runs)))
+        raise DeadWorker("a process of the loader died")
+
+    with pytest.warns(UserWarning, match="0 retries left"):
+        if saves:
+            assert with_retries(train, path, path, 1) == "done"
+        else:
+            with pytest.raises(DeadWorker):
+                with_retries(train, path, path, 1)
+    assert len(runs) == (7 if saves else 2)
+
+
 def test_what_no_retry_mends_is_raised(tmp_path):
     """This holds if there is no checkpoint to resume from, no retry left, or the error is of another kind."""
     path, calls = tmp_path / "last.ckpt", []
@@ -180,13 +205,18 @@ def test_exploding_loss_is_as_bad_as_none(scaler, tmp_path, monkeypatch):
         datamodule=SimpleNamespace(position_of=lambda n: (0, n)),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=SimpleNamespace(ready=8)))),
     )  # fmt: skip
-    guard = LossGuard(tmp_path, explosion=4.0)
+    guard, module = LossGuard(tmp_path, explosion=4.0), torch.nn.Linear(1, 1)
+
+    def step_with(value: float):
+        guard.on_before_backward(trainer, module, loss(value))
+        guard.on_before_optimizer_step(trainer, module, None)
+
     guard.load_state_dict({"mean": 0.5, "count": 100})
     guard.on_train_batch_start(trainer, None, {"n": torch.arange(2)}, 7)
-    guard.on_before_backward(trainer, None, loss(-1.9))
+    step_with(-1.9)
     assert guard.mean == pytest.approx(0.5 + 1.4 / 100)
     with pytest.raises(LostLoss, match="the loss is 2.1, far above their mean, 0.514, at step 3") as error:
-        guard.on_before_backward(trainer, None, loss(2.1))
+        step_with(2.1)
     assert error.value.position == (0, 7) and guard.mean == pytest.approx(0.514)
     batch = tmp_path / "lost_loss_step3.pt"
     assert batch.is_file() and f"The batch is in {batch}, no checkpoint is saved yet" in str(error.value)
@@ -194,25 +224,51 @@ def test_exploding_loss_is_as_bad_as_none(scaler, tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()
     with pytest.raises(LostLoss, match="the last good checkpoint is .*last.ckpt"):
-        guard.on_before_backward(trainer, None, loss(2.1))
+        step_with(2.1)
     batch.unlink()
     shutil.rmtree(tmp_path / "checkpoints")
     monkeypatch.setattr("torch.save", MagicMock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(
         LostLoss, match="The batch is not kept .*lost_loss_step3.pt could not be saved: No space left on device"
     ):
-        guard.on_before_backward(trainer, None, loss(2.1))
+        step_with(2.1)
     assert not any(tmp_path.iterdir())
 
     guard.on_train_batch_start(trainer, None, {"n": torch.arange(2), "stage": 1}, 8)
-    guard.on_before_backward(trainer, None, loss(2.1))
+    step_with(2.1)
     assert guard.state_dict() == {"stage": 1, "mean": pytest.approx(2.1), "count": 1}, "a stage's losses are its own"
 
     guard.load_state_dict({"stage": 1, "mean": 0.5, "count": 99})
     guard.on_train_batch_start(trainer, None, {"n": torch.arange(2), "stage": 1}, 9)
-    guard.on_before_backward(trainer, None, loss(2.1))  # the hundredth of the stage, in which the run goes on
+    step_with(2.1)  # the hundredth of the stage, in which the run goes on
     with pytest.raises(LostLoss):
-        guard.on_before_backward(trainer, None, loss(2.1))
+        step_with(2.1)
+
+    module.weight.grad = torch.tensor([[torch.inf]])
+    if scaler:  # which leaves the step out by itself, and lowers its factor
+        step_with(0.5)
+    else:
+        with pytest.raises(LostLoss, match="the gradients are not finite, with a loss of 0.5, at step 3"):
+            step_with(0.5)
+
+
+def test_the_batch_with_the_lost_loss_is_left_out_wherever_in_its_step_it_comes(tmp_path):
+    """The second of the three batches of a step; the others are good."""
+    total = SimpleNamespace(ready=0)
+    trainer = SimpleNamespace(
+        world_size=1, global_rank=0, global_step=3, precision_plugin=None,
+        datamodule=SimpleNamespace(position_of=lambda n: (0, n)),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total))),
+    )  # fmt: skip
+    guard = LossGuard(tmp_path)
+    for number, value in enumerate((0.5, float("nan"), 0.5)):
+        total.ready = number + 1
+        guard.on_train_batch_start(trainer, None, {"n": torch.tensor([number])}, number)
+        guard.on_before_backward(trainer, None, torch.tensor(value))
+    with pytest.raises(LostLoss, match="the loss is nan") as error:
+        guard.on_before_optimizer_step(trainer, torch.nn.Linear(1, 1), None)
+    assert error.value.position == (0, 1)
+    assert torch.load(tmp_path / "lost_loss_step3.pt", weights_only=True)["n"].tolist() == [1]
 
 
 def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
@@ -252,4 +308,4 @@ def test_workers_leave_both_signals_to_the_trainer(monkeypatch):
     handled = {}
     monkeypatch.setattr("signal.signal", handled.__setitem__)
     leave_signals_to_the_trainer(0)
-    assert handled == {signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: signal.SIG_IGN}
+    assert handled == dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), signal.SIG_IGN)

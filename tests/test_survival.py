@@ -48,7 +48,7 @@ def test_killed_while_saving_it_goes_on_to_the_same_weights(whole, tmp_path):
     "told, code, accumulate, workers, interpreter",
     [
         (signal.SIGTERM, 128 + signal.SIGTERM, 1, 1, True),
-        (signal.SIGTERM, 128 + signal.SIGTERM, 3, 0, False),
+        (signal.SIGUSR1, 128 + signal.SIGTERM, 3, 0, False),
         (signal.SIGINT, 1, 1, 1, False),
     ],
 )
@@ -166,12 +166,19 @@ def test_while_clips_are_encoded_sigterm_ends_the_run_at_once(pair, tmp_path, mo
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process is told of its parent's end by Linux only")
-def test_a_launched_process_ends_with_the_one_that_launched_it():
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_a_launched_process_ends_with_the_one_that_launched_it(launcher, tmp_path):
+    """It may be waiting for the others, in a step that never ends, with a signal that it would heed after it. torchrun is no
+    part of the training: then it may go on to save."""
+    told = f"pathlib.Path({str(tmp_path / 'told')!r})"
     child = (
-        "from kit.signals import end_with_launcher as f; f(); import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+        f"import os, pathlib, signal, time; signal.signal(signal.SIGTERM, lambda *_: {told}.touch())\n"
+        "from kit.signals import end_with_launcher as f; f(); print(os.getpid(), flush=True)\n"
+        f"for _ in range(600): time.sleep(0.1); {told}.exists() and exit()"
     )
+    of_torchrun = {"TORCHELASTIC_RUN_ID": "a"} if launcher == "torchrun" else {}
     parent = f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}], "
-    parent += "env={**os.environ, 'LOCAL_RANK': '1'}); time.sleep(100)"
+    parent += f"env={{**os.environ, 'LOCAL_RANK': '1', **{of_torchrun}}}); time.sleep(100)"
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     number = int(process.stdout.readline())
     process.kill()
@@ -179,6 +186,7 @@ def test_a_launched_process_ends_with_the_one_that_launched_it():
     while Path(f"/proc/{number}").exists() and Path(f"/proc/{number}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < end
         time.sleep(0.01)
+    assert (tmp_path / "told").exists() == (launcher == "torchrun")
 
 
 def test_two_trainings_do_not_share_a_folder(whole, tmp_path, capsys):

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch import nn
 
 from callbacks import EMA, BestCheckpoint, CompileLayers, LossGuard, StepTimer
-from kit.build import build_trainer
+from kit.build import build_trainer, slurm_environment
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.cli import main
 from kit.data.batches import StreamSampler
@@ -230,6 +230,38 @@ def test_a_training_without_a_logger(tmp_path):
     assert not (run / "logs").exists()
 
 
+def test_checkpoints_are_kept_to_go_back_to(tmp_path):
+    """One every two steps, the last two of them; the training goes on from an earlier one."""
+    kept = ["recipe.tokenizer.steps=7", "callbacks.kept.every_n_train_steps=2", "trainer.val_check_interval=100"]
+    assert fit_tokenizer(tmp_path, *kept) == 0
+    folder = tmp_path / "tokenizer" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=4.ckpt", "step=6.ckpt"]
+    assert fit_tokenizer(tmp_path, *kept, f"ckpt={folder / 'step=4.ckpt'}", "recipe.tokenizer.steps=5") == 0
+    assert read_checkpoint(folder / "last.ckpt", "tokenizer")["global_step"] == 5
+
+
+def test_what_tells_of_a_trainings_health_is_logged(tmp_path):
+    """Of a tokenizer with discriminators that accumulates gradients: their norm before clipping, once a step."""
+    words = ["recipe.tokenizer.steps=4", "optimizer.accumulate=2", "optimizer.clip=1e-3", "trainer.val_check_interval=4"]
+    assert fit_tokenizer(tmp_path, *words, "trainer.log_every_n_steps=1", "loss.adversarial.weight=0.1") == 0
+    run = tmp_path / "tokenizer"
+    norms = set(losses(run, metric="train/grad_norm"))  # Lightning writes a value until there is another
+    assert len(norms) == 4 and min(norms) > 0.01
+    for name in ("time/step", "time/waiting", "time/validation", "data/unreadable", "data/left_out"):
+        assert min(losses(run, metric=name)) >= 0
+    assert max(losses(run, metric="time/step")) > 0 and 0 < max(losses(run, metric="time/validation")) < 1
+
+
+def test_in_a_slurm_job_nothing_is_queued_again_by_lightning(monkeypatch):
+    for name, value in {"NTASKS": "1", "JOB_NAME": "kit", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    (environment,) = slurm_environment()
+    assert not environment.auto_requeue
+    assert build_trainer(composed("stage1_tokenizer", *CLIP))._accelerator_connector.cluster_environment.auto_requeue is False
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    assert slurm_environment() == []
+
+
 def test_an_old_run_is_not_overwritten_unless_asked_for(own_pair, capsys):
     before = own_pair.tokenizer.read_bytes()
     assert fit_tokenizer(own_pair.root) == 1
@@ -367,7 +399,9 @@ def test_a_decay_that_averages_nothing_is_told(decay):
         EMA(decay)
 
 
-def test_nan_loss_stops_before_the_weights_and_saves_the_batch(tmp_path):
+@pytest.mark.parametrize("bad", ["loss is nan", "gradients are not finite"])
+def test_nan_stops_before_the_weights_and_saves_the_batch(bad, tmp_path):
+    """A clip of batch 2 is NaN, or the gradient of one weight is in step 2."""
     clip = {"frames": 1, "height": 16, "width": 16, "fps": 8}
     tokenizer = {"bits": 4, "scales": [1, 2], "patch": 8, "widths": [8], "blocks": 1}
     cfg = composed("stage1_tokenizer", "size=tiny")
@@ -376,18 +410,20 @@ def test_nan_loss_stops_before_the_weights_and_saves_the_batch(tmp_path):
     class Poisoned(Shapes):
         def __getitem__(self, n):
             item = super().__getitem__(n)
-            return {**item, "video": item["video"] * (float("nan") if n == 5 else 1)}
+            return {**item, "video": item["video"] * (float("nan") if n == 5 and bad == "loss is nan" else 1)}
 
+    if bad != "loss is nan":
+        module.model.encoder.stem.weight.register_hook(lambda grad: grad * (float("nan") if trainer.global_step == 2 else 1))
     data = ClipDataModule(Poisoned, 1, 16, 16, 8.0, batch_size=2, val_clips=1, workers=0)
     trainer = L.Trainer(
         accelerator="cpu", max_steps=5, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[LossGuard(tmp_path)], limit_val_batches=0,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="loss is nan at step 2"):
+    with pytest.raises(ValueError, match=f"{bad}.* at step 2"):
         trainer.fit(module, datamodule=data)
     assert all(p.isfinite().all() for p in module.parameters())
     batch = torch.load(tmp_path / "lost_loss_step2.pt", weights_only=True)
-    assert batch["n"].tolist() == [4, 5] and batch["video"].isnan().any()
+    assert batch["n"].tolist() == [4, 5] and batch["video"].isnan().any() == (bad == "loss is nan")
 
 
 def test_ranks_share_the_stream_without_overlap():

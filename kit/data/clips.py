@@ -375,8 +375,9 @@ class FolderClips(ClipSource):
 
     @property
     def unreadable(self) -> list[Path | str]:
-        names = list(self._places)
-        return [self.path_of(names[place]) for place in self._unreadable.nonzero().flatten().tolist()]
+        places = self._unreadable.nonzero().flatten().tolist()
+        names = list(self._places) if places else []
+        return [self.path_of(names[place]) for place in places]
 
     def _tell_short(self) -> None:
         if self.short and not self._told_short:

@@ -490,8 +490,9 @@ def serve(connection: Connection):
     last ("done", frames or both numbers), ("unreadable", reason) or ("error", error). An answer that takes more than
     `seconds` ends this process.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):  # they go to a whole job; the asking process ends this one
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):  # they go to a whole job; the asking process ends this one
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     video, opened = None, None
 
     def answer(*told):

@@ -19,7 +19,7 @@ import numpy as np
 from kit.data import decode
 from kit.data.decode import Decoder, UnreadableVideo
 
-START = 60.0  # seconds that the process may take to start
+START, TRIES = 60.0, 3  # seconds that the process may take to start, and how often it is started
 PAUSE = 60  # seconds between two pieces of an answer
 
 
@@ -77,12 +77,22 @@ class DecoderProcess:
         yield found
 
     def _start(self):
+        """Starts the process, more than once if it does not come: a busy machine, or Python on a network disk, may be slow.
+
+        Raises:
+            RuntimeError: if it does not come.
+        """
+        words = [sys.executable, "-P", decode.__file__]
+        if not any(self._comes(words) for _ in range(TRIES)):
+            raise RuntimeError(f"no process that decodes ({' '.join(words)}); data.source.patience=null does without")
+
+    def _comes(self, words: list[str]) -> bool:
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", PAUSE, 0))  # a C timeval; of `recv` alone
         with theirs:
-            words = [sys.executable, "-P", decode.__file__, str(theirs.fileno())]
+            number = theirs.fileno()
             self._process = subprocess.Popen(
-                words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                [*words, str(number)], pass_fds=[number], stdin=subprocess.DEVNULL, start_new_session=True
             )
         self._connection, self._owner = Connection(ours.detach()), os.getpid()
         try:
@@ -91,7 +101,7 @@ class DecoderProcess:
             ready = False
         if not ready:
             self.stop()
-            raise RuntimeError(f"no process that decodes ({' '.join(words)}); data.source.patience=null does without")
+        return ready
 
     def _stop_answering(self, connection: Connection):
         """Kills the process at the other end of a connection, unless another has taken its place."""

@@ -6,13 +6,15 @@ import atexit
 import multiprocessing.util  # first: what it does at exit, to wait for processes, is then done after `end_workers`
 import signal
 
+from kit.signals import ENDS
+
 
 def leave_signals_to_the_trainer(worker: int):
-    """Makes a loader's worker ignore SIGTERM, which schedulers send to all processes of a job, and Ctrl-C.
+    """Makes a loader's worker ignore what schedulers send to all processes of a job, and Ctrl-C.
 
     A worker that ended would stop the training with an error before the trainer has saved.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (*ENDS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

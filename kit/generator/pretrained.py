@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sqlite3
+import warnings
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from kit.machine import autocast, cache_folder, device, exact_float32, onto
 from kit.values import hash_of
 
 KEPT = 4096  # captions whose states are held in memory
+PATIENCE = 60.0  # seconds to wait for the cache, which another process may be writing
 MOVED = "KIT_TEXT_ENCODER"  # environment variable: folder of an encoder that was moved
 DECIDING = (".json", ".txt", ".model", ".safetensors")  # suffixes of the files that an encoder's states depend on
 
@@ -131,8 +133,8 @@ class PretrainedEncoder(nn.Module):
     """Text encoder that returns the last hidden states of a frozen pretrained one, of the first `length` tokens of a text.
 
     Each text is encoded alone, so that its states do not depend on a batch, and only once: the states are kept in float16 in
-    the folder `text` of kit's cache. The pretrained encoder is loaded when the first new text comes. Its weights are not
-    part of this module: checkpoints hold its name and revision.
+    the folder `text` of kit's cache, 2 bytes for each of a token's channels. The pretrained encoder is loaded when the first
+    new text comes. Its weights are not part of this module: checkpoints hold its name and revision.
     """
 
     unit = "tokens"
@@ -144,7 +146,7 @@ class PretrainedEncoder(nn.Module):
         place = Path(os.environ.get(MOVED) or name)
         found = folder_revision(place) if place.is_dir() else ""  # it may hold another encoder than the commit asked for
         key = hash_of([f"{revision or name} {found} {channels} {length}"], 16)
-        self.store = cache_folder() / "text" / f"{key}.sqlite"
+        self.store, self.keeps = cache_folder() / "text" / f"{key}.sqlite", True
         self.longest = functools.cache(lambda: source().longest)
         self.tokenizer = functools.cache(lambda: open_tokenizer(source()))
         self.model = functools.cache(lambda: open_model(source()).to(device()))
@@ -179,25 +181,39 @@ class PretrainedEncoder(nn.Module):
         return [f"of {text!r} the first {self.length} of {tokens} tokens are read"] if tokens > self.length else []
 
     def _states(self, text: str) -> Tensor:
-        """Returns the states of a text, (tokens, channels) float16, from the cache or computed now.
+        """Returns the states of a text, (tokens, channels) float16, from the cache or computed now. Raises as `_ask`."""
+        row = self._ask("SELECT float16 FROM states WHERE text = ?", text)
+        if row is not None:
+            return torch.frombuffer(bytearray(row[0]), dtype=torch.float16).unflatten(0, (-1, self.channels))
+        states = self._encode(text)
+        self._ask("INSERT OR REPLACE INTO states VALUES (?, ?)", text, states.numpy().tobytes())
+        return states
+
+    def _ask(self, statement: str, *values: str | bytes) -> tuple | None:
+        """Runs a statement on the cache; returns the first row of its answer. A cache that is locked for long, cannot be
+        written or has no room is told of once, and done without from then on.
 
         Raises:
-            OSError: if the cache cannot be used.
+            OSError: if the cache is damaged.
         """
-        self.store.parent.mkdir(parents=True, exist_ok=True)
+        if not self.keeps:
+            return None
         try:
-            with closing(sqlite3.connect(self.store, timeout=60)) as kept, kept:
+            self.store.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self.store, timeout=PATIENCE)) as kept, kept:
                 kept.execute("CREATE TABLE IF NOT EXISTS states (text TEXT PRIMARY KEY, float16 BLOB)")
-                row = kept.execute("SELECT float16 FROM states WHERE text = ?", (text,)).fetchone()
-            if row is not None:
-                return torch.frombuffer(bytearray(row[0]), dtype=torch.float16).unflatten(0, (-1, self.channels))
-            states = self._encode(text)
-            with closing(sqlite3.connect(self.store, timeout=60)) as kept, kept:
-                kept.execute("INSERT OR REPLACE INTO states VALUES (?, ?)", (text, states.numpy().tobytes()))
-            return states
+                return kept.execute(statement, values).fetchone()
+        except (sqlite3.OperationalError, OSError) as error:
+            self.keeps = False
+            warnings.warn(
+                f"the cache of captions {self.store} cannot be used now: {error}; captions are encoded without it, each "
+                f"time they come. KIT_CACHE=DIR says where there is room",
+                stacklevel=2,
+            )
         except sqlite3.Error as error:
             message = f"the cache of captions {self.store} cannot be used: {error}; remove it, and it is made again"
             raise OSError(message) from error
+        return None
 
     @torch.no_grad()
     def _encode(self, text: str) -> Tensor:

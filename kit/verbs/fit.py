@@ -23,8 +23,9 @@ from kit.build import (
 )
 from kit.confs import keep_config
 from kit.encode_ahead import check_cache, encode_ahead, remove_encoded_clips
-from kit.files import last_checkpoint, sole_user
-from kit.machine import fast_float32_products, keep_freed_memory
+from kit.files import last_checkpoint, sole_user, tail_hash
+from kit.machine import device, fast_float32_products, keep_freed_memory
+from kit.ranks import agree
 from kit.retries import BatchPosition, noticing_dead_workers, with_retries
 from kit.sharded_checkpoint import remove_shards
 from kit.signals import end_with_launcher
@@ -108,6 +109,22 @@ def take_folder(cfg: DictConfig, resume: Path | None):
         copy_checkpoint(resume, last)
 
 
+def beginning(cfg: DictConfig, resume: Path | None, data: L.LightningDataModule) -> L.Callback:
+    """Returns the callback that takes the run's folder, once all processes resume from the same checkpoint, and lets the
+    training begin if they have the same clips: else they would train apart, or wait for each other forever."""
+
+    def on_setup(*_, **__):
+        found = {"bytes": resume.stat().st_size, "end": tail_hash(resume)} if resume else {}
+        agree("another checkpoint to resume from", found, "all machines must share the folder of runs, root=")
+        take_folder(cfg, resume)
+
+    def on_train_start(*_):
+        clips = {str(n): part.settings for n, part in enumerate(data.parts)}
+        agree("other clips", clips, "all machines must find the same files in data.root")
+
+    return LambdaCallback(setup=on_setup, on_train_start=on_train_start)
+
+
 def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[BatchPosition] = ()) -> L.Trainer:
     """Runs a training once, without retries, see `fit`.
 
@@ -117,7 +134,8 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[BatchPosit
         ValueError: if the config's parts do not fit together. LostLoss, DeadWorker: see `with_retries`.
     """
     L.seed_everything(cfg.seed, verbose=False)
-    keep_freed_memory()
+    if device().type == "cpu":
+        keep_freed_memory()
     codec = tokenizer_config(cfg)
     if cfg.stages:
         plan = plan_of(cfg)
@@ -136,7 +154,7 @@ def train(cfg: DictConfig, resume: Path | None = None, lost: Sequence[BatchPosit
     if cfg.module == "generator" and cfg.encoded_clips:
         encode_ahead(cfg, data, module)
     # once data and callbacks have refused what they refuse, and before a checkpoint is loaded
-    trainer = build_trainer(cfg, LambdaCallback(setup=lambda *_, **__: take_folder(cfg, resume)))
+    trainer = build_trainer(cfg, beginning(cfg, resume, data))
     if module.kind == "tokenizer":
         prepare_trainer_of_tokenizer(trainer, module)
     with fast_float32_products(), noticing_dead_workers():

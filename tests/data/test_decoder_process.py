@@ -51,6 +51,25 @@ def test_another_process_decodes_alike(videos, backend):
         there.frames([99])
 
 
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_process_that_does_not_start_is_started_again(videos, tmp_path, monkeypatch, failures):
+    script = tmp_path / "decode.py"
+    script.write_text(
+        "import pathlib, runpy, sys\n"
+        f"tries = pathlib.Path({str(tmp_path / 'tries')!r}); tries.open('a').write('x')\n"
+        f"len(tries.read_text()) <= {failures} and sys.exit(1)\n"
+        f"runpy.run_path({decode.__file__!r}, run_name='__main__')"
+    )
+    monkeypatch.setattr(decode, "__file__", str(script))
+    process = DecoderProcess()
+    if failures == 3:
+        with pytest.raises(RuntimeError, match="no process that decodes .*data.source.patience=null does without"):
+            next(process.ask(videos / "0.mp4", "pyav", None, 60.0))
+    else:
+        assert next(process.ask(videos / "0.mp4", "pyav", None, 60.0))[0] == 9
+        process.stop()
+
+
 def test_what_cannot_be_read_says_why_as_here(tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     for path in (tmp_path / "bad.mp4", tmp_path / "missing.mp4"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,22 @@ def test_the_states_of_a_wrong_folder_are_its_own(bert, tmp_path, monkeypatch):
         PretrainedEncoder("hub/bert", "a" * 40, 64, 12)([CAPTION])
     monkeypatch.setenv("KIT_TEXT_ENCODER", str(bert))
     assert torch.equal(encoder_of("hub/bert", revision="a" * 40)([CAPTION])[0], expected)
+
+
+def test_a_cache_that_is_taken_or_full_is_done_without(bert, cache, monkeypatch):
+    """Another process may hold it for long, of many that train together; and a home may be full."""
+    monkeypatch.setattr(pretrained, "PATIENCE", 0.01)
+    expected = encoder_of(bert)([CAPTION])[0]
+    encoder = encoder_of(bert)
+    with closing(sqlite3.connect(encoder.store)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.warns(
+            UserWarning, match=r"cache of captions .*\.sqlite cannot be used now: database is locked; .*KIT_CACHE"
+        ):
+            assert torch.equal(encoder([CAPTION])[0], expected)
+        encoder(["a star"])  # told once
+    with closing(sqlite3.connect(encoder.store)) as kept:
+        assert list(kept.execute("SELECT text FROM states")) == [(CAPTION,)]
 
 
 def test_a_broken_cache_is_named(bert, cache):
