@@ -10,8 +10,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks import BestCheckpoint, CodeUse, CompileLayers, LastCheckpoint, LossGuard, StageSwitch
+from callbacks import BestCheckpoint, CodeUse, CompileLayers, LastCheckpoint, LossGuard, StageSwitch, VideoLogger
 from kit.data.staged import StagedClips
+from kit.generator.sampler import Sampling
 from kit.inspection import bit_use
 from kit.loop import validates_next
 from kit.retries import LostLoss
@@ -75,6 +76,16 @@ def test_a_best_checkpoint_that_was_not_saved_leaves_the_scores_as_they_were(tmp
     strategy = SimpleNamespace(checkpoint_io=SimpleNamespace(failed=1), broadcast=lambda x: x)
     best.on_validation_end(SimpleNamespace(strategy=strategy), None)
     assert best.best_k_models == {path: 1.0}
+
+
+def test_samples_of_a_validation_are_drawn_as_asked(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("callbacks.video_logger.forced_and_free", lambda *args: asked.append(args[-1]) or {})
+    values = {"temperature": 0.3, "guidance": {"kind": "rising", "first": 1.0, "last": 5.0, "fine": 10.0}}
+    module = SimpleNamespace(kind="generator", feature=lambda _: None, tokenizer=None, schedule=None)
+    model = SimpleNamespace(condition=SimpleNamespace(prompts=lambda _: []))
+    VideoLogger(str(tmp_path), sampling=values).rows(module, model, {})
+    assert asked == [Sampling.of(values)] and asked[0].guidance.fine == 10.0
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])

@@ -273,6 +273,14 @@ def test_muon_moves_matrices_and_leaves_tables_and_vectors_to_adamw():
     assert by_muon == expected
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 2), nn.Linear(3, 2)])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_kernels_of_convolutions_count_as_matrices(name, layer):
+    """They are what Muon moves, and what decays."""
+    chosen, others = build_optimizer(layer, name, lr=0.1).param_groups
+    assert chosen["params"] == [layer.weight] and others["params"] == [layer.bias]
+
+
 def test_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match="optimizer.name=sgd; expected one of: adamw, muon"):
         build_optimizer(Parts(), "sgd", lr=0.1)

@@ -237,20 +237,28 @@ class ClipDataModule(ClipsOnDevice):
         """Hash of the captions and classes of all files, looked up once."""
         return hash_of(repr(text) for source in self.sources if len(source.files) for text in source.texts())
 
+    @functools.cached_property
+    def names(self) -> str:
+        """Hash of the names of all files, computed once."""
+        return hash_of(name for source in self.sources for name in source.known_as())
+
+    @functools.cached_property
+    def names_held_out(self) -> str | None:
+        """Hash of the names of the held-out files, computed once; None: of a cache of clips, which has none."""
+        return None if self.cached else held_out_hash(self.val.known_as())
+
     @property
     def settings(self) -> dict:
         """Plain values that decide which clips the batches of a step hold; of files, hashes of their names, sizes and words,
         of caches one of what they hold."""
         buckets = [f"{bucket} x {bucket.batch_size}" for bucket in self.train.buckets] if self.bucketed else []
-        names = [name for source in self.sources for name in source.known_as()]
         steps = {}
         if self.trainer is not None:
             batches = batches_of_a_step(self.trainer, self.trainer.lightning_module)
             steps = {"devices": self.trainer.world_size, "batches_of_a_step": batches}
         return {
             **self.clip, "batch_size": self.batch_size, "image_share": self.image_share, "buckets": buckets,
-            "files": hash_of(names), "file_sizes": self.file_sizes, "words": self.words,
-            "held_out": None if self.cached else held_out_hash(self.val.known_as()),
+            "files": self.names, "file_sizes": self.file_sizes, "words": self.words, "held_out": self.names_held_out,
             "draws": [source.draws for source in self.sources], "encoded_clips": self.encoded_clips, **steps,
         }  # fmt: skip
 

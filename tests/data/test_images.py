@@ -205,3 +205,15 @@ def test_what_cannot_be(pair, pictures, tmp_path, capsys):
     empty.mkdir()
     assert fit_generator(tmp_path, f"data.images.root={empty}", "data.image_share=0.5", tokenizer=pair.tokenizer) == 1
     assert str(empty) in capsys.readouterr().err
+
+
+def test_the_share_of_images_and_the_devices_decide_which_clips_a_step_holds():
+    def settings(devices: int = 1, **more) -> dict:
+        data = ClipDataModule(Shapes, 5, 16, 16, 8.0, batch_size=2, val_clips=2, workers=0, **more)
+        module = SimpleNamespace(hparams=SimpleNamespace(optimizer={}))
+        data.trainer = SimpleNamespace(world_size=devices, lightning_module=module, accumulate_grad_batches=1)
+        return data.settings
+
+    assert settings() == settings()
+    assert [key for key, value in settings(image_share=0.5).items() if value != settings()[key]] == ["image_share"]
+    assert [key for key, value in settings(devices=2).items() if value != settings()[key]] == ["devices"]

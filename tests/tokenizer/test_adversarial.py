@@ -540,3 +540,17 @@ def test_a_discriminator_by_hand():
     x = F.leaky_relu(discriminator.convolutions[0](video), 0.2)
     x = F.leaky_relu(F.group_norm(discriminator.convolutions[1](x), 8), 0.2)
     torch.testing.assert_close(discriminator(video), discriminator.head(x))
+
+
+def test_scores_of_a_validation_by_hand(monkeypatch):
+    """The sign of an error is of no account."""
+    module, logged = make_module(), {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.__setitem__(name, value))
+    video = torch.rand(2, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        module.eval().validation_step({"video": video}, 0)
+        error = module.model.reconstruct(video) - video
+    assert error.min() < 0 < error.max()
+    torch.testing.assert_close(logged["val/l1"], error.abs().mean())
+    expected = (10 * torch.log10(4 / error.square().mean((1, 2, 3, 4)))).mean()
+    torch.testing.assert_close(logged["val/psnr"], expected)
