@@ -49,7 +49,7 @@ def agree(what: str, value: dict, way_out: str):
     Args:
         what: they are, and the way out, for the message.
     Raises:
-        RuntimeError: on all processes, if they differ.
+        ValueError: on all processes, if they differ.
     """
     if not distributed():
         return
@@ -57,7 +57,7 @@ def agree(what: str, value: dict, way_out: str):
     for rank, other in enumerate(every):
         if other != every[0]:
             found = "; ".join(differences(other, every[0]))
-            raise RuntimeError(f"process {rank} has {what} than process 0 ({found}); {way_out}")
+            raise ValueError(f"process {rank} has {what} than process 0 ({found}); {way_out}")
 
 
 def from_all_ranks(x: Tensor) -> Tensor:
