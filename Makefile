@@ -1,4 +1,4 @@
-# make demo   environment, training, videos: about a quarter of an hour on two cores with bfloat16
+# make demo   environment, training, videos: 15 to 30 minutes on two cores with bfloat16
 # make demo-short   the same with a third of the training, for cores without bfloat16
 # make test   environment, test suite
 # make test-gpu   the tests that need a CUDA GPU
