@@ -171,6 +171,9 @@ def silence():
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(worth_telling)
 
 
+WHERE = "\n(KIT_TRACEBACK=1 shows where)"
+
+
 def explained(error: Exception, verb: str) -> str | None:
     """Says in a few lines what a user can mend; None for other errors, and where KIT_TRACEBACK asks for a traceback."""
     from hydra.errors import HydraException, InstantiationException
@@ -187,7 +190,7 @@ def explained(error: Exception, verb: str) -> str | None:
         return None
     if isinstance(error, InstantiationException):  # hydra's, about an error of what it builds
         if isinstance(error.__cause__, TypeError | AttributeError):  # about a key or a value there, or a class of the user's
-            return f"{' '.join(str(error).split())}\n(KIT_TRACEBACK=1 shows where)"
+            return f"{' '.join(str(error).split())}{WHERE}"
         error = error.__cause__ or error  # which an error from another process has lost
     if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
         found = re.search(r"Missing mandatory value: (\S+)", str(error))
@@ -198,24 +201,24 @@ def explained(error: Exception, verb: str) -> str | None:
     while isinstance(error, InterpolationResolutionError) and error.__context__:
         error = error.__context__  # omegaconf's, about an error of a function that the config calls
     if isinstance(error, ConfigAttributeError):  # such as ~seed has left
-        return f"there is no {error.full_key}, which kit reads; set it, do not take it out\n(KIT_TRACEBACK=1 shows where)"
+        return f"there is no {error.full_key}, which kit reads; set it, do not take it out{WHERE}"
     if isinstance(error, HydraException):
         said = re.sub(r"\s*To append to your default list use .*", "", str(error))  # nothing would read it
         return "\n".join(filter(None, (said, str(error.__cause__ or ""))))
     if re.search("allocate shared memory|workers are out of shared memory", str(error)):  # torch's; a GPU has such memory too
         room = "docker run --shm-size=1g makes it larger, fewer data.workers need less, data.workers=0 none"
-        return f"the clips that workers hand over do not fit into /dev/shm: {room}\n(KIT_TRACEBACK=1 shows where)"
+        return f"the clips that workers hand over do not fit into /dev/shm: {room}{WHERE}"
     kind = type(error).__name__  # torch and Lightning may not be imported, which takes seconds
     if kind == "OutOfMemoryError":  # torch's, of a GPU
         room = {"fit": "fits=12GB, recompute=true or fewer clips a step", "cache": "a smaller data.height and data.width"}
-        return f"{error}\n{room.get(verb, 'a smaller batch_size')} takes less\n(KIT_TRACEBACK=1 shows where)"
+        return f"{error}\n{room.get(verb, 'a smaller batch_size')} takes less{WHERE}"
     if type(error).__module__.startswith("wandb."):  # such as a server that is out of reach
-        return f"{error}\nlogger.wandb.offline=true logs without W&B's server\n(KIT_TRACEBACK=1 shows where)"
+        return f"{error}\nlogger.wandb.offline=true logs without W&B's server{WHERE}"
     if isinstance(error, MENDABLE) or kind == "MisconfigurationException":  # Lightning's
         text = str(error)
         if text.startswith("Caught ") and "\nOriginal Traceback " in text:  # torch's, around that of a loader's worker
             text = re.split(rf"\n(?:\w+\.)*{kind}: ", text)[-1].strip()
-        return f"{text}\n(KIT_TRACEBACK=1 shows where)"
+        return f"{text}{WHERE}"
     return None
 
 
