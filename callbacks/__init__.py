@@ -6,6 +6,7 @@ from callbacks.compile import CompileLayers
 from callbacks.ema import EMA
 from callbacks.guard import LossGuard
 from callbacks.health import Health
+from callbacks.kept_checkpoints import KeptCheckpoints
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.progress import ProgressBar
 from callbacks.stage_switch import StageSwitch
@@ -14,6 +15,6 @@ from callbacks.timer import StepTimer
 from callbacks.video_logger import VideoLogger
 
 __all__ = [
-    "BestCheckpoint", "CodeUse", "CompileLayers", "EMA", "Health", "LastCheckpoint", "LossGuard", "ProgressBar", "RunSummary",
-    "StageSwitch", "StepTimer", "VideoLogger",
+    "BestCheckpoint", "CodeUse", "CompileLayers", "EMA", "Health", "KeptCheckpoints", "LastCheckpoint", "LossGuard",
+    "ProgressBar", "RunSummary", "StageSwitch", "StepTimer", "VideoLogger",
 ]  # fmt: skip

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -15,22 +15,26 @@ from kit.optim import gradient_norm
 from kit.retries import LostLoss
 
 SPAN = 100  # losses in the running mean, about
+PIXELS = "video", "feature"  # what is large in a batch
 
 
-class Backward(NamedTuple):
-    """A backward pass of the current optimizer step: its loss, its batch, and the number of that."""
+@dataclass
+class Backward:
+    """A backward pass of the current optimizer step: its loss, its batch with the number of that, and the norm of the
+    gradients after it, as far as they are gathered."""
 
     loss: Tensor
     batch: dict
     number: int
+    norm: Tensor | None = None
 
 
 class LossGuard(L.Callback):
     """Raises `LostLoss`, before the optimizer step, on a loss that is not finite or far above the ones before it, and on
     gradients that are not finite.
 
-    It saves the batch with that loss; where only the gradients are bad, the last of the step's batches. All of a step is
-    looked at together, since a GPU would have to wait each time.
+    It saves the batch; of one that is not the last of its optimizer step all but the pixels, which would take memory. The
+    losses and gradients of a step are looked at together, since a GPU would have to wait each time.
 
     Args:
         folder: where `lost_loss_step<N>.pt` goes, written by the first process with a bad loss.
@@ -49,23 +53,44 @@ class LossGuard(L.Callback):
             self.stage, self.mean, self.count = stage, 0.0, 0
 
     def on_before_backward(self, trainer, module, loss):
+        for earlier in self.step:
+            if earlier.batch is not self.batch:
+                earlier.batch = {key: value for key, value in earlier.batch.items() if key not in PIXELS}
         scaler = self._scaler(trainer)
         loss = loss.detach() / (scaler.get_scale() if scaler else 1)
         self.step.append(Backward(loss, self.batch, trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1))
 
+    def on_after_backward(self, trainer, module):
+        last = self.step[-1]
+        bounded = self._scaler(trainer) is not None  # it leaves out steps with infinite gradients itself
+        last.norm = torch.zeros_like(last.loss) if bounded else gradient_norm(module.parameters()).to(last.loss.device)
+
     def on_before_optimizer_step(self, trainer, module, optimizer):
         step, self.step = self.step, []
-        norm = gradient_norm(module.parameters()).to(step[0].loss.device)
-        *losses, norm = torch.stack([*(each.loss.float() for each in step), norm.float()]).tolist()
-        own = next((n for n, loss in enumerate(losses) if not self._is_good(loss)), len(step))
+        found = torch.stack([x.float() for each in step for x in (each.loss, each.norm)]).tolist()
+        own = self._first_fault(found[::2], found[1::2])
         of_all = [own] if trainer.world_size == 1 else self._of_all(trainer, own)
-        if (first := min(of_all)) < len(step):
-            far = f", far above their mean, {self.mean:g}," if math.isfinite(losses[first]) else ""
-            message = f"the loss is {losses[first]:g}{far}" if own == first else "the loss of another device is lost"
-            self._raise(trainer, message, step[first], keep=trainer.global_rank == of_all.index(first))
-        if not math.isfinite(norm) and self._scaler(trainer) is None:  # a scaler leaves such a step out itself
-            message = f"the gradients are not finite, with a loss of {losses[-1]:g},"
-            self._raise(trainer, message, step[-1], keep=trainer.global_rank == 0)
+        if (fault := min(of_all)) == math.inf:
+            return
+        lost = step[int(fault) // 2]
+        loss = lost.loss.item()
+        if own != fault:
+            message = "the loss or the gradients of another device are lost"
+        elif fault % 2:
+            message = f"the gradients are not finite, with a loss of {loss:g},"
+        else:
+            message = f"the loss is {loss:g}" + (f", far above their mean, {self.mean:g}," if math.isfinite(loss) else "")
+        self._raise(trainer, message, lost, keep=trainer.global_rank == of_all.index(fault))
+
+    def _first_fault(self, losses: list[float], norms: list[float]) -> float:
+        """Returns twice the number of the first bad backward pass of a step, and 1 more if its loss is good; infinity if none
+        is bad. Where a device's loss is bad, the gradients of all are: its own fault comes first."""
+        for n, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            if not self._is_good(loss):
+                return 2 * n
+            if not math.isfinite(norm):
+                return 2 * n + 1
+        return math.inf
 
     def _is_good(self, loss: float) -> bool:
         """Whether a loss is finite and not too large; then it counts in the mean."""
@@ -104,8 +129,8 @@ class LossGuard(L.Callback):
         return getattr(trainer.precision_plugin, "scaler", None)
 
     @staticmethod
-    def _of_all(trainer, number: int) -> list[int]:
-        return trainer.strategy.all_gather(torch.tensor(number, device=trainer.strategy.root_device)).flatten().tolist()
+    def _of_all(trainer, fault: float) -> list[float]:
+        return trainer.strategy.all_gather(torch.tensor(fault, device=trainer.strategy.root_device)).flatten().tolist()
 
     def state_dict(self) -> dict:
         return {"stage": self.stage, "mean": self.mean, "count": self.count}

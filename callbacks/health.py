@@ -7,14 +7,14 @@ import time
 import lightning as L
 import torch
 
-from kit.loop import batches_done, batches_of_a_step, logs_now
+from kit.loop import batches_done, batches_of_a_step, between_steps, logs_now
 from kit.optim import gradient_norm
 
 
 class Health(L.Callback):
-    """Logs, at the steps whose losses are written, of the first process:
+    """Logs, where losses are written, of the first process:
 
-    - `train/grad_norm`: norm of the model's gradients before they are clipped;
+    - `train/grad_norm`: norm of the model's gradients before they are clipped, of the last step;
     - `time/step`: seconds per optimizer step since the last such step, and of these, as shares, `time/waiting`: between
       batches, for clips and for saves, and `time/validation`;
     - `data/unreadable`: files that could not be read so far, and `data/left_out`: batches left out after a lost loss;
@@ -38,14 +38,15 @@ class Health(L.Callback):
 
     def on_after_backward(self, trainer, module):
         """Of a tokenizer with discriminators once for each side; the model's gradients are then the same."""
-        if not logs_now(module) or (batches_done(trainer) + 1) % batches_of_a_step(trainer, module):  # the batch at hand too
+        if (batches_done(trainer) + 1) % batches_of_a_step(trainer, module):  # the batch at hand is not its step's last
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # of 16-mixed, which has multiplied the loss
         module.log("train/grad_norm", gradient_norm(module.model.parameters()) / (scaler.get_scale() if scaler else 1))
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.ended = time.monotonic()
-        if not logs_now(module):
+        written = between_steps(trainer, module) or not module.automatic_optimization
+        if not logs_now(module) or not written:
             return
         passed, data = self.ended - self.since, trainer.datamodule
         steps = (batches_done(trainer) - self.first) / batches_of_a_step(trainer, module)

@@ -39,7 +39,7 @@ class LastCheckpoint(Checkpoint):
     Args:
         folder: of the checkpoints. every: optimizer steps between two saves.
         share: share of the time that saving may take, above 0 and up to 1: a large model, or one of quick steps, is saved
-            less often. The best checkpoint and those of stages are not counted.
+            less often. The best checkpoint, those of stages and those kept are not counted.
         may_fail: number of saves in a row that may fail, for example on a full disk, before the run stops; the last save of
             a training may not fail.
     Raises:
@@ -95,6 +95,7 @@ class LastCheckpoint(Checkpoint):
 
     def _save_if_due(self, trainer):
         if trainer.strategy.reduce_boolean_decision(self.received != 0, all=False):
+            self._check(trainer, self.may_fail)  # of what other callbacks saved at this step
             self._save(trainer, may_fail=0)
             if trainer.training:  # else Lightning has written them, before a validation
                 write_logs(trainer)

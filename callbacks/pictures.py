@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
 from kit.media import Oversized
+from kit.retries import of_dead_worker
 
 
 @contextmanager
@@ -22,6 +23,8 @@ def may_fail(what: str, step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if of_dead_worker(error):  # which torch reports wherever Python happens to be
+            raise
         expected = isinstance(error, OSError | Oversized | torch.OutOfMemoryError)
         rank_zero_warn(f"no {what} of step {step}: {error if expected else repr(error)}")
 

@@ -45,7 +45,7 @@ VERBS = {
     "consolidate": Verb("kit.verbs.consolidate", "consolidate", "one file of a checkpoint in shards"),
     "prepare": Verb("kit.prepare.run", "prepare", "make what kit cannot ship: i3d, infinity, fluent_emoji, vizdoom"),
     "doctor": Verb("kit.planning.doctor", "doctor", "what this machine can run"),
-    "demo": Verb("kit.verbs.demo", "demo", "train, sample, score on the embedded data: 15 minutes on 2 cores with bfloat16"),
+    "demo": Verb("kit.verbs.demo", "demo", "train, sample, score on the embedded data: 15 to 30 minutes on 2 cores"),
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def noticing_dead_workers() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of any kind: where torch's comes, others may take it and raise their own
-        if not any(map(_of_dead_worker, _with_causes(error))) or (dist.is_initialized() and dist.get_world_size() > 1):
+        if not any(map(of_dead_worker, _with_causes(error))) or (dist.is_initialized() and dist.get_world_size() > 1):
             raise
         raise DeadWorker(f"a process of the loader died: {error}") from error
 
@@ -61,7 +61,7 @@ def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _of_dead_worker(error: BaseException) -> bool:
+def of_dead_worker(error: BaseException) -> bool:
     """Returns whether an error is of a dead worker: torch says so, or failed to fetch tensors that it had announced."""
     if isinstance(error, RuntimeError):
         return str(error).startswith("DataLoader worker")

@@ -45,9 +45,13 @@ def _on_sigterm(handler: Callable | signal.Handlers) -> Iterator[None]:
 def end_with_launcher():
     """Makes a process of a training end with the one that launched it, for which it would else wait forever. On Linux.
 
-    Lightning's launcher is the training's first process, without which no step can end: no signal is waited for. torchrun
-    takes no part in the training, and a process saves before it ends.
+    Lightning's launcher is the training's first process, without which no step can end: no signal is waited for. Others, such
+    as torchrun, take no part in the training, and a process saves before it ends.
     """
-    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
-        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM if by_torchrun else signal.SIGKILL)
+    if "LOCAL_RANK" not in os.environ or sys.platform != "linux":
+        return
+    found = os.environ.keys()
+    by_lightning = {"NODE_RANK", "MASTER_PORT"} <= found and not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & found
+    if by_lightning and os.environ["LOCAL_RANK"] == "0":  # the first process itself, in a later training
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL if by_lightning else signal.SIGTERM)

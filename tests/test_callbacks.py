@@ -95,8 +95,9 @@ def test_an_infinite_loss_is_lost_too(value, tmp_path):
     guard = LossGuard(tmp_path)
     guard.on_train_batch_start(trainer, None, {"n": torch.arange(2)}, 0)
     guard.on_before_backward(trainer, None, torch.tensor(value))
+    guard.on_after_backward(trainer, torch.nn.Linear(1, 1))
     with pytest.raises(LostLoss, match="the loss is -?inf at step 3"):
-        guard.on_before_optimizer_step(trainer, torch.nn.Linear(1, 1), None)
+        guard.on_before_optimizer_step(trainer, None, None)
     assert (guard.mean, guard.count) == (0, 0)
 
 

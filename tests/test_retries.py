@@ -209,6 +209,7 @@ def test_exploding_loss_is_as_bad_as_none(scaler, tmp_path, monkeypatch):
 
     def step_with(value: float):
         guard.on_before_backward(trainer, module, loss(value))
+        guard.on_after_backward(trainer, module)
         guard.on_before_optimizer_step(trainer, module, None)
 
     guard.load_state_dict({"mean": 0.5, "count": 100})
@@ -252,21 +253,25 @@ def test_exploding_loss_is_as_bad_as_none(scaler, tmp_path, monkeypatch):
             step_with(0.5)
 
 
-def test_the_batch_with_the_lost_loss_is_left_out_wherever_in_its_step_it_comes(tmp_path):
-    """The second of the three batches of a step; the others are good."""
-    total = SimpleNamespace(ready=0)
+@pytest.mark.parametrize("fault", ["the loss is nan", "the gradients are not finite, with a loss of 0.5,"])
+def test_the_batch_that_was_lost_is_left_out_wherever_in_its_step_it_comes(fault, tmp_path):
+    """The second of the three batches of a step; the others are good, but gradients add up."""
+    total, module = SimpleNamespace(ready=0), torch.nn.Linear(1, 1)
     trainer = SimpleNamespace(
         world_size=1, global_rank=0, global_step=3, precision_plugin=None,
         datamodule=SimpleNamespace(position_of=lambda n: (0, n)),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total))),
     )  # fmt: skip
-    guard = LossGuard(tmp_path)
-    for number, value in enumerate((0.5, float("nan"), 0.5)):
+    guard, nan = LossGuard(tmp_path), float("nan")
+    for number in range(3):
         total.ready = number + 1
-        guard.on_train_batch_start(trainer, None, {"n": torch.tensor([number])}, number)
-        guard.on_before_backward(trainer, None, torch.tensor(value))
-    with pytest.raises(LostLoss, match="the loss is nan") as error:
-        guard.on_before_optimizer_step(trainer, torch.nn.Linear(1, 1), None)
+        guard.on_train_batch_start(trainer, None, {"n": torch.tensor([number]), "video": torch.zeros(9)}, number)
+        guard.on_before_backward(trainer, None, torch.tensor(nan if number == 1 and "loss is" in fault else 0.5))
+        module.weight.grad = torch.tensor([[nan if number else 1.0]])
+        guard.on_after_backward(trainer, module)
+    assert ["video" in each.batch for each in guard.step] == [False, False, True], "large clips are not all held"
+    with pytest.raises(LostLoss, match=f"{fault} at step 3") as error:
+        guard.on_before_optimizer_step(trainer, module, None)
     assert error.value.position == (0, 1)
     assert torch.load(tmp_path / "lost_loss_step3.pt", weights_only=True)["n"].tolist() == [1]
 

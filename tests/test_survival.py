@@ -176,9 +176,9 @@ def test_a_launched_process_ends_with_the_one_that_launched_it(launcher, tmp_pat
         "from kit.signals import end_with_launcher as f; f(); print(os.getpid(), flush=True)\n"
         f"for _ in range(600): time.sleep(0.1); {told}.exists() and exit()"
     )
-    of_torchrun = {"TORCHELASTIC_RUN_ID": "a"} if launcher == "torchrun" else {}
+    own = {"lightning": {"NODE_RANK": "0", "MASTER_PORT": "1"}, "torchrun": {"TORCHELASTIC_RUN_ID": "a"}}[launcher]
     parent = f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}], "
-    parent += f"env={{**os.environ, 'LOCAL_RANK': '1', **{of_torchrun}}}); time.sleep(100)"
+    parent += f"env={{**os.environ, 'LOCAL_RANK': '1', **{own}}}); time.sleep(100)"
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     number = int(process.stdout.readline())
     process.kill()

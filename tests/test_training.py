@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch import nn
 
-from callbacks import EMA, BestCheckpoint, CompileLayers, LossGuard, StepTimer
+from callbacks import EMA, BestCheckpoint, CompileLayers, KeptCheckpoints, LossGuard, StepTimer
 from kit.build import build_trainer, slurm_environment
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.cli import main
@@ -231,13 +231,44 @@ def test_a_training_without_a_logger(tmp_path):
 
 
 def test_checkpoints_are_kept_to_go_back_to(tmp_path):
-    """One every two steps, the last two of them; the training goes on from an earlier one."""
-    kept = ["recipe.tokenizer.steps=7", "callbacks.kept.every_n_train_steps=2", "trainer.val_check_interval=100"]
-    assert fit_tokenizer(tmp_path, *kept) == 0
+    """One every two steps of two batches, the last two of them; the training goes on from an earlier one."""
+    kept = ["callbacks.kept.every=2", "optimizer.accumulate=2", "trainer.val_check_interval=8"]
+    assert fit_tokenizer(tmp_path, *kept, "recipe.tokenizer.steps=7") == 0
     folder = tmp_path / "tokenizer" / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=4.ckpt", "step=6.ckpt"]
+    names = ["best.ckpt", "last.ckpt", "step=4.ckpt", "step=6.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    before = read_checkpoint(folder / "step=4.ckpt", "tokenizer")
+    assert (before["global_step"], before["ClipDataModule"]["batches_done"]) == (4, 8)
     assert fit_tokenizer(tmp_path, *kept, f"ckpt={folder / 'step=4.ckpt'}", "recipe.tokenizer.steps=5") == 0
     assert read_checkpoint(folder / "last.ckpt", "tokenizer")["global_step"] == 5
+    assert sorted(path.name for path in folder.iterdir()) == names, "nothing is saved anew at once, and none removed"
+
+
+def test_a_save_that_failed_removes_no_kept_checkpoint(tmp_path):
+    class Strategy(SimpleNamespace):
+        def remove_checkpoint(self, path):
+            path.unlink()
+
+    def save(path, **_):
+        if io.failed == 0:
+            path.touch()
+
+    io = SimpleNamespace(failed=0)
+    total = SimpleNamespace(processed=0)
+    trainer = SimpleNamespace(
+        strategy=Strategy(checkpoint_io=io, broadcast=lambda x: x), save_checkpoint=save, is_global_zero=True, global_step=0,
+        val_check_batch=1.0, should_stop=False, enable_validation=False, accumulate_grad_batches=1,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total))),
+    )  # fmt: skip
+    module, kept = SimpleNamespace(hparams=SimpleNamespace(optimizer={})), KeptCheckpoints(str(tmp_path), every=1, keep=1)
+    found = []
+    for step in range(1, 4):
+        trainer.global_step, io.failed = step, int(step == 2)
+        kept.on_train_batch_end(trainer, module, None, None, 0)
+        found.append([path.name for path in tmp_path.iterdir()])
+    assert found == [["step=1.ckpt"], ["step=1.ckpt"], ["step=3.ckpt"]]
+    with pytest.raises(ValueError, match="callbacks.kept.keep=0; expected a whole number of 1 or more"):
+        KeptCheckpoints(str(tmp_path), keep=0)
 
 
 def test_what_tells_of_a_trainings_health_is_logged(tmp_path):
@@ -250,6 +281,15 @@ def test_what_tells_of_a_trainings_health_is_logged(tmp_path):
     for name in ("time/step", "time/waiting", "time/validation", "data/unreadable", "data/left_out"):
         assert min(losses(run, metric=name)) >= 0
     assert max(losses(run, metric="time/step")) > 0 and 0 < max(losses(run, metric="time/validation")) < 1
+
+
+def test_time_is_measured_from_log_to_log(pair, tmp_path):
+    """Of a generator that accumulates gradients: all batches of the steps between two rows count, and the validation."""
+    words = ["recipe.generator.steps=6", "trainer.accumulate_grad_batches=3", "trainer.val_check_interval=6"]
+    assert fit_generator(tmp_path, *words, "trainer.log_every_n_steps=2", tokenizer=pair.tokenizer) == 0
+    run = tmp_path / "generator"
+    assert len(losses(run, metric="time/step")) == 3 and len(set(losses(run, metric="train/grad_norm"))) == 3
+    assert [share > 0 for share in losses(run, metric="time/validation")] == [False, True, True]
 
 
 def test_in_a_slurm_job_nothing_is_queued_again_by_lightning(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sqlite3
+import time
 import warnings
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +19,7 @@ from kit.machine import autocast, cache_folder, device, exact_float32, onto
 from kit.values import hash_of
 
 KEPT = 4096  # captions whose states are held in memory
-PATIENCE = 60.0  # seconds to wait for the cache, which another process may be writing
+PATIENCE, REST = 60.0, 600.0  # seconds to wait for the cache, which another process may be writing, and to do without
 MOVED = "KIT_TEXT_ENCODER"  # environment variable: folder of an encoder that was moved
 DECIDING = (".json", ".txt", ".model", ".safetensors")  # suffixes of the files that an encoder's states depend on
 
@@ -146,7 +147,8 @@ class PretrainedEncoder(nn.Module):
         place = Path(os.environ.get(MOVED) or name)
         found = folder_revision(place) if place.is_dir() else ""  # it may hold another encoder than the commit asked for
         key = hash_of([f"{revision or name} {found} {channels} {length}"], 16)
-        self.store, self.keeps = cache_folder() / "text" / f"{key}.sqlite", True
+        self.store = cache_folder() / "text" / f"{key}.sqlite"
+        self.rests: dict[str, float] = {}  # until when the cache is not asked (SELECT), or told anything (INSERT)
         self.longest = functools.cache(lambda: source().longest)
         self.tokenizer = functools.cache(lambda: open_tokenizer(source()))
         self.model = functools.cache(lambda: open_model(source()).to(device()))
@@ -190,13 +192,14 @@ class PretrainedEncoder(nn.Module):
         return states
 
     def _ask(self, statement: str, *values: str | bytes) -> tuple | None:
-        """Runs a statement on the cache; returns the first row of its answer. A cache that is locked for long, cannot be
-        written or has no room is told of once, and done without from then on.
+        """Runs a statement on the cache; returns the first row of its answer. Where a cache is locked for long, cannot be
+        written or has no room, that is told once, and statements of this kind are done without for `REST` seconds.
 
         Raises:
             OSError: if the cache is damaged.
         """
-        if not self.keeps:
+        kind = statement.split()[0]
+        if time.monotonic() < self.rests.get(kind, 0.0):
             return None
         try:
             self.store.parent.mkdir(parents=True, exist_ok=True)
@@ -204,12 +207,10 @@ class PretrainedEncoder(nn.Module):
                 kept.execute("CREATE TABLE IF NOT EXISTS states (text TEXT PRIMARY KEY, float16 BLOB)")
                 return kept.execute(statement, values).fetchone()
         except (sqlite3.OperationalError, OSError) as error:
-            self.keeps = False
-            warnings.warn(
-                f"the cache of captions {self.store} cannot be used now: {error}; captions are encoded without it, each "
-                f"time they come. KIT_CACHE=DIR says where there is room",
-                stacklevel=2,
-            )
+            if not self.rests:
+                way_out = "KIT_CACHE=DIR says where there is room"
+                warnings.warn(f"the cache of captions {self.store} cannot be used now: {error}; {way_out}", stacklevel=2)
+            self.rests[kind] = time.monotonic() + REST
         except sqlite3.Error as error:
             message = f"the cache of captions {self.store} cannot be used: {error}; remove it, and it is made again"
             raise OSError(message) from error

@@ -111,7 +111,13 @@ def take_folder(cfg: DictConfig, resume: Path | None):
 
 def beginning(cfg: DictConfig, resume: Path | None, data: L.LightningDataModule) -> L.Callback:
     """Returns the callback that takes the run's folder, once all processes resume from the same checkpoint, and lets the
-    training begin if they have the same clips: else they would train apart, or wait for each other forever."""
+    training begin if they have the same clips: else they would train apart, or wait for each other forever.
+
+    Args:
+        resume: the checkpoint to resume from; None: none. data: of the training.
+    Raises:
+        ValueError: in its hooks, on all processes, if they differ.
+    """
 
     def on_setup(*_, **__):
         found = {"bytes": resume.stat().st_size, "end": tail_hash(resume)} if resume else {}

@@ -165,6 +165,10 @@ def test_a_cache_that_is_taken_or_full_is_done_without(bert, cache, monkeypatch)
         encoder(["a star"])  # told once
     with closing(sqlite3.connect(encoder.store)) as kept:
         assert list(kept.execute("SELECT text FROM states")) == [(CAPTION,)]
+    encoder.rests.clear()
+    encoder(["a ring"])
+    with closing(sqlite3.connect(encoder.store)) as kept:
+        assert len(list(kept.execute("SELECT text FROM states"))) == 2, "used again later"
 
 
 def test_a_broken_cache_is_named(bert, cache):

@@ -1,0 +1,51 @@
+"""Checkpoints to go back to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch.callbacks import Checkpoint
+
+from kit.loop import between_steps, validates_next
+from kit.training_checkpoint import save_failed
+from kit.values import check_whole_number
+
+
+class KeptCheckpoints(Checkpoint):
+    """Saves `step=N.ckpt` every so many optimizer steps, from which a training can go on if it went wrong later.
+
+    Like `LastCheckpoint` it saves between two steps, and after a validation that follows.
+
+    Args:
+        folder: of the checkpoints. every: optimizer steps between two; 0: none. keep: how many stay, those written last.
+    Raises:
+        ValueError: if `every` is below 0 or `keep` below 1.
+    """
+
+    def __init__(self, folder: str, every: int = 0, keep: int = 2):
+        for key, value, least in (("every", every, 0), ("keep", keep, 1)):
+            check_whole_number(f"callbacks.kept.{key}", value, least)
+        self.folder, self.every, self.keep = Path(folder), every, keep
+        self.saved = 0  # step of the last one, and of the checkpoint that the run resumes from
+
+    def on_load_checkpoint(self, trainer, module, checkpoint):
+        self.saved = checkpoint["global_step"]
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if not validates_next(trainer):
+            self._save_if_due(trainer, module)
+
+    def on_validation_end(self, trainer, module):
+        if not trainer.sanity_checking:
+            self._save_if_due(trainer, module)
+
+    def _save_if_due(self, trainer, module):
+        step = trainer.global_step
+        if not self.every or step % self.every or step == self.saved or not between_steps(trainer, module):
+            return
+        self.saved = step
+        trainer.save_checkpoint(self.folder / f"step={step}.ckpt", weights_only=False)
+        if not save_failed(trainer) and trainer.is_global_zero:
+            written = sorted(self.folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+            for path in written[: -self.keep]:
+                trainer.strategy.remove_checkpoint(path)
