@@ -24,6 +24,7 @@ from kit.tokenizer.quantizer import bits_to_feature
 ROUNDING = 2e-3  # largest difference, in standard deviations of the logits, between two float32 computations of one value
 SHIFT = 5.0  # added to all positions
 FEW = 6  # fewer clips than this tell nothing about prompts
+PAIR = slice(2)  # the clips that equivalences are tried with, which hold for any
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ def self_check(model: Generator, tokenizer: Tokenizer, video: Tensor, prompts: l
             *check_tokenizer(tokenizer, video),
             check_bits(logits, bits, schedule),
             check_conditioning(model, inputs, bits, prompts, schedule),
-            check_cache(model, bits, logits, prompts, schedule),
-            check_batch(model, inputs, logits, prompts, schedule),
-            check_positions(model, inputs, logits, prompts, schedule),
+            check_cache(model, bits[PAIR], logits[PAIR], prompts[PAIR], schedule),
+            check_batch(model, inputs[PAIR], logits[PAIR], prompts[PAIR], schedule),
+            check_positions(model, inputs[PAIR], logits[PAIR], prompts[PAIR], schedule),
         ]
 
 
@@ -66,7 +67,7 @@ def check_tokenizer(tokenizer: Tokenizer, video: Tensor) -> list[Check]:
     schedule = tokenizer.schedule_of(video)
     with without_autocast(video.device), exact_float32():
         bits = tokenizer.bits(video)
-        return [check_scales(tokenizer, video, bits, schedule), check_streaming(tokenizer, bits, schedule)]
+        return [check_scales(tokenizer, video, bits, schedule), check_streaming(tokenizer, bits[PAIR], schedule)]
 
 
 def check_scales(tokenizer: Tokenizer, video: Tensor, bits: Tensor, schedule: ScaleSchedule) -> Check:
@@ -145,7 +146,7 @@ def check_cache(model: Generator, bits: Tensor, logits: Tensor, prompts: list[st
 
 
 def check_batch(model: Generator, inputs: Tensor, logits: Tensor, prompts: list[str], schedule: ScaleSchedule) -> Check:
-    """Checks that a clip's logits do not depend on the other clips of the batch."""
+    """Checks that a clip's logits do not depend on the other clips of a batch, of which `logits` are."""
     alone = [model(inputs[i : i + 1], schedule, model.condition(prompts[i : i + 1])) for i in range(len(prompts))]
     return _same("batch", torch.cat(alone), logits, "alone and in a batch", "clips of a batch mix")
 
