@@ -321,11 +321,12 @@ def test_cfg_job_prints_the_composed_config(capsys):
 def test_further_ranks_are_started_with_words_that_parse(monkeypatch, tmp_path):
     """Lightning starts further ranks as `python -m kit` with the sys.argv of the running verb."""
     seen = []
-    monkeypatch.setattr("kit.verbs.fit.fit", lambda cfg: seen.append((list(sys.argv[1:]), cfg.seed)))
-    words = ["fit", "conf=stage1_tokenizer", "seed=3", f"root={tmp_path}"]
-    assert main(words) == 0
+    monkeypatch.setattr("kit.verbs.fit.fit", lambda cfg: seen.append((list(sys.argv[1:]), cfg.seed, cfg.root)))
+    root = f"{tmp_path}/it's a, b"
+    words = ["fit", "conf=stage1_tokenizer", "seed=3"]
+    assert main([*words, f"root={root}"]) == 0
     assert main(seen[0][0]) == 0
-    assert seen[0] == seen[1] == (words, 3)
+    assert seen[0] == seen[1] and seen[0][0][:3] == words and seen[0][1:] == (3, root)
 
 
 def test_hydras_options_may_stand_anywhere(capsys):
