@@ -31,7 +31,7 @@ def read(path: str) -> Runs:
 def columns(run: dict) -> dict[str, float]:
     """Returns a run's numbers by column title; shares are in percent."""
     found = bit_columns(run["bit_accuracy"])
-    for name, scores in (("short", run["trained_length"]), ("long", run.get("long"))):
+    for name, scores in (("short", run.get("trained_length")), ("long", run.get("long"))):
         if scores:
             found[f"FVD, {name}"] = scores["fvd"]
             found |= {f"{key}, {name}": 100 * scores[key] for key in ("colour", "shape", "motion") if key in scores}
