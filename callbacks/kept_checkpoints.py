@@ -7,7 +7,6 @@ from pathlib import Path
 from lightning.pytorch.callbacks import Checkpoint
 
 from kit.loop import between_steps, validates_next
-from kit.training_checkpoint import save_failed
 from kit.values import check_whole_number
 
 
@@ -26,10 +25,7 @@ class KeptCheckpoints(Checkpoint):
         for key, value, least in (("every", every, 0), ("keep", keep, 1)):
             check_whole_number(f"callbacks.kept.{key}", value, least)
         self.folder, self.every, self.keep = Path(folder), every, keep
-        self.saved = 0  # step of the last one, and of the checkpoint that the run resumes from
-
-    def on_load_checkpoint(self, trainer, module, checkpoint):
-        self.saved = checkpoint["global_step"]
+        self.saved = 0  # step of the last one
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if not validates_next(trainer):
@@ -45,7 +41,7 @@ class KeptCheckpoints(Checkpoint):
             return
         self.saved = step
         trainer.save_checkpoint(self.folder / f"step={step}.ckpt", weights_only=False)
-        if not save_failed(trainer) and trainer.is_global_zero:
+        if trainer.is_global_zero:  # a save that failed has left nothing, and so takes no other's place
             written = sorted(self.folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
             for path in written[: -self.keep]:
                 trainer.strategy.remove_checkpoint(path)

@@ -15,7 +15,11 @@ from kit.pixels import psnr, ssim
 
 
 def reconstruct_batches(tokenizer: Loaded, video: Tensor, batch_size: int, precision: str = "float32") -> Tensor:
-    """Reconstructs clips (n, 3, T, H, W) with a tokenizer, in batches; the result is on the CPU."""
+    """Reconstructs clips (n, 3, T, H, W) in [-1, 1] with a tokenizer, in batches; the result, of that shape, is on the CPU.
+
+    Args:
+        precision: `float32` or `bfloat16`.
+    """
     model = tokenizer.model.to(device())
     with autocast(precision), exact_float32():
         return torch.cat([model.reconstruct(part.to(device())).cpu() for part in video.split(batch_size)])
@@ -53,6 +57,9 @@ def teacher_forced_metrics(
 ) -> dict:
     """Computes the share of correctly predicted bits with the true bits as history.
 
+    Args:
+        batch: clips as a DataModule gives them: `video` (n, 3, T, H, W), and what the condition reads.
+        precision: `float32` or `bfloat16`.
     Returns:
         `bit_accuracy` for each scale, and `bit_accuracy_by_frame` for each frame and scale.
     """

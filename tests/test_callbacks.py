@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
 import threading
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from kit.loop import validates_next
 from kit.retries import LostLoss
 from kit.scales import ScaleSchedule
 from kit.stages import Stage, StagePlan
+from kit.training_checkpoint import TrainingCheckpointIO
 
 
 def trainer_at(batches: int, **more) -> SimpleNamespace:
@@ -51,6 +54,25 @@ def test_nothing_is_saved_amid_a_step(saved, tmp_path):
     last.saved = saved
     last.on_validation_end(trainer, SimpleNamespace(hparams=SimpleNamespace(optimizer={})))
     assert saves == []
+
+
+def test_told_to_end_it_saves_before_anything_else_can_fail(tmp_path, monkeypatch):
+    """A logger may be gone by then, and another callback's save at this step may have failed."""
+    io, saves = TrainingCheckpointIO(), []
+    io.failed = io.most_failed = 1  # of another callback
+
+    def save(*_, **__):
+        io.failed = 0
+        saves.append(1)
+
+    monkeypatch.setattr("callbacks.last_checkpoint.write_logs", MagicMock(side_effect=ConnectionError("no server")))
+    strategy = SimpleNamespace(checkpoint_io=io, broadcast=lambda x: x, reduce_boolean_decision=lambda x, all: x)
+    trainer = trainer_at(4, strategy=strategy, global_step=4, max_steps=9, training=True, save_checkpoint=save)
+    last = LastCheckpoint(str(tmp_path), every=100, may_fail=2)
+    last.received = signal.SIGTERM
+    with pytest.raises(ConnectionError):
+        last._save_if_due(trainer)
+    assert saves == [1] and last.saved == 4
 
 
 def test_signals_are_left_alone_outside_of_the_main_thread(tmp_path):

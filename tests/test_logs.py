@@ -206,6 +206,12 @@ def test_no_error_of_pictures_ends_a_training(error, said):
             raise error
 
 
+def test_a_loader_that_dies_while_pictures_are_made_is_noticed():
+    """Torch reports it in whatever Python is doing."""
+    with pytest.raises(RuntimeError, match="DataLoader worker"), may_fail("pictures", 7):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+
 def test_a_video_of_a_validation_has_a_row_for_each_clip(tmp_path, monkeypatch):
     """Of a real clip and what a model makes of it, side by side."""
     colours = {"real": torch.tensor([-1.0, -0.5]), "sample": torch.tensor([0.5, 1.0])}

@@ -276,6 +276,31 @@ def test_the_batch_that_was_lost_is_left_out_wherever_in_its_step_it_comes(fault
     assert torch.load(tmp_path / "lost_loss_step3.pt", weights_only=True)["n"].tolist() == [1]
 
 
+@pytest.mark.parametrize("other", [0.0, 1.0, 2.0])
+def test_the_device_with_the_first_fault_keeps_its_batch(other, tmp_path):
+    """This one's second batch has a loss that is too large, and that is all its own: no gradient tells the others. The other
+    device has lost the loss or the gradients of its first batch, or the loss of its second."""
+    total = SimpleNamespace(ready=0)
+    strategy = SimpleNamespace(root_device="cpu", all_gather=lambda own: torch.stack([own, torch.tensor(other)]))
+    trainer = SimpleNamespace(
+        world_size=2, global_rank=0, global_step=3, precision_plugin=None, strategy=strategy,
+        datamodule=SimpleNamespace(position_of=lambda n: (0, n)),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total))),
+    )  # fmt: skip
+    guard, module = LossGuard(tmp_path, explosion=4.0), torch.nn.Linear(1, 1)
+    guard.load_state_dict({"mean": 0.5, "count": 100})
+    for number, value in enumerate((0.5, 9.0)):
+        total.ready = number + 1
+        guard.on_train_batch_start(trainer, None, {"n": torch.tensor([number])}, number)
+        guard.on_before_backward(trainer, None, torch.tensor(value))
+        guard.on_after_backward(trainer, module)
+    own = other == 2.0
+    with pytest.raises(LostLoss, match="the loss is 9, far above" if own else "of another device are lost") as error:
+        guard.on_before_optimizer_step(trainer, module, None)
+    assert error.value.position == (0, int(other) // 2)
+    assert (tmp_path / "lost_loss_step3.pt").exists() == own
+
+
 def test_two_processes_leave_out_what_one_of_them_lost(tmp_path):
     """Batch 2 has clips 16 to 23, distributed over both; clip 22 is NaN."""
     alone = [word for word in CLIP if word != "trainer.devices=1"]

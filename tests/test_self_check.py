@@ -13,6 +13,7 @@ from kit.cli import main
 from kit.data.shapes import Shapes
 from kit.generator import transformer
 from kit.generator.kv_cache import Cache
+from kit.generator.transformer import Generator
 from kit.scales import ScaleSchedule
 from kit.self_check import check_conditioning, check_scales, self_check
 from kit.tokenizer.causal import CausalConv3d
@@ -113,6 +114,17 @@ def test_a_cache_that_loses_a_frame(found, monkeypatch):
 
     monkeypatch.setattr(Cache, "start_frame", lose)
     assert found() - HARDLY_LEARNED == {"cache"}
+
+
+def test_clips_of_a_batch_that_mix(found, monkeypatch):
+    forward = Generator.forward
+
+    def mixed(self, *args, **how):
+        logits = forward(self, *args, **how)
+        return logits + logits.mean(0, keepdim=True)
+
+    monkeypatch.setattr(Generator, "forward", mixed)
+    assert "batch" in found()
 
 
 def test_positions_that_are_not_seen(found, monkeypatch):

@@ -23,6 +23,7 @@ import kit.encode_ahead
 from callbacks import BestCheckpoint, LastCheckpoint, last_checkpoint
 from kit.checkpoint import load_tokenizer, read_checkpoint
 from kit.files import contents_hash, load_checked, not_saved, save_checked, written_aside
+from kit.signals import end_with_launcher
 from kit.tokenizer.module import TokenizerModule
 from kit.training_checkpoint import TrainingCheckpointIO, save_training
 from tests.fixtures import fit_generator, fit_tokenizer
@@ -187,6 +188,30 @@ def test_a_launched_process_ends_with_the_one_that_launched_it(launcher, tmp_pat
         assert time.monotonic() < end
         time.sleep(0.01)
     assert (tmp_path / "told").exists() == (launcher == "torchrun")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is told of its parent's end by Linux only")
+def test_who_launched_a_process_decides_how_it_ends(monkeypatch):
+    """The first process of a training, whose variables Lightning sets too, does not end with the user's shell."""
+    told = []
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(prctl=lambda *how: told.append(how)))
+    names = ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_PROCID")
+    lightning = {"NODE_RANK": "0", "MASTER_PORT": "1"}
+    for own, expected in (
+        ({}, []),
+        ({"LOCAL_RANK": "0", **lightning}, []),
+        ({"LOCAL_RANK": "1", **lightning}, [signal.SIGKILL]),
+        ({"LOCAL_RANK": "1", **lightning, "SLURM_PROCID": "1"}, [signal.SIGTERM]),
+        ({"LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "a"}, [signal.SIGTERM]),
+        ({"LOCAL_RANK": "1"}, [signal.SIGTERM]),
+    ):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in own.items():
+            monkeypatch.setenv(name, value)
+        told.clear()
+        end_with_launcher()
+        assert [number for _, number in told] == expected
 
 
 def test_two_trainings_do_not_share_a_folder(whole, tmp_path, capsys):

@@ -9,6 +9,7 @@ import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import lightning as L
 import pytest
@@ -30,6 +31,7 @@ from kit.stages import StagePlan
 from kit.tokenizer.module import TokenizerModule
 from kit.training_checkpoint import check_resume
 from kit.values import plain
+from kit.verbs.fit import train
 from tests.fixtures import CLIP, GENERATOR, QUICK, TOKENIZER, composed, fit_generator, fit_tokenizer
 
 
@@ -239,9 +241,13 @@ def test_checkpoints_are_kept_to_go_back_to(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == names
     before = read_checkpoint(folder / "step=4.ckpt", "tokenizer")
     assert (before["global_step"], before["ClipDataModule"]["batches_done"]) == (4, 8)
+    scores = [state["best_model_score"] for name, state in before["callbacks"].items() if name.startswith("ModelCheckpoint")]
+    assert scores and None not in scores, "saved after the validation that followed"
     assert fit_tokenizer(tmp_path, *kept, f"ckpt={folder / 'step=4.ckpt'}", "recipe.tokenizer.steps=5") == 0
     assert read_checkpoint(folder / "last.ckpt", "tokenizer")["global_step"] == 5
-    assert sorted(path.name for path in folder.iterdir()) == names, "nothing is saved anew at once, and none removed"
+    assert sorted(path.name for path in folder.iterdir()) == names, "none is removed"
+    again = read_checkpoint(folder / "step=4.ckpt", "tokenizer")
+    assert again["ClipDataModule"]["batches_done"] == 8, "nor saved anew, amid the step that follows"
 
 
 def test_a_save_that_failed_removes_no_kept_checkpoint(tmp_path):
@@ -272,12 +278,13 @@ def test_a_save_that_failed_removes_no_kept_checkpoint(tmp_path):
 
 
 def test_what_tells_of_a_trainings_health_is_logged(tmp_path):
-    """Of a tokenizer with discriminators that accumulates gradients: their norm before clipping, once a step."""
-    words = ["recipe.tokenizer.steps=4", "optimizer.accumulate=2", "optimizer.clip=1e-3", "trainer.val_check_interval=4"]
-    assert fit_tokenizer(tmp_path, *words, "trainer.log_every_n_steps=1", "loss.adversarial.weight=0.1") == 0
+    """Of a tokenizer with discriminators that accumulates two batches, with a row every three: the norm before clipping of
+    the last step that was done by then."""
+    words = ["recipe.tokenizer.steps=6", "optimizer.accumulate=2", "optimizer.clip=1e-3", "trainer.val_check_interval=4"]
+    assert fit_tokenizer(tmp_path, *words, "trainer.log_every_n_steps=3", "loss.adversarial.weight=0.1") == 0
     run = tmp_path / "tokenizer"
-    norms = set(losses(run, metric="train/grad_norm"))  # Lightning writes a value until there is another
-    assert len(norms) == 4 and min(norms) > 0.01
+    norms = losses(run, metric="train/grad_norm")
+    assert len(norms) == len(set(norms)) == len(losses(run)) == 4 and min(norms) > 0.01
     for name in ("time/step", "time/waiting", "time/validation", "data/unreadable", "data/left_out"):
         assert min(losses(run, metric=name)) >= 0
     assert max(losses(run, metric="time/step")) > 0 and 0 < max(losses(run, metric="time/validation")) < 1
@@ -289,7 +296,9 @@ def test_time_is_measured_from_log_to_log(pair, tmp_path):
     assert fit_generator(tmp_path, *words, "trainer.log_every_n_steps=2", tokenizer=pair.tokenizer) == 0
     run = tmp_path / "generator"
     assert len(losses(run, metric="time/step")) == 3 and len(set(losses(run, metric="train/grad_norm"))) == 3
-    assert [share > 0 for share in losses(run, metric="time/validation")] == [False, True, True]
+    shares = [losses(run, metric=f"time/{name}") for name in ("validation", "waiting")]
+    assert [share > 0 for share in shares[0]] == [False, True, True]
+    assert all(waiting < validation for validation, waiting in zip(*shares) if validation), "which is no waiting"
 
 
 def test_in_a_slurm_job_nothing_is_queued_again_by_lightning(monkeypatch):
@@ -531,3 +540,15 @@ def test_image_share_is_for_generators(tmp_path, capsys):
     assert "data.image_share is for generators; conf=stage0_image_tokenizer trains" in capsys.readouterr().err
     assert fit_tokenizer(tmp_path, "data.image_share=2") == 1
     assert "data.image_share=2; expected a number from 0 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, kept", [("cpu", [True]), ("cuda", [])])
+def test_freed_memory_is_kept_for_a_training_on_a_cpu_alone(kind, kept, monkeypatch):
+    """Workers and gathered checkpoints of a training on a GPU would else keep what they once took."""
+    called = []
+    monkeypatch.setattr("kit.verbs.fit.device", lambda: torch.device(kind))
+    monkeypatch.setattr("kit.verbs.fit.keep_freed_memory", lambda: called.append(True))
+    monkeypatch.setattr("kit.verbs.fit.tokenizer_config", MagicMock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(composed("stage1_tokenizer", *CLIP))
+    assert called == kept

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from kit.build import accumulate_of, generator_module
 from kit.generator.condition import ConditionConfig
@@ -199,3 +200,15 @@ def test_presets_fit(size, fits, gib, shared):
     for conf, losses in (("stage1_tokenizer", ["loss=full", *judged]), ("stage2_generator", [])):
         cfg = resolved(conf, f"size={size}", f"fits={fits}", *losses)
         assert memory_of(cfg, stages_of(cfg)[0][2], "cuda", bfloat16=True)[1] < 0.9 * gib * 2**30
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 2)])
+def test_layers_are_computed_in_the_type_of_autocast(layer):
+    """On paper as on a CPU; their weights' copies count."""
+    x = torch.zeros(1, 4, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x).dtype
+    with Pretence(torch.device("cpu", 0)) as pretence, torch.autocast("cpu", torch.bfloat16):
+        pretence.halves = {}
+        found = layer.to("meta")(x.to("meta"))
+    assert found.dtype == expected == torch.bfloat16 and id(layer.weight) in pretence.halves
