@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from callbacks.pictures import log_picture, may_fail
+from callbacks.pictures import log_picture, may_fail, thin_out
 from kit.inspection import bit_use, bit_use_picture
 from kit.tokenizer.losses import entropy_of
 
@@ -46,3 +46,4 @@ class CodeUse(L.Callback):
             with may_fail("picture of the bits' use", step := trainer.global_step):
                 picture = bit_use_picture(ones, self.folder / f"bit_use_step{step:06d}.png")
                 log_picture(trainer, "bit_use", picture)
+                thin_out(self.folder, "bit_use_step")

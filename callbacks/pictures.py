@@ -15,6 +15,8 @@ from PIL import Image
 from kit.media import Oversized
 from kit.retries import of_dead_worker
 
+MOST = 200  # steps of which a run keeps pictures
+
 
 @contextmanager
 def may_fail(what: str, step: int) -> Iterator[None]:
@@ -27,6 +29,21 @@ def may_fail(what: str, step: int) -> Iterator[None]:
             raise
         expected = isinstance(error, OSError | Oversized | torch.OutOfMemoryError)
         rank_zero_warn(f"no {what} of step {step}: {error if expected else repr(error)}")
+
+
+def thin_out(folder: Path, kind: str):
+    """Removes pictures until there are those of `MOST` steps, which span the run: each time of the step nearest to its
+    neighbours.
+
+    Args:
+        kind: what comes before the step in the names of the files, as in `step000250.png`.
+    """
+    texts = {path.stem.removeprefix(kind) for path in folder.glob(f"{kind}[0-9]*")}
+    steps = sorted(int(text) for text in texts if text.isdecimal())
+    while len(steps) > MOST:
+        nearest = min(range(1, len(steps) - 1), key=lambda i: steps[i + 1] - steps[i - 1])
+        for path in folder.glob(f"{kind}{steps.pop(nearest):06d}.*"):
+            path.unlink()
 
 
 def log_picture(trainer: L.Trainer, name: str, picture: Path, video: Path | None = None):

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch.utils.data import default_collate
 
-from callbacks.pictures import log_picture, may_fail
+from callbacks.pictures import log_picture, may_fail, thin_out
 from kit.fsdp import whole_model
 from kit.generator.sampler import Sampling
 from kit.inspection import forced_and_free
@@ -17,7 +17,7 @@ from kit.values import check_whole_number
 
 
 class VideoLogger(L.Callback):
-    """After each validation writes a picture and a video of the first validation clips to `folder`/media.
+    """After each validation writes a picture and a video of the first validation clips to `folder`/media, see `thin_out`.
 
     A tokenizer shows real and reconstruction; a generator real, reconstruction, teacher-forced (each block predicted from
     the true earlier ones) and free sample. "The loss falls but samples are noise" shows here at a glance.
@@ -54,6 +54,7 @@ class VideoLogger(L.Callback):
         side_by_side = torch.cat([torch.cat(list(group.values()), dim=-1) for group in groups], dim=-2)
         video = write_video(side_by_side, self.folder / f"step{step:06d}.mp4", data.fps)
         log_picture(trainer, "samples", picture, video)
+        thin_out(self.folder, "step")
 
     def rows(self, module, model, batch: dict) -> dict[str, torch.Tensor]:
         """Videos to show: name -> (clips, 3, T, H, W)."""

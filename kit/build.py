@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from kit.checkpoint import load_tokenizer, read_tokenizer_config
 from kit.data.buckets import Bucket, read_shape
 from kit.data.datamodule import ClipDataModule
+from kit.data.shared import read_once
 from kit.data.staged import StagedClips
 from kit.fsdp import ShardedStrategy, allow_unused
 from kit.generator.module import GeneratorModule
@@ -180,7 +181,8 @@ def build_stages(cfg: DictConfig, plan: StagePlan, tokenizer: TokenizerConfig) -
     Raises:
         ValueError: if the tokenizer cannot take a stage's clips.
     """
-    parts = [build_data(of_stage(cfg, stage), tokenizer) for stage in plan.stages]
+    with read_once():
+        parts = [build_data(of_stage(cfg, stage), tokenizer) for stage in plan.stages]
     for part in parts:
         tokenizer.schedule(part.frames, part.height, part.width)
     return StagedClips(plan, parts, [stage.steps * accumulate_of(cfg) for stage in plan.stages])

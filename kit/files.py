@@ -105,9 +105,8 @@ def sole_user(folder: Path) -> Iterator[None]:
                 stack.enter_context(FileLock(path, timeout=0))
                 stack.callback(_removed_if_possible, path)
             except Timeout as error:
-                raise FileExistsError(
-                    f"another process is at work in {folder}; wait for it, or give another name="
-                ) from error
+                way_out = f"wait for it, or give another name=. If its machine crashed, and so never let go, remove {path}"
+                raise FileExistsError(f"another process is at work in {folder}; {way_out}") from error
             except (NotImplementedError, OSError) as error:
                 warnings.warn(
                     f"{folder} cannot be locked ({error}): see to it yourself that one process alone is there", stacklevel=4

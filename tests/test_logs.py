@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from callbacks import ProgressBar, RunSummary, VideoLogger
-from callbacks.pictures import log_picture, may_fail
+from callbacks.pictures import log_picture, may_fail, thin_out
 from kit.data.datamodule import ClipDataModule
 from kit.data.read import open_clip_file
 from kit.data.shapes import Shapes
@@ -228,6 +228,34 @@ def test_a_video_of_a_validation_has_a_row_for_each_clip(tmp_path, monkeypatch):
     assert file.size == (64, 96) and len(file) == 5 and file.video.fps == 8
     found = file.read(64, 96)[0, 0, 16::32, 24::48]
     assert torch.allclose(found, torch.stack(list(colours.values()), 1), atol=0.05)
+
+
+@pytest.mark.parametrize(("kind", "suffixes"), [("step", ("png", "mp4")), ("bit_use_step", ("png",))])
+def test_pictures_of_a_long_run_thin_out(tmp_path, monkeypatch, kind, suffixes):
+    """The folder does not grow without end, and the first and the last validation stay."""
+    monkeypatch.setattr("callbacks.pictures.MOST", 8)
+    others = {"bit_use_step000007.png", "step7 (copy).png", "step.txt"} if kind == "step" else {"step000007.png"}
+    for name in others:
+        (tmp_path / name).touch()
+    most, steps = 0, range(250_000, 250_000 * 101, 250_000)  # whose names come to be longer than six digits
+    for step in steps:
+        for suffix in suffixes:
+            (tmp_path / f"{kind}{step:06d}.{suffix}").touch()
+        thin_out(tmp_path, kind)
+        left = {path.name for path in tmp_path.iterdir()}
+        most = max(most, len(left))
+        assert {f"{kind}{shown:06d}.{suffix}" for shown in (steps[0], step) for suffix in suffixes} | others <= left
+    kept = sorted(int(name.removeprefix(kind)[:-4]) for name in left if name.endswith("png") and name not in others)
+    gaps = [b - a for a, b in zip(kept, kept[1:])]
+    assert most <= 8 * len(suffixes) + len(others) and len(kept) == 8
+    assert max(gaps) <= 2 * 99 / 7 * 250_000  # twice as far apart as if evenly spread
+
+
+def test_pictures_are_thinned_out_as_they_are_made(tmp_path, monkeypatch):
+    thinned = []
+    monkeypatch.setattr("callbacks.video_logger.thin_out", lambda folder, kind: thinned.append((folder, kind)))
+    test_a_video_of_a_validation_has_a_row_for_each_clip(tmp_path, monkeypatch)
+    assert thinned == [(tmp_path / "media", "step")]
 
 
 def test_a_constant_bit_shows_at_a_glance(tmp_path):

@@ -33,17 +33,20 @@ from kit.data.listing import (
     split_files,
     without_runs,
 )
+from kit.data.shared import read_once, shared
 from kit.data.source import BucketPart, ClipSource
 from kit.values import check_choice, check_whole_number
 
 RATES = 10  # files whose frame rate is looked up
 SAME_RATE = 1.05  # rates that differ by no more than this factor count as one
-ORDERS = 64  # file orders of epochs kept in memory: each bucket uses two, for its clips and for its images
+ORDERS = 4  # file orders of epochs kept in memory: that of the clips and that of the images, and the next of each
+OF_ITEMS = {  # arguments that names, labels and captions of files do not depend on
+    "split", "frames", "height", "width", "fps", "seed", "backend", "val_every", "flip", "random_crop", "verify", "patience",
+}  # fmt: skip
 
 
-@functools.lru_cache(maxsize=ORDERS)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of `count` files in an epoch: a permutation (count,)."""
+def permutation(count: int, seed: int, epoch: int = 0) -> np.ndarray:
+    """Draws an order of `count` files: a permutation (count,)."""
     return np.random.default_rng((seed, 0, epoch)).permutation(count)
 
 
@@ -128,14 +131,16 @@ class FolderClips(ClipSource):
 
     def __post_init__(self):
         self._check_arguments()
-        names = self._names()
-        self.files = self._files_of_split(names)
+        about = {argument.name: getattr(self, argument.name) for argument in fields(self) if argument.init}
+        key = repr({**{k: v for k, v in about.items() if k not in OF_ITEMS}, "pictures": self.frames == 1})
+        with read_once():
+            names = self._names()
+            self.files = self._files_of_split(names)
+            self._labels, self._captions = shared((type(self), key), lambda: self._words_of(names))
         if self.split == "val" and len(names) == 1:
             warnings.warn(f"{self.root} holds one video only: it is used for training and validation", stacklevel=3)
-        self._labels, self._captions = self._labels_of(names), self._captions_of(names)
         self.classes = tuple(sorted(set(self._labels.values())))
         self._numbers = {label: number for number, label in enumerate(self.classes)}
-        self._tell_wordless(names)
         self._begin_records()
         if self.verify:
             readable = sum(self._read(name) is not None for name in self.files)
@@ -143,31 +148,40 @@ class FolderClips(ClipSource):
                 raise self.nothing_readable()
             self._tell_short()
 
-    def _tell_wordless(self, names: list[str]) -> None:
-        """Warns of files that have no words as a caption where others have."""
-        words = {name: self._captions.get(name, self._labels.get(name, "")) for name in names if self._captions}
-        if without := [name for name, caption in words.items() if not caption.strip()]:
+    def _words_of(self, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """Labels and captions of files. Warns of those that have no words as a caption where others have."""
+        labels, captions = self._labels_of(names), self._captions_of(names)
+        if captions and (without := [name for name in names if not captions.get(name, labels.get(name, "")).strip()]):
             message = f"{len(without)} of {len(names)} files in {self.root} have an empty caption or none, such as"
             self._tell(f"{message} {without[0]!r}: they train without a condition; caption them, or take them out")
+        return labels, captions
 
     def _tell(self, message: str) -> None:
         """Warns of something about the files of all splits; in the split `val`, beside which another warns of it, it is kept
         in `untold`."""
         if self.split != "val":
-            warnings.warn(message, stacklevel=5)
+            warnings.warn(message, stacklevel=7)
         else:
             self.untold.append(message)
 
     def _begin_records(self) -> None:
         """Starts empty records of the files that are too short or cannot be read."""
         self.skipped, self.short, self._told_short = {}, {}, False
-        self._places = {name: place for place, name in enumerate((*self.files, *self.spare))}
-        self._unreadable = torch.zeros(len(self._places), dtype=torch.bool).share_memory_()  # one for all workers
+        self._orders: dict[int, np.ndarray] = {}  # epoch -> positions in `files`
+        for name in ("_places", "_held_out_order"):  # those of the data set that this is a part of
+            self.__dict__.pop(name, None)
+        count = len(self.files) + len(self.spare)
+        self._unreadable = torch.zeros(count, dtype=torch.bool).share_memory_()  # one for all workers
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        """Where files are in `_unreadable`."""
+        return {name: place for place, name in enumerate((*self.files, *self.spare))}
 
     def _names(self) -> list[str]:
         """Names of all files, in order."""
         self.root = Path(self.root)
-        return list_videos(self.root, pictures=self.frames == 1)
+        return shared((list_videos, self.root, self.frames == 1), lambda: list_videos(self.root, pictures=self.frames == 1))
 
     def _files_of_split(self, names: list[str]) -> list[str]:
         return split_files(names, self.split, held_out_of(names, self.val_every))
@@ -269,15 +283,26 @@ class FolderClips(ClipSource):
             case "train":
                 position = self._order_of(epoch)[position]
             case "val":  # of many a few are looked at: from all over, and the same whatever the seed
-                position = _order(0, 0, len(self.files))[position]
+                position = self._held_out_order[position]
         return self.files[position]
 
     def distinct(self, n: int) -> bool:  # not the second of a file, nor of another file because its own cannot be read
         return n < len(self.files) and self.path_of(self.file(n)) not in self.skipped
 
+    @functools.cached_property
+    def _held_out_order(self) -> np.ndarray:
+        return permutation(len(self.files), seed=0)
+
     def _order_of(self, epoch: int) -> np.ndarray:
         """Order of the files in a training epoch, as positions in `files`."""
-        return _order(self.seed, epoch, len(self.files))
+        if epoch not in self._orders:
+            if len(self._orders) == ORDERS:
+                del self._orders[next(iter(self._orders))]  # the one that was drawn first
+            self._orders[epoch] = self._drawn_order(epoch)
+        return self._orders[epoch]
+
+    def _drawn_order(self, epoch: int) -> np.ndarray:
+        return permutation(len(self.files), self.seed, epoch)
 
     def __getitem__(self, n: int) -> dict:
         if n < 0:

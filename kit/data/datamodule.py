@@ -16,6 +16,7 @@ from kit.data.bucketed import BucketClips
 from kit.data.buckets import Bucket, image_buckets
 from kit.data.listing import held_out_hash
 from kit.data.numbered import Numbered
+from kit.data.shared import read_once
 from kit.data.source import ClipSource, check_source
 from kit.data.workers import leave_signals_to_the_trainer
 from kit.loop import batches_done, batches_of_a_step
@@ -76,11 +77,12 @@ class ClipDataModule(ClipsOnDevice):
         self.frames, self.height, self.width = frames, height, width
         self.batch_size, self.val_clips, self.workers = batch_size, val_clips, workers
         shape = dict(frames=frames, height=height, width=width, fps=fps)
-        self.train, self.val = source(split="train", **shape), source(split="val", **shape)
+        with read_once():
+            self.train, self.val = source(split="train", **shape), source(split="val", **shape)
+            self.images = images(split="train", frames=1, height=height, width=width) if images else None
         check_source(self.train, "data.source")
         self.fps = fps or float(self.train.native_fps)  # plain values, for checkpoints; a user's may be numpy's
         self.classes, self.captioned = tuple(map(str, self.train.classes)), bool(self.train.captioned)
-        self.images = images(split="train", frames=1, height=height, width=width) if images else None
         if self.images is not None:
             check_source(self.images, "data.images")
         if buckets:

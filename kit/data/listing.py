@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from kit.data.decode import PICTURES
+from kit.data.shared import shared
 from kit.values import hash_of
 
 SUFFIXES = (
@@ -35,7 +36,7 @@ def list_videos(root: Path, pictures: bool = False) -> list[str]:
     videos = [name for name in without_runs(names) if name.lower().endswith(suffixes)]
     if odd := [name for name in videos if not is_utf8(name)]:
         found = f"{len(odd)} files of {root} with names that are no UTF-8 are left out, such as {ascii(odd[0])}"
-        warnings.warn(f"{found}; rename them", stacklevel=4)
+        warnings.warn(f"{found}; rename them", stacklevel=7)
         videos = [name for name in videos if is_utf8(name)]
     if not videos:
         what = "no video or picture" if pictures else "no video"
@@ -73,6 +74,10 @@ def files_below(root: Path) -> list[str]:
 
     Links to folders are followed, except back to one that they lie in, whose files would come again and again.
     """
+    return shared((files_below, root), lambda: _walk(root))
+
+
+def _walk(root: Path) -> list[str]:
     found, folders = [], [("", (os.path.realpath(root),))]
     while folders:
         prefix, chain = folders.pop()
@@ -80,7 +85,7 @@ def files_below(root: Path) -> list[str]:
             entries = list(os.scandir(chain[-1]))
         except OSError as error:
             if prefix != "lost+found/":  # which nobody may read
-                warnings.warn(f"{chain[-1]} cannot be read, what is in it is left out: {error}", stacklevel=4)
+                warnings.warn(f"{chain[-1]} cannot be read, what is in it is left out: {error}", stacklevel=9)
             continue
         for entry in entries:
             name, link = prefix + entry.name, entry.is_symlink()
@@ -97,7 +102,11 @@ def files_below(root: Path) -> list[str]:
 
 def is_utf8(name: str) -> bool:
     """Returns whether the name of a file, or a caption, can be written to logs and checkpoints."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def held_out_of(names: Sequence[str], every: int) -> set[str]:
@@ -136,7 +145,7 @@ def label_files(names: Sequence[str], source: str, pattern: str) -> dict[str, st
     Raises:
         ValueError: if a file has no such label, or the pattern no such group.
     """
-    folders = {name: PurePosixPath(name).parent.name for name in names}
+    folders = {name: name.rpartition("/")[0].rpartition("/")[2] for name in names}
     splits = {folder.lower() for folder in folders.values()} <= LEARNED_FROM | KEPT_OUT
     words = {name: _filename_label(name, pattern) for name in names}
     match source:
@@ -162,12 +171,12 @@ def _tell_odd_ones(labels: dict[str, str], what: str):
     odd = [name for name, label in labels.items() if not label]
     if odd and 1 < len(set(labels.values()) - {""}) < len(labels) - len(odd):
         message = f"{len(odd)} of {len(labels)} files {what}, such as {odd[0]!r}, so the others' are no classes either"
-        warnings.warn(f"{message}; move or rename them, or set label_from", stacklevel=6)
+        warnings.warn(f"{message}; move or rename them, or set label_from", stacklevel=9)
 
 
 def _filename_label(name: str, pattern: str) -> str:
     try:
-        match = re.search(pattern, PurePosixPath(name).stem)
+        match = re.search(pattern, stem_of(name).rpartition("/")[2])
         return match["label"] if match else ""
     except (re.error, IndexError) as error:
         raise ValueError(f"filename_pattern={pattern!r}: {error}; expected one such as {LEADING_WORDS!r}") from error

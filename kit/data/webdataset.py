@@ -7,7 +7,6 @@ lies.
 
 from __future__ import annotations
 
-import functools
 import glob
 import itertools
 import json
@@ -28,11 +27,12 @@ import numpy as np
 from tqdm import tqdm
 
 from kit.data.captions import caption_in
-from kit.data.clips import ORDERS, FolderClips, NotDelivered
+from kit.data.clips import FolderClips, NotDelivered
 from kit.data.decode import PICTURES, UnreadableVideo
 from kit.data.heads import Head
 from kit.data.listing import SUFFIXES, split_files
 from kit.data.patience import StorageHangs, call_within, each_within
+from kit.data.shared import shared
 from kit.files import locked, read_json, write_json
 from kit.machine import in_cache
 from kit.values import hash_of
@@ -243,14 +243,6 @@ def words_of(words: dict[str, bytes]) -> tuple[str | None, str | None, list[str]
     return caption, texts.get(".cls"), faults
 
 
-@functools.lru_cache(maxsize=ORDERS)
-def _order(seed: int, epoch: int, counts: tuple[int, ...]) -> np.ndarray:
-    """Order of the files in an epoch, as positions: shards of `counts` files in a drawn order, and the files of each too."""
-    rng = np.random.default_rng((seed, 0, epoch))
-    starts = np.cumsum((0, *counts))
-    return np.concatenate([starts[shard] + rng.permutation(counts[shard]) for shard in rng.permutation(len(counts))])
-
-
 @dataclass(eq=False)
 class ShardClips(FolderClips):
     """Data set of the clips in WebDataset shards, which `FolderClips` numbers, reads and skips.
@@ -270,31 +262,37 @@ class ShardClips(FolderClips):
 
     unused = ("label_from", "filename_pattern", "captions")
 
-    members: dict[str, Member] = field(init=False, repr=False, default_factory=dict)
+    members: dict[str, Member] = field(init=False, repr=False)
     counts: tuple[int, ...] = field(init=False, repr=False, default=())  # this split's files in each shard
-    broken: list[str] = field(init=False, repr=False, default_factory=list)  # shards that are left out
+    broken: list[str] = field(init=False, repr=False)  # shards that are left out
 
     def _names(self) -> list[str]:
-        wanted = SUFFIXES + PICTURES * (self.frames == 1)
+        about = (type(self), self.root, self.frames == 1)
+        self.members, self.broken = shared(about, lambda: self._members(SUFFIXES + PICTURES * (self.frames == 1)))
+        return list(self.members)
+
+    def _members(self, wanted: tuple[str, ...]) -> tuple[dict[str, Member], list[str]]:
+        """The clips of the shards by name, those that end in `wanted`, and the shards that are broken."""
+        members, broken = {}, []
         for shard in tqdm(list_shards(str(self.root), self.patience), desc="index", unit="shard", disable=None):
             try:
                 index = index_of(shard, self.patience)
             except BrokenShard as error:
-                warnings.warn(f"the shard {shard} is broken: {error}. It is left out; check or replace it.", stacklevel=4)
-                self.broken.append(shard)
+                warnings.warn(f"the shard {shard} is broken: {error}. It is left out; check or replace it.", stacklevel=7)
+                broken.append(shard)
                 continue
             found = {f"{shard}/{name}": Member(shard, *values) for name, values in index.items()}
-            self.members |= {name: member for name, member in found.items() if name.lower().endswith(wanted)}
-        if not self.members:
+            members |= {name: member for name, member in found.items() if name.lower().endswith(wanted)}
+        if not members:
             raise FileNotFoundError(f"data.root={self.root}: no clips in its shards; they end in {', '.join(wanted)}")
         faulty = defaultdict(list)
-        for name, member in self.members.items():
+        for name, member in members.items():
             if member.fault:
                 faulty[member.fault].append(name)
         for fault, names in faulty.items():
-            message = f"{len(names)} of {len(self.members)} clips in the shards {self.root} have {fault}, such as {names[0]}"
+            message = f"{len(names)} of {len(members)} clips in the shards {self.root} have {fault}, such as {names[0]}"
             self._tell(f"{message}; pack their shards anew to mend it")
-        return list(self.members)
+        return members, broken
 
     def _files_of_split(self, names: list[str]) -> list[str]:
         """Splits each shard on its own, so that a shard that is lost or added moves no clip of another."""
@@ -320,8 +318,11 @@ class ShardClips(FolderClips):
     def _captions_of(self, names: list[str]) -> dict[str, str]:
         return {name: self.members[name].caption for name in names if self.members[name].caption is not None}
 
-    def _order_of(self, epoch: int) -> np.ndarray:
-        return _order(self.seed, epoch, self.counts)
+    def _drawn_order(self, epoch: int) -> np.ndarray:
+        """Draws the order of an epoch: the shards in a drawn order, and the files of each too."""
+        rng, starts = np.random.default_rng((self.seed, 0, epoch)), np.cumsum((0, *self.counts))
+        shards = rng.permutation(len(self.counts))
+        return np.concatenate([starts[shard] + rng.permutation(self.counts[shard]) for shard in shards])
 
     @contextmanager
     def _at(self, name: str) -> Iterator[Path]:
