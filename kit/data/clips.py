@@ -6,8 +6,9 @@ import copy
 import functools
 import itertools
 import math
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,6 +34,7 @@ from kit.data.listing import (
     split_files,
     without_runs,
 )
+from kit.data.names import ByName, Names, texts_by_name
 from kit.data.shared import read_once, shared
 from kit.data.source import BucketPart, ClipSource
 from kit.values import check_choice, check_whole_number
@@ -122,9 +124,9 @@ class FolderClips(ClipSource):
 
     unused: ClassVar[tuple[str, ...]] = ()  # arguments that a subclass has no use for
 
-    files: list[str] = field(init=False, repr=False)
+    files: Names = field(init=False, repr=False)
     classes: tuple[str, ...] = field(init=False, repr=False)
-    spare: list[str] = field(init=False, repr=False, default_factory=list)
+    spare: Names = field(init=False, repr=False, default_factory=Names)
     untold: list[str] = field(init=False, repr=False, default_factory=list)
     skipped: dict[Path | str, str] = field(init=False, repr=False)
     short: dict[Path | str, int] = field(init=False, repr=False)
@@ -135,7 +137,7 @@ class FolderClips(ClipSource):
         key = repr({**{k: v for k, v in about.items() if k not in OF_ITEMS}, "pictures": self.frames == 1})
         with read_once():
             names = self._names()
-            self.files = self._files_of_split(names)
+            self.files = Names(self._files_of_split(names))
             self._labels, self._captions = shared((type(self), key), lambda: self._words_of(names))
         if self.split == "val" and len(names) == 1:
             warnings.warn(f"{self.root} holds one video only: it is used for training and validation", stacklevel=3)
@@ -148,13 +150,13 @@ class FolderClips(ClipSource):
                 raise self.nothing_readable()
             self._tell_short()
 
-    def _words_of(self, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    def _words_of(self, names: Sequence[str]) -> tuple[ByName[str], ByName[str]]:
         """Labels and captions of files. Warns of those that have no words as a caption where others have."""
         labels, captions = self._labels_of(names), self._captions_of(names)
         if captions and (without := [name for name in names if not captions.get(name, labels.get(name, "")).strip()]):
             message = f"{len(without)} of {len(names)} files in {self.root} have an empty caption or none, such as"
             self._tell(f"{message} {without[0]!r}: they train without a condition; caption them, or take them out")
-        return labels, captions
+        return texts_by_name(labels), texts_by_name(captions)
 
     def _tell(self, message: str) -> None:
         """Warns of something about the files of all splits; in the split `val`, beside which another warns of it, it is kept
@@ -168,28 +170,22 @@ class FolderClips(ClipSource):
         """Starts empty records of the files that are too short or cannot be read."""
         self.skipped, self.short, self._told_short = {}, {}, False
         self._orders: dict[int, np.ndarray] = {}  # epoch -> positions in `files`
-        for name in ("_places", "_held_out_order"):  # those of the data set that this is a part of
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("_held_out_order", None)  # that of the data set that this is a part of
         count = len(self.files) + len(self.spare)
         self._unreadable = torch.zeros(count, dtype=torch.bool).share_memory_()  # one for all workers
 
-    @functools.cached_property
-    def _places(self) -> dict[str, int]:
-        """Where files are in `_unreadable`."""
-        return {name: place for place, name in enumerate((*self.files, *self.spare))}
-
-    def _names(self) -> list[str]:
+    def _names(self) -> Sequence[str]:
         """Names of all files, in order."""
         self.root = Path(self.root)
         return shared((list_videos, self.root, self.frames == 1), lambda: list_videos(self.root, pictures=self.frames == 1))
 
-    def _files_of_split(self, names: list[str]) -> list[str]:
+    def _files_of_split(self, names: Sequence[str]) -> list[str]:
         return split_files(names, self.split, held_out_of(names, self.val_every))
 
-    def _labels_of(self, names: list[str]) -> dict[str, str]:
+    def _labels_of(self, names: Sequence[str]) -> Mapping[str, str]:
         return label_files(names, self.label_from, self.filename_pattern)
 
-    def _captions_of(self, names: list[str]) -> dict[str, str]:
+    def _captions_of(self, names: Sequence[str]) -> Mapping[str, str]:
         if self.captions is False:
             return {}
         listed = without_runs(files_below(self.root)) if self.root.is_dir() else []
@@ -239,12 +235,13 @@ class FolderClips(ClipSource):
     def bytes_of(self, name: str) -> int:
         """Size of a file; -1 if it is gone, as one behind a broken link: whoever reads it will report it."""
         try:
-            return (self.root / name).stat().st_size
+            return os.path.getsize(os.path.join(self.root, name))
         except OSError:
             return -1
 
     def texts(self) -> list[dict]:
-        return [self.words(name) for name in self.files]
+        unpacked = self._labels.unpacked(), self._captions.unpacked()
+        return [self._words_among(name, *unpacked) for name in self.files]
 
     @property
     def captioned(self) -> bool:
@@ -317,8 +314,11 @@ class FolderClips(ClipSource):
 
     def words(self, name: str) -> dict:
         """`caption` and `label` of a file."""
-        label = self._labels.get(name, "")
-        caption = self._captions.get(name, " ".join(label.replace("_", " ").split()))
+        return self._words_among(name, self._labels, self._captions)
+
+    def _words_among(self, name: str, labels: Mapping[str, str], captions: Mapping[str, str]) -> dict:
+        label = labels.get(name, "")
+        caption = captions.get(name, " ".join(label.replace("_", " ").split()))
         return {"caption": caption, "label": self._numbers[label] if label else -1}
 
     def _candidates(self, n: int) -> Iterator[str]:
@@ -377,8 +377,8 @@ class FolderClips(ClipSource):
         """Data set of some of the files, with clips of another shape. If none of them can be read, the other files
         stand in."""
         part, own = copy.copy(self), set(files)
-        part.files, part.frames, part.height, part.width = files, frames, height, width
-        part.spare = [name for name in self.files if name not in own]
+        part.files, part.frames, part.height, part.width = Names(files), frames, height, width
+        part.spare = Names(name for name in self.files if name not in own)
         part._begin_records()
         return part
 
@@ -393,16 +393,16 @@ class FolderClips(ClipSource):
         The file is tried again whenever its turn comes: otherwise an item would depend on which items were read before.
         """
         self.skipped[self.path_of(name)] = error.reason
-        place = self._places[name]
+        place = self.files.index(name) if name in self.files else len(self.files) + self.spare.index(name)
         if not self._unreadable[place]:
             self._unreadable[place] = True
             warnings.warn(f"{error} A training takes the clip of another file in its place.", stacklevel=4)
 
     @property
     def unreadable(self) -> list[Path | str]:
-        places = self._unreadable.nonzero().flatten().tolist()
-        names = list(self._places) if places else []
-        return [self.path_of(names[place]) for place in places]
+        count, places = len(self.files), self._unreadable.nonzero().flatten().tolist()
+        names = [self.files[place] if place < count else self.spare[place - count] for place in places]
+        return [self.path_of(name) for name in names]
 
     def _tell_short(self) -> None:
         if self.short and not self._told_short:

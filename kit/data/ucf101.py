@@ -57,7 +57,7 @@ class UCF101(FolderClips):
     label_from: str = "folder"
     official: int = 1
 
-    def _files_of_split(self, names: list[str]) -> list[str]:
+    def _files_of_split(self, names: Sequence[str]) -> list[str]:
         if self.official not in (1, 2, 3):
             raise ValueError(f"official={self.official}; UCF-101 has the official splits 1, 2 and 3")
         classes = {PurePosixPath(name).parent.name for name in names}

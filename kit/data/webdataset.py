@@ -16,7 +16,7 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -31,6 +31,7 @@ from kit.data.clips import FolderClips, NotDelivered
 from kit.data.decode import PICTURES, UnreadableVideo
 from kit.data.heads import Head
 from kit.data.listing import SUFFIXES, split_files
+from kit.data.names import ByName, texts_by_name
 from kit.data.patience import StorageHangs, call_within, each_within
 from kit.data.shared import shared
 from kit.files import locked, read_json, write_json
@@ -43,14 +44,29 @@ INDEX = 6  # what an index means; another number with each change, so that those
 
 
 class Member(NamedTuple):
-    """Where the bytes of a clip lie, its caption and class, if its shard has them, and what is wrong with these in words."""
+    """Where the bytes of a clip lie."""
 
     shard: str
     offset: int
     size: int
-    caption: str | None
-    label: str | None
-    fault: str
+
+
+class Members(Sequence[Member]):
+    """Where the bytes of clips lie, in a few blocks of memory.
+
+    Args:
+        places: (number of the shard, offset, size) of each clip.
+    """
+
+    def __init__(self, shards: Sequence[str], places: Sequence[tuple[int, int, int]]):
+        self._shards, self._places = shards, np.array(places, np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, place: int) -> Member:
+        shard, offset, size = self._places[place].tolist()
+        return Member(self._shards[shard], offset, size)
 
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # as in train-{000..127}.tar
@@ -119,7 +135,8 @@ def unreachable(address: str, error: Exception) -> OSError:
 
 
 def index_of(shard: str, patience: float | None = None) -> dict[str, list]:
-    """Index of a shard: file name -> the values of its `Member`, without the shard.
+    """Index of a shard: file name -> offset, size, caption and class (None where its shard has none), and what is wrong with
+    these in words.
 
     It is kept in kit's cache folder as long as the shard keeps its size and time; where the storage tells no time, its first
     header, which has that of a file.
@@ -262,39 +279,44 @@ class ShardClips(FolderClips):
 
     unused = ("label_from", "filename_pattern", "captions")
 
-    members: dict[str, Member] = field(init=False, repr=False)
+    members: ByName[Member] = field(init=False, repr=False)
     counts: tuple[int, ...] = field(init=False, repr=False, default=())  # this split's files in each shard
     broken: list[str] = field(init=False, repr=False)  # shards that are left out
 
-    def _names(self) -> list[str]:
+    def _names(self) -> Sequence[str]:
         about = (type(self), self.root, self.frames == 1)
-        self.members, self.broken = shared(about, lambda: self._members(SUFFIXES + PICTURES * (self.frames == 1)))
+        self.members, self._words, self.broken = shared(about, self._read_shards)
         return list(self.members)
 
-    def _members(self, wanted: tuple[str, ...]) -> tuple[dict[str, Member], list[str]]:
-        """The clips of the shards by name, those that end in `wanted`, and the shards that are broken."""
-        members, broken = {}, []
-        for shard in tqdm(list_shards(str(self.root), self.patience), desc="index", unit="shard", disable=None):
+    def _read_shards(self) -> tuple[ByName[Member], dict[str, ByName[str]], list[str]]:
+        """The clips of the shards by name, what is known of `caption` and `label` of them, and the shards that are broken."""
+        wanted, shards = SUFFIXES + PICTURES * (self.frames == 1), list_shards(str(self.root), self.patience)
+        places, words, faulty, broken = {}, {"caption": {}, "label": {}}, defaultdict(list), []
+        for number, shard in enumerate(tqdm(shards, desc="index", unit="shard", disable=None)):
             try:
                 index = index_of(shard, self.patience)
             except BrokenShard as error:
                 warnings.warn(f"the shard {shard} is broken: {error}. It is left out; check or replace it.", stacklevel=7)
                 broken.append(shard)
                 continue
-            found = {f"{shard}/{name}": Member(shard, *values) for name, values in index.items()}
-            members |= {name: member for name, member in found.items() if name.lower().endswith(wanted)}
-        if not members:
+            for file, (offset, size, caption, label, fault) in index.items():
+                if not file.lower().endswith(wanted):
+                    continue
+                places[name := f"{shard}/{file}"] = (number, offset, size)
+                for what, text in (("caption", caption), ("label", label)):
+                    if text is not None:
+                        words[what][name] = text
+                if fault:
+                    faulty[fault].append(name)
+        if not places:
             raise FileNotFoundError(f"data.root={self.root}: no clips in its shards; they end in {', '.join(wanted)}")
-        faulty = defaultdict(list)
-        for name, member in members.items():
-            if member.fault:
-                faulty[member.fault].append(name)
         for fault, names in faulty.items():
-            message = f"{len(names)} of {len(members)} clips in the shards {self.root} have {fault}, such as {names[0]}"
+            message = f"{len(names)} of {len(places)} clips in the shards {self.root} have {fault}, such as {names[0]}"
             self._tell(f"{message}; pack their shards anew to mend it")
-        return members, broken
+        members = ByName(places, Members(shards, list(places.values())))
+        return members, {what: texts_by_name(texts) for what, texts in words.items()}, broken
 
-    def _files_of_split(self, names: list[str]) -> list[str]:
+    def _files_of_split(self, names: Sequence[str]) -> list[str]:
         """Splits each shard on its own, so that a shard that is lost or added moves no clip of another."""
         held_out = set()
         for shard, files in itertools.groupby(names, lambda name: self.members[name].shard):
@@ -307,16 +329,16 @@ class ShardClips(FolderClips):
         shards = itertools.groupby(self.files, lambda name: self.members[name].shard)
         self.counts = tuple(len(list(files)) for _, files in shards)
 
-    def _labels_of(self, names: list[str]) -> dict[str, str]:
-        labels = {name: self.members[name].label for name in names}
-        without = [name for name, label in labels.items() if not label]
+    def _labels_of(self, names: Sequence[str]) -> Mapping[str, str]:
+        labels = self._words["label"]
+        without = [name for name in names if not labels.get(name)]
         if without and len(without) < len(names):
             message = f"{len(without)} of {len(names)} clips in the shards {self.root} have no class, such as {without[0]}"
             self._tell(f"{message}, so the others' are no classes either; give them a .cls, or take them out")
         return {} if without else labels
 
-    def _captions_of(self, names: list[str]) -> dict[str, str]:
-        return {name: self.members[name].caption for name in names if self.members[name].caption is not None}
+    def _captions_of(self, names: Sequence[str]) -> Mapping[str, str]:
+        return self._words["caption"]
 
     def _drawn_order(self, epoch: int) -> np.ndarray:
         """Draws the order of an epoch: the shards in a drawn order, and the files of each too."""

@@ -99,7 +99,7 @@ def test_every_epoch_shows_every_file_once_in_a_new_order(videos):
 def test_all_takes_the_middle_of_each_file_in_order_and_repeats(videos):
     dataset = FolderClips(videos, "all", frames=4, height=16, width=16)
     count = len(dataset.files)
-    assert [dataset.file(n) for n in range(2 * count)] == dataset.files * 2
+    assert [dataset.file(n) for n in range(2 * count)] == list(dataset.files) * 2
     assert shown(dataset[0]) == [15, 16, 17, 18]  # walk_001.mp4 has 34 frames
     assert same(dataset[0], dataset[count])
 

@@ -18,7 +18,7 @@ def test_split_is_by_file_disjoint_and_stable(videos):
     train, val = FolderClips(videos, "train", val_every=3), FolderClips(videos, "val", val_every=3, seed=4)
     names = list_videos(videos)
     assert val.files == [names[2], names[5]]
-    assert sorted(train.files + val.files) == names and not set(train.files) & set(val.files)
+    assert sorted([*train.files, *val.files]) == names and not set(train.files) & set(val.files)
     assert {train.file(n) for n in range(50)} == set(train.files)
 
 

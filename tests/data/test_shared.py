@@ -72,7 +72,7 @@ def test_a_file_that_comes_between_the_splits_is_in_neither(folder, walks, monke
     monkeypatch.setattr(clips, "split_files", split_and_add)
     shape = dict(frames=5, height=16, width=16, fps=0)
     data = ClipDataModule(functools.partial(FolderClips, folder), **shape, batch_size=1, val_clips=1, workers=0)
-    assert sorted(data.train.files + data.val.files) == [f"{name}.mp4" for name in "abcde"] and len(walks) == 1
+    assert sorted([*data.train.files, *data.val.files]) == [f"{name}.mp4" for name in "abcde"] and len(walks) == 1
     assert data.train._captions is data.val._captions
     assert "0.mp4" in FolderClips(folder, split="all", frames=5).files  # a later one sees it
 

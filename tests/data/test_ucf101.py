@@ -39,7 +39,7 @@ def ucf101(tmp_path) -> Path:
 def test_official_splits_and_classes(ucf101):
     train, val, both = (UCF101(ucf101, split, **SHAPE) for split in ("train", "val", "all"))
     assert all("_g01_" in name for name in train.files) and all("_g02_" in name for name in val.files)
-    assert len(train.files) == len(val.files) == 101 and sorted(train.files + val.files) == sorted(both.files)
+    assert len(train.files) == len(val.files) == 101 and sorted([*train.files, *val.files]) == sorted(both.files)
     assert train.classes == val.classes == tuple(CLASSES)
     item = val[0]  # converted to mp4, which is all the same
     assert item["video"].shape == (3, 5, 32, 32) and item["label"] == 0 and item["caption"] == "Class000"
