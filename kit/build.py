@@ -26,7 +26,7 @@ from kit.stages import Stage, StagePlan
 from kit.tokenizer import Tokenizer, TokenizerConfig
 from kit.tokenizer.module import TokenizerModule
 from kit.training_checkpoint import TrainingCheckpointIO
-from kit.values import check_choice, check_whole_number, equal_parts, plain
+from kit.values import SIZES, check_choice, check_number, check_whole_number, equal_parts, plain
 
 
 def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> ClipDataModule:
@@ -60,6 +60,9 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
         values["buckets"] = [bucket._asdict() for bucket in buckets_of(cfg, tokenizer)]
     if tokenizer is not None:
         values["batch_size"] = batch_size_of(cfg.data, tokenizer, values["frames"], values["height"], values["width"])
+    for key in SIZES:  # these and fps may come from a checkpoint or cache, in which `_target_` could stand
+        check_whole_number(f"data.{key}", values[key], 1)
+    check_number("data.fps", values["fps"], 0)
     return instantiate(values)
 
 

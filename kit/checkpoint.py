@@ -17,6 +17,7 @@ from kit.files import save_checked
 from kit.generator.transformer import Generator, GeneratorConfig
 from kit.sharded_checkpoint import described, load_whole
 from kit.tokenizer import Tokenizer, TokenizerConfig
+from kit.values import clip_shape
 
 CONFIGS = {"generator": GeneratorConfig.from_dict, "tokenizer": TokenizerConfig.from_dict}
 KINDS = tuple(CONFIGS)  # also the keys of the architecture's values in a checkpoint
@@ -170,7 +171,8 @@ def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike) -> Load
             f"training failed; take an earlier checkpoint"
         )
     model.eval().requires_grad_(False)
-    clip, held_out = checkpoint["hyper_parameters"]["clip"], data_settings(checkpoint).get("held_out")
+    clip = clip_shape(checkpoint["hyper_parameters"]["clip"], f"{path}: clip")
+    held_out = data_settings(checkpoint).get("held_out")
     return Loaded(model, clip, Path(path), checkpoint["global_step"], model_hash(model), held_out)
 
 

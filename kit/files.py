@@ -35,6 +35,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     name = hash_of([path.name], 12)  # short, for long names
     aside = path.with_name(f".{name}.part{path.suffix}")  # PyAV chooses the container by the suffix
     path.parent.mkdir(parents=True, exist_ok=True)
+    aside.unlink(missing_ok=True)  # in a shared folder it may be a link that somebody has put there
     try:
         yield aside
         os.replace(aside, path)
@@ -322,9 +323,17 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
+def parse_json(text: str, **how):
+    """Parses as `json.loads`. Raises json.JSONDecodeError also for what is nested too deeply."""
+    try:
+        return json.loads(text, **how)
+    except RecursionError as error:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from error
+
+
 def read_json(path: Path):
     """Reads a JSON file. Raises ValueError, naming the line, if it is not JSON."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}); the file may be cut off") from error

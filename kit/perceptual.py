@@ -21,7 +21,8 @@ from kit.recompute import recomputed
 CONVOLUTIONS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels, stage by stage
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's IMAGENET1K_V1
 VGG16_SHA256 = "397923af"  # its first digits
-GET_VGG16 = f"""python -c "import torch; torch.hub.load_state_dict_from_url('{VGG16}')\""""
+SAFELY = "check_hash=True, weights_only=True"
+GET_VGG16 = f"""python -c "import torch; torch.hub.load_state_dict_from_url('{VGG16}', {SAFELY})\""""
 GET_ST = "vgg_shift_tolerant.pth of the PyPI package stlpips-pytorch"
 
 

@@ -218,6 +218,8 @@ def _filled(
     shards, given, taken = contents.pop(SHARDS, None), {}, {}
 
     def one(keys: Keys, x: Tensor) -> Tensor:
+        if x.is_meta and shards is None:
+            raise ValueError(f"{path} lacks its entry {SHARDS!r}, which says where its tensors lie: take it as it was saved")
         own = take(keys, x)
         if x.is_meta:
             given[_name(keys)], taken[_name(keys)] = x, own
@@ -225,6 +227,7 @@ def _filled(
 
     if shards is None:
         return mapped(contents, one)
+    _check_names(path, shards)
     folder = folder_of(path) / shards["slot"]
     run(lambda: _check(path, {folder / name: shards["files"][name] for name in list(shards["files"])[rank::ranks]}))
     filled = mapped(contents, one)
@@ -241,6 +244,14 @@ def _fill(tensors: dict[str, Tensor], reader: _Reader):
         _load_state_dict(tensors, reader, no_dist=True)
     except CheckpointException as error:
         raise ValueError(f"{reader.path} could not be read: {next(iter(error.failures.values()))[0]}") from error
+
+
+def _check_names(path: Path, shards: dict):
+    """Checks that a checkpoint's shards lie in its own folder and all have hashes. Raises ValueError if not."""
+    named = {where[0] for parts in shards["parts"].values() for _, _, *where in parts}
+    strange = [name for name in (*shards["files"], *named) if Path(name).name != name or name not in shards["files"]]
+    if strange or shards["slot"] not in SLOTS:
+        raise ValueError(f"{path} names files that are no shards of its own, such as {(strange or [shards['slot']])[0]}")
 
 
 def _check(path: Path, files: dict[Path, str]):

@@ -69,6 +69,28 @@ def check_share(key: str, value: float):
         raise ValueError(f"{as_word(key, value)}; expected a number from 0 to 1")
 
 
+SIZES = ("frames", "height", "width")
+
+
+def clip_shape(values: object, where: str) -> dict:
+    """Takes the shape of clips out of a file, which a stranger may have made: `frames`, `height`, `width` and `fps`.
+
+    What builds the data for these takes `_target_` among its values for something to call, and `${...}` for a reference.
+
+    Args:
+        where: the file and key, used in error messages.
+    Raises:
+        ValueError: if one is missing or no number.
+    """
+    if not isinstance(values, Mapping) or (missing := [key for key in (*SIZES, "fps") if key not in values]):
+        lacks = f"lacks {', '.join(missing)}" if isinstance(values, Mapping) else f"is a {type(values).__name__}"
+        raise ValueError(f"{where} {lacks}; expected {', '.join(SIZES)} and fps of clips")
+    for key in SIZES:
+        check_whole_number(f"{where}: {key}", values[key], 1)
+    check_positive(f"{where}: fps", values["fps"])
+    return {key: values[key] for key in (*SIZES, "fps")}
+
+
 def check_choice(key: str, value: str, choices: Iterable[str]):
     """Checks that a value is one of some names. Raises ValueError, naming its key and the choices, if not."""
     if value not in (choices := list(choices)):

@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from kit.data.buckets import Bucket
+from kit.data.buckets import Bucket, read_shape
 from kit.data.source import BucketPart, ClipSource
 from kit.files import file_sha256, read_json
 from kit.scales import latent_frames
-from kit.values import hash_of
+from kit.values import check_whole_number, clip_shape, hash_of
 
 MANIFEST = "manifest.json"
 CLIPS = 512  # in a file
@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> dict:
     """Reads the manifest of a finished cache.
 
     Raises:
-        FileNotFoundError: if there is no cache. ValueError: if it is not finished.
+        FileNotFoundError: if there is no cache. ValueError: if it is not finished, or holds other than shapes and numbers.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -68,6 +68,13 @@ def read_manifest(folder: Path) -> dict:
     manifest = read_json(path)
     if "files" not in manifest:
         raise ValueError(f"the cache in {folder} is not finished; give the `python -m kit cache ...` that began it once more")
+    clip_shape(manifest["about"]["clip"], f"{path}: clip")
+    for bucket in manifest["about"].get("buckets", []):
+        read_shape(bucket)
+    for split, number in manifest["clips"].items():
+        check_whole_number(f"{path}: clips.{split}", number, 0)
+    if (needed := sum(-(-number // CLIPS) for number in manifest["clips"].values())) > (found := len(manifest["files"])):
+        raise ValueError(f"{path} is damaged: it lists {found} files, its clips need {needed}; make the cache once more")
     return manifest
 
 

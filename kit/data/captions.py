@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kit.data.decode import PICTURES
 from kit.data.listing import is_utf8, list_videos, stem_of
-from kit.files import read_text, written_aside
+from kit.files import parse_json, read_text, written_aside
 
 TABLES = ("captions.csv", "captions.jsonl", "captions.json")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of Hugging Face's datasets; a table of captions if it has a column of them
@@ -141,7 +141,7 @@ def caption_in(text: str) -> str | None:
     Raises:
         ValueError: if it is neither, or its caption is no text.
     """
-    caption = values = json.loads(text)
+    caption = values = parse_json(text)
     if isinstance(values, dict):
         caption = next((values[key] for key in CAPTION_COLUMNS if values.get(key) is not None), None)
     if caption is None:
@@ -255,9 +255,9 @@ def _rows(path: Path) -> list:
                     lines = [(n, line) for n, line in enumerate(file, start=1) if line.strip()]
                     return [_json_of(line, n, path) for n, line in lines]
                 case ".json":
-                    table = json.loads(text := file.read())
+                    table = parse_json(text := file.read())
                     if isinstance(table, dict):  # of a name that stands there twice it has kept one
-                        return [{"file": k, "caption": v} for k, v in json.loads(text, object_pairs_hook=list)]
+                        return [{"file": k, "caption": v} for k, v in parse_json(text, object_pairs_hook=list)]
                     return list(table)
                 case ".txt" if (videos := path.with_name(VIDEOS)).is_file():
                     files, captions = (
@@ -275,6 +275,6 @@ def _rows(path: Path) -> list:
 
 def _json_of(line: str, number: int, path: Path):
     try:
-        return json.loads(line)
+        return parse_json(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error

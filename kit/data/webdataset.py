@@ -39,8 +39,9 @@ from kit.machine import in_cache
 from kit.values import hash_of
 
 WORDS = (".txt", ".json", ".cls")  # files that hold the caption or class of a clip
+LONGEST = 2**20  # bytes of such a file; an archive of little size may hold one of any
 TIMES = ("mtime", "LastModified", "last_modified", "ETag", "etag", "Last-Modified")  # by which storages tell of a change
-INDEX = 6  # what an index means; another number with each change, so that those kept before are made anew
+INDEX = 7  # what an index means; another number with each change, so that those kept before are made anew
 
 
 class Member(NamedTuple):
@@ -180,7 +181,7 @@ def members_of(files: fsspec.AbstractFileSystem, path: str) -> Iterator[tuple[ta
             with tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
                 for member in tar:
                     wordy = member.isfile() and PurePosixPath(member.name).suffix.lower() in WORDS
-                    yield member, tar.extractfile(member).read() if wordy else b""
+                    yield member, tar.extractfile(member).read(LONGEST + 1) if wordy else b""
             more = to_next_tar(file, tar.offset)
 
 
@@ -245,6 +246,9 @@ def words_of(words: dict[str, bytes]) -> tuple[str | None, str | None, list[str]
     """
     texts, faults = {}, []
     for suffix, contents in words.items():
+        if len(contents) > LONGEST:
+            faults.append(f"a {suffix} of more than {LONGEST} bytes")
+            continue
         try:
             texts[suffix] = contents.decode("utf-8-sig").strip()
         except UnicodeDecodeError:

@@ -126,7 +126,7 @@ def load_videomae(path: str | Path | None = None) -> Detector:
             f"the detector videomae needs detector_weights=DIR, a folder with config.json and model.safetensors, found {path}"
         )
     disable_progress_bar()
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     if config.model_type != "videomae":
         raise ValueError(f"{path} holds a model of type {config.model_type!r}, expected 'videomae'")
     model, report = VideoMAEModel.from_pretrained(path, local_files_only=True, use_safetensors=True, output_loading_info=True)
