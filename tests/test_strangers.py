@@ -30,8 +30,9 @@ DEEP = "[" * 100_000
 
 
 def called(trace: Path) -> dict:
-    """Values that hydra's `instantiate` takes for a call, which writes a file."""
-    return {"_target_": "kit.files.write_json", "path": {"_target_": "pathlib.Path", "_args_": [str(trace)]}, "value": "called"}
+    """Values that hydra takes for a call, which writes a file."""
+    path = {"_target_": "pathlib.Path", "_args_": [str(trace)]}
+    return {"_target_": "kit.files.write_json", "path": path, "value": "called"}
 
 
 def with_clip(path: Path, to: Path, **values) -> Path:

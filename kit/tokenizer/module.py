@@ -119,14 +119,15 @@ class TokenizerModule(L.LightningModule):
             output, features, steps = self.model(video, self.kept_scales(video, draws))
         output = output.view_as(output)  # a gradient of this alone does not make a sharded model gather its weights
         terms = self.reconstruction_terms(video, output, features, steps, draws)
+        loss = weighted_sum(terms)
         if adversarial := self.adversarial_share:
-            terms["adversarial"] = self.adversarial_term(output, terms, hidden[0], adversarial)
+            terms["adversarial"], loss = self.adversarial_term(output, terms, hidden[0], adversarial)
         hidden.clear()  # the backward pass frees it
-        self.backward_of(terms)
+        self.backward_of(loss)
         self.log("train/loss", weighted_sum(terms), prog_bar=True, sync_dist=True)
         if adversarial:
             against = self.discriminator_terms(video, output.detach(), index % self.optimizer["accumulate"])
-            self.backward_of(against)
+            self.backward_of(weighted_sum(against))
             terms |= against
         if logs_now(self):
             self.log("train/amplitude", amplitude_of(features), sync_dist=True)
@@ -175,13 +176,13 @@ class TokenizerModule(L.LightningModule):
         first, last = self.loss["entropy_weight"], self.loss["entropy_weight_end"]
         return first + (last - first) * min(1.0, self.global_step / max(1, self.steps - 1))
 
-    def backward_of(self, terms: dict[str, tuple]):
-        """Backpropagates the weighted sum of `terms`.
+    def backward_of(self, loss: Tensor):
+        """Backpropagates the loss of a batch.
 
         Turns off autocast, under which Lightning calls a training step, so that gradients are not rounded.
         """
         with without_autocast(self.device):
-            self.manual_backward(weighted_sum(terms) / self.optimizer["accumulate"])
+            self.manual_backward(loss / self.optimizer["accumulate"])
 
     @property
     def adversarial_share(self) -> float:
@@ -191,10 +192,12 @@ class TokenizerModule(L.LightningModule):
             return 0.0
         return min(1.0, done / max(1, round(self.loss["adversarial"]["warmup"] * self.steps)))
 
-    def adversarial_term(self, output: Tensor, terms: dict, hidden: Tensor, share: float) -> tuple[Tensor | float, Tensor]:
-        """Computes weight and loss of fooling the discriminators.
+    def adversarial_term(self, output: Tensor, terms: dict, hidden: Tensor, share: float) -> tuple[tuple, Tensor]:
+        """Computes weight and loss of fooling the discriminators, and the sum of all losses to backpropagate.
 
-        The discriminators do not learn from it: only their gradient at the output is passed on to the tokenizer.
+        The discriminators do not learn from it: only their gradient at the output is passed on to the tokenizer. The
+        adaptive weight needs the gradient of the other losses there too, which is then passed on as well: the perceptual
+        network is gone through once.
 
         Args:
             terms: the other losses, with their weights. hidden: (B, C, F, h, w), what the decoder's last layer
@@ -204,16 +207,20 @@ class TokenizerModule(L.LightningModule):
         loss = adversarial_loss(self.discriminator(fake))
         with without_autocast(self.device):
             (gradient,) = torch.autograd.grad(loss, fake)
-        surrogate = (output * gradient).sum()  # has this gradient at the output
-        loss = loss.detach() + surrogate - surrogate.detach()
-        weight = share * self.loss["adversarial"]["weight"]
+        weight, others = share * self.loss["adversarial"]["weight"], weighted_sum(terms)
         if self.loss["adversarial"]["adaptive"]:
-            others = {name: term for name, term in terms.items() if name in ("reconstruction", "motion", "perceptual")}
+            of_output = {name: terms[name] for name in ("reconstruction", "motion", "perceptual") if name in terms}
+            others = weighted_sum({name: term for name, term in terms.items() if name not in of_output})
             with without_autocast(self.device):
-                (other,) = torch.autograd.grad(weighted_sum(others), output, retain_graph=True)
+                (other,) = torch.autograd.grad(weighted_sum(of_output), output)
                 gradients = [self.model.decoder.head_gradient(hidden, x) for x in (other, gradient)]
             weight = weight * adaptive_weight(*gradients)
-        return weight, loss
+            gradient = other + weight * gradient
+        else:
+            gradient = weight * gradient
+        terms = {**terms, "adversarial": (weight, loss.detach())}
+        carrier = others + (output * gradient).sum()  # has the gradient of all losses, not their value
+        return terms["adversarial"], weighted_sum(terms).detach() + (carrier - carrier.detach())
 
     def discriminator_terms(self, video: Tensor, output: Tensor, number: int) -> dict:
         """Computes the discriminators' losses, hinge and LeCAM, for batch `number` of an iteration, and updates LeCAM's

@@ -11,6 +11,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from callbacks import LossGuard
@@ -293,13 +294,14 @@ def test_the_perceptual_term_compares_with_the_clips(shared, monkeypatch):
     monkeypatch.setitem(CLIP, "width", 32)
     module = make_module(*words)
     video = torch.stack([Shapes("train", 5, 32, 32, 8.0)[n]["video"] for n in range(2)])
-    logged = {}
-    monkeypatch.setattr(module, "backward_of", logged.update)
+    terms, of = {}, module.reconstruction_terms
+    monkeypatch.setattr(module, "reconstruction_terms", lambda *args: terms.update(of(*args)) or terms)
+    monkeypatch.setattr(module, "backward_of", lambda loss: None)
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     monkeypatch.setattr(module, "step", lambda **_: None)
     monkeypatch.setattr(TokenizerModule, "global_step", 0)
     module.training_step({"video": video, "n": torch.arange(2)}, 0)
-    weight, found = logged["perceptual"]
+    weight, found = terms["perceptual"]
     assert weight == 0.5
     torch.testing.assert_close(found, perceptual_loss(module.perceptual, module.model(video)[0], video))
 
@@ -356,10 +358,45 @@ def test_adaptive_weight_scales_the_adversarial_term():
     with inputs_of(module.model.decoder.head) as hidden:
         output = module.model(video)[0]
     terms = {"reconstruction": (1.0, (output - video).square().mean()), "entropy": (9.0, output.sum() * 1e9)}
-    weight, loss = module.adversarial_term(output, terms, *hidden, module.adversarial_share)
     last = module.model.decoder.head.weight
-    pulls = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (terms["reconstruction"][1], loss)]
+    fooling = adversarial_loss(module.discriminator(output))
+    pulls = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (terms["reconstruction"][1], fooling)]
+    (weight, loss), _ = module.adversarial_term(output, terms, *hidden, module.adversarial_share)
     assert weight.item() == pytest.approx((0.5 * pulls[0] / (pulls[1] + 1e-4)).item(), rel=1e-4)
+    assert loss.item() == pytest.approx(fooling.item())
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_what_is_backpropagated_is_the_weighted_sum_of_all_losses(adaptive):
+    """Its value and its gradients, with the perceptual network gone through backwards once."""
+
+    class OfBlurred(nn.Module):
+        def forward(self, a, b):
+            return (F.avg_pool2d(a, 4) - F.avg_pool2d(b, 4)).square().mean(dim=(1, 2, 3))
+
+    module = make_module(f"loss.adversarial.adaptive={adaptive}", "loss.motion_weight=0.3", "loss.entropy_weight=0.1")
+    module.perceptual, module.loss["perceptual"]["weight"], passes = OfBlurred(), 0.5, []
+    video, draws = torch.rand(2, 3, 5, 16, 16) * 2 - 1, Draws(0, torch.arange(2))
+
+    def step():
+        with inputs_of(module.model.decoder.head) as hidden:
+            output, features, steps = module.model(video)
+        return output, *hidden, module.reconstruction_terms(video, output, features, steps, draws)
+
+    module.perceptual.register_full_backward_hook(lambda *_: passes.append(1))
+    output, hidden, terms = step()
+    term, loss = module.adversarial_term(output, terms, hidden, 0.7)
+    loss.backward()
+    found = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
+    assert len(passes) == 1 and all(p.grad is None for p in module.discriminator.parameters())
+    module.zero_grad()
+
+    output, _, terms = step()
+    whole = weighted_sum({**terms, "adversarial": (term[0], adversarial_loss(module.discriminator(output)))})
+    whole.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    for name, p in module.model.named_parameters():
+        torch.testing.assert_close(found.get(name), p.grad, atol=1e-7, rtol=1e-4, msg=name)
 
 
 def test_accumulated_batches_are_one_large_batch(monkeypatch):
@@ -504,7 +541,7 @@ class Automatic(TokenizerModule):
 
     def training_step(self, batch: dict, index: int):
         found = []
-        self.backward_of, self.step = (lambda terms: found.append(weighted_sum(terms))), (lambda discriminators: None)
+        self.backward_of, self.step = found.append, (lambda discriminators: None)
         super().training_step(batch, index)
         return found[0]
 
@@ -529,9 +566,14 @@ def test_the_adaptive_weight_heeds_all_losses_of_pixels(name):
     video = torch.rand(2, 3, 5, 16, 16) * 2 - 1
     with inputs_of(module.model.decoder.head) as hidden:
         output = module.model(video)[0]
-    error = (output - video).square().mean()
-    one, _ = module.adversarial_term(output, {"reconstruction": (1.0, error)}, *hidden, 1.0)
-    three, _ = module.adversarial_term(output, {"reconstruction": (1.0, error), name: (2.0, error)}, *hidden, 1.0)
+
+    def of(output):
+        return (output - video).square().mean()
+
+    one, three = (
+        module.adversarial_term(output, {"reconstruction": (1.0, of(output)), **more}, *hidden, 1.0)[0][0]
+        for more in ({}, {name: (2.0, of(output))})
+    )
     assert three.item() == pytest.approx(3 * one.item(), rel=1e-3)
 
 
