@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kit.values import check_choice
 
@@ -100,6 +101,12 @@ def without_autocast(device: torch.device):
     """Returns a context in which models on a device compute in the types of their weights and inputs."""
     there = torch.amp.is_autocast_available(device.type)  # not on the meta device
     return torch.autocast(device.type, enabled=False) if there else nullcontext()
+
+
+def in_its_type(x: Tensor):
+    """Returns a context in which a norm of `x` is computed in its type; the kernels keep its statistics in float32. A GPU's
+    autocast would cast `x` to float32, and all that comes after it."""
+    return nullcontext() if x.device.type in ("cpu", "meta") else torch.autocast(x.device.type, enabled=False)
 
 
 def inference_precision() -> str:

@@ -6,7 +6,6 @@ Shapes: B batch, S condition tokens, L tokens of the clip, D width, N heads, d b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -17,7 +16,7 @@ from kit.generator.condition import ConditionConfig, build_condition
 from kit.generator.linear import Linear, product
 from kit.generator.mask import View, attention_views
 from kit.generator.rope import ALIGN, positions, rotary_table, rotate
-from kit.machine import onto, without_autocast
+from kit.machine import in_its_type, onto, without_autocast
 from kit.recompute import recomputed
 from kit.scales import ScaleSchedule
 from kit.values import check_choice, check_whole_number, from_values
@@ -104,7 +103,7 @@ def attend_views(q: Tensor, k: Tensor, v: Tensor, views: Sequence[View]) -> Tens
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm in the input's type, so that mixed precision uses the fused kernel; autocast on CUDA would use float32.
+    """nn.RMSNorm in the input's type, so that mixed precision uses the fused kernel.
 
     Its epsilon is the same in every precision; torch's default depends on the input's type.
     """
@@ -113,7 +112,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cuda", enabled=False) if x.is_cuda else nullcontext():
+        with in_its_type(x):
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 

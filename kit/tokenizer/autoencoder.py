@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kit.machine import in_its_type
 from kit.recompute import recomputed
 from kit.scales import TAU
 from kit.tokenizer.causal import CausalConv3d, Stream, each_frame, fold, unfold
@@ -23,7 +24,8 @@ class ChannelNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, T, H, W) -> the same shape; makes no copy of channels-last layout."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x.movedim(1, -1), self.normalized_shape, weight, bias, self.eps).movedim(-1, 1)
+        with in_its_type(x):
+            return F.layer_norm(x.movedim(1, -1), self.normalized_shape, weight, bias, self.eps).movedim(-1, 1)
 
 
 def kernel(temporal: bool) -> tuple[int, int, int]:

@@ -78,7 +78,7 @@ def test_a_tokenizers_step_on_paper_is_the_real_one(words, monkeypatch):
         return counter.get_total_flops()
 
     before, after = real(module.steps), real(0)
-    assert (after > 1.1 * before) == (words is FULL)
+    assert (after > 1.02 * before) == (words is FULL)  # discriminators of 8 channels
     cost = tokenizer_cost(lambda: tokenizer_on_paper(cfg, clip), range(4))
     assert cost == ClipCost(module.schedule.length, before / 4 + 3 * after / 4)
     assert tokenizer_cost(lambda: tokenizer_on_paper(cfg, clip), range(3, 4)).flops == after

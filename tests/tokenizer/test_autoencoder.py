@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from callbacks import CompileLayers
 from kit.data.shapes import Shapes
 from kit.inspection import bit_use
 from kit.tokenizer import Tokenizer, TokenizerConfig
-from kit.tokenizer.autoencoder import Downsample, FromLatent, ResBlock, Upsample, fit_channels
+from kit.tokenizer.autoencoder import ChannelNorm, Downsample, FromLatent, ResBlock, Upsample, fit_channels
 from kit.tokenizer.causal import Stream
 from kit.tokenizer.module import inputs_of
 from tests.fixtures import CLOSE, INFINITY
@@ -85,6 +87,18 @@ def test_bfloat16_stays_bfloat16_to_the_end():
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         tokenizer.reconstruct(torch.rand(1, 3, 5, 16, 16))
     assert {dtype for _, dtype in seen} == {torch.bfloat16} and len(seen) == 4
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type")
+def test_norms_keep_the_type_of_their_input_on_a_gpu():
+    """There autocast would compute them, and all up to the next convolution, in float32."""
+    with FakeTensorMode(), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        torch.set_autocast_enabled("cuda", True)  # where there is none, torch.autocast has left it off
+        norm, x = ChannelNorm(8), torch.empty(2, 8, 3, 4, 4, dtype=torch.bfloat16, device="cuda")
+        norm.weight, norm.bias = (nn.Parameter(torch.empty(8, device="cuda")) for _ in range(2))
+        assert F.layer_norm(x.movedim(1, -1), (8,), norm.weight.to(x.dtype), norm.bias.to(x.dtype)).dtype == torch.float32
+        assert norm(x).dtype == torch.bfloat16
+        assert torch.is_autocast_enabled("cuda")
 
 
 def test_the_latent_has_a_shortcut_of_its_own_frame():
