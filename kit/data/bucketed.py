@@ -69,6 +69,10 @@ class BucketClips(ClipSource):
         number, i = divmod(n, len(self.parts))
         return self.parts[i][number]
 
+    def beginning(self, n: int, frames: int) -> dict:
+        number, i = divmod(n, len(self.parts))
+        return self.parts[i].beginning(number, frames)
+
     def number(self, i: int, n: int) -> int:
         """Item number of clip n of bucket i."""
         return n * len(self.parts) + i

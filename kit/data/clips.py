@@ -302,11 +302,18 @@ class FolderClips(ClipSource):
         return permutation(len(self.files), self.seed, epoch)
 
     def __getitem__(self, n: int) -> dict:
+        return self._item(n, self.frames)
+
+    def beginning(self, n: int, frames: int) -> dict:
+        return self._item(n, frames)
+
+    def _item(self, n: int, frames: int) -> dict:
+        """Item n with the first `frames` frames of its clip."""
         if n < 0:
             raise IndexError(f"item {n}; expected a number of 0 or more")
         draws = np.random.default_rng((self.seed, 1, n)).random(4) if self.split == "train" else np.full(4, 0.5)
         for name in self._candidates(n):
-            video = self._read(name, *draws)
+            video = self._read(name, *draws, frames=frames)
             if video is not None:
                 self._tell_short()
                 return {"video": video, **self.words(name)}
@@ -332,10 +339,10 @@ class FolderClips(ClipSource):
                 break
         yield from self.spare
 
-    def _read(self, name: str, start=0.5, top=0.5, left=0.5, mirror=0.5) -> Tensor | None:
-        """A clip of a file, or None if it cannot be read; the four numbers in [0, 1) choose the clip."""
+    def _read(self, name: str, start=0.5, top=0.5, left=0.5, mirror=0.5, frames: int | None = None) -> Tensor | None:
+        """The beginning of a clip of a file, or None if it cannot be read; the four numbers in [0, 1) choose the clip."""
         try:
-            clip = self.clip(name, start, *((top, left) if self.random_crop else ()))
+            clip = self.clip(name, start, *((top, left) if self.random_crop else ()), frames=frames)
         except UnreadableVideo as error:
             self.skip(name, error)
             return None
@@ -343,8 +350,11 @@ class FolderClips(ClipSource):
             self.short[self.path_of(name)] = clip.lacking
         return clip.video.flip(-1) if self.flip and mirror < 0.5 else clip.video
 
-    def clip(self, name: str, start: float = 0.5, top: float = 0.5, left: float = 0.5) -> Clip:
-        """A clip of a file; `start` as in `frame_numbers`, `top` and `left` as in `fit`.
+    def clip(
+        self, name: str, start: float = 0.5, top: float = 0.5, left: float = 0.5, frames: int | None = None
+    ) -> Clip:  # fmt: skip
+        """A clip of a file; `start` as in `frame_numbers`, `top` and `left` as in `fit`. Of the clip that these choose, only
+        the first `frames` frames are read; None: all.
 
         Raises:
             UnreadableVideo: if the file cannot be read.
@@ -352,7 +362,7 @@ class FolderClips(ClipSource):
         with self._at(name) as path:
             video = open_video(path, self.backend, self.patience)
             numbers = frame_numbers(len(video), video.fps, self.frames, self.fps, start)
-            shown = np.minimum(numbers, len(video) - 1)
+            shown = np.minimum(numbers, len(video) - 1)[:frames]
             pixels, size = read_fitted(video, shown, self.height, self.width, top, left)
         return Clip(pixels, int((numbers >= len(video)).sum()), size)
 

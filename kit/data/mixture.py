@@ -128,8 +128,14 @@ class Mixture(ClipSource):
 
     def __getitem__(self, n: int) -> dict:
         name, number = self.turns.of(n)
-        source = self.sources[name]
-        return relabelled({"given": 0, **source[number]}, source.classes, self.classes)
+        return self._relabelled(name, self.sources[name][number])
+
+    def beginning(self, n: int, frames: int) -> dict:
+        name, number = self.turns.of(n)
+        return self._relabelled(name, self.sources[name].beginning(number, frames))
+
+    def _relabelled(self, name: str, item: dict) -> dict:
+        return relabelled({"given": 0, **item}, self.sources[name].classes, self.classes)
 
     def distinct(self, n: int) -> bool:
         name, number = self.turns.of(n)

@@ -32,7 +32,7 @@ class Numbered(Dataset):
         if frames == 1 and self.images is not None:
             item = relabelled({"given": 0, **self.images[n], "n": n}, self.images.classes, self.source.classes)
         else:
-            item = {"given": 0, **self.source[n], "n": n}
+            item = {"given": 0, **self.source.beginning(n, frames), "n": n}
         try:
             check_item(item, frames, self.size, len(self.source.classes))
         except ValueError as error:

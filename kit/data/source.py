@@ -34,6 +34,16 @@ class ClipSource(Dataset):
     files: Sequence[str] = ()
     seed = 0
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "__getitem__" in vars(cls) and "beginning" not in vars(cls):
+            cls.beginning = ClipSource.beginning  # an inherited one would pass over the class's own items
+
+    def beginning(self, n: int, frames: int) -> dict:
+        """Item n with `frames` or more of its first frames, for a source that need not read them all: batches of images take
+        the first frames of clips."""
+        return self[n]
+
     @property
     def name(self) -> str:
         """Where the clips come from, in words."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
+import kit.data.clips
 from kit.build import build_data
 from kit.cli import main
+from kit.data.bucketed import BucketClips
 from kit.data.buckets import Bucket, image_buckets
 from kit.data.clips import FolderClips
 from kit.data.datamodule import ClipDataModule
+from kit.data.mixture import Mixture
+from kit.data.numbered import Numbered
 from kit.data.shapes import SHAPES, Shapes
+from kit.data.source import ClipSource
+from kit.data.webdataset import ShardClips
 from kit.files import read_json
 from tests.data.test_buckets import FILES, write
 from tests.fixtures import CLIP, composed, fit_generator, fit_tokenizer
@@ -217,3 +224,66 @@ def test_the_share_of_images_and_the_devices_decide_which_clips_a_step_holds():
     assert settings() == settings()
     assert [key for key, value in settings(image_share=0.5).items() if value != settings()[key]] == ["image_share"]
     assert [key for key, value in settings(devices=2).items() if value != settings()[key]] == ["devices"]
+
+
+def buckets_of(videos: Path) -> BucketClips:
+    return BucketClips(FolderClips(videos, fps=8, frames=9), [Bucket(5, 32, 32, 2), Bucket(9, 32, 48, 2)])
+
+
+def in_shards(videos: Path) -> ShardClips:
+    with tarfile.open(videos.parent / "packed.tar", "w") as tar:
+        tar.add(videos, "")
+    return ShardClips(videos.parent / "packed.tar", frames=9, height=32, width=48, seed=3)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda videos: FolderClips(videos, frames=9, flip=True, random_crop=True),
+        lambda videos: FolderClips(videos, frames=9, fps=8, backend="pyav", patience=None, height=32, width=48),
+        lambda videos: FolderClips(videos, "val", frames=99),  # too short
+        in_shards,
+        buckets_of,
+        lambda videos: Mixture(
+            {"a": partial(FolderClips, videos), "b": Shapes}, {"a": 2, "b": 1}, frames=9, height=32, width=48, fps=8
+        ),
+    ],
+    ids=["decord", "pyav", "short", "shards", "buckets", "mixture"],
+)
+def test_of_the_first_frames_of_a_clip_no_others_are_read(videos, source, monkeypatch):
+    source, asked, read = source(videos), [], kit.data.clips.read_fitted
+    monkeypatch.setattr(
+        kit.data.clips, "read_fitted", lambda video, numbers, *rest: asked.append(len(numbers)) or read(video, numbers, *rest)
+    )
+    for n in range(6):
+        whole, some = Numbered(source)[n, 5], source.beginning(n, 1)
+        assert torch.equal(some["video"][:, :1], whole["video"][:, :1])
+        assert all(some[key] == whole[key] for key in ("caption", "label")) and some.get("given", 0) == whole["given"]
+        assert torch.equal(Numbered(source)[n, 1]["video"], whole["video"][:, :1])
+    assert asked and asked == [5, 1, 1] * (len(asked) // 3)
+
+
+def test_a_source_s_own_items_are_not_passed_over():
+    """One that derives from a source that reads less, and changes its items."""
+
+    class Dark(FolderClips):
+        def __getitem__(self, n):
+            return super().__getitem__(n) | {"video": torch.zeros(3, self.frames, self.height, self.width)}
+
+    class Darker(Dark):
+        val_every = 3
+
+    class Quick(Dark):
+        def beginning(self, n, frames):
+            return {"video": torch.ones(3, frames, 8, 8), "caption": "", "label": -1}
+
+    assert Dark.beginning is Darker.beginning is ClipSource.beginning and Quick.beginning is not ClipSource.beginning
+    assert FolderClips.beginning is ShardClips.beginning is not ClipSource.beginning
+
+
+def test_a_subclass_s_items_are_those_of_images_too(videos):
+    class Dark(FolderClips):
+        def __getitem__(self, n):
+            return super().__getitem__(n) | {"video": torch.zeros(3, self.frames, self.height, self.width)}
+
+    assert not Numbered(Dark(videos, frames=5))[2, 1]["video"].any()
