@@ -39,8 +39,9 @@ class Health(L.Callback):
     def on_after_backward(self, trainer, module):
         """Of a tokenizer with discriminators once for each side; the model's gradients are then the same. A tokenizer's rows
         may be written amid a step, and show the norm of the one before."""
-        unseen = module.automatic_optimization and not logs_now(module)
-        if unseen or (batches_done(trainer) + 1) % batches_of_a_step(trainer, module):  # the batch at hand is not its last
+        batches = batches_of_a_step(trainer, module)
+        seen = logs_now(module) or not module.automatic_optimization and batches > 1
+        if not seen or (batches_done(trainer) + 1) % batches:  # the batch at hand is not its last
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # of 16-mixed, which has multiplied the loss
         module.log("train/grad_norm", gradient_norm(module.model.parameters()) / (scaler.get_scale() if scaler else 1))

@@ -35,14 +35,19 @@ def orthogonalise(x: Tensor) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for iterations in PHASES:
         gram = x @ x.mT
-        factor = None
-        for _ in range(iterations):
-            polynomial = -4.7750 * gram + 2.0315 * gram @ gram
-            polynomial.diagonal(dim1=-2, dim2=-1).add_(3.4445)
-            factor = polynomial if factor is None else polynomial @ factor
-            gram = polynomial @ gram @ polynomial
+        factor = polynomial = _polynomial(gram)
+        for _ in range(iterations - 1):
+            gram = polynomial @ gram @ polynomial  # of what x would be by now
+            polynomial = _polynomial(gram)
+            factor = polynomial @ factor
         x = factor @ x
     return x
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    polynomial = -4.7750 * gram + 2.0315 * gram @ gram
+    polynomial.diagonal(dim1=-2, dim2=-1).add_(3.4445)
+    return polynomial
 
 
 def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:

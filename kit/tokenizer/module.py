@@ -225,7 +225,7 @@ class TokenizerModule(L.LightningModule):
     def discriminator_terms(self, video: Tensor, output: Tensor, number: int) -> dict:
         """Computes the discriminators' losses, hinge and LeCAM, for batch `number` of an iteration, and updates LeCAM's
         averages."""
-        real, fake = self.discriminator(video), self.discriminator(output)
+        real, fake = zip(*(logits.chunk(2) for logits in self.discriminator(torch.cat([video, output]))))  # one pass
         means = torch.stack([torch.stack([r.float().mean(), f.float().mean()]) for r, f in zip(real, fake)])
         means = mean_over_ranks(means.detach())
         batches = self.optimizer["accumulate"]
