@@ -39,7 +39,8 @@ def make(folder: Path, files: int):
         captions.write("file,caption\n")
         for n in range(files):
             name = f"part{n // 1000:05d}/clip_{n:08d}_scene.mp4"
-            (folder / name).parent.mkdir(exist_ok=True) if n % 1000 == 0 else None
+            if n % 1000 == 0:
+                (folder / name).parent.mkdir()
             os.close(os.open(folder / name, os.O_CREAT))
             captions.write(f"{name},{' '.join(draw.choices(WORDS, k=20))}\n")
 
@@ -48,13 +49,16 @@ def own_after_an_epoch(source: FolderClips) -> float:
     """Returns the memory that a forked process comes to have of its own."""
     reader, writer = os.pipe()
     if not (child := os.fork()):
-        before = memory("Private_Dirty")
-        for n in range(len(source.files)):
-            source.words(source.file(n))
-        os.write(writer, str(memory("Private_Dirty") - before).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    return float(os.read(reader, 99))
+        try:
+            before = memory("Private_Dirty")
+            for n in range(len(source.files)):
+                source.words(source.file(n))
+            os.write(writer, str(memory("Private_Dirty") - before).encode())
+        finally:
+            os._exit(0)
+    os.close(writer), os.waitpid(child, 0)
+    with open(reader) as told:
+        return float(told.read())
 
 
 def main(*words: str):

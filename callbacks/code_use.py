@@ -46,4 +46,4 @@ class CodeUse(L.Callback):
             with may_fail("picture of the bits' use", step := trainer.global_step):
                 picture = bit_use_picture(ones, self.folder / f"bit_use_step{step:06d}.png")
                 log_picture(trainer, "bit_use", picture)
-                thin_out(self.folder, "bit_use_step")
+                thin_out(self.folder, "bit_use_step", step)

@@ -31,19 +31,19 @@ def may_fail(what: str, step: int) -> Iterator[None]:
         rank_zero_warn(f"no {what} of step {step}: {error if expected else repr(error)}")
 
 
-def thin_out(folder: Path, kind: str):
+def thin_out(folder: Path, kind: str, now: int):
     """Removes pictures until there are those of `MOST` steps, which span the run: each time of the step nearest to its
-    neighbours.
+    neighbours, but first those of an earlier run that came further.
 
     Args:
-        kind: what comes before the step in the names of the files, as in `step000250.png`.
+        kind: what comes before the step in the names of the files, as in `step000250.png`. now: the step just shown.
     """
     texts = {path.stem.removeprefix(kind) for path in folder.glob(f"{kind}[0-9]*")}
     steps = sorted(int(text) for text in texts if text.isdecimal())
     while len(steps) > MOST:
         nearest = min(range(1, len(steps) - 1), key=lambda i: steps[i + 1] - steps[i - 1])
-        for path in folder.glob(f"{kind}{steps.pop(nearest):06d}.*"):
-            path.unlink()
+        for path in folder.glob(f"{kind}{steps.pop(-1 if steps[-1] > now else nearest):06d}.*"):
+            path.unlink(missing_ok=True)
 
 
 def log_picture(trainer: L.Trainer, name: str, picture: Path, video: Path | None = None):

@@ -54,7 +54,7 @@ class VideoLogger(L.Callback):
         side_by_side = torch.cat([torch.cat(list(group.values()), dim=-1) for group in groups], dim=-2)
         video = write_video(side_by_side, self.folder / f"step{step:06d}.mp4", data.fps)
         log_picture(trainer, "samples", picture, video)
-        thin_out(self.folder, "step")
+        thin_out(self.folder, "step", step)
 
     def rows(self, module, model, batch: dict) -> dict[str, torch.Tensor]:
         """Videos to show: name -> (clips, 3, T, H, W)."""

@@ -35,12 +35,17 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
     Args:
         tokenizer: gives the number of tokens of a clip, for `data.batch_tokens`; None: `data.batch_tokens` is ignored.
     Raises:
-        ValueError: if `data.batch_tokens` is less than one clip, the tokenizer cannot take a bucket's clips,
+        ValueError: if sizes or fps are no numbers, `data.batch_tokens` is less than one clip, the tokenizer cannot take a
+            bucket's clips,
             `data.source` or the folder of `data.images`' cache is missing, or a source of a mixture is not partial; else
             as `check_batch_parts` and `ClipDataModule`.
     """
     check_batch_parts(cfg)
     values = {k: v for k, v in plain(cfg.data).items() if k not in ("root", "batch_tokens")}
+    for key in SIZES:  # these and fps may come from a checkpoint or cache, in which `_target_` could stand
+        check_whole_number(f"data.{key}", values[key], 1)
+    if values["fps"] is not None:
+        check_number("data.fps", values["fps"], 0)
     source = values.get("source") or {}
     if source == "???":
         raise ValueError("data.source is missing: what builds the clips, _target_ and _partial_: true, as in conf/data")
@@ -60,9 +65,6 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
         values["buckets"] = [bucket._asdict() for bucket in buckets_of(cfg, tokenizer)]
     if tokenizer is not None:
         values["batch_size"] = batch_size_of(cfg.data, tokenizer, values["frames"], values["height"], values["width"])
-    for key in SIZES:  # these and fps may come from a checkpoint or cache, in which `_target_` could stand
-        check_whole_number(f"data.{key}", values[key], 1)
-    check_number("data.fps", values["fps"], 0)
     return instantiate(values)
 
 

@@ -171,7 +171,7 @@ def _loaded(model: nn.Module, checkpoint: dict, path: str | os.PathLike) -> Load
             f"training failed; take an earlier checkpoint"
         )
     model.eval().requires_grad_(False)
-    clip = clip_shape(checkpoint["hyper_parameters"]["clip"], f"{path}: clip")
+    clip = clip_shape(checkpoint["hyper_parameters"].get("clip"), f"{path}: clip")
     held_out = data_settings(checkpoint).get("held_out")
     return Loaded(model, clip, Path(path), checkpoint["global_step"], model_hash(model), held_out)
 

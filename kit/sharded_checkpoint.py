@@ -41,6 +41,7 @@ from kit.ranks import everywhere, first
 
 Keys = tuple[str | int, ...]  # keys of a tensor in a checkpoint, the outermost first
 Take = Callable[[Keys, Tensor], Tensor]  # returns a replacement for a tensor; for one on the meta device, a tensor to fill
+ANOTHER = "another checkpoint, or a fresh copy of this one"
 SHARDS = "shards"  # entry of an index: the slot in the folder, its files' SHA-256, the parts of each tensor
 SLOTS = ("a", "b")  # subfolders that saves alternate between
 ALIGNED = 64  # bytes; tensors of any type may begin at a multiple of it
@@ -219,7 +220,7 @@ def _filled(
 
     def one(keys: Keys, x: Tensor) -> Tensor:
         if x.is_meta and shards is None:
-            raise ValueError(f"{path} lacks its entry {SHARDS!r}, which says where its tensors lie: take it as it was saved")
+            raise ValueError(f"{path} lacks its entry {SHARDS!r}, which says where its tensors lie; take {ANOTHER}")
         own = take(keys, x)
         if x.is_meta:
             given[_name(keys)], taken[_name(keys)] = x, own
@@ -248,10 +249,13 @@ def _fill(tensors: dict[str, Tensor], reader: _Reader):
 
 def _check_names(path: Path, shards: dict):
     """Checks that a checkpoint's shards lie in its own folder and all have hashes. Raises ValueError if not."""
+    if missing := [key for key in ("slot", "files", "parts") if key not in shards]:
+        raise ValueError(f"{path}: its entry {SHARDS!r} lacks {', '.join(missing)}; take {ANOTHER}")
     named = {where[0] for parts in shards["parts"].values() for _, _, *where in parts}
     strange = [name for name in (*shards["files"], *named) if Path(name).name != name or name not in shards["files"]]
     if strange or shards["slot"] not in SLOTS:
-        raise ValueError(f"{path} names files that are no shards of its own, such as {(strange or [shards['slot']])[0]}")
+        other = (strange or [shards["slot"]])[0]
+        raise ValueError(f"{path} names files that are no shards of its own, such as {other}; take {ANOTHER}")
 
 
 def _check(path: Path, files: dict[Path, str]):

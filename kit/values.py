@@ -82,9 +82,11 @@ def clip_shape(values: object, where: str) -> dict:
     Raises:
         ValueError: if one is missing or no number.
     """
-    if not isinstance(values, Mapping) or (missing := [key for key in (*SIZES, "fps") if key not in values]):
-        lacks = f"lacks {', '.join(missing)}" if isinstance(values, Mapping) else f"is a {type(values).__name__}"
-        raise ValueError(f"{where} {lacks}; expected {', '.join(SIZES)} and fps of clips")
+    expected = f"expected {', '.join(SIZES)} and fps of clips"
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is a {type(values).__name__}; {expected}")
+    if missing := [key for key in (*SIZES, "fps") if key not in values]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; {expected}")
     for key in SIZES:
         check_whole_number(f"{where}: {key}", values[key], 1)
     check_positive(f"{where}: fps", values["fps"])

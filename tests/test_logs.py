@@ -216,7 +216,8 @@ def test_a_video_of_a_validation_has_a_row_for_each_clip(tmp_path, monkeypatch):
     """Of a real clip and what a model makes of it, side by side."""
     colours = {"real": torch.tensor([-1.0, -0.5]), "sample": torch.tensor([0.5, 1.0])}
     rows = {name: each.view(2, 1, 1, 1, 1).expand(2, 3, 5, 32, 48) for name, each in colours.items()}
-    callback = VideoLogger(str(tmp_path), clips=2)
+    callback, thinned = VideoLogger(str(tmp_path), clips=2), []
+    monkeypatch.setattr("callbacks.video_logger.thin_out", lambda *words: thinned.append(words))
     monkeypatch.setattr(callback, "rows", lambda *_: rows)
     data = SimpleNamespace(held_out={(0, 5): {"caption": "a"}, (1, 5): {"caption": "b"}}, frames=5, fps=8)
     trainer = SimpleNamespace(
@@ -226,6 +227,7 @@ def test_a_video_of_a_validation_has_a_row_for_each_clip(tmp_path, monkeypatch):
     callback._show(trainer, SimpleNamespace(device="cpu"), None)
     file = open_clip_file(tmp_path / "media" / "step000003.mp4", None, 0)
     assert file.size == (64, 96) and len(file) == 5 and file.video.fps == 8
+    assert thinned == [(tmp_path / "media", "step", 3)]
     found = file.read(64, 96)[0, 0, 16::32, 24::48]
     assert torch.allclose(found, torch.stack(list(colours.values()), 1), atol=0.05)
 
@@ -241,7 +243,7 @@ def test_pictures_of_a_long_run_thin_out(tmp_path, monkeypatch, kind, suffixes):
     for step in steps:
         for suffix in suffixes:
             (tmp_path / f"{kind}{step:06d}.{suffix}").touch()
-        thin_out(tmp_path, kind)
+        thin_out(tmp_path, kind, step)
         left = {path.name for path in tmp_path.iterdir()}
         most = max(most, len(left))
         assert {f"{kind}{shown:06d}.{suffix}" for shown in (steps[0], step) for suffix in suffixes} | others <= left
@@ -251,11 +253,14 @@ def test_pictures_of_a_long_run_thin_out(tmp_path, monkeypatch, kind, suffixes):
     assert max(gaps) <= 2 * 99 / 7 * 250_000  # twice as far apart as if evenly spread
 
 
-def test_pictures_are_thinned_out_as_they_are_made(tmp_path, monkeypatch):
-    thinned = []
-    monkeypatch.setattr("callbacks.video_logger.thin_out", lambda folder, kind: thinned.append((folder, kind)))
-    test_a_video_of_a_validation_has_a_row_for_each_clip(tmp_path, monkeypatch)
-    assert thinned == [(tmp_path / "media", "step")]
+def test_pictures_of_an_earlier_run_that_came_further_go_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("callbacks.pictures.MOST", 8)
+    for step in range(100, 900, 100):
+        (tmp_path / f"step{step:06d}.png").touch()
+    for step in (110, 120, 130):
+        (tmp_path / f"step{step:06d}.png").touch()
+        thin_out(tmp_path, "step", step)
+    assert sorted(int(path.stem[4:]) for path in tmp_path.iterdir()) == [100, 110, 120, 130, 200, 300, 400, 500]
 
 
 def test_a_constant_bit_shows_at_a_glance(tmp_path):

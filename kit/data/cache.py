@@ -68,14 +68,23 @@ def read_manifest(folder: Path) -> dict:
     manifest = read_json(path)
     if "files" not in manifest:
         raise ValueError(f"the cache in {folder} is not finished; give the `python -m kit cache ...` that began it once more")
-    clip_shape(manifest["about"]["clip"], f"{path}: clip")
+    try:
+        _check_manifest(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not as `python -m kit cache` writes it: {reason}; make the cache once more") from error
+    return manifest
+
+
+def _check_manifest(manifest: dict):
+    """Checks that the numbers and shapes in a manifest are such. Raises ValueError, or whatever comes of a missing one."""
+    clip_shape(manifest["about"]["clip"], "clip")
     for bucket in manifest["about"].get("buckets", []):
         read_shape(bucket)
     for split, number in manifest["clips"].items():
-        check_whole_number(f"{path}: clips.{split}", number, 0)
+        check_whole_number(f"clips.{split}", number, 0)
     if (needed := sum(-(-number // CLIPS) for number in manifest["clips"].values())) > (found := len(manifest["files"])):
-        raise ValueError(f"{path} is damaged: it lists {found} files, its clips need {needed}; make the cache once more")
-    return manifest
+        raise ValueError(f"it lists {found} files, its clips need {needed}")
 
 
 def of_manifest(folder: str, key: str):

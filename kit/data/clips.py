@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -47,7 +46,7 @@ OF_ITEMS = {  # arguments that names, labels and captions of files do not depend
 }  # fmt: skip
 
 
-def permutation(count: int, seed: int, epoch: int = 0) -> np.ndarray:
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     """Draws an order of `count` files: a permutation (count,)."""
     return np.random.default_rng((seed, 0, epoch)).permutation(count)
 
@@ -133,12 +132,12 @@ class FolderClips(ClipSource):
 
     def __post_init__(self):
         self._check_arguments()
-        about = {argument.name: getattr(self, argument.name) for argument in fields(self) if argument.init}
-        key = repr({**{k: v for k, v in about.items() if k not in OF_ITEMS}, "pictures": self.frames == 1})
+        about = repr({**{k: v for k, v in vars(self).items() if k not in OF_ITEMS}, "pictures": self.frames == 1})
+        key, of_split = (type(self), about), (type(self), about, self.split, self.val_every)
         with read_once():
             names = self._names()
-            self.files = Names(self._files_of_split(names))
-            self._labels, self._captions = shared((type(self), key), lambda: self._words_of(names))
+            self.files = shared(of_split, lambda: Names(self._files_of_split(names)))
+            self._labels, self._captions = shared(key, lambda: self._words_of(names))
         if self.split == "val" and len(names) == 1:
             warnings.warn(f"{self.root} holds one video only: it is used for training and validation", stacklevel=3)
         self.classes = tuple(sorted(set(self._labels.values())))
@@ -151,7 +150,8 @@ class FolderClips(ClipSource):
             self._tell_short()
 
     def _words_of(self, names: Sequence[str]) -> tuple[ByName[str], ByName[str]]:
-        """Labels and captions of files. Warns of those that have no words as a caption where others have."""
+        """Labels and captions of the files of all splits, whichever this one is. Warns of those that have no words as a
+        caption where others have."""
         labels, captions = self._labels_of(names), self._captions_of(names)
         if captions and (without := [name for name in names if not captions.get(name, labels.get(name, "")).strip()]):
             message = f"{len(without)} of {len(names)} files in {self.root} have an empty caption or none, such as"
@@ -169,8 +169,7 @@ class FolderClips(ClipSource):
     def _begin_records(self) -> None:
         """Starts empty records of the files that are too short or cannot be read."""
         self.skipped, self.short, self._told_short = {}, {}, False
-        self._orders: dict[int, np.ndarray] = {}  # epoch -> positions in `files`
-        self.__dict__.pop("_held_out_order", None)  # that of the data set that this is a part of
+        self._orders: dict[tuple[int, int, int], np.ndarray] = {}  # seed, epoch, number of files -> positions in `files`
         count = len(self.files) + len(self.spare)
         self._unreadable = torch.zeros(count, dtype=torch.bool).share_memory_()  # one for all workers
 
@@ -240,8 +239,9 @@ class FolderClips(ClipSource):
             return -1
 
     def texts(self) -> list[dict]:
-        unpacked = self._labels.unpacked(), self._captions.unpacked()
-        return [self._words_among(name, *unpacked) for name in self.files]
+        quick = copy.copy(self)
+        quick._labels, quick._captions = self._labels.unpacked(), self._captions.unpacked()
+        return [quick.words(name) for name in self.files]
 
     @property
     def captioned(self) -> bool:
@@ -278,28 +278,26 @@ class FolderClips(ClipSource):
         epoch, position = divmod(n, len(self.files))
         match self.split:
             case "train":
-                position = self._order_of(epoch)[position]
+                position = self._order(self.seed, epoch, self._drawn_order)[position]
             case "val":  # of many a few are looked at: from all over, and the same whatever the seed
-                position = self._held_out_order[position]
+                position = self._order(0, 0, permutation)[position]
         return self.files[position]
 
     def distinct(self, n: int) -> bool:  # not the second of a file, nor of another file because its own cannot be read
         return n < len(self.files) and self.path_of(self.file(n)) not in self.skipped
 
-    @functools.cached_property
-    def _held_out_order(self) -> np.ndarray:
-        return permutation(len(self.files), seed=0)
-
-    def _order_of(self, epoch: int) -> np.ndarray:
-        """Order of the files in a training epoch, as positions in `files`."""
-        if epoch not in self._orders:
-            if len(self._orders) == ORDERS:
+    def _order(self, seed: int, epoch: int, draw: Callable[[int, int, int], np.ndarray]) -> np.ndarray:
+        """Order of the files in an epoch, as positions in `files`: draw(count, seed, epoch), of the last ones kept."""
+        key = seed, epoch, len(self.files)
+        if key not in self._orders:
+            if len(self._orders) >= ORDERS:
                 del self._orders[next(iter(self._orders))]  # the one that was drawn first
-            self._orders[epoch] = self._drawn_order(epoch)
-        return self._orders[epoch]
+            self._orders[key] = draw(len(self.files), seed, epoch)
+        return self._orders[key]
 
-    def _drawn_order(self, epoch: int) -> np.ndarray:
-        return permutation(len(self.files), self.seed, epoch)
+    def _drawn_order(self, count: int, seed: int, epoch: int) -> np.ndarray:
+        """Order of a training epoch."""
+        return permutation(count, seed, epoch)
 
     def __getitem__(self, n: int) -> dict:
         return self._item(n, self.frames)
@@ -321,11 +319,8 @@ class FolderClips(ClipSource):
 
     def words(self, name: str) -> dict:
         """`caption` and `label` of a file."""
-        return self._words_among(name, self._labels, self._captions)
-
-    def _words_among(self, name: str, labels: Mapping[str, str], captions: Mapping[str, str]) -> dict:
-        label = labels.get(name, "")
-        caption = captions.get(name, " ".join(label.replace("_", " ").split()))
+        label = self._labels.get(name, "")
+        caption = self._captions.get(name, " ".join(label.replace("_", " ").split()))
         return {"caption": caption, "label": self._numbers[label] if label else -1}
 
     def _candidates(self, n: int) -> Iterator[str]:
@@ -341,8 +336,9 @@ class FolderClips(ClipSource):
 
     def _read(self, name: str, start=0.5, top=0.5, left=0.5, mirror=0.5, frames: int | None = None) -> Tensor | None:
         """The beginning of a clip of a file, or None if it cannot be read; the four numbers in [0, 1) choose the clip."""
+        fewer = {"frames": frames} if frames is not None and frames < self.frames else {}
         try:
-            clip = self.clip(name, start, *((top, left) if self.random_crop else ()), frames=frames)
+            clip = self.clip(name, start, *((top, left) if self.random_crop else ()), **fewer)
         except UnreadableVideo as error:
             self.skip(name, error)
             return None

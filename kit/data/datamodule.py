@@ -20,7 +20,7 @@ from kit.data.shared import read_once
 from kit.data.source import ClipSource, check_source
 from kit.data.workers import leave_signals_to_the_trainer
 from kit.loop import batches_done, batches_of_a_step
-from kit.values import check_share, check_whole_number, differences, hash_of
+from kit.values import check_positive, check_share, check_whole_number, differences, hash_of
 
 SHOWN = 3  # classes that the description of the data names
 
@@ -82,6 +82,7 @@ class ClipDataModule(ClipsOnDevice):
             self.images = images(split="train", frames=1, height=height, width=width) if images else None
         check_source(self.train, "data.source")
         self.fps = fps or float(self.train.native_fps)  # plain values, for checkpoints; a user's may be numpy's
+        check_positive(f"native_fps of {self.train.name}", self.fps)
         self.classes, self.captioned = tuple(map(str, self.train.classes)), bool(self.train.captioned)
         if self.images is not None:
             check_source(self.images, "data.images")

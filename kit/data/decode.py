@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # lands anywhere near, and each frame of a GIF needs the ones before it.
 SEEKABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "TIFF", "GIF")  # Pillow knows some that are programs, as PostScript
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")  # Pillow knows some that are programs, as PostScript
 REORDERED = 16  # frames that a codec may store out of order, at most
 FAR = 32  # frames; a seek pays if the wanted frame is farther ahead
 TICK = 0.001  # seconds: Matroska's times are rounded to it
@@ -320,8 +320,7 @@ class PictureDecoder(Decoder):
 
     def __init__(self, path: Path):
         self.path = path
-        Image.init()
-        with _reporting(path), Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
+        with _reporting(path), Image.open(path, formats=FORMATS) as picture:
             if picture.mode.startswith(("I", "F")):  # its conversion to RGBA would be white, or black
                 raise ValueError("it has 16 bits a pixel or more, expected 8")
             self.moves = getattr(picture, "is_animated", False) and picture.format != "MPO"  # of photos with a preview

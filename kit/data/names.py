@@ -6,6 +6,7 @@ loader would come to hold a copy of all; blocks stay shared.
 
 from __future__ import annotations
 
+import reprlib
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,8 +43,8 @@ class Texts(Sequence[str]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    def __repr__(self) -> str:
-        return repr(list(self))
+    def __repr__(self) -> str:  # a notebook would show a million
+        return f"{len(self)} texts: {reprlib.repr(self[: reprlib.aRepr.maxlist + 1])}"
 
 
 class Names(Texts):
@@ -101,5 +102,5 @@ class ByName(Mapping[str, Value]):
 
 
 def texts_by_name(texts: Mapping[str, str]) -> ByName[str]:
-    """Packs a dictionary of texts, if it is not packed already."""
-    return texts if isinstance(texts, ByName) else ByName(texts, Texts(texts.values()))
+    """Packs a dictionary of texts."""
+    return ByName(texts, Texts(texts.values()))

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from kit.data.buckets import Bucket
 
 
+ITEMS = ("__getitem__", "beginning")
+
+
 class ClipSource(Dataset):
     """The clips of a split, numbered from 0 without end.
 
@@ -36,8 +39,9 @@ class ClipSource(Dataset):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "__getitem__" in vars(cls) and "beginning" not in vars(cls):
-            cls.beginning = ClipSource.beginning  # an inherited one would pass over the class's own items
+        item, beginning = (next(i for i, base in enumerate(cls.__mro__) if name in vars(base)) for name in ITEMS)
+        if item < beginning:  # which would pass over these items
+            cls.beginning = ClipSource.beginning
 
     def beginning(self, n: int, frames: int) -> dict:
         """Item n with `frames` or more of its first frames, for a source that need not read them all: batches of images take

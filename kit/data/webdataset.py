@@ -31,7 +31,7 @@ from kit.data.clips import FolderClips, NotDelivered
 from kit.data.decode import PICTURES, UnreadableVideo
 from kit.data.heads import Head
 from kit.data.listing import SUFFIXES, split_files
-from kit.data.names import ByName, texts_by_name
+from kit.data.names import ByName
 from kit.data.patience import StorageHangs, call_within, each_within
 from kit.data.shared import shared
 from kit.files import locked, read_json, write_json
@@ -288,11 +288,14 @@ class ShardClips(FolderClips):
     broken: list[str] = field(init=False, repr=False)  # shards that are left out
 
     def _names(self) -> Sequence[str]:
-        about = (type(self), self.root, self.frames == 1)
-        self.members, self._words, self.broken = shared(about, self._read_shards)
+        self.members, _, self.broken = self._contents()
         return list(self.members)
 
-    def _read_shards(self) -> tuple[ByName[Member], dict[str, ByName[str]], list[str]]:
+    def _contents(self) -> tuple[ByName[Member], dict[str, dict[str, str]], list[str]]:
+        """What `_read_shards` has found, while the data set is made."""
+        return shared((type(self), str(self.root), self.frames == 1), self._read_shards)
+
+    def _read_shards(self) -> tuple[ByName[Member], dict[str, dict[str, str]], list[str]]:
         """The clips of the shards by name, what is known of `caption` and `label` of them, and the shards that are broken."""
         wanted, shards = SUFFIXES + PICTURES * (self.frames == 1), list_shards(str(self.root), self.patience)
         places, words, faulty, broken = {}, {"caption": {}, "label": {}}, defaultdict(list), []
@@ -317,15 +320,15 @@ class ShardClips(FolderClips):
         for fault, names in faulty.items():
             message = f"{len(names)} of {len(places)} clips in the shards {self.root} have {fault}, such as {names[0]}"
             self._tell(f"{message}; pack their shards anew to mend it")
-        members = ByName(places, Members(shards, list(places.values())))
-        return members, {what: texts_by_name(texts) for what, texts in words.items()}, broken
+        return ByName(places, Members(shards, list(places.values()))), words, broken
 
     def _files_of_split(self, names: Sequence[str]) -> list[str]:
         """Splits each shard on its own, so that a shard that is lost or added moves no clip of another."""
         held_out = set()
-        for shard, files in itertools.groupby(names, lambda name: self.members[name].shard):
+        members = zip(names, self.members.values(), strict=True)
+        for shard, files in itertools.groupby(members, lambda each: each[1].shard):
             first = zlib.crc32(PurePosixPath(shard).name.encode()) % self.val_every  # of small shards some hold one out
-            held_out |= set(list(files)[first :: self.val_every])
+            held_out |= {name for name, _ in list(files)[first :: self.val_every]}
         return split_files(names, self.split, held_out)
 
     def _begin_records(self) -> None:
@@ -334,7 +337,7 @@ class ShardClips(FolderClips):
         self.counts = tuple(len(list(files)) for _, files in shards)
 
     def _labels_of(self, names: Sequence[str]) -> Mapping[str, str]:
-        labels = self._words["label"]
+        labels = self._contents()[1]["label"]
         without = [name for name in names if not labels.get(name)]
         if without and len(without) < len(names):
             message = f"{len(without)} of {len(names)} clips in the shards {self.root} have no class, such as {without[0]}"
@@ -342,11 +345,11 @@ class ShardClips(FolderClips):
         return {} if without else labels
 
     def _captions_of(self, names: Sequence[str]) -> Mapping[str, str]:
-        return self._words["caption"]
+        return self._contents()[1]["caption"]
 
-    def _drawn_order(self, epoch: int) -> np.ndarray:
-        """Draws the order of an epoch: the shards in a drawn order, and the files of each too."""
-        rng, starts = np.random.default_rng((self.seed, 0, epoch)), np.cumsum((0, *self.counts))
+    def _drawn_order(self, count: int, seed: int, epoch: int) -> np.ndarray:
+        """Order of a training epoch: the shards in a drawn order, and the files of each too."""
+        rng, starts = np.random.default_rng((seed, 0, epoch)), np.cumsum((0, *self.counts))
         shards = rng.permutation(len(self.counts))
         return np.concatenate([starts[shard] + rng.permutation(self.counts[shard]) for shard in shards])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def entropy_loss(steps: list[Step], inverse_temperature: float) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def discriminator_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
+def discriminator_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
     """Hinge loss of the discriminators, given one map of logits from each for real and for fake clips; their mean."""
     return torch.stack([F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean() for r, f in zip(real, fake)]).mean()
 
@@ -90,7 +90,7 @@ def adversarial_loss(fake: list[Tensor]) -> Tensor:
     return -torch.stack([f.float().mean() for f in fake]).mean()
 
 
-def lecam_loss(real: list[Tensor], fake: list[Tensor], anchors: Tensor) -> Tensor:
+def lecam_loss(real: Sequence[Tensor], fake: Sequence[Tensor], anchors: Tensor) -> Tensor:
     """Penalises logits of real clips above the average logit of fake ones, and logits of fake ones below that of real ones.
 
     This is LeCAM's regulariser (Tseng et al. 2021, arXiv 2104.03310), one-sided as in its authors' code.

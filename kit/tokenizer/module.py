@@ -36,6 +36,7 @@ from kit.tokenizer.losses import (
 from kit.tokenizer.quantizer import Step
 
 ANCHOR_DECAY = 0.99  # of LeCAM's moving averages, per iteration
+OF_OUTPUT = ("reconstruction", "motion", "perceptual")  # losses that depend on the decoder's output alone
 
 
 class TokenizerModule(L.LightningModule):
@@ -202,25 +203,25 @@ class TokenizerModule(L.LightningModule):
         Args:
             terms: the other losses, with their weights. hidden: (B, C, F, h, w), what the decoder's last layer
                 made the output of. share: `adversarial_share`.
+        Returns:
+            (weight, loss) without a gradient, and the sum, whose gradient frees what `OF_OUTPUT` were computed from.
         """
         fake = output.detach().requires_grad_()
         loss = adversarial_loss(self.discriminator(fake))
         with without_autocast(self.device):
             (gradient,) = torch.autograd.grad(loss, fake)
-        weight, others = share * self.loss["adversarial"]["weight"], weighted_sum(terms)
-        if self.loss["adversarial"]["adaptive"]:
-            of_output = {name: terms[name] for name in ("reconstruction", "motion", "perceptual") if name in terms}
-            others = weighted_sum({name: term for name, term in terms.items() if name not in of_output})
+        weight = share * self.loss["adversarial"]["weight"]
+        if not self.loss["adversarial"]["adaptive"]:
+            carrier = weighted_sum(terms) + (output * weight * gradient).sum()
+        else:
+            of_output = {name: term for name, term in terms.items() if name in OF_OUTPUT}
+            rest = {name: term for name, term in terms.items() if name not in OF_OUTPUT}
             with without_autocast(self.device):
                 (other,) = torch.autograd.grad(weighted_sum(of_output), output)
-                gradients = [self.model.decoder.head_gradient(hidden, x) for x in (other, gradient)]
-            weight = weight * adaptive_weight(*gradients)
-            gradient = other + weight * gradient
-        else:
-            gradient = weight * gradient
-        terms = {**terms, "adversarial": (weight, loss.detach())}
-        carrier = others + (output * gradient).sum()  # has the gradient of all losses, not their value
-        return terms["adversarial"], weighted_sum(terms).detach() + (carrier - carrier.detach())
+                weight = weight * adaptive_weight(*(self.model.decoder.head_gradient(hidden, x) for x in (other, gradient)))
+            carrier = weighted_sum(rest) + (output * (other + weight * gradient)).sum()
+        term = weight, loss.detach()  # `carrier` has the gradient of all losses, but not their value
+        return term, weighted_sum({**terms, "adversarial": term}).detach() + (carrier - carrier.detach())
 
     def discriminator_terms(self, video: Tensor, output: Tensor, number: int) -> dict:
         """Computes the discriminators' losses, hinge and LeCAM, for batch `number` of an iteration, and updates LeCAM's
