@@ -23,7 +23,6 @@ from kit.data.datamodule import ClipDataModule
 from kit.data.mixture import Mixture
 from kit.data.numbered import Numbered
 from kit.data.shapes import SHAPES, Shapes
-from kit.data.source import ClipSource
 from kit.data.webdataset import ShardClips
 from kit.files import read_json
 from tests.data.test_buckets import FILES, write
@@ -263,27 +262,24 @@ def test_of_the_first_frames_of_a_clip_no_others_are_read(videos, source, monkey
     assert asked and asked == [5, 1, 1] * (len(asked) // 3)
 
 
-def test_a_source_s_own_items_are_not_passed_over():
-    """One that derives from a source that reads less, and changes its items."""
+def test_a_source_s_own_items_are_those_of_images_too(videos):
+    """One that derives from a source that reads less, and changes its items; and one that reads less itself."""
 
-    class Dark(FolderClips):
+    class Darken:  # of any source
         def __getitem__(self, n):
             return super().__getitem__(n) | {"video": torch.zeros(3, self.frames, self.height, self.width)}
 
-    class Darker(Dark):
-        val_every = 3
+    class Mixed(Darken, FolderClips): ...
 
-    class Quick(Dark):
+    class Further(Mixed): ...
+
+    class Own(FolderClips):
+        def __getitem__(self, n):
+            return super().__getitem__(n) | {"video": torch.zeros(3, self.frames, self.height, self.width)}
+
+    class Quick(Own):
         def beginning(self, n, frames):
-            return {"video": torch.ones(3, frames, 8, 8), "caption": "", "label": -1}
+            return super().beginning(n, frames) | {"video": torch.ones(3, frames, self.height, self.width)}
 
-    assert Dark.beginning is Darker.beginning is ClipSource.beginning and Quick.beginning is not ClipSource.beginning
-    assert FolderClips.beginning is ShardClips.beginning is not ClipSource.beginning
-
-
-def test_a_subclass_s_items_are_those_of_images_too(videos):
-    class Dark(FolderClips):
-        def __getitem__(self, n):
-            return super().__getitem__(n) | {"video": torch.zeros(3, self.frames, self.height, self.width)}
-
-    assert not Numbered(Dark(videos, frames=5))[2, 1]["video"].any()
+    for kind, shown in ((Mixed, 0), (Further, 0), (Own, 0), (Quick, 1)):
+        assert (Numbered(kind(videos, frames=5))[2, 1]["video"] == shown).all()
