@@ -36,9 +36,8 @@ def build_data(cfg: DictConfig, tokenizer: TokenizerConfig | None = None) -> Cli
         tokenizer: gives the number of tokens of a clip, for `data.batch_tokens`; None: `data.batch_tokens` is ignored.
     Raises:
         ValueError: if sizes or fps are no numbers, `data.batch_tokens` is less than one clip, the tokenizer cannot take a
-            bucket's clips,
-            `data.source` or the folder of `data.images`' cache is missing, or a source of a mixture is not partial; else
-            as `check_batch_parts` and `ClipDataModule`.
+            bucket's clips, `data.source` or the folder of `data.images`' cache is missing, or a source of a mixture is not
+            partial; else as `check_batch_parts` and `ClipDataModule`.
     """
     check_batch_parts(cfg)
     values = {k: v for k, v in plain(cfg.data).items() if k not in ("root", "batch_tokens")}

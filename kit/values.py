@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SIZES = ("frames", "height", "width")  # of a clip
+
 
 def plain(node: DictConfig) -> dict:
     """Converts a config node to plain values, resolved; checkpoints hold nothing else."""
@@ -67,9 +69,6 @@ def check_share(key: str, value: float):
     """Checks that a value is a share or a probability. Raises ValueError, naming its key, unless it is from 0 to 1."""
     if not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"{as_word(key, value)}; expected a number from 0 to 1")
-
-
-SIZES = ("frames", "height", "width")
 
 
 def clip_shape(values: object, where: str) -> dict:

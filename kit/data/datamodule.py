@@ -82,7 +82,7 @@ class ClipDataModule(ClipsOnDevice):
             self.images = images(split="train", frames=1, height=height, width=width) if images else None
         check_source(self.train, "data.source")
         self.fps = fps or float(self.train.native_fps)  # plain values, for checkpoints; a user's may be numpy's
-        check_positive(f"native_fps of {self.train.name}", self.fps)
+        check_positive(f"fps of {self.train.name}", self.fps)
         self.classes, self.captioned = tuple(map(str, self.train.classes)), bool(self.train.captioned)
         if self.images is not None:
             check_source(self.images, "data.images")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kit.data.buckets import Bucket
 
 
-ITEMS = ("__getitem__", "beginning")
+ITEMS = ("__getitem__", "beginning")  # a source's ways to give an item
 
 
 class ClipSource(Dataset):
